@@ -1,0 +1,59 @@
+"""bnfreeze: freeze batch norm in PyTorch models, and prove that it stayed frozen.
+
+Importing this module imports neither torch nor rich: each name is loaded when it is first used
+(PEP 562), because the command and the pytest plugin must start at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bnfreeze.errors import (
+        BnfreezeError,
+        BnfreezeWarning,
+        CheckpointError,
+        CorruptCheckpoint,
+        DriftError,
+        PolicyError,
+        UnsafeCheckpoint,
+        UnsupportedFormat,
+    )
+    from bnfreeze.policy import Policy
+
+__all__ = [
+    "BnfreezeError",
+    "BnfreezeWarning",
+    "CheckpointError",
+    "CorruptCheckpoint",
+    "DriftError",
+    "Policy",
+    "PolicyError",
+    "UnsafeCheckpoint",
+    "UnsupportedFormat",
+]
+
+_HOME = {
+    "BnfreezeError": "errors",
+    "BnfreezeWarning": "errors",
+    "CheckpointError": "errors",
+    "CorruptCheckpoint": "errors",
+    "DriftError": "errors",
+    "Policy": "policy",
+    "PolicyError": "errors",
+    "UnsafeCheckpoint": "errors",
+    "UnsupportedFormat": "errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("bnfreeze")
+    if name in _HOME:
+        return getattr(import_module(f"bnfreeze.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'bnfreeze' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
