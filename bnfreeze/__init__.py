@@ -18,7 +18,11 @@ if TYPE_CHECKING:
         UnsafeCheckpoint,
         UnsupportedFormat,
     )
+    from bnfreeze.findings import Finding
+    from bnfreeze.inspection import Inspection, inspect
     from bnfreeze.policy import Policy
+    from bnfreeze.report import FreezeReport, LayerRow
+    from bnfreeze.surgery import freeze, unfreeze
 
 __all__ = [
     "BnfreezeError",
@@ -26,10 +30,17 @@ __all__ = [
     "CheckpointError",
     "CorruptCheckpoint",
     "DriftError",
+    "Finding",
+    "FreezeReport",
+    "Inspection",
+    "LayerRow",
     "Policy",
     "PolicyError",
     "UnsafeCheckpoint",
     "UnsupportedFormat",
+    "freeze",
+    "inspect",
+    "unfreeze",
 ]
 
 _HOME = {
@@ -38,10 +49,17 @@ _HOME = {
     "CheckpointError": "errors",
     "CorruptCheckpoint": "errors",
     "DriftError": "errors",
+    "Finding": "findings",
+    "FreezeReport": "report",
+    "Inspection": "inspection",
+    "LayerRow": "report",
     "Policy": "policy",
     "PolicyError": "errors",
     "UnsafeCheckpoint": "errors",
     "UnsupportedFormat": "errors",
+    "freeze": "surgery",
+    "inspect": "inspection",
+    "unfreeze": "surgery",
 }
 
 

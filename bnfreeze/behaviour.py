@@ -1,0 +1,165 @@
+"""What one live norm layer will do in the next training step, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from torch import nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.optim import Optimizer
+
+from bnfreeze.norms import AFFINE, NamedModule, is_lazy, is_lookalike, keeps_statistics
+from bnfreeze.record import layer_class, policy_name, record_of
+
+__all__ = ["LayerFacts", "affine_parameters", "layer_facts", "optimized_ids"]
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One norm layer, and what it will do in the next training step.
+
+    Attributes:
+        name: the dotted name; of a shared layer the first.
+        kind: the class, as it was before freezing.
+        policy: the policy that holds it, ``"none"``, or ``"frozen"`` for another library's layer.
+        normalizes_with: ``"running"`` (the running statistics) or ``"batch"`` (the input's own).
+        updates_statistics: whether running_mean and running_var, or the count, will change.
+        trains_affine: whether an optimizer step can move weight or bias.
+        num_features: the number of channels C.
+        eps: what is added to the variance.
+        why: for each of the three answers, the reason.
+        aliases: the other names under which the very same layer is registered.
+    """
+
+    name: str
+    kind: str
+    policy: str
+    normalizes_with: Literal["batch", "running"]
+    updates_statistics: bool
+    trains_affine: bool
+    num_features: int
+    eps: float
+    why: dict[str, str]
+    aliases: tuple[str, ...] = ()
+
+
+def optimized_ids(optimizer: Optimizer | Iterable[Optimizer] | None) -> frozenset[int] | None:
+    """The identities of all parameters in the optimizer or optimizers; None without one.
+
+    Raises:
+        TypeError: something in it is no `torch.optim.Optimizer`.
+    """
+    if optimizer is None:
+        return None
+    # Duck-typed: wrappers of trainers (Accelerate, Lightning) keep param_groups and no base class.
+    several = [optimizer] if hasattr(optimizer, "param_groups") else optimizer
+    ids: set[int] = set()
+    try:
+        for one in cast("Iterable[Optimizer]", several):
+            for group in one.param_groups:
+                ids.update(map(id, group["params"]))
+    except (TypeError, AttributeError):
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Optimizer or several, "
+            f"not {type(optimizer).__name__}."
+        ) from None
+    return frozenset(ids)
+
+
+def layer_facts(entry: NamedModule, training: bool, optimized: frozenset[int] | None) -> LayerFacts:
+    """Say what the layer will do.
+
+    Args:
+        entry: the norm layer.
+        training: its training flag once ``model.train()`` has been called.
+        optimized: what `optimized_ids` gave; None where no optimizer is known.
+    """
+    layer = entry.module
+    normalizes, why_normalizes = _normalizes_with(layer, training)
+    updates, why_updates = _updates_statistics(layer, training)
+    trains, why_trains = _trains_affine(layer, optimized)
+    mean = getattr(layer, "running_mean", None)
+    return LayerFacts(
+        name=entry.name,
+        kind=layer_class(layer).__name__,
+        policy=policy_name(layer),
+        normalizes_with=normalizes,
+        updates_statistics=updates,
+        trains_affine=trains,
+        num_features=int(
+            getattr(layer, "num_features", 0) or (0 if mean is None else mean.numel())
+        ),
+        eps=float(getattr(layer, "eps", 0.0)),
+        why={"normalizes_with": why_normalizes, "statistics": why_updates, "affine": why_trains},
+        aliases=entry.names[1:],
+    )
+
+
+def _normalizes_with(layer: nn.Module, training: bool) -> tuple[Literal["batch", "running"], str]:
+    if is_lookalike(layer):
+        return "running", "a frozen batch norm"
+    if not keeps_statistics(layer) and not is_lazy(layer):
+        return "batch", "it keeps no running statistics"
+    if isinstance(layer, _InstanceNorm) and not layer.track_running_stats:
+        return "batch", "track_running_stats is False: an instance norm ignores its statistics then"
+    if training:
+        return "batch", "train mode"
+    return "running", _why_eval(layer)
+
+
+def _updates_statistics(layer: nn.Module, training: bool) -> tuple[bool, str]:
+    record = record_of(layer)
+    if is_lookalike(layer):
+        return False, "a frozen batch norm"
+    if not keeps_statistics(layer) and not is_lazy(layer):
+        return False, "there are none"
+    if record and record.policy.holds_statistics:
+        return False, f"held by policy {record.policy}"
+    if isinstance(layer, _InstanceNorm):
+        # F.instance_norm writes to the statistics that it is given whenever it normalises with
+        # the input's own.
+        if training or not layer.track_running_stats:
+            return True, "train mode" if training else "track_running_stats is False"
+    elif training and not layer.track_running_stats:
+        return False, "track_running_stats is False"
+    elif training:
+        zero = layer.momentum == 0
+        return True, "momentum is 0, and the count still rises" if zero else "train mode"
+    return False, _why_eval(layer)
+
+
+def _why_eval(layer: nn.Module) -> str:
+    record = record_of(layer)
+    if record and record.policy.forces_eval:
+        return f"held by policy {record.policy}"
+    return "eval mode, also after model.train(), which the model overrides"
+
+
+def affine_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Weight and bias, as far as the layer has them as parameters."""
+    return {n: p for n in AFFINE if isinstance(p := layer._parameters.get(n), nn.Parameter)}
+
+
+def _trains_affine(layer: nn.Module, optimized: frozenset[int] | None) -> tuple[bool, str]:
+    parameters = affine_parameters(layer)
+    if not parameters:
+        return False, "it has neither"
+    reasons = {name: _why_moves(p, optimized) for name, p in parameters.items()}
+    moving = {name: why for name, (moves, why) in reasons.items() if moves}
+    shown = moving or {name: why for name, (_, why) in reasons.items()}
+    if len(set(shown.values())) == 1 and len(shown) == len(parameters):
+        return bool(moving), next(iter(shown.values()))
+    return bool(moving), "; ".join(f"{name}: {why}" for name, why in shown.items())
+
+
+def _why_moves(parameter: nn.Parameter, optimized: frozenset[int] | None) -> tuple[bool, str]:
+    if optimized is not None and id(parameter) not in optimized:
+        return False, "in no optimizer"
+    if parameter.requires_grad:
+        return True, "requires_grad" + (", in the optimizer" if optimized is not None else "")
+    if parameter.grad is not None:
+        # Without an optimizer at hand, the careful answer: a step would move it.
+        return True, "requires_grad is False, but a leftover .grad is applied by the next step"
+    return False, "requires_grad is False"

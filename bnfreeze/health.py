@@ -1,0 +1,99 @@
+"""Findings from the values of a norm layer's statistics, wherever these were read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bnfreeze.findings import Finding
+
+__all__ = ["statistics_findings"]
+
+
+def statistics_findings(
+    layer: str,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor | None,
+    eps: float | None,
+) -> Iterator[Finding]:
+    """What the running statistics of one layer tell.
+
+    Args:
+        layer: the layer's dotted name.
+        mean: ``running_mean``, shape (C,), any floating dtype and device.
+        var: ``running_var``, shape (C,).
+        count: ``num_batches_tracked``, 0-dimensional, or None where there is none.
+        eps: the layer's eps, or None where it is not known (a state_dict does not hold it).
+
+    Yields:
+        findings with the codes ``stats-dtype``, ``stats-nonfinite``, ``var-nonpositive``,
+        ``never-trained`` and ``eps-zero``.
+    """
+    for name, tensor in (("running_mean", mean), ("running_var", var)):
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 4:
+            yield Finding(
+                "warning",
+                "stats-dtype",
+                layer,
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}: rounded statistics make "
+                f"a coarser layer than the one that was trained.",
+                "Keep statistics in float32: convert the model first, then load the checkpoint "
+                "into float32 statistics.",
+            )
+            break
+    if mean.is_meta or var.is_meta or not mean.numel():
+        return
+    mean, var = mean.detach().cpu(), var.detach().cpu()
+    tracked = None if count is None or count.is_meta else int(count)
+    bad_mean, bad_var = (int((~torch.isfinite(stat)).sum()) for stat in (mean, var))
+    if bad_mean or bad_var:
+        yield Finding(
+            "error",
+            "stats-nonfinite",
+            layer,
+            f"NaN or infinite: {bad_mean} of {mean.numel()} means, "
+            f"{bad_var} of {var.numel()} variances.",
+            "Training diverged, or the file is damaged: go back to an earlier checkpoint.",
+        )
+    negative, zero = int((var < 0).sum()), int((var == 0).sum())
+    if negative:
+        yield Finding(
+            "error",
+            "var-nonpositive",
+            layer,
+            f"{negative} of {var.numel()} running variances are negative, "
+            f"the lowest {float(var[var < 0].min()):.3g}.",
+            "A variance cannot be negative: the checkpoint was converted wrongly. "
+            "Use the original one.",
+        )
+    elif zero:
+        yield Finding(
+            "warning",
+            "var-nonpositive",
+            layer,
+            f"{zero} of {var.numel()} running variances are 0: these channels are dead, and any "
+            f"signal in them is multiplied by 1/sqrt(eps)"
+            + (f" = {eps**-0.5:.3g}." if eps else "."),
+            "Check what the channels feed on; a channel that never varied cannot be normalised.",
+        )
+    if eps is not None and eps <= 0:
+        yield Finding(
+            "warning",
+            "eps-zero",
+            layer,
+            f"eps is {eps:g}: a channel whose variance is 0, or underflows in half precision, "
+            f"gives NaN.",
+            "Set the eps that the checkpoint was trained with, usually 1e-5.",
+        )
+    if not tracked and not mean.any() and bool((var == 1).all()):
+        yield Finding(
+            "warning",
+            "never-trained",
+            layer,
+            "every mean is 0, every variance 1, and no batch was counted: "
+            "these are the values of a new layer, which normalises nothing.",
+            "Load the pretrained weights before freezing, or leave this layer out.",
+        )

@@ -1,0 +1,228 @@
+"""What each norm layer of a live model will really do in the next training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bnfreeze.behaviour import LayerFacts, affine_parameters, layer_facts, optimized_ids
+from bnfreeze.findings import Finding, by_gravity
+from bnfreeze.health import statistics_findings
+from bnfreeze.norms import (
+    STATISTICS,
+    NamedModule,
+    check_model,
+    is_lazy,
+    is_norm,
+    keeps_statistics,
+    keeps_unknown_statistics,
+    named_modules,
+)
+from bnfreeze.record import held_names, record_of
+from bnfreeze.render import Printable, Sheet
+from bnfreeze.train_mode import training_flags
+
+__all__ = ["Inspection", "inspect"]
+
+
+@dataclass(frozen=True)
+class Inspection(Printable):
+    """The norm layers of a model and what there is to know about them.
+
+    Printing it gives a table; `to_dict` gives the same facts for JSON.
+    """
+
+    layers: tuple[LayerFacts, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no finding of level ``"error"``."""
+        return not any(finding.level == "error" for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as plain data with stable keys."""
+        return {
+            "schema": 1,
+            "ok": self.ok,
+            "layers": [asdict(layer) for layer in self.layers],
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+    def sheet(self) -> Sheet:
+        """The facts laid out for `bnfreeze.render`."""
+        rows = [
+            (
+                layer.name or "(the model)",
+                layer.kind,
+                str(layer.num_features),
+                layer.policy,
+                layer.normalizes_with,
+                "update" if layer.updates_statistics else "still",
+                "train" if layer.trains_affine else "still",
+            )
+            for layer in self.layers
+        ]
+        moving = sum(layer.updates_statistics for layer in self.layers)
+        training = sum(layer.trains_affine for layer in self.layers)
+        on_batch = sum(layer.normalizes_with == "batch" for layer in self.layers)
+        return Sheet(
+            title="The next training step",
+            columns=("layer", "kind", "C", "policy", "normalises with", "statistics", "affine"),
+            rows=rows,
+            findings=self.findings,
+            verdict=(
+                f"{len(rows)} norm layers: {on_batch} normalise with the batch, "
+                f"{moving} update their statistics, {training} train weight or bias."
+            ),
+        )
+
+
+def inspect(
+    model: object, *, optimizer: Optimizer | Iterable[Optimizer] | None = None
+) -> Inspection:
+    """Say what each norm layer of `model` will really do in the next training step.
+
+    The step is taken to begin with ``model.train()``, as nearly every loop's does. A model that
+    overrides ``train`` is asked by calling it, and every flag that the call changes is put back.
+    Nothing else is run, and nothing is changed.
+
+    Args:
+        model: any `nn.Module`; wrappers such as DistributedDataParallel and torch.compile's too.
+        optimizer: the optimizer, or several. With it, a weight or bias that is in none of them is
+            known not to train, and one with a leftover gradient is known to move.
+
+    Returns:
+        An `Inspection`; print it, or read ``.layers``, ``.findings`` and ``.ok``.
+
+    Raises:
+        TypeError: `model` is no live `nn.Module`, or is TorchScript.
+    """
+    model = check_model(model)
+    optimized = optimized_ids(optimizer)
+    modules = named_modules(model)
+    flags = training_flags(model)
+    layers: list[LayerFacts] = []
+    findings: list[Finding] = []
+    for entry in modules:
+        if is_norm(entry.module):
+            facts = layer_facts(entry, flags[id(entry.module)], optimized)
+            layers.append(facts)
+            findings += _layer_findings(facts, entry.module, model.training, optimized)
+        elif keeps_unknown_statistics(entry.module):
+            findings.append(_unknown(entry))
+    if not layers:
+        findings.append(
+            Finding("note", "no-norm-layer", "", "The model has no norm layer.", "Nothing to do.")
+        )
+    return Inspection(tuple(layers), by_gravity(findings))
+
+
+def _layer_findings(
+    facts: LayerFacts, layer: nn.Module, root_training: bool, optimized: frozenset[int] | None
+) -> Iterator[Finding]:
+    record = record_of(layer)
+    name = facts.name
+    if is_lazy(layer):
+        yield Finding(
+            "warning",
+            "lazy",
+            name,
+            "it has not seen an input yet, so it has no tensors to hold.",
+            "Run one forward pass before freezing.",
+        )
+        return
+    if not keeps_statistics(layer):
+        yield Finding(
+            "warning",
+            "no-running-stats",
+            name,
+            "it was built with track_running_stats=False: there is nothing to freeze, and "
+            "it normalises with the batch in eval mode too.",
+            "Build it with track_running_stats=True and load statistics, or leave it.",
+        )
+    elif facts.normalizes_with == "batch" and _statistics_stand_still(facts, layer):
+        chosen = record is not None and record.policy.holds_statistics
+        yield Finding(
+            "note" if chosen else "warning",
+            "batch-stats-in-train",
+            name,
+            f"its statistics are fixed ({_why_fixed(facts, layer)}), but train mode normalises "
+            f"with the batch: eval mode is another function.",
+            "Meant so with policy 'stats'; otherwise use freeze(model, 'eval').",
+        )
+    elif facts.updates_statistics and affine_parameters(layer) and not facts.trains_affine:
+        chosen = record is not None
+        yield Finding(
+            "note" if chosen else "warning",
+            "statistics-drift",
+            name,
+            f"weight and bias do not train ({facts.why['affine']}), "
+            f"but the running statistics still update in each forward pass.",
+            "They are buffers, which no optimizer and no requires_grad holds: "
+            "use freeze(model, 'eval').",
+        )
+    if root_training and not layer.training and facts.why["normalizes_with"] == "train mode":
+        yield Finding(
+            "warning",
+            "eval-not-lasting",
+            name,
+            "it is in eval mode now, and the next model.train() undoes that.",
+            "Use freeze(model, 'eval'), which model.train() does not undo.",
+        )
+    yield from _gradient_findings(name, layer, optimized)
+    if keeps_statistics(layer):
+        mean, var, count = (getattr(layer, stat, None) for stat in STATISTICS)
+        if isinstance(mean, Tensor) and isinstance(var, Tensor):
+            yield from statistics_findings(name, mean, var, count, facts.eps)
+
+
+def _statistics_stand_still(facts: LayerFacts, layer: nn.Module) -> bool:
+    return not facts.updates_statistics or getattr(layer, "momentum", None) == 0
+
+
+def _why_fixed(facts: LayerFacts, layer: nn.Module) -> str:
+    if facts.updates_statistics:
+        return "momentum is 0; num_batches_tracked still rises"
+    return facts.why["statistics"]
+
+
+def _gradient_findings(
+    name: str, layer: nn.Module, optimized: frozenset[int] | None
+) -> Iterator[Finding]:
+    own = {n: p for n, p in layer._parameters.items() if p is not None and not p.requires_grad}
+    left = [n for n, p in own.items() if p.grad is not None]
+    if left:
+        yield Finding(
+            "warning",
+            "grad-left",
+            name,
+            f"{' and '.join(left)} has requires_grad=False but a .grad is left: "
+            f"the next optimizer step moves it.",
+            "Use freeze(model, 'affine'), which clears it, or set .grad = None.",
+        )
+    listed = [n for n in held_names(layer) if n in own and id(own[n]) in (optimized or ())]
+    if listed and not left:
+        yield Finding(
+            "note",
+            "in-optimizer",
+            name,
+            f"{' and '.join(listed)} is held and stands in the optimizer, "
+            f"which passes it over while its .grad is None.",
+            "Harmless; build the optimizer from parameters with requires_grad=True to be tidy.",
+        )
+
+
+def _unknown(entry: NamedModule) -> Finding:
+    return Finding(
+        "warning",
+        "unknown-norm",
+        entry.name,
+        f"{type(entry.module).__name__} keeps running_mean and running_var, but is no norm layer "
+        f"that bnfreeze knows: it is left alone.",
+        "Let it derive from torch's batch norm, or hold it yourself and verify.",
+    )

@@ -1,0 +1,105 @@
+"""Patterns over dotted module names, and ordered rules of them. Pure; knows nothing of torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from bnfreeze.errors import PolicyError
+from bnfreeze.policy import Policy
+
+__all__ = ["Pattern", "Rule", "nearest", "parse_rules"]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A pattern over dotted names: ``*`` and ``?`` stay inside a segment, ``**`` spans any number.
+
+    A name that matches stands for itself and all below it; the empty pattern is the root, and so
+    the whole model.
+    """
+
+    text: str
+    _regex: re.Pattern[str]
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read a pattern such as ``"backbone.layer?.**.bn1"``.
+
+        Raises:
+            PolicyError: not a string, an empty segment, or ``**`` beside other characters.
+        """
+        if not isinstance(text, str):
+            raise PolicyError(
+                f"A pattern is a string of dotted names such as 'backbone.layer4', "
+                f"not {type(text).__name__}: {text!r:.80}."
+            )
+        # A name is matched as "a.b.c." so that every segment ends alike, and a match of its
+        # beginning is a match of an ancestor.
+        parts = [_segment(segment, text) for segment in text.split(".")] if text else []
+        return cls(text, re.compile("".join(parts)))
+
+    def matches(self, name: str) -> bool:
+        """Whether `name`, or a module above it, is meant."""
+        return self._regex.match(f"{name}." if name else "") is not None
+
+
+def _segment(segment: str, whole: str) -> str:
+    if segment == "**":
+        return r"(?:[^.]+\.)*"
+    if not segment:
+        raise PolicyError(
+            f"Pattern {whole!r} has an empty segment; write dotted names such as 'backbone.layer4'."
+        )
+    if "**" in segment:
+        raise PolicyError(
+            f"Pattern {whole!r}: '**' spans whole segments and stands alone between dots, "
+            f"as in 'head.**.bn1'; inside {segment!r} use a single '*'."
+        )
+    body = "".join({"*": "[^.]*", "?": "[^.]"}.get(char, re.escape(char)) for char in segment)
+    return rf"{body}\."
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One entry of the mapping that `freeze` takes."""
+
+    pattern: Pattern
+    policy: Policy
+
+
+def parse_rules(policy: object) -> tuple[Rule, ...]:
+    """Read what `freeze` takes: one policy for the whole model, or a mapping pattern → policy.
+
+    Raises:
+        PolicyError: an unknown policy, a malformed pattern, or an empty mapping.
+    """
+    if not isinstance(policy, Mapping):
+        return (Rule(Pattern.parse(""), Policy.parse(policy)),)  # type: ignore[arg-type]
+    if not policy:
+        raise PolicyError("The mapping of patterns to policies is empty: nothing to freeze.")
+    rules = []
+    for text, value in policy.items():
+        pattern = Pattern.parse(text)
+        try:
+            rules.append(Rule(pattern, Policy.parse(value)))
+        except PolicyError as error:
+            raise PolicyError(f"Rule {text!r}: {error}") from None
+    return tuple(rules)
+
+
+def nearest(text: str, names: Iterable[str], limit: int = 3) -> list[str]:
+    """The existing names that a mistyped pattern most likely meant, best first.
+
+    Compared whole, and by the last segment: ``layer4`` finds ``backbone.layer4``.
+    """
+    names = [name for name in names if name]
+    by_leaf: dict[str, list[str]] = {}
+    for name in names:
+        by_leaf.setdefault(name.rpartition(".")[2], []).append(name)
+    found = difflib.get_close_matches(text, names, n=limit, cutoff=0.6)
+    for leaf in difflib.get_close_matches(text.rpartition(".")[2], by_leaf, n=limit, cutoff=0.6):
+        found += by_leaf[leaf]
+    return list(dict.fromkeys(found))[:limit]

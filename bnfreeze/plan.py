@@ -1,0 +1,170 @@
+"""What is to become of each selected layer; checked for all of them before any is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bnfreeze.errors import PolicyError
+from bnfreeze.held import held_class
+from bnfreeze.norms import AFFINE, NamedModule, is_lazy, is_lookalike, is_norm, keeps_statistics
+from bnfreeze.policy import Policy
+from bnfreeze.record import Record, class_changed_since, layer_class, record_of
+from bnfreeze.selection import Selected
+
+__all__ = ["Change", "check_class", "plan"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is to become of one module.
+
+    Attributes:
+        entry: the module and its names.
+        kind: the class that it gets.
+        record: what is noted on it.
+        held: its own parameters that are held, by their names in it.
+        note: what a person should know about it.
+    """
+
+    entry: NamedModule
+    kind: type[nn.Module]
+    record: Record
+    held: dict[str, nn.Parameter]
+    note: str
+
+    @property
+    def module(self) -> nn.Module:
+        """The module to change."""
+        return self.entry.module
+
+
+def plan(modules: Sequence[NamedModule], selected: Sequence[Selected]) -> list[Change]:
+    """Check every selected layer; raise one PolicyError that names all which cannot be frozen."""
+    flags = _original_flags(modules)
+    changes: list[Change] = []
+    problems: list[str] = []
+    for choice in selected:
+        try:
+            changes.append(_plan_one(choice, flags))
+        except PolicyError as error:
+            problems.append(str(error))
+    if problems:
+        more = f"\n… and {len(problems) - 5} more layers." if len(problems) > 5 else ""
+        raise PolicyError("\n".join(problems[:5]) + more)
+    _refuse_in_ddp(modules, changes)
+    return changes
+
+
+def _original_flags(modules: Sequence[NamedModule]) -> dict[int, bool]:
+    """By parameter identity, the requires_grad that it had before any freezing.
+
+    A tied parameter stands in several modules; the first record that names it knows.
+    """
+    flags: dict[int, bool] = {}
+    for entry in modules:
+        record = record_of(entry.module)
+        for name, flag in record.requires_grad.items() if record else ():
+            parameter = entry.module._parameters.get(name)
+            if parameter is not None:
+                flags.setdefault(id(parameter), flag)
+    return flags
+
+
+def _plan_one(choice: Selected, flags: Mapping[int, bool]) -> Change:
+    entry, policy = choice.entry, choice.policy
+    module, name = entry.module, entry.name or "The model"
+    check_class(entry)
+    norm = is_norm(module)
+    if not norm:
+        policy = Policy.WEIGHTS
+    elif policy & (Policy.FUSED | Policy.FUSED_ACT):
+        raise PolicyError(
+            f"{name}: policy '{policy}' is not in this version of bnfreeze. "
+            f"'eval+affine' computes the same."
+        )
+    _check_promise(name, module, policy)
+    held = {
+        key: parameter
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+        and (Policy.WEIGHTS in policy or (norm and policy.holds_affine and key in AFFINE))
+    }
+    base = layer_class(module)
+    note = []
+    if len(entry.names) > 1:
+        note.append("also " + ", ".join(entry.names[1:]))
+    kind = base
+    if is_lookalike(module):
+        note.append("frozen already, by its own class")
+    elif norm:
+        kind = _swap_class(name, base, policy)
+    if norm and not held and policy.holds_affine and not is_lookalike(module):
+        note.append("has no weight or bias")
+    if norm and not keeps_statistics(module):
+        note.append("keeps no running statistics")
+    old = record_of(module)
+    record = Record(
+        policy=policy,
+        training=old.training if old else module.training,
+        requires_grad={key: flags.get(id(p), p.requires_grad) for key, p in held.items()},
+    )
+    return Change(entry, kind, record, held, "; ".join(note))
+
+
+def check_class(entry: NamedModule) -> None:
+    """Refuse a frozen layer whose class something else has changed since.
+
+    Raises:
+        PolicyError: which layer, and what it has become.
+    """
+    if class_changed_since(entry.module):
+        raise PolicyError(
+            f"{entry.name or 'The model'} was frozen, and something has changed its class to "
+            f"{type(entry.module).__name__} since: undo that first (a parametrization, say)."
+        )
+
+
+def _check_promise(name: str, module: nn.Module, policy: Policy) -> None:
+    if is_lazy(module):
+        raise PolicyError(
+            f"{name} is a {type(module).__name__} that has not seen an input yet, so there is "
+            f"nothing to hold: run one forward pass first."
+        )
+    if policy.forces_eval and is_norm(module) and not keeps_statistics(module):
+        raise PolicyError(
+            f"{name} was built with track_running_stats=False: it has no running statistics to "
+            f"normalise with, so policy '{policy}' cannot be kept. Leave it out with the rule "
+            f"{{{name!r}: 'none'}}, or build it with track_running_stats=True."
+        )
+
+
+def _swap_class(name: str, base: type[nn.Module], policy: Policy) -> type[nn.Module]:
+    try:
+        return held_class(base, policy)
+    except Exception as error:
+        # A metaclass or an __init_subclass__ of the user's own may refuse a subclass.
+        raise PolicyError(
+            f"{name}: its class {base.__name__} does not let itself be subclassed "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def _refuse_in_ddp(modules: Sequence[NamedModule], changes: Sequence[Change]) -> None:
+    """DDP waits for a gradient of each parameter that required one when it was wrapped."""
+    for entry in modules:
+        ddp = entry.module
+        if not isinstance(ddp, DistributedDataParallel) or ddp.find_unused_parameters:
+            continue
+        inside = {id(module) for module in ddp.modules()}
+        for change in changes:
+            if id(change.module) in inside and any(p.requires_grad for p in change.held.values()):
+                raise PolicyError(
+                    f"{change.entry.name}: its weights cannot be held any more, because "
+                    f"DistributedDataParallel, which wraps it already, would wait for their "
+                    f"gradients. Freeze first and wrap then, or wrap with "
+                    f"find_unused_parameters=True."
+                )

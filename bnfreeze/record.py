@@ -1,0 +1,91 @@
+"""What freezing notes on a module: the policy that holds it, and what was there before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+
+from bnfreeze.norms import AFFINE, STATISTICS, is_lookalike, is_norm
+from bnfreeze.policy import Policy
+
+__all__ = [
+    "Record",
+    "class_changed_since",
+    "held_names",
+    "layer_class",
+    "policy_name",
+    "record_of",
+    "set_record",
+]
+
+_RECORD = "_bnfreeze"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What freezing noted on a module: the policy, and what was there before.
+
+    Attributes:
+        policy: the policy that holds the module.
+        training: the mode last asked for by ``train()`` or ``eval()``.
+        requires_grad: the flag that each held parameter had, by its name in the module.
+    """
+
+    policy: Policy
+    training: bool
+    requires_grad: dict[str, bool]
+
+
+def record_of(module: nn.Module) -> Record | None:
+    """The module's record, or None if it is not frozen."""
+    return cast("Record | None", module.__dict__.get(_RECORD))
+
+
+def set_record(module: nn.Module, record: Record | None) -> None:
+    """Put a record on the module, or take it off."""
+    if record is None:
+        module.__dict__.pop(_RECORD, None)
+    else:
+        module.__dict__[_RECORD] = record
+
+
+def layer_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module had before it was frozen."""
+    kind = type(module)
+    # Its own dict: a class that something else derived from ours is not ours.
+    return cast("type[nn.Module]", kind.__dict__.get("_bnfreeze_base", kind))
+
+
+def held_names(module: nn.Module) -> tuple[str, ...]:
+    """The module's own tensors that are promised not to change, by their names in it.
+
+    Of a frozen module those that its policy holds; of another library's frozen batch norm its
+    statistics, and its weight and bias where these cannot train either.
+    """
+    record = record_of(module)
+    policy = record.policy if record else Policy.NONE
+    names: list[str] = []
+    if is_norm(module) and (policy.holds_statistics or is_lookalike(module)):
+        names += STATISTICS
+    if is_lookalike(module):
+        names += [name for name in AFFINE if name in module._buffers]
+    names += record.requires_grad if record else ()
+    return tuple(
+        name for name in dict.fromkeys(names) if isinstance(getattr(module, name, None), Tensor)
+    )
+
+
+def policy_name(module: nn.Module) -> str:
+    """The policy that holds the module; ``"frozen"`` for another library's frozen layer."""
+    record = record_of(module)
+    if record is not None:
+        return str(record.policy)
+    return "frozen" if is_lookalike(module) else "none"
+
+
+def class_changed_since(module: nn.Module) -> bool:
+    """Whether a frozen norm layer has been given yet another class since (a parametrization)."""
+    swapped = is_norm(module) and not is_lookalike(module)
+    return swapped and record_of(module) is not None and layer_class(module) is type(module)

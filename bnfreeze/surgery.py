@@ -1,0 +1,145 @@
+"""freeze and unfreeze: every layer is checked, then all are changed, in place, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from bnfreeze.behaviour import optimized_ids
+from bnfreeze.findings import Finding
+from bnfreeze.inspection import inspect
+from bnfreeze.norms import NamedModule, check_model, is_lookalike, is_norm, named_modules
+from bnfreeze.patterns import Pattern, parse_rules
+from bnfreeze.plan import plan
+from bnfreeze.policy import Policy
+from bnfreeze.record import layer_class, policy_name, record_of
+from bnfreeze.report import FreezeReport, LayerRow
+from bnfreeze.selection import matching, select
+from bnfreeze.transaction import carry_out, thaw
+
+__all__ = ["freeze", "unfreeze"]
+
+
+def freeze(
+    model: nn.Module,
+    policy: Policy | str | Mapping[str, Policy | str] = "eval+affine",
+    *,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+) -> FreezeReport:
+    """Freeze the norm layers of `model`, in place and undoably.
+
+    Modules, parameters and buffers stay the very objects they were, under the same names; so
+    references, optimizer groups, hooks, aliases of a shared layer and state_dict keys stay right.
+    Every layer is checked before any is changed.
+
+    Args:
+        model: any `nn.Module`, also one that is a single norm layer, or a wrapper such as
+            DistributedDataParallel around one.
+        policy: a `Policy`, its name (``"eval+affine"``), or a mapping from a pattern of dotted
+            module names to a policy: ``{"backbone": "eval", "backbone.layer4": "none"}``. In a
+            pattern ``*`` and ``?`` stay inside one segment and ``**`` spans any number; a module
+            that matches stands for itself and all below it. The last rule that matches wins.
+            Layers that no rule matches, or that ``none`` does, keep what they have.
+        optimizer: the optimizer, or several. Held parameters that stand in it are then listed.
+
+    Returns:
+        A `FreezeReport` with a row for each norm layer. Leaving it as a context manager unfreezes
+        what this call froze.
+
+    Raises:
+        PolicyError: an unknown policy, a pattern that matches nothing, or a layer that cannot
+            keep the policy's promise. Nothing has been changed then.
+        TypeError: `model` is no `nn.Module`, or is TorchScript.
+    """
+    model = check_model(model)
+    rules = parse_rules(policy)
+    optimized_ids(optimizer)  # what is no optimizer is refused before anything is changed
+    modules = named_modules(model)
+    changes = plan(modules, select(modules, rules))
+    actions = carry_out(changes)
+    done = {
+        id(change.module): (did, change.note) for change, did in zip(changes, actions, strict=True)
+    }
+    return FreezeReport(
+        _rows(modules, done),
+        _findings(model, {change.entry.name for change in changes}, optimizer),
+        _norm_names(modules),
+        lambda: thaw(named_modules(model), [change.module for change in changes]),
+    )
+
+
+def unfreeze(model: nn.Module, match: str | Iterable[str] | None = None) -> FreezeReport:
+    """Give frozen layers back exactly as they were: class, forward and requires_grad.
+
+    The training flag becomes the one last asked for by ``train()`` or ``eval()``, as if the layer
+    had never been frozen. Values are left as they are. Where nothing is frozen, nothing is done.
+
+    Args:
+        model: the model that was frozen, or a copy of it, or one loaded from a file.
+        match: a pattern of dotted module names, or several; None for all.
+
+    Returns:
+        A `FreezeReport`, with the action ``restore`` on each row that was given back.
+
+    Raises:
+        PolicyError: a pattern that matches no module, or a layer whose class something else has
+            changed since. Nothing has been changed then.
+        TypeError: `model` is no `nn.Module`.
+    """
+    model = check_model(model)
+    modules = named_modules(model)
+    chosen = modules
+    if match is not None:
+        texts = [match] if isinstance(match, str | Pattern) else list(match)
+        chosen = matching(
+            modules, [t if isinstance(t, Pattern) else Pattern.parse(t) for t in texts]
+        )
+    frozen = [entry.module for entry in chosen if record_of(entry.module) is not None]
+    thaw(modules, frozen)
+    done = {id(module): (("restore",), "") for module in frozen}
+    return FreezeReport(_rows(modules, done), norm_names=_norm_names(modules))
+
+
+def _rows(
+    modules: Sequence[NamedModule], done: Mapping[int, tuple[tuple[str, ...], str]]
+) -> tuple[LayerRow, ...]:
+    """A row for each norm layer and for each other module that something was done to."""
+    rows = []
+    for entry in modules:
+        module = entry.module
+        if id(module) in done:
+            actions, note = done[id(module)]
+        elif is_norm(module):
+            untouched = record_of(module) is None and not is_lookalike(module)
+            actions, note = (), "left alone" if untouched else ""
+        else:
+            continue
+        rows.append(
+            LayerRow(
+                entry.name,
+                layer_class(module).__name__,
+                policy_name(module),
+                actions=actions,
+                note=note,
+            )
+        )
+    return tuple(rows)
+
+
+def _norm_names(modules: Sequence[NamedModule]) -> frozenset[str]:
+    return frozenset(entry.name for entry in modules if is_norm(entry.module))
+
+
+def _findings(
+    model: nn.Module,
+    frozen: set[str],
+    optimizer: Optimizer | Iterable[Optimizer] | None,
+) -> tuple[Finding, ...]:
+    """What `inspect` finds in the layers just frozen, and in those that it could not judge."""
+    return tuple(
+        finding
+        for finding in inspect(model, optimizer=optimizer).findings
+        if finding.layer in frozen or finding.code == "unknown-norm"
+    )

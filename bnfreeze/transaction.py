@@ -1,0 +1,125 @@
+"""Changing layers: all that are planned, or none; and taking them back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from bnfreeze.norms import NamedModule, is_lookalike, is_norm, keeps_statistics
+from bnfreeze.plan import Change, check_class
+from bnfreeze.record import Record, layer_class, record_of, set_record
+
+__all__ = ["carry_out", "thaw"]
+
+
+def carry_out(changes: Sequence[Change]) -> list[tuple[str, ...]]:
+    """Take every layer back to its original state, then hold it; on an error, undo it all.
+
+    Returns:
+        for each change the actions that were needed, in the words of `LayerRow.actions`.
+    """
+    before = [_State.of(change.module) for change in changes]
+    records = [record_of(change.module) for change in changes]
+    try:
+        for change in changes:
+            _restore(change.module)
+        return [_hold(change, old) for change, old in zip(changes, records, strict=True)]
+    except BaseException:
+        for state in before:
+            state.put_back()
+        raise
+
+
+def _hold(change: Change, old: Record | None) -> tuple[str, ...]:
+    """Hold the layer, and say what is new against the record that it had."""
+    module, record = change.module, change.record
+    cleared = []
+    for parameter in change.held.values():
+        parameter.requires_grad_(False)
+        if parameter.grad is not None:
+            parameter.grad = None
+            cleared.append("clear-grad")
+    if change.kind is not layer_class(module):
+        module.__class__ = change.kind
+        if record.policy.forces_eval:
+            # What reads the flag past the property, as torch.jit.script does, must see it too.
+            module.__dict__["training"] = False
+    if is_lookalike(module) and not change.held:
+        return ()
+    set_record(module, record)
+    if old is not None and old.policy == record.policy:
+        return tuple(dict.fromkeys(cleared))
+    done = ["restore"] if old is not None else []
+    if is_norm(module) and not is_lookalike(module) and keeps_statistics(module):
+        done += ["force-eval"] if record.policy.forces_eval else []
+        done += ["hold-statistics"] if record.policy.holds_statistics else []
+    done += [f"hold-{name}" for name in change.held]
+    return tuple(dict.fromkeys([*done, *cleared]))
+
+
+def _restore(module: nn.Module) -> None:
+    """Take one module back to what its record says; nothing if it has none."""
+    record = record_of(module)
+    if record is None:
+        return
+    for name, flag in record.requires_grad.items():
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            parameter.requires_grad_(flag)
+    base = layer_class(module)
+    if type(module) is not base:
+        module.__class__ = base
+        if record.policy.forces_eval:
+            module.__dict__["training"] = record.training
+    set_record(module, None)
+
+
+def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> None:
+    """Take the chosen among a model's modules back to what they were.
+
+    Raises:
+        PolicyError: a layer whose class something else has changed since; none is changed then.
+    """
+    wanted = {id(module) for module in chosen}
+    thawed = [e for e in modules if id(e.module) in wanted and record_of(e.module) is not None]
+    for entry in thawed:
+        check_class(entry)
+    for entry in thawed:
+        _restore(entry.module)
+    # A tied parameter stays held by a module that stays frozen.
+    for entry in modules:
+        record = record_of(entry.module)
+        for name in record.requires_grad if record else ():
+            parameter = entry.module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(False)
+
+
+@dataclass
+class _State:
+    """All that freezing changes on a module, to put it back if it fails half-way."""
+
+    module: nn.Module
+    kind: type[nn.Module]
+    attributes: dict[str, object]
+    parameters: list[tuple[nn.Parameter, bool, Tensor | None]]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _State:
+        attributes: dict[str, object] = {
+            key: module.__dict__[key] for key in ("training", "_bnfreeze") if key in module.__dict__
+        }
+        parameters = [
+            (p, p.requires_grad, p.grad) for p in module._parameters.values() if p is not None
+        ]
+        return cls(module, type(module), attributes, parameters)
+
+    def put_back(self) -> None:
+        self.module.__class__ = self.kind
+        set_record(self.module, None)
+        self.module.__dict__.update(self.attributes)
+        for parameter, flag, grad in self.parameters:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
