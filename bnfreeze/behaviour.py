@@ -146,7 +146,13 @@ def _trains_affine(layer: nn.Module, optimized: frozenset[int] | None) -> tuple[
     parameters = affine_parameters(layer)
     if not parameters:
         return False, "it has neither"
-    reasons = {name: _why_moves(p, optimized) for name, p in parameters.items()}
+    record = record_of(layer)
+    policy = f"held by policy {record.policy}" if record else ""
+    held = record.requires_grad if record else {}
+    reasons = {
+        name: _why_moves(parameter, optimized, policy if name in held else "")
+        for name, parameter in parameters.items()
+    }
     moving = {name: why for name, (moves, why) in reasons.items() if moves}
     shown = moving or {name: why for name, (_, why) in reasons.items()}
     if len(set(shown.values())) == 1 and len(shown) == len(parameters):
@@ -154,7 +160,9 @@ def _trains_affine(layer: nn.Module, optimized: frozenset[int] | None) -> tuple[
     return bool(moving), "; ".join(f"{name}: {why}" for name, why in shown.items())
 
 
-def _why_moves(parameter: nn.Parameter, optimized: frozenset[int] | None) -> tuple[bool, str]:
+def _why_moves(
+    parameter: nn.Parameter, optimized: frozenset[int] | None, held: str
+) -> tuple[bool, str]:
     if optimized is not None and id(parameter) not in optimized:
         return False, "in no optimizer"
     if parameter.requires_grad:
@@ -162,4 +170,4 @@ def _why_moves(parameter: nn.Parameter, optimized: frozenset[int] | None) -> tup
     if parameter.grad is not None:
         # Without an optimizer at hand, the careful answer: a step would move it.
         return True, "requires_grad is False, but a leftover .grad is applied by the next step"
-    return False, "requires_grad is False"
+    return False, held or "requires_grad is False"

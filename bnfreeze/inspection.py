@@ -23,7 +23,7 @@ from bnfreeze.norms import (
     named_modules,
 )
 from bnfreeze.record import held_names, record_of
-from bnfreeze.render import Printable, Sheet
+from bnfreeze.render import Printable, Sheet, told_kinds
 from bnfreeze.train_mode import training_flags
 
 __all__ = ["Inspection", "inspect"]
@@ -62,24 +62,46 @@ class Inspection(Printable):
                 str(layer.num_features),
                 layer.policy,
                 layer.normalizes_with,
-                "update" if layer.updates_statistics else "still",
-                "train" if layer.trains_affine else "still",
+                "update" if layer.updates_statistics else _still(layer.why["statistics"]),
+                "train" if layer.trains_affine else _still(layer.why["affine"]),
+                f"{layer.eps:g}",
+                layer.why["statistics"],
+                layer.why["affine"],
             )
             for layer in self.layers
         ]
         moving = sum(layer.updates_statistics for layer in self.layers)
         training = sum(layer.trains_affine for layer in self.layers)
         on_batch = sum(layer.normalizes_with == "batch" for layer in self.layers)
+        title, further = told_kinds(
+            "What the next training step does", [layer.kind for layer in self.layers]
+        )
         return Sheet(
-            title="The next training step",
-            columns=("layer", "kind", "C", "policy", "normalises with", "statistics", "affine"),
+            title=title,
+            columns=(
+                "layer",
+                "kind",
+                "C",
+                "policy",
+                "uses",
+                "statistics",
+                "affine",
+                "eps",
+                "statistics, because",
+                "affine, because",
+            ),
             rows=rows,
             findings=self.findings,
             verdict=(
                 f"{len(rows)} norm layers: {on_batch} normalise with the batch, "
                 f"{moving} update their statistics, {training} train weight or bias."
             ),
+            further=further | {"eps", "statistics, because", "affine, because"},
         )
+
+
+def _still(why: str) -> str:
+    return "held" if why.startswith("held") else "still"
 
 
 def inspect(

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING
 from bnfreeze.findings import Finding
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table
     from rich.text import Text
 
-__all__ = ["Printable", "Sheet", "escaped"]
+__all__ = ["Printable", "Sheet", "escaped", "told_kinds"]
 
 # A colour says what it means for a person who wants the layer frozen.
 _STYLES = {
-    "held": "green",
+    "held": "bold green",
     "still": "green",
     "running": "green",
     "update": "yellow",
@@ -38,15 +38,38 @@ _STYLES = {
 }
 
 
+# From this width on, a sheet's further columns are shown.
+_WIDE = 120
+# Cells of this length and more are sentences, which may wrap.
+_PROSE = 17
+
+
 @dataclass(frozen=True)
 class Sheet:
-    """A table, the findings under it and one line that sums up."""
+    """A table, the findings under it and one line that sums up.
+
+    Attributes:
+        title: what the table shows.
+        columns: the headings; the first column names the layer.
+        rows: a cell for each column.
+        findings: told under the table, those of one kind together.
+        verdict: the last line.
+        further: the columns that only a wide terminal shows.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     findings: Sequence[Finding]
     verdict: str
+    further: frozenset[str] = frozenset()
+
+
+def told_kinds(title: str, kinds: Sequence[str]) -> tuple[str, frozenset[str]]:
+    """Tell a single kind of layer in the title, and leave its column to a wide terminal."""
+    if len(set(kinds)) == 1:
+        return f"{title} · {len(kinds)} × {kinds[0]}", frozenset({"kind"})
+    return title, frozenset()
 
 
 class Printable(ABC):
@@ -64,8 +87,16 @@ class Printable(ABC):
         console.print(self)
         return str(console.file.getvalue()).rstrip("\n")  # type: ignore[attr-defined]
 
-    def __rich__(self) -> RenderableType:
-        return _draw(self.sheet())
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        from rich.text import Text
+
+        sheet = self.sheet()
+        if sheet.rows:
+            yield _table(sheet, options.max_width)
+        yield from _findings(sheet.findings)
+        yield Text(escaped(sheet.verdict), style="bold")
 
     def save_svg(self, path: str | Path, *, width: int = 100) -> None:
         """Save the picture as an SVG file, `width` characters wide."""
@@ -94,24 +125,18 @@ def escaped(text: str) -> str:
     )
 
 
-def _draw(sheet: Sheet) -> RenderableType:
-    from rich.console import Group
-    from rich.text import Text
-
-    parts: list[RenderableType] = []
-    if sheet.rows:
-        parts.append(_table(sheet))
-    parts += _findings(sheet.findings)
-    parts.append(Text(escaped(sheet.verdict), style="bold"))
-    return Group(*parts)
-
-
-def _table(sheet: Sheet) -> Table:
+def _table(sheet: Sheet, width: int) -> Table:
     from rich import box
     from rich.table import Table
 
-    # A column in which no row says anything is left out.
-    used = [i for i in range(len(sheet.columns)) if any(row[i] for row in sheet.rows)]
+    cells = [[row[i] for row in sheet.rows] for i in range(len(sheet.columns))]
+    shown = [
+        i
+        for i, name in enumerate(sheet.columns)
+        # A column that says nothing in any row is left out.
+        if any(cells[i]) and (width >= _WIDE or name not in sheet.further)
+    ]
+    longest = {i: max(map(len, [sheet.columns[i], *cells[i]])) for i in shown}
     table = Table(
         title=escaped(sheet.title),
         title_style="bold",
@@ -119,18 +144,19 @@ def _table(sheet: Sheet) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for i in used:
-        numeric = all(row[i].isdigit() for row in sheet.rows if row[i])
-        # The first column, the name, folds rather than loses its end; short words stay whole.
-        wide = i == 0 or max(len(row[i]) for row in sheet.rows) > 24
+    # Short words stay whole; the name takes what they leave, and folds rather than loses its end.
+    room = width - sum(3 + min(longest[i], _PROSE) for i in shown[1:]) - 2
+    for i in shown:
+        numeric = all(cell.isdigit() for cell in cells[i] if cell)
         table.add_column(
             sheet.columns[i],
             justify="right" if numeric else "left",
             overflow="fold",
-            no_wrap=not wide,
+            min_width=max(12, min(room, longest[i])) if i == 0 else None,
+            no_wrap=i > 0 and longest[i] < _PROSE,
         )
     for row in sheet.rows:
-        table.add_row(*(_cell(row[i]) for i in used))
+        table.add_row(*(_cell(row[i]) for i in shown))
     return table
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
 
 from bnfreeze.findings import Finding
-from bnfreeze.render import Printable, Sheet
+from bnfreeze.render import Printable, Sheet, told_kinds
 
 __all__ = ["FreezeReport", "LayerRow"]
 
@@ -66,14 +66,14 @@ class FreezeReport(Printable):
         """The facts laid out for `bnfreeze.render`."""
         norms = [row for row in self.layers if row.name in self.norm_names]
         others = len(self.layers) - len(norms)
-        done, count = ("frozen", sum(row.policy != "none" for row in norms))
-        if any(row.policy == "none" and "restore" in row.actions for row in self.layers):
-            done, count = ("given back", sum("restore" in row.actions for row in norms))
-        verdict = f"{count} of {len(norms)} norm layers {done}" + (
-            f", and the weights of {others} other modules." if others else "."
-        )
+        undone = any(row.policy == "none" and "restore" in row.actions for row in self.layers)
+        if undone:
+            done, count = "given back", sum("restore" in row.actions for row in norms)
+        else:
+            done, count = "frozen", sum(row.policy != "none" for row in norms)
+        title, further = told_kinds(f"Norm layers {done}", [row.kind for row in norms])
         return Sheet(
-            title=f"Norm layers {done}",
+            title=title,
             columns=("layer", "kind", "policy", "absorbs", "done", "note"),
             rows=[
                 (
@@ -81,13 +81,15 @@ class FreezeReport(Printable):
                     row.kind,
                     row.policy,
                     row.absorbs,
-                    ", ".join(row.actions),
+                    _done(row.actions),
                     row.note,
                 )
                 for row in norms
             ],
             findings=self.findings,
-            verdict=verdict,
+            verdict=f"{count} of {len(norms)} norm layers {done}"
+            + (f", and the weights of {others} other modules." if others else "."),
+            further=further,
         )
 
     def __enter__(self) -> FreezeReport:
@@ -100,3 +102,10 @@ class FreezeReport(Printable):
         traceback: TracebackType | None,
     ) -> None:
         self.undo()
+
+
+def _done(actions: Sequence[str]) -> str:
+    """The actions in fewer words: what is held is listed once, behind one verb."""
+    held = [action.removeprefix("hold-") for action in actions if action.startswith("hold-")]
+    others = [action.replace("-", " ") for action in actions if not action.startswith("hold-")]
+    return ", ".join(others + ([f"hold {' '.join(held)}"] if held else []))
