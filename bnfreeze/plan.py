@@ -25,14 +25,14 @@ class Change:
     Attributes:
         entry: the module and its names.
         kind: the class that it gets.
-        record: what is noted on it.
+        record: what is noted on it; None if it is only given back.
         held: its own parameters that are held, by their names in it.
         note: what a person should know about it.
     """
 
     entry: NamedModule
     kind: type[nn.Module]
-    record: Record
+    record: Record | None
     held: dict[str, nn.Parameter]
     note: str
 
@@ -79,6 +79,8 @@ def _plan_one(choice: Selected, flags: Mapping[int, bool]) -> Change:
     module, name = entry.module, entry.name or "The model"
     check_class(entry)
     norm = is_norm(module)
+    if not policy:
+        return Change(entry, layer_class(module), None, {}, "")
     if not norm:
         policy = Policy.WEIGHTS
     elif policy & (Policy.FUSED | Policy.FUSED_ACT):

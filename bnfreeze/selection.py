@@ -12,6 +12,7 @@ from bnfreeze.errors import PolicyError
 from bnfreeze.norms import NamedModule, is_norm
 from bnfreeze.patterns import Pattern, Rule, nearest
 from bnfreeze.policy import Policy
+from bnfreeze.record import record_of
 
 __all__ = ["Selected", "matching", "select"]
 
@@ -28,7 +29,8 @@ def select(modules: Sequence[NamedModule], rules: Iterable[Rule]) -> list[Select
     """The norm layers, and with ``weights`` the modules with parameters, that the rules select.
 
     The last rule that matches any of a module's names wins. A module that it leaves alone
-    (``none``) is not among the selected.
+    (``none``) is not among the selected. A module that an earlier call holds, and that this
+    rule's policy does not, is selected with the policy ``none``: it is to be given back.
 
     Raises:
         PolicyError: a rule that selects nothing, with the nearest existing names; or one that
@@ -45,12 +47,13 @@ def select(modules: Sequence[NamedModule], rules: Iterable[Rule]) -> list[Select
         if not any(_eligible(modules[index].module, wanted) for index in reached):
             raise PolicyError(_nothing_found(modules, rule, wanted))
         chosen.update(dict.fromkeys(reached, rule.policy))
-    selected = [
-        Selected(entry, policy)
-        for index, entry in enumerate(modules)
-        if (policy := chosen.get(index, Policy.NONE)) is not Policy.NONE
-        and _eligible(entry.module, policy)
-    ]
+    selected = []
+    for index, entry in enumerate(modules):
+        policy = chosen.get(index, Policy.NONE)
+        if policy and _eligible(entry.module, policy):
+            selected.append(Selected(entry, policy))
+        elif policy and record_of(entry.module) is not None:
+            selected.append(Selected(entry, Policy.NONE))
     for choice in selected:
         _refuse_script(choice.entry)
     return selected

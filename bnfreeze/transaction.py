@@ -35,6 +35,8 @@ def carry_out(changes: Sequence[Change]) -> list[tuple[str, ...]]:
 def _hold(change: Change, old: Record | None) -> tuple[str, ...]:
     """Hold the layer, and say what is new against the record that it had."""
     module, record = change.module, change.record
+    if record is None:
+        return ("restore",)
     cleared = []
     for parameter in change.held.values():
         parameter.requires_grad_(False)

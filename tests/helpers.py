@@ -1,0 +1,37 @@
+"""What many tests need: a state to compare with, bit for bit, and a training step."""
+
+import torch
+
+
+def bits(tensor):
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8).clone()
+
+
+def state(module):
+    """Every parameter and buffer, as bytes, by name."""
+    return {name: bits(value) for name, value in module.state_dict().items()}
+
+
+def moved(before, module):
+    """The names whose bytes differ from those of `before`."""
+    after = state(module)
+    assert after.keys() == before.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def step(model, images, optimizer=None, **zero_grad):
+    """One training step as people write it: train(), forward, backward, step."""
+    model.train()
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+    optimizer.zero_grad(**zero_grad)
+    # Also where every parameter is held, there is something to differentiate by.
+    model(images.clone().requires_grad_()).square().mean().backward()
+    optimizer.step()
+    return optimizer
+
+
+STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def statistics(names):
+    return {name for name in names if name.rpartition(".")[2] in STATISTICS}

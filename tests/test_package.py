@@ -1,0 +1,57 @@
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import bnfreeze
+
+
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_importing_bnfreeze_imports_neither_torch_nor_rich():
+    code = """
+        import sys, bnfreeze
+        bnfreeze.Policy.parse("eval+affine")
+        print([name for name in ("torch", "rich", "numpy") if name in sys.modules])
+    """
+    assert run(code) == "[]"
+
+
+def test_every_public_name_can_be_had_and_is_listed():
+    for name in bnfreeze.__all__:
+        assert getattr(bnfreeze, name) is not None
+    assert set(bnfreeze.__all__) <= set(dir(bnfreeze))
+    assert bnfreeze.__all__ == sorted(bnfreeze.__all__)
+    assert bnfreeze.__version__.count(".") == 2
+
+
+def test_the_two_lists_of_public_names_agree():
+    assert set(bnfreeze._HOME) == set(bnfreeze.__all__)
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'frieze'"):
+        _ = bnfreeze.frieze
+
+
+@pytest.mark.parametrize(
+    ("error", "base"),
+    [
+        (bnfreeze.PolicyError, bnfreeze.BnfreezeError),
+        (bnfreeze.PolicyError, ValueError),
+        (bnfreeze.CheckpointError, bnfreeze.BnfreezeError),
+        (bnfreeze.UnsafeCheckpoint, bnfreeze.CheckpointError),
+        (bnfreeze.CorruptCheckpoint, bnfreeze.CheckpointError),
+        (bnfreeze.UnsupportedFormat, bnfreeze.CheckpointError),
+        (bnfreeze.DriftError, bnfreeze.BnfreezeError),
+        (bnfreeze.DriftError, AssertionError),
+        (bnfreeze.BnfreezeWarning, UserWarning),
+    ],
+)
+def test_errors_can_be_caught_by_their_base(error, base):
+    assert issubclass(error, base)

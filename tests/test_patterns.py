@@ -1,0 +1,72 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bnfreeze import PolicyError
+from bnfreeze.patterns import Pattern, nearest, parse_rules
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names", "others"),
+    [
+        ("", ["", "a", "a.b.c"], []),
+        ("a", ["a", "a.b", "a.b.c"], ["", "ab", "b.a"]),
+        ("a.b", ["a.b", "a.b.c"], ["a", "a.bc", "x.a.b"]),
+        ("*", ["a", "a.b"], [""]),
+        ("layer?", ["layer1", "layer4.0.bn1"], ["layer", "layer10", "x.layer1"]),
+        ("*.bn1", ["a.bn1"], ["bn1", "a.b.bn1"]),
+        ("**.bn1", ["bn1", "a.bn1", "a.b.bn1", "a.bn1.inner"], ["a.bn2"]),
+        ("head.**.bn?", ["head.bn1", "head.a.b.bn2"], ["head", "bn1", "head.bn10", "head.a"]),
+        ("a.**", ["a", "a.b"], ["b"]),
+        ("a.**.**.c", ["a.c", "a.b.c"], ["a.b"]),
+        ("downsample*", ["downsample", "downsample_1.0"], ["x.downsample"]),
+        ("a+(b)", ["a+(b)"], ["aab", "ab"]),
+    ],
+)
+def test_a_pattern_stands_for_what_matches_and_all_below(pattern, names, others):
+    pattern = Pattern.parse(pattern)
+    assert [name for name in names if not pattern.matches(name)] == []
+    assert [name for name in others if pattern.matches(name)] == []
+
+
+segments = st.text("ab1_", min_size=1, max_size=4)
+names = st.lists(segments, min_size=1, max_size=5)
+
+
+@given(names)
+def test_a_name_is_its_own_pattern_and_that_of_all_below_it(parts):
+    name = ".".join(parts)
+    for depth in range(1, len(parts) + 1):
+        assert Pattern.parse(".".join(parts[:depth])).matches(name)
+    assert Pattern.parse("**." + parts[-1]).matches(name)
+    assert Pattern.parse(".".join("*" * len(parts))).matches(name)
+    assert not Pattern.parse(name + "x").matches(name)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("a..b", "empty segment"),
+        (".a", "empty segment"),
+        ("a.", "empty segment"),
+        ("layer**", "stands alone between dots"),
+        (3, "not int"),
+    ],
+)
+def test_a_malformed_pattern_says_what_is_wrong(wrong, says):
+    with pytest.raises(PolicyError, match=says):
+        Pattern.parse(wrong)
+
+
+def test_an_error_inside_a_rule_names_the_rule():
+    with pytest.raises(PolicyError, match=r"Rule 'layer1': .*no policy 'evil'"):
+        parse_rules({"layer1": "evil"})
+    with pytest.raises(PolicyError, match="empty"):
+        parse_rules({})
+
+
+def test_the_nearest_names_are_found_whole_and_by_their_last_segment():
+    names = ["backbone", "backbone.layer3", "backbone.layer4", "head.norm"]
+    assert nearest("backbone.layer5", names)[0] in {"backbone.layer3", "backbone.layer4"}
+    assert "backbone.layer4" in nearest("layer4", names)
+    assert nearest("zzzzzz", names) == []
