@@ -89,7 +89,7 @@ def layer_facts(entry: NamedModule, training: bool, optimized: frozenset[int] | 
         updates_statistics=updates,
         trains_affine=trains,
         num_features=int(
-            getattr(layer, "num_features", 0) or (0 if mean is None else mean.numel())
+            getattr(layer, "num_features", 0 if mean is None or is_lazy(layer) else mean.numel())
         ),
         eps=float(getattr(layer, "eps", 0.0)),
         why={"normalizes_with": why_normalizes, "statistics": why_updates, "affine": why_trains},

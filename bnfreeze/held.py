@@ -65,7 +65,7 @@ class _ForceEval(_Held):
     """Normalises with the running statistics, whatever mode is asked for."""
 
     # torch.jit.script must read the flag in the instance's dict, which is always False, and not
-    # compile the property.
+    # compile the property. The scripted copy is a model of its own: its train() does thaw it.
     __jit_unused_properties__: tuple[str, ...] = ("training",)
 
     @property
@@ -106,9 +106,11 @@ class _KeepStatistics(_Held):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return super().forward(*args, **kwargs)
-        held = {
-            name: buffer for name in STATISTICS if (buffer := self._buffers.get(name)) is not None
-        }
+        held = {}
+        for name in STATISTICS:
+            buffer = self._buffers.get(name)
+            if buffer is not None:
+                held[name] = buffer
         try:
             for name, buffer in held.items():
                 self._buffers[name] = buffer.clone()

@@ -82,9 +82,8 @@ def is_norm(module: nn.Module) -> bool:
 
 def keeps_unknown_statistics(module: nn.Module) -> bool:
     """Whether a module that is no norm layer to bnfreeze nevertheless keeps such statistics."""
-    return not is_norm(module) and all(
-        isinstance(module._buffers.get(name), Tensor) for name in STATISTICS[:2]
-    )
+    buffers = {name for name, _ in module.named_buffers(recurse=False)}
+    return not is_norm(module) and buffers.issuperset(STATISTICS[:2])
 
 
 @dataclass(frozen=True)

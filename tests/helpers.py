@@ -14,9 +14,9 @@ def state(module):
 
 def moved(before, module):
     """The names whose bytes differ from those of `before`."""
-    after = state(module)
+    after = module.state_dict()
     assert after.keys() == before.keys()
-    return {name for name in before if not torch.equal(before[name], after[name])}
+    return {name for name in before if not torch.equal(before[name], bits(after[name]))}
 
 
 def step(model, images, optimizer=None, **zero_grad):
