@@ -10,7 +10,6 @@ import torchvision
 from timm.layers import BatchNormAct2d
 from timm.layers import freeze_batch_norm_2d as timm_freeze
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision.ops import FrozenBatchNorm2d
 from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
@@ -32,7 +31,9 @@ class OwnForward(nn.BatchNorm2d):
             self.num_batches_tracked += 1
         else:
             mean, var = self.running_mean, self.running_var
-        return F.gelu(F.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps))
+        return nn.functional.gelu(
+            nn.functional.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps)
+        )
 
 
 class WithArguments(nn.BatchNorm2d):
@@ -191,7 +192,7 @@ def test_a_lazy_layer_must_have_seen_an_input():
         warnings.simplefilter("ignore")
         model = nn.Sequential(nn.BatchNorm2d(3), nn.LazyBatchNorm2d())
     for policy in ("stats", "affine", "eval", "weights"):
-        with pytest.raises(PolicyError, match="1 is a LazyBatchNorm2d.*run one forward pass"):
+        with pytest.raises(PolicyError, match=r"1 is a LazyBatchNorm2d.*run one forward pass"):
             freeze(model, policy)
     assert type(model[0]) is nn.BatchNorm2d
     assert "lazy" in {f.code for f in inspect(model).findings}
@@ -307,9 +308,8 @@ def test_patterns_match_through_wrappers(model, images):
     assert rows["_orig_mod.module.backbone.0.1"] == "none"
     before = state(model)
     compiled.train()(images)
-    assert statistics(moved(before, model)) and not {
-        name for name in moved(before, model) if name.startswith("stem")
-    }
+    changed = statistics(moved(before, model))
+    assert {name.split(".")[0] for name in changed} == {"backbone", "head"}
 
 
 @pytest.fixture
@@ -406,7 +406,7 @@ def test_scripted_after_freezing_the_copy_is_in_eval_as_long_as_nobody_asks_othe
 
 def test_a_scripted_model_is_refused_and_a_scripted_layer_can_be_left_out(model):
     scripted = torch.jit.script(model)
-    with pytest.raises(TypeError, match="freeze the original nn.Module"):
+    with pytest.raises(TypeError, match=r"freeze the original nn\.Module"):
         freeze(scripted)
     mixed = nn.ModuleDict({"a": model.stem, "b": torch.jit.script(copy.deepcopy(model.head))})
     with pytest.raises(PolicyError, match=r"b\.2 is a TorchScript module.*'none'"):
