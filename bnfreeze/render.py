@@ -100,7 +100,11 @@ class Printable(ABC):
 
     def save_svg(self, path: str | Path, *, width: int = 100) -> None:
         """Save the picture as an SVG file, `width` characters wide."""
-        _recorded(self, width).save_svg(str(path), title="bnfreeze")
+        from rich.terminal_theme import SVG_EXPORT_THEME
+
+        svg = _recorded(self, width).export_svg(title="bnfreeze", theme=SVG_EXPORT_THEME)
+        # rich links a font from the net; a picture must not call home when it is looked at.
+        Path(path).write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.S), encoding="utf-8")
 
 
 def _recorded(what: Printable, width: int) -> Console:
@@ -143,9 +147,10 @@ def _table(sheet: Sheet, width: int) -> Table:
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     # Short words stay whole; the name takes what they leave, and folds rather than loses its end.
-    room = width - sum(3 + min(longest[i], _PROSE) for i in shown[1:]) - 2
+    room = width - sum(2 + min(longest[i], _PROSE) for i in shown[1:]) - 2
     for i in shown:
         numeric = all(cell.isdigit() for cell in cells[i] if cell)
         table.add_column(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
 
 from bnfreeze.findings import Finding
+from bnfreeze.policy import Policy
 from bnfreeze.render import Printable, Sheet, told_kinds
 
 __all__ = ["FreezeReport", "LayerRow"]
@@ -74,18 +75,17 @@ class FreezeReport(Printable):
         title, further = told_kinds(f"Norm layers {done}", [row.kind for row in norms])
         return Sheet(
             title=title,
-            columns=("layer", "kind", "policy", "absorbs", "done", "note"),
-            rows=[
-                (
-                    row.name or "(the model)",
-                    row.kind,
-                    row.policy,
-                    row.absorbs,
-                    _done(row.actions),
-                    row.note,
-                )
-                for row in norms
-            ],
+            columns=(
+                "layer",
+                "kind",
+                "policy",
+                "absorbs",
+                "uses",
+                "statistics",
+                "affine",
+                "note",
+            ),
+            rows=[_cells(row) for row in norms],
             findings=self.findings,
             verdict=f"{count} of {len(norms)} norm layers {done}"
             + (f", and the weights of {others} other modules." if others else "."),
@@ -104,8 +104,28 @@ class FreezeReport(Printable):
         self.undo()
 
 
-def _done(actions: Sequence[str]) -> str:
-    """The actions in fewer words: what is held is listed once, behind one verb."""
-    held = [action.removeprefix("hold-") for action in actions if action.startswith("hold-")]
-    others = [action.replace("-", " ") for action in actions if not action.startswith("hold-")]
-    return ", ".join(others + ([f"hold {' '.join(held)}"] if held else []))
+def _cells(row: LayerRow) -> tuple[str, ...]:
+    """What the layer does from now on, in the words of the inspection's table."""
+    uses = statistics = affine = ""
+    if row.policy == "frozen":
+        uses, statistics, affine = "running", "held", "held"
+    elif row.policy != "none":
+        policy = Policy.parse(row.policy)
+        uses = "running" if policy.forces_eval else "batch"
+        statistics = "held" if policy.holds_statistics else "update"
+        affine = "held" if policy.holds_affine else "train"
+    words = {"clear-grad": "gradient cleared", "restore": "given back"}
+    notes = [words[action] for action in row.actions if action in words]
+    if row.policy != "none" and not row.actions and not row.note:
+        notes.append("as it was")
+    notes += [row.note] if row.note else []
+    return (
+        row.name or "(the model)",
+        row.kind,
+        row.policy,
+        row.absorbs,
+        uses,
+        statistics,
+        affine,
+        "; ".join(notes),
+    )

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from bnfreeze.behaviour import optimized_ids
 from bnfreeze.findings import Finding
 from bnfreeze.inspection import inspect
-from bnfreeze.norms import NamedModule, check_model, is_lookalike, is_norm, named_modules
+from bnfreeze.norms import NamedModule, check_model, is_norm, named_modules
 from bnfreeze.patterns import Pattern, parse_rules
 from bnfreeze.plan import plan
 from bnfreeze.policy import Policy
@@ -109,12 +109,8 @@ def _rows(
     rows = []
     for entry in modules:
         module = entry.module
-        if id(module) in done:
-            actions, note = done[id(module)]
-        elif is_norm(module):
-            untouched = record_of(module) is None and not is_lookalike(module)
-            actions, note = (), "left alone" if untouched else ""
-        else:
+        actions, note = done.get(id(module), ((), ""))
+        if id(module) not in done and not is_norm(module):
             continue
         rows.append(
             LayerRow(

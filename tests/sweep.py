@@ -121,6 +121,8 @@ def batch(name):
         return (torch.randn(2, 3, 16 if name.startswith(("mvit", "s3d")) else 4, size, size),)
     if name == "inception_v3":
         return (torch.randn(2, 3, 299, 299),)
+    if name.startswith("maxvit"):
+        return (torch.randn(2, 3, 224, 224),)
     return (torch.randn(2, 3, 64, 64),)
 
 
@@ -241,7 +243,10 @@ def main(words):
     chosen = [name for name in names() if not words or any(word in name for word in words)]
     for name in track(chosen, console=Console(stderr=True), description="sweep"):
         start = time.monotonic()
-        result = sweep(name)
+        try:
+            result = sweep(name)
+        except Exception as error:
+            result = 0, False, [f"{type(error).__name__}: {error}"[:200]]
         if result is None:
             without += 1
             continue

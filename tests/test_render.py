@@ -20,8 +20,9 @@ def shown(what, width):
 def test_the_report_at_80_columns(model):
     report = freeze(model, {"": "eval+affine", "backbone": "stats", "head": "none"})
     text = "\n".join(shown(report, 80))
-    assert re.search(r"stem\.1 +BatchNorm2d +eval\+affine", text)
-    assert re.search(r"head\.2 +BatchNorm1d +none", text)
+    assert re.search(r"stem\.1 +BatchNorm2d +eval\+affine +running +held +held", text)
+    assert re.search(r"backbone\.0\.1 +BatchNorm2d +stats +batch +held +train", text)
+    assert re.search(r"(?m)head\.2 +BatchNorm1d +none$", text)
     assert text.endswith("3 of 4 norm layers frozen.")
 
 
@@ -30,12 +31,12 @@ def test_the_inspection_at_80_columns(model):
     assert shown(inspect(model), 80) == [
         "What the next training step does",
         "",
-        " layer          kind          C   policy        uses      statistics   affine",
-        " " + "─" * 76,
-        " stem.1         BatchNorm2d   4   eval+affine   running   held         held",
-        " backbone.0.1   BatchNorm2d   6   stats         batch     held         train",
-        " backbone.1.1   BatchNorm2d   6   none          batch     update       train",
-        " head.2         BatchNorm1d   5   none          batch     update       train",
+        " layer         kind         C  policy       uses     statistics  affine",
+        " " + "─" * 70,
+        " stem.1        BatchNorm2d  4  eval+affine  running  held        held",
+        " backbone.0.1  BatchNorm2d  6  stats        batch    held        train",
+        " backbone.1.1  BatchNorm2d  6  none         batch    update      train",
+        " head.2        BatchNorm1d  5  none         batch    update      train",
         "",
         "note batch-stats-in-train  backbone.0.1",
         "  its statistics are fixed (held by policy stats), but train mode normalises",
@@ -106,4 +107,5 @@ def test_the_picture_can_be_saved(model, tmp_path):
     freeze(model, "eval").save_svg(tmp_path / "report.svg")
     svg = (tmp_path / "report.svg").read_text()
     assert svg.startswith("<svg")
+    assert "url(http" not in svg
     assert "stem.1" in svg
