@@ -235,7 +235,8 @@ def _gradient_findings(
             name,
             f"{' and '.join(listed)} is held and stands in the optimizer, "
             f"which passes it over while its .grad is None.",
-            "Harmless; build the optimizer from parameters with requires_grad=True to be tidy.",
+            "Harmless, but for LBFGS, which moves whatever it was given: build the optimizer from "
+            "the parameters with requires_grad=True.",
         )
 
 

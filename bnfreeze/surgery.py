@@ -58,7 +58,7 @@ def freeze(
     optimized_ids(optimizer)  # what is no optimizer is refused before anything is changed
     modules = named_modules(model)
     changes = plan(modules, select(modules, rules))
-    actions = carry_out(changes)
+    actions = carry_out(modules, changes)
     done = {
         id(change.module): (did, change.note) for change, did in zip(changes, actions, strict=True)
     }

@@ -14,22 +14,28 @@ from bnfreeze.record import Record, layer_class, record_of, set_record
 __all__ = ["carry_out", "thaw"]
 
 
-def carry_out(changes: Sequence[Change]) -> list[tuple[str, ...]]:
+def carry_out(modules: Sequence[NamedModule], changes: Sequence[Change]) -> list[tuple[str, ...]]:
     """Take every layer back to its original state, then hold it; on an error, undo it all.
 
+    Args:
+        modules: all of the model's.
+        changes: what is to become of some of them.
+
     Returns:
-        for each change the actions that were needed, in the words of `LayerRow.actions`.
+        For each change the actions that were needed, in the words of `LayerRow.actions`.
     """
     before = [_State.of(change.module) for change in changes]
     records = [record_of(change.module) for change in changes]
     try:
         for change in changes:
             _restore(change.module)
-        return [_hold(change, old) for change, old in zip(changes, records, strict=True)]
+        done = [_hold(change, old) for change, old in zip(changes, records, strict=True)]
+        _hold_tied(modules)
     except BaseException:
         for state in before:
             state.put_back()
         raise
+    return done
 
 
 def _hold(change: Change, old: Record | None) -> tuple[str, ...]:
@@ -90,7 +96,11 @@ def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> None:
         check_class(entry)
     for entry in thawed:
         _restore(entry.module)
-    # A tied parameter stays held by a module that stays frozen.
+    _hold_tied(modules)
+
+
+def _hold_tied(modules: Sequence[NamedModule]) -> None:
+    """A tied parameter stays held as long as any module that has it is frozen."""
     for entry in modules:
         record = record_of(entry.module)
         for name in record.requires_grad if record else ():

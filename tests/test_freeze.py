@@ -337,6 +337,16 @@ def test_tied_parameters_are_given_back_once_nobody_holds_them():
     assert first.weight.requires_grad
 
 
+def test_a_tied_parameter_stays_held_when_only_one_of_its_layers_gets_a_new_policy():
+    first, second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    second.weight = first.weight
+    model = nn.ModuleDict({"first": first, "second": second})
+    freeze(model, "eval+affine")
+    freeze(model, {"second": "eval"})
+    assert not first.weight.requires_grad
+    assert second.bias.requires_grad
+
+
 @pytest.mark.parametrize(
     ("model", "says"),
     [
