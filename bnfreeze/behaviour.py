@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from bnfreeze.norms import AFFINE, NamedModule, is_lazy, is_lookalike, keeps_statistics
 from bnfreeze.record import layer_class, policy_name, record_of
 
-__all__ = ["LayerFacts", "affine_parameters", "layer_facts", "optimized_ids"]
+__all__ = ["LayerFacts", "affine_parameters", "layer_facts", "optimizers_by_id"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,10 @@ class LayerFacts:
     aliases: tuple[str, ...] = ()
 
 
-def optimized_ids(optimizer: Optimizer | Iterable[Optimizer] | None) -> frozenset[int] | None:
-    """The identities of all parameters in the optimizer or optimizers; None without one.
+def optimizers_by_id(
+    optimizer: Optimizer | Iterable[Optimizer] | None,
+) -> Mapping[int, str] | None:
+    """By parameter identity, the class of the optimizer that has it; None without an optimizer.
 
     Raises:
         TypeError: something in it is no `torch.optim.Optimizer`.
@@ -55,26 +57,28 @@ def optimized_ids(optimizer: Optimizer | Iterable[Optimizer] | None) -> frozense
         return None
     # Duck-typed: wrappers of trainers (Accelerate, Lightning) keep param_groups and no base class.
     several = [optimizer] if hasattr(optimizer, "param_groups") else optimizer
-    ids: set[int] = set()
+    owners: dict[int, str] = {}
     try:
         for one in cast("Iterable[Optimizer]", several):
             for group in one.param_groups:
-                ids.update(map(id, group["params"]))
+                owners.update(dict.fromkeys(map(id, group["params"]), type(one).__name__))
     except (TypeError, AttributeError):
         raise TypeError(
             f"optimizer: expected a torch.optim.Optimizer or several, "
             f"not {type(optimizer).__name__}."
         ) from None
-    return frozenset(ids)
+    return owners
 
 
-def layer_facts(entry: NamedModule, training: bool, optimized: frozenset[int] | None) -> LayerFacts:
+def layer_facts(
+    entry: NamedModule, training: bool, optimized: Mapping[int, str] | None
+) -> LayerFacts:
     """Say what the layer will do.
 
     Args:
         entry: the norm layer.
         training: its training flag once ``model.train()`` has been called.
-        optimized: what `optimized_ids` gave; None where no optimizer is known.
+        optimized: what `optimizers_by_id` gave; None where no optimizer is known.
     """
     layer = entry.module
     normalizes, why_normalizes = _normalizes_with(layer, training)
@@ -142,7 +146,7 @@ def affine_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n in AFFINE if isinstance(p := layer._parameters.get(n), nn.Parameter)}
 
 
-def _trains_affine(layer: nn.Module, optimized: frozenset[int] | None) -> tuple[bool, str]:
+def _trains_affine(layer: nn.Module, optimized: Mapping[int, str] | None) -> tuple[bool, str]:
     parameters = affine_parameters(layer)
     if not parameters:
         return False, "it has neither"
@@ -161,7 +165,7 @@ def _trains_affine(layer: nn.Module, optimized: frozenset[int] | None) -> tuple[
 
 
 def _why_moves(
-    parameter: nn.Parameter, optimized: frozenset[int] | None, held: str
+    parameter: nn.Parameter, optimized: Mapping[int, str] | None, held: str
 ) -> tuple[bool, str]:
     if optimized is not None and id(parameter) not in optimized:
         return False, "in no optimizer"

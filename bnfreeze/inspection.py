@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bnfreeze.behaviour import LayerFacts, affine_parameters, layer_facts, optimized_ids
+from bnfreeze.behaviour import LayerFacts, affine_parameters, layer_facts, optimizers_by_id
 from bnfreeze.findings import Finding, by_gravity
 from bnfreeze.health import statistics_findings
 from bnfreeze.norms import (
@@ -125,7 +125,7 @@ def inspect(
         TypeError: `model` is no live `nn.Module`, or is TorchScript.
     """
     model = check_model(model)
-    optimized = optimized_ids(optimizer)
+    optimized = optimizers_by_id(optimizer)
     modules = named_modules(model)
     flags = training_flags(model)
     layers: list[LayerFacts] = []
@@ -145,7 +145,7 @@ def inspect(
 
 
 def _layer_findings(
-    facts: LayerFacts, layer: nn.Module, root_training: bool, optimized: frozenset[int] | None
+    facts: LayerFacts, layer: nn.Module, root_training: bool, optimized: Mapping[int, str] | None
 ) -> Iterator[Finding]:
     record = record_of(layer)
     name = facts.name
@@ -214,7 +214,7 @@ def _why_fixed(facts: LayerFacts, layer: nn.Module) -> str:
 
 
 def _gradient_findings(
-    name: str, layer: nn.Module, optimized: frozenset[int] | None
+    name: str, layer: nn.Module, optimized: Mapping[int, str] | None
 ) -> Iterator[Finding]:
     own = {n: p for n, p in layer._parameters.items() if p is not None and not p.requires_grad}
     left = [n for n, p in own.items() if p.grad is not None]
@@ -227,17 +227,29 @@ def _gradient_findings(
             f"the next optimizer step moves it.",
             "Use freeze(model, 'affine'), which clears it, or set .grad = None.",
         )
-    listed = [n for n in held_names(layer) if n in own and id(own[n]) in (optimized or ())]
+    optimized = optimized or {}
+    listed = [n for n in held_names(layer) if n in own and id(own[n]) in optimized]
     if listed and not left:
-        yield Finding(
-            "note",
-            "in-optimizer",
-            name,
-            f"{' and '.join(listed)} is held and stands in the optimizer, "
-            f"which passes it over while its .grad is None.",
-            "Harmless, but for LBFGS, which moves whatever it was given: build the optimizer from "
-            "the parameters with requires_grad=True.",
-        )
+        names = " and ".join(listed)
+        tidy = "build the optimizer from the parameters that have requires_grad=True."
+        if "LBFGS" in {optimized[id(own[n])] for n in listed}:
+            yield Finding(
+                "warning",
+                "in-optimizer",
+                name,
+                f"{names} is held and stands in LBFGS, which moves all that it was given along "
+                f"its past steps, without a gradient too.",
+                f"After freezing, {tidy}",
+            )
+        else:
+            yield Finding(
+                "note",
+                "in-optimizer",
+                name,
+                f"{names} is held and stands in the optimizer, which passes it over while its "
+                f".grad is None.",
+                f"Harmless; to be tidy, {tidy}",
+            )
 
 
 def _unknown(entry: NamedModule) -> Finding:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from bnfreeze.behaviour import optimized_ids
+from bnfreeze.behaviour import optimizers_by_id
 from bnfreeze.findings import Finding
 from bnfreeze.inspection import inspect
 from bnfreeze.norms import NamedModule, check_model, is_norm, named_modules
@@ -55,7 +55,7 @@ def freeze(
     """
     model = check_model(model)
     rules = parse_rules(policy)
-    optimized_ids(optimizer)  # what is no optimizer is refused before anything is changed
+    optimizers_by_id(optimizer)  # what is no optimizer is refused before anything is changed
     modules = named_modules(model)
     changes = plan(modules, select(modules, rules))
     actions = carry_out(modules, changes)

@@ -230,6 +230,28 @@ def test_held_parameters_in_the_optimizer_are_listed(model):
     assert "in-optimizer" not in codes(model, optimizer=torch.optim.SGD(model.head.parameters()))
 
 
+def test_lbfgs_moves_a_held_weight_without_a_gradient_and_the_report_warns_of_it(model, images):
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model.train()(images).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    report = freeze(model, "eval+affine", optimizer=optimizer)
+    assert {f.level for f in report.findings if f.code == "in-optimizer"} == {"warning"}
+    before = state(model)
+    optimizer.step(closure)
+    assert "stem.1.weight" in moved(before, model), "the trap is real"
+    remedy = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], max_iter=4)
+    before, optimizer = state(model), remedy
+    optimizer.step(closure)
+    assert "stem.1.weight" not in moved(before, model)
+    assert "stem.0.weight" in moved(before, model)
+
+
 def test_optimizer_state_still_loads_because_parameters_stay_parameters(model, images):
     optimizer = step(model, images)
     saved = copy.deepcopy(optimizer.state_dict())
