@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bnfreeze import functional
     from bnfreeze.errors import (
         BnfreezeError,
         BnfreezeWarning,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     )
     from bnfreeze.findings import Finding
     from bnfreeze.inspection import Inspection, inspect
+    from bnfreeze.layers import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
     from bnfreeze.policy import Policy
     from bnfreeze.report import FreezeReport, LayerRow
     from bnfreeze.surgery import freeze, unfreeze
@@ -32,6 +34,9 @@ __all__ = [
     "DriftError",
     "Finding",
     "FreezeReport",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
     "Inspection",
     "LayerRow",
     "Policy",
@@ -39,6 +44,7 @@ __all__ = [
     "UnsafeCheckpoint",
     "UnsupportedFormat",
     "freeze",
+    "functional",
     "inspect",
     "unfreeze",
 ]
@@ -53,6 +59,9 @@ _HOME = {
     "FreezeReport": "report",
     "Inspection": "inspection",
     "LayerRow": "report",
+    "FrozenBatchNorm1d": "layers",
+    "FrozenBatchNorm2d": "layers",
+    "FrozenBatchNorm3d": "layers",
     "Policy": "policy",
     "PolicyError": "errors",
     "UnsafeCheckpoint": "errors",
@@ -61,6 +70,7 @@ _HOME = {
     "inspect": "inspection",
     "unfreeze": "surgery",
 }
+_MODULES = {"functional"}
 
 
 def __getattr__(name: str) -> object:
@@ -70,6 +80,8 @@ def __getattr__(name: str) -> object:
         return version("bnfreeze")
     if name in _HOME:
         return getattr(import_module(f"bnfreeze.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"bnfreeze.{name}")
     raise AttributeError(f"module 'bnfreeze' has no attribute {name!r}")
 
 

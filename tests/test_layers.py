@@ -1,0 +1,261 @@
+"""FrozenBatchNorm1d, 2d and 3d as modules."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import bnfreeze
+from bnfreeze import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, PolicyError
+
+KINDS = [
+    (FrozenBatchNorm1d, nn.BatchNorm1d, (4, 6)),
+    (FrozenBatchNorm1d, nn.BatchNorm1d, (4, 6, 5)),
+    (FrozenBatchNorm2d, nn.BatchNorm2d, (4, 6, 5, 3)),
+    (FrozenBatchNorm3d, nn.BatchNorm3d, (4, 6, 2, 3, 3)),
+]
+
+
+def trained(kind, *, affine=True, eps=1e-3, **kwargs):
+    """A norm layer that has seen something."""
+    torch.manual_seed(0)
+    bn = kind(6, eps=eps, affine=affine, **kwargs)
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.5, 2)
+    bn.num_batches_tracked.fill_(7)
+    for parameter in bn.parameters():
+        nn.init.normal_(parameter)
+    return bn
+
+
+@pytest.mark.parametrize(("frozen", "kind", "shape"), KINDS)
+@pytest.mark.parametrize("affine", [True, False])
+def test_from_batchnorm_computes_what_eval_does_and_keeps_eps(frozen, kind, shape, affine):
+    bn = trained(kind, affine=affine)
+    layer = frozen.from_batchnorm(bn)
+    x = torch.randn(shape)
+    assert torch.equal(layer(x), bn.eval()(x))
+    assert layer.eps == 1e-3
+    assert not any(p.requires_grad for p in layer.parameters())
+    for name, value in bn.state_dict().items():
+        assert torch.equal(layer.state_dict()[name], value)
+        assert layer.state_dict()[name].data_ptr() != value.data_ptr()
+
+
+def test_from_batchnorm_takes_sync_look_alikes_and_a_weight_without_bias():
+    x = torch.randn(4, 6, 5, 3)
+    sync = trained(nn.SyncBatchNorm).eval()
+    assert torch.equal(FrozenBatchNorm2d.from_batchnorm(sync)(x), sync(x))
+    theirs = torchvision.ops.FrozenBatchNorm2d(6, eps=0.01)
+    theirs.load_state_dict(trained(nn.BatchNorm2d).state_dict())
+    assert torch.allclose(FrozenBatchNorm2d.from_batchnorm(theirs)(x), theirs(x), atol=1e-5)
+    bn = trained(nn.BatchNorm2d).eval()
+    bn.register_parameter("bias", None)
+    layer = FrozenBatchNorm2d.from_batchnorm(bn)
+    assert layer.bias is None
+    assert torch.equal(layer(x), bn(x))
+
+
+def test_from_batchnorm_refuses_what_it_would_change():
+    class WithActivation(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    with pytest.raises(PolicyError, match="WithActivation has a forward of its own"):
+        FrozenBatchNorm2d.from_batchnorm(WithActivation(6))
+    with pytest.raises(PolicyError, match="BatchNorm1d takes inputs of another rank"):
+        FrozenBatchNorm2d.from_batchnorm(nn.BatchNorm1d(6))
+    with pytest.raises(PolicyError, match="no running statistics"):
+        FrozenBatchNorm2d.from_batchnorm(nn.BatchNorm2d(6, track_running_stats=False))
+
+
+@pytest.mark.parametrize(("frozen", "kind", "shape"), KINDS)
+def test_train_mode_changes_nothing(frozen, kind, shape):
+    layer = frozen.from_batchnorm(trained(kind))
+    model = nn.Sequential(layer)
+    x = torch.randn(shape)
+    before, expected = copy.deepcopy(layer.state_dict()), layer(x)
+    model.train()
+    layer.training = True
+    assert layer.training is False
+    assert vars(layer)["training"] is False
+    assert torch.equal(model(x), expected)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_it_is_no_batchnorm_of_torchs_so_that_tools_leave_it_alone():
+    model = nn.Sequential(FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d)))
+    layer, before = model[0], copy.deepcopy(model.state_dict())
+    torch.optim.swa_utils.update_bn([torch.randn(4, 6, 3, 3)], model)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    torch.func.replace_all_batch_norm_modules_(model)
+    assert model[0] is layer
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("frozen", "kind", "shape"), KINDS)
+def test_the_wrong_rank_or_channels_is_a_value_error_that_names_both(frozen, kind, shape):
+    layer = frozen(6)
+    with pytest.raises(ValueError, match=r"takes a .*D.* input with 6 channels; this one is 6D"):
+        layer(torch.randn(1, 6, 1, 1, 1, 1))
+    with pytest.raises(ValueError, match=rf"shape \({shape[0]}, 1.*C = 6 channels"):
+        layer(torch.randn(shape)[:, :1])
+
+
+def test_residual_and_activation_are_applied():
+    layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d))
+    x, r = torch.randn(2, 4, 6, 3, 3)
+    assert torch.equal(layer(x, r, "relu"), (layer(x) + r).relu())
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_statistics_stay_the_same_fp32_objects_through_half(half):
+    layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d))
+    buffers, values = dict(layer.named_buffers()), copy.deepcopy(layer.state_dict())
+    nn.Sequential(layer).to(half)
+    assert layer.weight.dtype is layer.bias.dtype is half
+    for name, buffer in layer.named_buffers():
+        assert buffer is buffers[name]
+        assert torch.equal(buffer, values[name])
+    assert layer(torch.randn(2, 6, 3, 3, dtype=half)).dtype is half
+
+
+def test_statistics_follow_double_and_devices():
+    layer = FrozenBatchNorm2d(6).double()
+    assert layer.running_mean.dtype is layer.running_var.dtype is torch.float64
+    assert layer.half().running_var.dtype is torch.float32
+    meta = FrozenBatchNorm2d(6).to("meta", torch.bfloat16)
+    assert meta.running_mean.is_meta
+    assert meta.running_mean.dtype is torch.float32
+    empty = meta.to_empty(device="cpu")
+    assert empty.running_var.dtype is torch.float32
+    assert FrozenBatchNorm2d(6, dtype=torch.bfloat16).running_var.dtype is torch.float32
+
+
+def test_state_dicts_load_both_ways_with_and_without_the_count():
+    bn, layer = trained(nn.BatchNorm2d), FrozenBatchNorm2d(6)
+    assert list(layer.state_dict()) == list(bn.state_dict())
+    layer.load_state_dict(bn.state_dict())
+    assert layer.num_batches_tracked == 7
+    other = nn.BatchNorm2d(6)
+    other.load_state_dict(layer.state_dict())
+    assert all(torch.equal(v, bn.state_dict()[k]) for k, v in other.state_dict().items())
+    without = torchvision.ops.FrozenBatchNorm2d(6).state_dict()
+    layer.load_state_dict(without)
+    assert layer.num_batches_tracked == 7
+    assert not layer.weight.requires_grad
+    FrozenBatchNorm2d(6, device="meta").load_state_dict(bn.state_dict(), assign=True)
+    with pytest.raises(RuntimeError, match="running_var"):
+        layer.load_state_dict({k: v for k, v in without.items() if k != "running_var"})
+
+
+def test_a_half_checkpoint_that_is_assigned_gives_fp32_statistics():
+    halves = {
+        k: v.bfloat16() if v.is_floating_point() else v
+        for k, v in trained(nn.BatchNorm2d).state_dict().items()
+    }
+    layer = FrozenBatchNorm2d(6, device="meta")
+    layer.load_state_dict(halves, assign=True)
+    assert layer.weight.dtype is torch.bfloat16
+    assert layer.running_mean.dtype is layer.running_var.dtype is torch.float32
+    assert torch.equal(layer.running_mean, halves["running_mean"].float())
+
+
+def test_copies_pickles_saves_and_prints():
+    layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d))
+    x = torch.randn(2, 6, 3, 3)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for twin in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(file, weights_only=False),
+    ):
+        assert torch.equal(twin(x), layer(x))
+        assert twin.train().training is False
+    assert repr(layer) == "FrozenBatchNorm2d(6, eps=0.001, affine=True)"
+
+
+def test_weight_and_bias_train_when_told_to():
+    layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d)).requires_grad_()
+    bn = trained(nn.BatchNorm2d).eval()
+    x = torch.randn(4, 6, 3, 3)
+    layer(x).square().sum().backward()
+    bn(x).square().sum().backward()
+    assert torch.allclose(layer.weight.grad, bn.weight.grad, rtol=1e-4)
+    assert torch.allclose(layer.bias.grad, bn.bias.grad, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("frozen", "kind", "shape"), KINDS)
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_live_layer_whose_class_is_swapped_works_as_it_stands(frozen, kind, shape, affine):
+    bn = trained(kind, affine=affine)
+    twin = copy.deepcopy(bn).eval()
+    bn.__class__ = type(f"Held{kind.__name__}", (frozen,), {})
+    x = torch.randn(shape)
+    assert torch.equal(bn.train()(x), twin(x))
+    assert bn.training is False
+    buffers = dict(bn.named_buffers())
+    bn.to(torch.bfloat16).load_state_dict(twin.state_dict())
+    assert all(buffer is buffers[name] for name, buffer in bn.named_buffers())
+    assert "Held" in repr(bn)
+
+
+def test_torch_compile_export_and_functional_call_take_the_layer():
+    layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d))
+    x = torch.randn(4, 6, 3, 3)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x, x, "relu"), layer(x, x, "relu"))
+    program = torch.export.export(layer, (x,))
+    assert torch.allclose(program.module()(x), layer(x))
+    half = {name: value * 0.5 for name, value in layer.named_parameters()}
+    out = torch.func.functional_call(layer, half, (x,))
+    assert torch.allclose(out, layer(x) * 0.5, atol=1e-6)
+
+
+def saved_mib(model, image, autocast):
+    """MiB saved for backward, each storage once, parameters and casts of them left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    # Sorted, for a linear layer saves its weight transposed.
+    shapes = {(*sorted(p.shape),) for p in model.parameters() if p.dim() > 1}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters and (*sorted(tensor.shape),) not in shapes:
+            # Held, so that the address is not given to another.
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+    ):
+        out = model(image)
+    assert out.requires_grad
+    return sum(storage.nbytes() for storage in storages.values()) / 2**20
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "most"),
+    [(torch.float32, False, 39.6), (torch.bfloat16, False, 20.6), (torch.float32, True, 20.6)],
+    ids=["fp32", "bf16", "autocast"],
+)
+def test_what_a_resnet50_saves_for_backward_per_image(dtype, autocast, most):
+    model = torchvision.models.resnet50(norm_layer=FrozenBatchNorm2d).to(dtype)
+    assert saved_mib(model, torch.randn(1, 3, 224, 224, dtype=dtype), autocast) <= most
+
+
+def test_a_resnet_loads_the_checkpoint_of_a_live_one():
+    live = torchvision.models.resnet18().eval()
+    frozen = torchvision.models.resnet18(norm_layer=bnfreeze.FrozenBatchNorm2d)
+    frozen.load_state_dict(live.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(frozen.train()(x), live(x))
