@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 
-from bnfreeze.norms import AFFINE, NamedModule, is_lazy, is_lookalike, keeps_statistics
+from bnfreeze.norms import AFFINE, NamedModule, eps_of, is_lazy, is_lookalike, keeps_statistics
 from bnfreeze.record import layer_class, policy_name, record_of
 
 __all__ = ["LayerFacts", "affine_parameters", "layer_facts", "optimizers_by_id"]
@@ -95,7 +95,7 @@ def layer_facts(
         num_features=int(
             getattr(layer, "num_features", 0 if mean is None or is_lazy(layer) else mean.numel())
         ),
-        eps=float(getattr(layer, "eps", 0.0)),
+        eps=eps_of(layer),
         why={"normalizes_with": why_normalizes, "statistics": why_updates, "affine": why_trains},
         aliases=entry.names[1:],
     )
@@ -103,7 +103,7 @@ def layer_facts(
 
 def _normalizes_with(layer: nn.Module, training: bool) -> tuple[Literal["batch", "running"], str]:
     if is_lookalike(layer):
-        return "running", "a frozen batch norm"
+        return "running", _why_eval(layer)
     if not keeps_statistics(layer) and not is_lazy(layer):
         return "batch", "it keeps no running statistics"
     if isinstance(layer, _InstanceNorm) and not layer.track_running_stats:
@@ -116,7 +116,7 @@ def _normalizes_with(layer: nn.Module, training: bool) -> tuple[Literal["batch",
 def _updates_statistics(layer: nn.Module, training: bool) -> tuple[bool, str]:
     record = record_of(layer)
     if is_lookalike(layer):
-        return False, "a frozen batch norm"
+        return False, _why_eval(layer)
     if not keeps_statistics(layer) and not is_lazy(layer):
         return False, "there are none"
     if record and record.policy.holds_statistics:
@@ -138,6 +138,8 @@ def _why_eval(layer: nn.Module) -> str:
     record = record_of(layer)
     if record and record.policy.forces_eval:
         return f"held by policy {record.policy}"
+    if is_lookalike(layer):
+        return "a frozen batch norm"
     return "eval mode, also after model.train(), which the model overrides"
 
 

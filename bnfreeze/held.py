@@ -1,7 +1,7 @@
 """The classes that keep the promise.
 
 A held norm layer stays the very object it was; only its class is swapped, for a subclass of its
-own class that cannot leave eval (`_ForceEval`) or whose forward cannot write to the running
+own class that cannot leave eval (`ForceEval`) or whose forward cannot write to the running
 statistics (`_KeepStatistics`). Against the alternatives:
 
 * forward hooks are dropped by some tools and cannot stop ``model.train()`` from changing the flag;
@@ -18,7 +18,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -27,13 +27,17 @@ from bnfreeze.norms import STATISTICS
 from bnfreeze.policy import Policy
 from bnfreeze.record import layer_class, record_of, set_record
 
-__all__ = ["held_class"]
+__all__ = ["ForceEval", "Held", "held_class", "make_class"]
 
 
-class _Held(nn.Module):
+class Held(nn.Module):
     """What every held norm layer does: it prints readably, is copied and pickled as itself."""
 
+    # The class whose forward takes the place of the layer's own; None where that stays.
+    replaces: ClassVar[type[nn.Module] | None] = None
+
     def extra_repr(self) -> str:
+        """As before, and the policy."""
         record = record_of(self)
         return ", ".join(
             filter(None, [super().extra_repr(), f"held={record.policy}" if record else ""])
@@ -43,17 +47,19 @@ class _Held(nn.Module):
         # The class is made at run time, so pickle cannot find it by name. Let the layer's own
         # class say how it is rebuilt, and swap the class again afterwards.
         base, kind = layer_class(self), type(self)
+        behaviour = kind.__dict__["_bnfreeze_behaviour"]
         make, args, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         args = tuple(base if arg is kind else arg for arg in args)
-        mixin = kind.__dict__["_bnfreeze_mixin"]
-        return (_rebuild, (base, mixin, make, args), *rest)
+        return (_rebuild, (base, behaviour, make, args), *rest)
 
     def reset_running_stats(self) -> None:
+        """As before, unless the statistics are held."""
         record = record_of(self)
         if record is None or not record.policy.holds_statistics:
             super().reset_running_stats()  # type: ignore[misc]
 
     def reset_parameters(self) -> None:
+        """As before, but for what is held."""
         record = record_of(self)
         if record is None or not record.policy.holds_affine:
             super().reset_parameters()  # type: ignore[misc]
@@ -61,7 +67,7 @@ class _Held(nn.Module):
             self.reset_running_stats()
 
 
-class _ForceEval(_Held):
+class ForceEval(Held):
     """Normalises with the running statistics, whatever mode is asked for."""
 
     # torch.jit.script must read the flag in the instance's dict, which is always False, and not
@@ -70,6 +76,7 @@ class _ForceEval(_Held):
 
     @property
     def training(self) -> bool:
+        """Always False."""
         return False
 
     @training.setter
@@ -81,7 +88,7 @@ class _ForceEval(_Held):
             set_record(self, replace(record, training=mode))
 
 
-class _ForceEvalInstance(_ForceEval):
+class _ForceEvalInstance(ForceEval):
     """The same for instance norm, which uses its running statistics only while it tracks them."""
 
     __jit_unused_properties__ = ("training", "track_running_stats")
@@ -95,7 +102,7 @@ class _ForceEvalInstance(_ForceEval):
         self.__dict__["track_running_stats"] = value
 
 
-class _KeepStatistics(_Held):
+class _KeepStatistics(Held):
     """Normalises with the batch in train mode, as before, and leaves the statistics alone.
 
     The layer's own forward runs on copies of the statistics. That holds them whatever this
@@ -122,39 +129,42 @@ class _KeepStatistics(_Held):
 
 def held_class(base: type[nn.Module], policy: Policy) -> type[nn.Module]:
     """The subclass of a norm layer's class that keeps the policy's promise; one for each."""
-    mixin: type[_Held] = _Held
+    behaviour: type[Held] = Held
     if policy.forces_eval:
-        mixin = _ForceEvalInstance if issubclass(base, _InstanceNorm) else _ForceEval
+        behaviour = _ForceEvalInstance if issubclass(base, _InstanceNorm) else ForceEval
     elif policy.holds_statistics:
-        mixin = _KeepStatistics
-    return _make(base, mixin)
+        behaviour = _KeepStatistics
+    return make_class(base, behaviour)
 
 
 _made: dict[tuple[type, type], type[nn.Module]] = {}
 
 
-def _make(base: type[nn.Module], mixin: type[_Held]) -> type[nn.Module]:
-    if (base, mixin) not in _made:
-        name = f"Held{base.__name__}"
+def make_class(base: type[nn.Module], behaviour: type[Held]) -> type[nn.Module]:
+    """The class that a layer of the class `base` gets to behave so; one for each pair."""
+    if (base, behaviour) not in _made:
+        fused = behaviour.replaces
+        name = fused.__name__ if fused else f"Held{base.__name__}"
         namespace = {
             # torch.fx and others take a layer for a leaf by the module that its class stands in.
             "__module__": base.__module__,
-            "__doc__": base.__doc__,
+            "__doc__": fused.__doc__ if fused else base.__doc__,
             "_bnfreeze_base": base,
-            "_bnfreeze_mixin": mixin,
+            "_bnfreeze_behaviour": behaviour,
         }
-        made = types.new_class(name, (mixin, base), exec_body=lambda body: body.update(namespace))
+        bases = (behaviour,) if fused else (behaviour, base)
+        made = types.new_class(name, bases, exec_body=lambda body: body.update(namespace))
         # Where two threads were here at once, both take the first one's.
-        _made.setdefault((base, mixin), cast("type[nn.Module]", made))
-    return _made[base, mixin]
+        _made.setdefault((base, behaviour), cast("type[nn.Module]", made))
+    return _made[base, behaviour]
 
 
 def _rebuild(
     base: type[nn.Module],
-    mixin: type[_Held],
+    behaviour: type[Held],
     make: Callable[..., nn.Module],
     args: tuple[Any, ...],
 ) -> nn.Module:
     layer = make(*args)
-    layer.__class__ = _make(base, mixin)
+    layer.__class__ = make_class(base, behaviour)
     return layer

@@ -213,7 +213,7 @@ class FrozenBatchNorm1d(_FrozenBatchNorm):
 class FrozenBatchNorm2d(_FrozenBatchNorm):
     """A frozen `nn.BatchNorm2d`: (N, C, H, W). As `FrozenBatchNorm1d` in all else."""
 
-    _ranks = (4,)
+    _ranks: ClassVar[tuple[int, ...]] = (4,)
     _freezes = nn.BatchNorm2d
 
 

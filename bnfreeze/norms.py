@@ -17,6 +17,7 @@ __all__ = [
     "STATISTICS",
     "NamedModule",
     "check_model",
+    "eps_of",
     "is_lazy",
     "is_lookalike",
     "is_norm",
@@ -44,6 +45,11 @@ _WRAPPERS = {
 }
 
 
+def eps_of(module: nn.Module) -> float:
+    """The layer's eps; Transformers' frozen batch norms have none, and compute with 1e-5."""
+    return float(getattr(module, "eps", 1e-5))
+
+
 def keeps_statistics(module: nn.Module) -> bool:
     """Whether the layer has running statistics now."""
     return isinstance(getattr(module, "running_mean", None), Tensor)
@@ -54,11 +60,17 @@ def is_lazy(module: nn.Module) -> bool:
     return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
-def is_lookalike(module: nn.Module) -> bool:
-    """Whether this is a frozen batch norm of another library, recognised by name and shape."""
-    if isinstance(module, _NormBase):
+def is_lookalike(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
+    """Whether this is a frozen batch norm of another library, recognised by name and shape.
+
+    Args:
+        module: any module.
+        kind: the class to judge it by, where that is not its own: what it was before freezing.
+    """
+    kind = kind or type(module)
+    if issubclass(kind, _NormBase):
         return False
-    if not any(_LOOKALIKE_NAME.search(base.__name__) for base in type(module).__mro__):
+    if not any(_LOOKALIKE_NAME.search(base.__name__) for base in kind.__mro__):
         return False
     mean, var = (getattr(module, name, None) for name in STATISTICS[:2])
     return (

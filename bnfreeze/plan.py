@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bnfreeze.errors import PolicyError
+from bnfreeze.fused import fused_class
 from bnfreeze.held import held_class
-from bnfreeze.norms import AFFINE, NamedModule, is_lazy, is_lookalike, is_norm, keeps_statistics
+from bnfreeze.norms import AFFINE, NamedModule, is_lazy, is_norm, keeps_statistics
 from bnfreeze.policy import Policy
-from bnfreeze.record import Record, class_changed_since, layer_class, record_of
+from bnfreeze.record import Record, class_changed_since, layer_class, record_of, was_lookalike
 from bnfreeze.selection import Selected
 
 __all__ = ["Change", "check_class", "plan"]
@@ -78,43 +79,34 @@ def _plan_one(choice: Selected, flags: Mapping[int, bool]) -> Change:
     entry, policy = choice.entry, choice.policy
     module, name = entry.module, entry.name or "The model"
     check_class(entry)
-    norm = is_norm(module)
+    norm, base = is_norm(module), layer_class(module)
     if not policy:
-        return Change(entry, layer_class(module), None, {}, "")
+        return Change(entry, base, None, {}, "")
+    notes = ["also " + ", ".join(entry.names[1:])] if len(entry.names) > 1 else []
     if not norm:
         policy = Policy.WEIGHTS
-    elif policy & (Policy.FUSED | Policy.FUSED_ACT):
-        raise PolicyError(
-            f"{name}: policy '{policy}' is not in this version of bnfreeze. "
-            f"'eval+affine' computes the same."
-        )
     _check_promise(name, module, policy)
+    kind = base
+    if norm:
+        kind, policy, note = _kind(name, module, policy)
+        notes.append(note)
     held = {
         key: parameter
         for key, parameter in module._parameters.items()
         if parameter is not None
         and (Policy.WEIGHTS in policy or (norm and policy.holds_affine and key in AFFINE))
     }
-    base = layer_class(module)
-    note = []
-    if len(entry.names) > 1:
-        note.append("also " + ", ".join(entry.names[1:]))
-    kind = base
-    if is_lookalike(module):
-        note.append("frozen already, by its own class")
-    elif norm:
-        kind = _swap_class(name, base, policy)
-    if norm and not held and policy.holds_affine and not is_lookalike(module):
-        note.append("has no weight or bias")
+    if norm and not held and policy.holds_affine and not was_lookalike(module):
+        notes.append("has no weight or bias")
     if norm and not keeps_statistics(module):
-        note.append("keeps no running statistics")
+        notes.append("keeps no running statistics")
     old = record_of(module)
     record = Record(
         policy=policy,
         training=old.training if old else module.training,
         requires_grad={key: flags.get(id(p), p.requires_grad) for key, p in held.items()},
     )
-    return Change(entry, kind, record, held, "; ".join(note))
+    return Change(entry, kind, record, held, "; ".join(filter(None, notes)))
 
 
 def check_class(entry: NamedModule) -> None:
@@ -144,9 +136,26 @@ def _check_promise(name: str, module: nn.Module, policy: Policy) -> None:
         )
 
 
-def _swap_class(name: str, base: type[nn.Module], policy: Policy) -> type[nn.Module]:
+def _kind(name: str, module: nn.Module, policy: Policy) -> tuple[type[nn.Module], Policy, str]:
+    """The class that the layer gets, the policy that this keeps, and what to say of it."""
+    base, note = layer_class(module), ""
+    if Policy.FUSED_ACT in policy:
+        raise PolicyError(
+            f"{name}: policy 'fused-act' is not in this version of bnfreeze. 'fused' computes the "
+            f"same, and leaves the activation and the residual add to their own kernels."
+        )
+    if Policy.FUSED in policy:
+        kind, why = fused_class(module)
+        if kind is not None:
+            return kind, policy, ""
+        if not was_lookalike(module):
+            # The strongest policy that does not change what the layer computes.
+            policy = policy & ~Policy.FUSED | Policy.EVAL | Policy.AFFINE
+            note = f"not fused: {why}"
+    if was_lookalike(module):
+        return base, policy, "frozen already, by its own class"
     try:
-        return held_class(base, policy)
+        return held_class(base, policy), policy, note
     except Exception as error:
         # A metaclass or an __init_subclass__ of the user's own may refuse a subclass.
         raise PolicyError(

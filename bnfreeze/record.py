@@ -18,6 +18,7 @@ __all__ = [
     "policy_name",
     "record_of",
     "set_record",
+    "was_lookalike",
 ]
 
 _RECORD = "_bnfreeze"
@@ -67,9 +68,9 @@ def held_names(module: nn.Module) -> tuple[str, ...]:
     record = record_of(module)
     policy = record.policy if record else Policy.NONE
     names: list[str] = []
-    if is_norm(module) and (policy.holds_statistics or is_lookalike(module)):
+    if is_norm(module) and (policy.holds_statistics or was_lookalike(module)):
         names += STATISTICS
-    if is_lookalike(module):
+    if was_lookalike(module):
         names += [name for name in AFFINE if name in module._buffers]
     names += record.requires_grad if record else ()
     return tuple(
@@ -83,6 +84,11 @@ def policy_name(module: nn.Module) -> str:
     if record is not None:
         return str(record.policy)
     return "frozen" if is_lookalike(module) else "none"
+
+
+def was_lookalike(module: nn.Module) -> bool:
+    """Whether the module is, or was before freezing, another library's frozen batch norm."""
+    return is_lookalike(module, layer_class(module))
 
 
 def class_changed_since(module: nn.Module) -> bool:

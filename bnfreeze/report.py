@@ -23,7 +23,7 @@ class LayerRow:
         kind: the class, as it was before freezing.
         policy: the policy that holds it now, ``"none"`` where it is left alone.
         absorbs: what the layer computes along: always ``""`` but for ``fused-act``.
-        actions: what was changed, as stable words: ``hold-statistics``, ``force-eval``,
+        actions: what was changed, as stable words: ``fuse``, ``force-eval``, ``hold-statistics``,
             ``hold-weight``, ``hold-bias`` (or another parameter's name), ``clear-grad``,
             ``restore``; empty where nothing had to be.
         note: what else a person should know.

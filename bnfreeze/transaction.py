@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from bnfreeze.norms import NamedModule, is_lookalike, is_norm, keeps_statistics
+from bnfreeze.norms import NamedModule, is_norm, keeps_statistics
 from bnfreeze.plan import Change, check_class
-from bnfreeze.record import Record, layer_class, record_of, set_record
+from bnfreeze.policy import Policy
+from bnfreeze.record import Record, layer_class, record_of, set_record, was_lookalike
 
 __all__ = ["carry_out", "thaw"]
 
@@ -54,13 +55,14 @@ def _hold(change: Change, old: Record | None) -> tuple[str, ...]:
         if record.policy.forces_eval:
             # What reads the flag past the property, as torch.jit.script does, must see it too.
             module.__dict__["training"] = False
-    if is_lookalike(module) and not change.held:
-        return ()
+    elif was_lookalike(module) and not change.held:
+        return ()  # nothing of it needs holding
     set_record(module, record)
     if old is not None and old.policy == record.policy:
         return tuple(dict.fromkeys(cleared))
     done = ["restore"] if old is not None else []
-    if is_norm(module) and not is_lookalike(module) and keeps_statistics(module):
+    done += ["fuse"] if Policy.FUSED in record.policy else []
+    if is_norm(module) and not was_lookalike(module) and keeps_statistics(module):
         done += ["force-eval"] if record.policy.forces_eval else []
         done += ["hold-statistics"] if record.policy.holds_statistics else []
     done += [f"hold-{name}" for name in change.held]

@@ -24,7 +24,7 @@ from bnfreeze import Policy, freeze, unfreeze
 
 from .helpers import statistics
 
-POLICIES = ["stats", "affine", "eval", "eval+affine", "eval+affine+weights"]
+POLICIES = ["stats", "affine", "eval", "eval+affine", "eval+affine+weights", "fused"]
 
 # Those that a test run has time for: one of each family and task.
 QUICK = [
@@ -204,15 +204,22 @@ def acts_alike_in_both_modes(name, model):
 
 
 def same_function(model, inputs):
-    """Whether train mode under ``eval`` gives the output of a plain copy's eval mode, exactly."""
+    """Whether train mode, frozen, gives the output of a plain copy's eval mode, bit for bit."""
     with torch.no_grad():
         expected = copy.deepcopy(model).eval()(*inputs)
-        freeze(model, "eval")
-        output = model.train()(*inputs)
-        unfreeze(model)
-    if isinstance(expected, dict):
-        return all(torch.equal(expected[key], output[key]) for key in expected)
-    return torch.equal(expected, output)
+        for policy in ("eval", "fused"):
+            freeze(model, policy)
+            output = model.train()(*inputs)
+            unfreeze(model)
+            if not equal(output, expected):
+                return False
+    return True
+
+
+def equal(left, right):
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
+    return torch.equal(left, right)
 
 
 def sweep(name):
@@ -231,7 +238,7 @@ def sweep(name):
     model, inputs = prepared(name)
     compared = acts_alike_in_both_modes(name, model)
     if compared and not same_function(model, inputs):
-        wrong.append("eval: train mode is another function than eval mode")
+        wrong.append("eval, fused: train mode is another function than eval mode")
     return count, compared, wrong
 
 
@@ -242,6 +249,7 @@ def main(words):
     failed = []
     chosen = [name for name in names() if not words or any(word in name for word in words)]
     for name in track(chosen, console=Console(stderr=True), description="sweep"):
+        print(name, file=sys.stderr, flush=True)
         start = time.monotonic()
         try:
             result = sweep(name)

@@ -33,7 +33,7 @@ def test_the_sweep_would_notice_layers_that_are_not_held(monkeypatch):
         "stats: conv1.1.running_mean is held and moved",
         "eval+affine: conv1.1.weight is held and moved",
         "eval+affine+weights: conv1.0.weight is held and moved",
-        "eval: train mode is another function than eval mode",
+        "eval, fused: train mode is another function than eval mode",
     ):
         assert promise in wrong
 
