@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
+import torch
 from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
@@ -126,12 +128,27 @@ def _updates_statistics(layer: nn.Module, training: bool) -> tuple[bool, str]:
         # the input's own.
         if training or not layer.track_running_stats:
             return True, "train mode" if training else "track_running_stats is False"
+        if _instance_norm_writes_in_eval():
+            return True, "this torch writes an instance norm's statistics back rounded, in eval too"
     elif training and not layer.track_running_stats:
         return False, "track_running_stats is False"
     elif training:
         zero = layer.momentum == 0
         return True, "momentum is 0, and the count still rises" if zero else "train mode"
     return False, _why_eval(layer)
+
+
+@functools.cache
+def _instance_norm_writes_in_eval() -> bool:
+    """Whether this torch repeats the statistics for each sample and writes back the mean of these.
+
+    Seen in torch 2.10, no more in 2.15: the mean of three equal numbers may round.
+    """
+    mean = torch.linspace(0.1, 1.3, 64)
+    var = mean + 1
+    before = var.clone()
+    nn.functional.instance_norm(torch.zeros(3, 64, 2), mean, var, use_input_stats=False)
+    return not torch.equal(var, before)
 
 
 def _why_eval(layer: nn.Module) -> str:

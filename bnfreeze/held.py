@@ -88,31 +88,15 @@ class ForceEval(Held):
             set_record(self, replace(record, training=mode))
 
 
-class _ForceEvalInstance(ForceEval):
-    """The same for instance norm, which uses its running statistics only while it tracks them."""
+class _OnCopies(Held):
+    """Runs the layer's own forward on copies of its statistics.
 
-    __jit_unused_properties__ = ("training", "track_running_stats")
-
-    @property
-    def track_running_stats(self) -> bool:
-        return True
-
-    @track_running_stats.setter
-    def track_running_stats(self, value: bool) -> None:
-        self.__dict__["track_running_stats"] = value
-
-
-class _KeepStatistics(Held):
-    """Normalises with the batch in train mode, as before, and leaves the statistics alone.
-
-    The layer's own forward runs on copies of the statistics. That holds them whatever this
-    forward does with them: write in place, assign, skip ``track_running_stats``. Not meant for
-    several threads that run one and the same layer at once.
+    That holds them whatever this forward does with them: write in place, assign, pass over
+    ``track_running_stats``. Not meant for several threads that run one and the same layer at once.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
-            return super().forward(*args, **kwargs)
+        """As before, with the statistics out of reach."""
         held = {}
         for name in STATISTICS:
             buffer = self._buffers.get(name)
@@ -125,6 +109,34 @@ class _KeepStatistics(Held):
         finally:
             for name, buffer in held.items():
                 self._buffers[name] = buffer
+
+
+class _KeepStatistics(_OnCopies):
+    """Normalises with the batch in train mode, as before, and leaves the statistics alone."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As before; in eval mode nothing but an instance norm writes to its statistics."""
+        if self.training or isinstance(self, _InstanceNorm):
+            return super().forward(*args, **kwargs)
+        return super(_OnCopies, self).forward(*args, **kwargs)
+
+
+class _ForceEvalInstance(_OnCopies, ForceEval):
+    """Forced to eval, for instance norm.
+
+    It uses its running statistics only while it tracks them; and torch 2.10, for one, writes them
+    back in eval mode too, rounded.
+    """
+
+    __jit_unused_properties__ = ("training", "track_running_stats")
+
+    @property
+    def track_running_stats(self) -> bool:
+        return True
+
+    @track_running_stats.setter
+    def track_running_stats(self, value: bool) -> None:
+        self.__dict__["track_running_stats"] = value
 
 
 def held_class(base: type[nn.Module], policy: Policy) -> type[nn.Module]:

@@ -162,6 +162,39 @@ def test_an_instance_norm_that_stopped_tracking_is_brought_to_use_its_statistics
     assert torch.equal(out, layer.eval()(x))
 
 
+@pytest.mark.parametrize("policy", ["stats", "eval"])
+def test_an_instance_norms_statistics_are_held_in_eval_mode_too(policy):
+    def made_of(batch):
+        torch.manual_seed(batch)
+        layer = nn.InstanceNorm2d(64, track_running_stats=True).eval()
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+        return layer, torch.randn(batch, 64, 3, 3)
+
+    drifts = False
+    for batch in (1, 3, 5, 7, 11):
+        layer, x = made_of(batch)
+        before = state(layer)
+        layer(x)
+        drifts = drifts or moved(before, layer) != set()
+        layer, x = made_of(batch)
+        freeze(layer, policy)
+        before = state(layer)
+        layer.eval()(x)
+        assert moved(before, layer) == set()
+
+    class AlwaysEval(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = made_of(3)[0]
+
+        def train(self, mode=True):
+            return super().train(False)
+
+    # torch 2.10 rounds them in eval mode; inspect knows whether this torch does.
+    assert inspect(AlwaysEval()).layers[0].updates_statistics is drifts
+
+
 def test_an_instance_norm_without_statistics_is_no_norm_layer():
     model = nn.Sequential(nn.InstanceNorm2d(3), nn.GroupNorm(1, 3), nn.LayerNorm(3))
     assert inspect(model).layers == ()
