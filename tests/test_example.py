@@ -1,0 +1,129 @@
+"""The example tells the truth: each row of its table, on a fixed seed and a short run."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PATH = Path(__file__).parents[1] / "examples" / "finetune_digits.py"
+
+# What each popular recipe lets happen. All of them give another output in eval mode.
+STATISTICS_MOVE = (
+    "requires_grad=False on buffers",
+    "bn.eval() before the loop",
+    "optimizer gets the head only",
+)
+STATISTICS_STAY = ("track_running_stats=False", "momentum=0, affine fixed")
+EVAL_POLICIES = ("eval", "eval+affine", "eval+weights, all but the head")
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("finetune_digits", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def experiment(example):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        yield example.run(seed=0, quick=True)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def outcomes(experiment):
+    return {outcome.method: outcome for outcome in experiment.outcomes}
+
+
+def test_every_way_is_tried_on_all_norm_layers(example, experiment, outcomes):
+    assert list(outcomes) == list(example.METHODS)
+    assert {outcome.layers for outcome in outcomes.values()} == {9}
+    # There is something to lose: the network had learnt the digits, and the shift is real.
+    assert experiment.clean_accuracy > 0.8
+    assert experiment.faded_accuracy < experiment.clean_accuracy
+
+
+def test_every_popular_recipe_fails_in_its_own_way(example, outcomes):
+    assert {*STATISTICS_MOVE, *STATISTICS_STAY} == set(example.RECIPES)
+    for name in STATISTICS_MOVE:
+        assert outcomes[name].broken == ("statistics", "train = eval")
+        assert outcomes[name].moved["statistics"] > 0.1
+        assert outcomes[name].moved["count"] == 20
+    for name in STATISTICS_STAY:
+        assert outcomes[name].broken == ("train = eval",)
+        assert outcomes[name].gap > 0.1
+    assert outcomes["momentum=0, affine fixed"].moved["count"] == 20
+
+
+def test_recipes_that_change_nothing_train_just_as_if_nothing_were_frozen(outcomes):
+    plain = outcomes["nothing frozen"]
+    for name in ("requires_grad=False on buffers", "bn.eval() before the loop"):
+        assert (outcomes[name].moved, outcomes[name].gap) == (plain.moved, plain.gap)
+
+
+def test_every_policy_holds_what_it_promises_bit_for_bit(example, outcomes):
+    assert {name: outcomes[name].broken for name in example.POLICIES} == dict.fromkeys(
+        example.POLICIES, ()
+    )
+    for name in EVAL_POLICIES:
+        assert {"statistics", "count", "train = eval"} <= set(outcomes[name].held)
+        assert outcomes[name].train_accuracy == outcomes[name].eval_accuracy
+    assert {"affine", "convolutions"} <= set(outcomes["eval+weights, all but the head"].held)
+
+
+def test_policies_hold_nothing_more_than_they_promise(outcomes):
+    assert outcomes["stats"].held == ("count", "statistics")
+    assert outcomes["affine"].held == ("affine",)
+    assert outcomes["eval"].held == ("count", "statistics", "train = eval")
+    assert "head" not in outcomes["eval+weights, all but the head"].held
+
+
+def test_inspect_foretells_what_then_happens(outcomes):
+    for outcome in outcomes.values():
+        assert outcome.on_batch == (0 if "train = eval" in outcome.held else 9)
+        assert outcome.updating == (0 if {"statistics", "count"} <= set(outcome.held) else 9)
+    assert "eval-not-lasting" in outcomes["bn.eval() before the loop"].findings
+    assert "statistics-drift" in outcomes["optimizer gets the head only"].findings
+    for name in STATISTICS_STAY:
+        assert "batch-stats-in-train" in outcomes[name].findings
+
+
+def test_the_same_seed_gives_the_same_outcome(example, experiment):
+    torch.manual_seed(3)
+    pretrained, data = example.small_resnet(), example.faded(*example.digits()[:12])
+    results = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        results.append(example.fine_tune(pretrained, "eval", data, data, epochs=1))
+    assert results[0] == results[1]
+
+
+def test_the_table_fits_100_columns_and_ends_with_what_the_numbers_say(example, experiment):
+    console = example.Console(file=example.io.StringIO(), width=100, color_system=None)
+    console.print(example.picture(experiment))
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert all(f" {method} " in text for method in example.METHODS)
+    said = " ".join(text.split())
+    assert "5 of 5 popular recipes do not freeze: with 3 the running statistics move" in said
+    assert "5 of 5 policies hold to the bit what they promise, and with 3 of them" in said
+
+
+def test_the_command_prints_json_and_saves_a_picture(
+    example, experiment, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(example, "run", lambda **_: experiment)
+    example.main(["--json", "--svg", str(tmp_path / "table.svg")])
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed["outcomes"]) == len(example.METHODS)
+    assert printed["conclusion"] == example.conclusion(experiment)
+    assert "<svg" in (tmp_path / "table.svg").read_text(encoding="utf-8")
