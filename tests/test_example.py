@@ -49,7 +49,7 @@ def test_every_way_is_tried_on_all_norm_layers(example, experiment, outcomes):
     assert {outcome.layers for outcome in outcomes.values()} == {9}
     # There is something to lose: the network had learnt the digits, and the shift is real.
     assert experiment.clean_accuracy > 0.8
-    assert experiment.faded_accuracy < experiment.clean_accuracy
+    assert experiment.shifted_accuracy < experiment.clean_accuracy
 
 
 def test_every_popular_recipe_fails_in_its_own_way(example, outcomes):
@@ -99,7 +99,7 @@ def test_inspect_foretells_what_then_happens(outcomes):
 
 def test_the_same_seed_gives_the_same_outcome(example, experiment):
     torch.manual_seed(3)
-    pretrained, data = example.small_resnet(), example.faded(*example.digits()[:12])
+    pretrained, data = example.small_resnet(), example.shifted("inverted", *example.digits()[:12])
     results = []
     for _ in range(2):
         torch.manual_seed(4)
