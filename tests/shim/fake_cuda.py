@@ -18,15 +18,15 @@ GXX = shutil.which("g++")
 PROCESSORS = 3  # few, so that a thread of the rows mapping walks many rows
 
 
-def compile_all(variants, folder, *, flags=(), source=None):
-    """Compile the variants with g++ into libraries, two at a time; return name → library's path.
+def compile_all(variants, folder, *, flags=(), source=None, parts=2):
+    """Compile the variants with g++ into ``parts`` libraries; return which has which name.
 
     ``source`` replaces the text that comes before the entry points.
     """
     variants = sorted(set(variants), key=lambda variant: variant.name)
-    parts = [part for part in (variants[::2], variants[1::2]) if part]
+    shares = [variants[start::parts] for start in range(parts) if variants[start::parts]]
     running, where = [], {}
-    for number, part in enumerate(parts):
+    for number, part in enumerate(shares):
         text = program(part)
         if source is not None:
             text = text.replace(program([]), source)
