@@ -56,7 +56,8 @@ struct Args {
 
 #ifndef BNFREEZE_SHIM
 #define ENTRY(name, ...)                                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Args args) { \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                       \
+    name(const __grid_constant__ Args args) {                                                      \
         __VA_ARGS__(args);                                                                         \
     }
 
@@ -167,6 +168,11 @@ __device__ __forceinline__ Channel branch_channel(const Args &a, u32 c) {
     float scale = invstd(a.var_r, a.eps_r, c);
     if (a.weight_r) scale *= parameter(a.weight_r, a.kind_r, c);
     return {a.mean_r[c], scale, a.bias_r ? parameter(a.bias_r, a.kind_r, c) : 0.0f};
+}
+
+// Member by member, which stays in registers; a choice between two structs has an address.
+__device__ __forceinline__ Channel pick(bool first, const Channel &n, const Channel &m) {
+    return {first ? n.mean : m.mean, first ? n.scale : m.scale, first ? n.bias : m.bias};
 }
 
 __device__ __forceinline__ float normalise(float x, const Channel &n) {
@@ -297,7 +303,8 @@ __device__ __forceinline__ void planes(const Args &a) {
         for (u32 k = 0; k < V; ++k) {
             float v1 = Op::reads1 ? T::read(in1[u].lane[k]) : 0.0f;
             float o0, o1;
-            Op::run(T::read(in0[u].lane[k]), v1, k < left ? n : n_next, k < left ? r : r_next, o0, o1);
+            Op::run(T::read(in0[u].lane[k]), v1, pick(k < left, n, n_next),
+                    pick(k < left, r, r_next), o0, o1);
             out0.lane[k] = T::round(o0);
             if (Op::writes1) out1.lane[k] = T::round(o1);
         }
