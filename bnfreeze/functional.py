@@ -294,7 +294,13 @@ def _why_formula(x: Tensor, norm: Affine, residual: Tensor | None, branch: Affin
     # First, for torch.compile follows only this branch and sees nothing of the rest.
     if _is_compiling():
         return _COMPILING
-    if why := _listener():
+    if (  # what _listener asks, without the price of a call
+        _transforms_active()
+        or _dispatch_modes()
+        or _function_modes()
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+    ) and (why := _listener()):
         return why
     mean, var, weight, bias, _ = norm
     if (

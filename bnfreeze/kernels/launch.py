@@ -18,7 +18,7 @@ from torch import Tensor
 from bnfreeze.aten import FROM_OUTPUT, Affine
 from bnfreeze.kernels import plan as plans
 from bnfreeze.kernels.build import KernelError, cubin
-from bnfreeze.kernels.plan import ARGS, GEOMETRY, THREADS, Plan, Variant
+from bnfreeze.kernels.plan import ARGS, THREADS, Plan, Variant
 
 __all__ = ["Host", "Launcher", "real_host"]
 
@@ -61,7 +61,7 @@ def real_host() -> Host:
     return Host(
         driver=driver,
         cubin=cubin,
-        current_device=torch.cuda.current_device,
+        current_device=torch._C._cuda_getDevice,  # CUDA tensors are there: it is initialized
         on_device=torch.cuda.device,
         stream=torch._C._cuda_getCurrentRawStream,
         capability=torch.cuda.get_device_capability,
@@ -77,10 +77,9 @@ class _Frame(threading.local):
     """Each thread's own room for the arguments, which cuLaunchKernel copies before it returns."""
 
     def __init__(self) -> None:
-        arguments = ctypes.create_string_buffer(ARGS.size + GEOMETRY.size)
-        self.arguments = memoryview(arguments).cast("B")
+        self.arguments = ctypes.create_string_buffer(ARGS.size)
         # The kernel takes one argument, a struct; the driver wants an array of their addresses.
-        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.arguments))
         self.address = ctypes.addressof(self.pointers)
         self.bound: set[int] = set()
 
@@ -218,8 +217,11 @@ class Launcher:
         partial = sums.data_ptr()
         self._launch(device, loaded, in0, in1, in2, out0, out1, partial, norm, branch)
         out0, out1 = _pointer(grad_w), _pointer(grad_b)
-        loaded = self._loaded(plans.finish(channels, blocks), device)
-        self._launch(device, loaded, 0, 0, 0, out0, out1, partial, norm, None)
+        key = channels, blocks, device
+        last = self._plans.get(key)
+        if last is None:
+            last = self._plans[key] = self._loaded(plans.finish(channels, blocks), device)
+        self._launch(device, last, 0, 0, 0, out0, out1, partial, norm, None)
         return grad_x, grad_r, grad_w, grad_b
 
     def _plan(self, x: Tensor, device: int, op: _Op, aligned: bool) -> _Loaded:
@@ -300,8 +302,8 @@ class Launcher:
             partial,
             eps, eps_r,
             kind, kind_r,
+            plan.geometry,
         )  # fmt: skip
-        frame.arguments[ARGS.size :] = plan.geometry
         raw = self._stream(device)
         stream = self._streams.get(raw)
         if stream is None:

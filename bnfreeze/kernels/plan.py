@@ -15,9 +15,9 @@ __all__ = ["ARGS", "GEOMETRY", "THREADS", "Plan", "Variant", "elementwise", "fin
 THREADS = 256
 UNROLL = 4
 
-# struct Args of frozen_bn.cu: what differs from call to call, then what a plan fixes.
-ARGS = struct.Struct("=14Q2f2I")
+# struct Args of frozen_bn.cu: what a plan fixes, behind what differs from call to call.
 GEOMETRY = struct.Struct("=Q6I")
+ARGS = struct.Struct(f"=14Q2f2I{GEOMETRY.size}s")
 
 _NARROW = 2**31  # up to here 32 bits suffice, and fast_division is exact
 

@@ -13,7 +13,7 @@ import random
 import sys
 
 from bnfreeze.kernels import plan as plans
-from bnfreeze.kernels.plan import ARGS, GEOMETRY
+from bnfreeze.kernels.plan import ARGS
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -50,8 +50,8 @@ def run(library, shape, dtype, rows, aligned, direction, activation, residual):
 
 
 def launch(library, plan, values):
-    arguments = ctypes.create_string_buffer(ARGS.pack(*values) + plan.geometry)
-    assert len(arguments) == ARGS.size + GEOMETRY.size + 1
+    arguments = ctypes.create_string_buffer(ARGS.pack(*values, plan.geometry))
+    assert len(arguments) == ARGS.size + 1
     address = ctypes.c_void_p(ctypes.addressof(arguments))
     getattr(library, plan.variant.name)(address, *plan.grid, random.randrange(1000))
 
