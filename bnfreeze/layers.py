@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfreeze.aten import Affine
 from bnfreeze.errors import PolicyError
-from bnfreeze.functional import frozen_batch_norm
+from bnfreeze.functional import _apply
 
 __all__ = ["FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3d"]
 
@@ -132,16 +133,16 @@ class _FrozenBatchNorm(nn.Module):
                 f"{type(self).__name__} takes a {ranks} input with {self.num_features} channels; "
                 f"this one is {x.dim()}D, of the shape {tuple(x.shape)}."
             )
-        return frozen_batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.eps,
-            residual=residual,
-            activation=activation,
-        )
+        parameters: Any = self._parameters
+        buffers: Any = self._buffers
+        try:
+            # nn.Module's own lookup of the four costs as much as the launch of a kernel.
+            mean, var = buffers["running_mean"], buffers["running_var"]
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:
+            # Parametrized, or a replica: they are there under other names.
+            mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        return _apply(x, Affine(mean, var, weight, bias, self.eps), residual, None, activation)
 
     @property
     def training(self) -> bool:

@@ -6,8 +6,10 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 import torchvision
 from torch import nn
+from torch.nn.utils import parametrize
 
 import bnfreeze
 from bnfreeze import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, PolicyError
@@ -259,3 +261,26 @@ def test_a_resnet_loads_the_checkpoint_of_a_live_one():
     frozen.load_state_dict(live.state_dict())
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(frozen.train()(x), live(x))
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d)).requires_grad_()
+    x = torch.randn(4, 6, 3, 3, requires_grad=True)
+    for activation in ("relu", "silu"):
+        plain = torch.autograd.grad(layer(x, x, activation).square().sum(), (x, layer.weight))
+        again = torch.utils.checkpoint.checkpoint(layer, x, x, activation, use_reentrant=False)
+        kept = torch.autograd.grad(again.square().sum(), (x, layer.weight))
+        assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+
+
+def test_a_parametrized_weight_is_used():
+    class Half(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d, affine=True))
+    layer.bias.zero_()
+    x = torch.randn(2, 6, 3, 3)
+    whole = layer(x)
+    parametrize.register_parametrization(layer, "weight", Half())
+    assert torch.allclose(layer(x), whole / 2)
