@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from bnfreeze.findings import Finding
     from bnfreeze.inspection import Inspection, inspect
     from bnfreeze.policy import Policy
+    from bnfreeze.proof.drift import Drift
+    from bnfreeze.proof.report import DriftReport
+    from bnfreeze.proof.snapshot import Snapshot, assert_frozen, snapshot, verify
+    from bnfreeze.proof.watch import guard
     from bnfreeze.report import FreezeReport, LayerRow
     from bnfreeze.surgery import freeze, unfreeze
 
@@ -29,18 +33,25 @@ __all__ = [
     "BnfreezeWarning",
     "CheckpointError",
     "CorruptCheckpoint",
+    "Drift",
     "DriftError",
+    "DriftReport",
     "Finding",
     "FreezeReport",
     "Inspection",
     "LayerRow",
     "Policy",
     "PolicyError",
+    "Snapshot",
     "UnsafeCheckpoint",
     "UnsupportedFormat",
+    "assert_frozen",
     "freeze",
+    "guard",
     "inspect",
+    "snapshot",
     "unfreeze",
+    "verify",
 ]
 
 _HOME = {
@@ -48,18 +59,25 @@ _HOME = {
     "BnfreezeWarning": "errors",
     "CheckpointError": "errors",
     "CorruptCheckpoint": "errors",
+    "Drift": "proof.drift",
     "DriftError": "errors",
+    "DriftReport": "proof.report",
     "Finding": "findings",
     "FreezeReport": "report",
     "Inspection": "inspection",
     "LayerRow": "report",
     "Policy": "policy",
     "PolicyError": "errors",
+    "Snapshot": "proof.snapshot",
     "UnsafeCheckpoint": "errors",
     "UnsupportedFormat": "errors",
+    "assert_frozen": "proof.snapshot",
     "freeze": "surgery",
+    "guard": "proof.watch",
     "inspect": "inspection",
+    "snapshot": "proof.snapshot",
     "unfreeze": "surgery",
+    "verify": "proof.snapshot",
 }
 
 
