@@ -18,12 +18,13 @@ from bnfreeze.proof.drift import Drift
 from bnfreeze.proof.facts import OwnerFacts, TensorFacts
 from bnfreeze.proof.state import State
 
-__all__ = ["explain"]
+__all__ = ["TRACE", "explain"]
 
 Reason = tuple[str, str]
 
 _FREEZE = 'Use freeze(model, "eval").'
-_TRACE = "guard(model, trace=True) names the line that writes."
+# The remedy where only a trace would tell more.
+TRACE = "guard(model, trace=True) names the line that writes."
 
 
 def explain(drift: Drift, before: State, after: State) -> Drift:
@@ -36,7 +37,7 @@ def explain(drift: Drift, before: State, after: State) -> Drift:
     if drift.kind in _KNOWN:
         cause, remedy = _KNOWN[drift.kind]
         return replace(drift, cause=cause, remedy=remedy)
-    return replace(drift, cause="The cause cannot be told from the two states.", remedy=_TRACE)
+    return replace(drift, cause="The cause cannot be told from the two states.", remedy=TRACE)
 
 
 class _Case:
@@ -85,7 +86,7 @@ class _Case:
     def tensor(self) -> Tensor | None:
         """The tensor as it is now."""
         identity = self.after.identities.get(self.drift.name)
-        return identity.tensor() if identity else None
+        return identity.tensor if identity else None
 
     def groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The optimizer groups in which the tensor stands, each with its optimizer's class."""
@@ -154,7 +155,7 @@ def _forward_in_training(case: _Case) -> Reason | None:
 def _object_replaced(case: _Case) -> Reason | None:
     old = case.before.identities.get(case.drift.name)
     new = case.after.identities.get(case.drift.name)
-    if old is None or new is None or old.tensor() is new.tensor():
+    if old is None or new is None or old.tensor is new.tensor:
         return None
     return (
         "Another tensor is registered under its name: load_state_dict(assign=True), or an "
@@ -229,7 +230,7 @@ def _rewritten(case: _Case, name: str) -> bool:
     old, new = case.before.identities.get(name), case.after.identities.get(name)
     if old is None or new is None or None in (old.version, new.version):
         return False
-    return old.tensor() is new.tensor() and old.version != new.version
+    return old.tensor is new.tensor and old.version != new.version
 
 
 def _written_in_place(case: _Case) -> Reason | None:
@@ -241,12 +242,12 @@ def _written_in_place(case: _Case) -> Reason | None:
         return (
             f"It was written in place {_times(new.version - old.version)}, by an operation that "
             f"autograd sees: copy_, an EMA, a broadcast, an optimizer.",
-            _TRACE,
+            TRACE,
         )
     return (
         "It was written past autograd: through .data, a numpy or dlpack view, or by a kernel "
         "that does not tell.",
-        _TRACE,
+        TRACE,
     )
 
 

@@ -101,7 +101,7 @@ def _flags(name: str, before: State, after: State) -> Iterator[Drift]:
 
 def _another(name: str, before: State, after: State) -> bool:
     old, new = before.identities.get(name), after.identities.get(name)
-    return old is not None and new is not None and old.tensor() is not new.tensor()
+    return old is not None and new is not None and old.tensor is not new.tensor
 
 
 def _doubt(old: TensorFacts, new: TensorFacts, gathered: bool) -> str:

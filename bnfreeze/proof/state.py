@@ -27,12 +27,13 @@ class Identity:
     """Which object stood under a name, and its memory: known only in the process that saw it.
 
     Attributes:
-        tensor: a weak reference to the tensor.
+        tensor: the tensor itself, and so kept alive: its id alone could be given away again, and
+            torch.utils.swap_tensors refuses a tensor that is weakly referenced.
         pointer: where its storage lies.
         version: how often autograd saw it written in place; None for an inference tensor.
     """
 
-    tensor: weakref.ref[Tensor]
+    tensor: Tensor
     pointer: int
     version: int | None
 
@@ -118,7 +119,7 @@ def read_state(
         first.setdefault(id(tensor), name)
         tensors[name] = _tensor_facts(slot, first[id(tensor)], optimized, unreadable)
         owners[slot.owner] = slot.module
-        pointer = 0
+        pointer, version = 0, None
         if not unreadable:
             if first[id(tensor)] == name:
                 values[name] = bits.read(tensor)
@@ -126,7 +127,8 @@ def read_state(
             pointer = local.untyped_storage().data_ptr()
             if pointer:
                 storages.setdefault((str(local.device), pointer), []).append(name)
-        identities[name] = Identity(weakref.ref(tensor), pointer, _version(tensor))
+            version = None if tensor.is_inference() else tensor._version
+        identities[name] = Identity(tensor, pointer, version)
     groups = tuple(tuple(names) for names in storages.values() if len(names) > 1)
     noted = {name: _owner_facts(module) for name, module in owners.items()}
     return State(
@@ -139,10 +141,11 @@ def read_state(
 
 
 def _several(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    optimized_ids(optimizer)  # what is no optimizer is refused
     if optimizer is None:
         return []
-    return [optimizer] if hasattr(optimizer, "param_groups") else list(optimizer)  # type: ignore[list-item]
+    several = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+    optimized_ids(several)  # what is no optimizer is refused
+    return several
 
 
 def _slots(modules: Iterable[NamedModule]) -> Iterator[_Slot]:
@@ -239,7 +242,3 @@ def _owner_facts(module: nn.Module) -> OwnerFacts:
         policy=policy_name(module),
         mode="" if free else "train" if module.training else "eval",
     )
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version

@@ -22,7 +22,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnfreeze.errors import DriftError
 from bnfreeze.proof import bits
+from bnfreeze.proof.causes import TRACE
+from bnfreeze.proof.drift import Drift
 from bnfreeze.proof.report import DriftReport
 from bnfreeze.proof.state import State
 
@@ -40,6 +43,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Watch the tensors of `before`; `look` compares the model with it in full."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.paused = False
+        # What it raised: some callers, such as load_state_dict, catch all and raise their own.
+        self.error: DriftError | None = None
         self._before, self._look = before, look
         # By the address of the memory, the first names of the held tensors that lie there.
         self._names: dict[int, list[str]] = {}
@@ -70,8 +75,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return list(names)
 
     def _differs(self, name: str) -> bool:
-        tensor = self._before.identities[name].tensor()
-        if tensor is None or bits.why_unreadable(tensor):
+        tensor = self._before.identities[name].tensor
+        if bits.why_unreadable(tensor):
             return False  # the full comparison will say so
         old, new = self._before.values[name], bits.read(tensor)
         if (old.dtype, old.shape, old.device) != (new.dtype, new.shape, new.device):
@@ -83,17 +88,27 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         __tracebackhide__ = True
         line = user_line()
         report = self._look()
-        drifts = []
-        for drift in report.drifts:
-            if drift.name in names:
-                cause = drift.cause
-                if operation is None:
-                    cause = (
-                        f"It was written {when}, by something that torch does not dispatch: an "
-                        f"assignment to .data, numpy, a raw pointer, compiled code."
-                    )
-                drifts.append(replace(drift, operation=operation, where=line, cause=cause))
-        replace(report, drifts=tuple(drifts)).raise_if_drifted()
+        drifts = [
+            _caught(drift, operation, when, line) for drift in report.drifts if drift.name in names
+        ]
+        try:
+            replace(report, drifts=tuple(drifts)).raise_if_drifted()
+        except DriftError as error:
+            self.error = error
+            raise
+
+
+def _caught(drift: Drift, operation: str | None, when: str, line: str | None) -> Drift:
+    """The drift with the operation and the line, which tell more than the states could."""
+    cause, remedy = drift.cause, drift.remedy
+    if operation is None:
+        cause = (
+            f"It was written {when}, by something that torch does not dispatch: an assignment to "
+            f".data, numpy, a raw pointer, compiled code."
+        )
+    elif remedy == TRACE:
+        cause, remedy = f"{operation} wrote to it.", "Leave what is held out, or freeze later."
+    return replace(drift, operation=operation, where=line, cause=cause, remedy=remedy)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

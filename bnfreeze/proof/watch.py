@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -120,6 +120,9 @@ class Guard:
     ) -> None:
         __tracebackhide__ = True
         self._stack.close()
+        traced = self._tracer.error if self._tracer is not None else None
+        if traced is not None and error is not traced:
+            raise traced  # whatever caught it, and raised its own
         if error is None:
             self.check()
         elif not isinstance(error, DriftError):
@@ -187,11 +190,11 @@ def _with_hooks(
 ) -> list[Optimizer] | None:
     if optimizer is None:
         return None
-    several = [optimizer] if hasattr(optimizer, "param_groups") else list(cast("Any", optimizer))
+    several = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
     for one in several:
         if not hasattr(one, "register_step_post_hook"):
             raise TypeError(
                 f"optimizer: expected a torch.optim.Optimizer or several, not "
                 f"{type(one).__name__}; of a wrapper give the optimizer inside."
             )
-    return cast("list[Optimizer]", several)
+    return several
