@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bnfreeze.norms import STATISTICS
@@ -103,14 +102,14 @@ class _Case:
 def _was_reset(case: _Case) -> Reason | None:
     if not case.is_statistic:
         return None
-    mean, var, _ = case.statistics(case.after)
+    mean, var, count = case.statistics(case.after)
     if mean is None or var is None or not mean.numel():
         return None
-    if bool(torch.any(mean != 0)) or bool(torch.any(var != 1)):
+    if bool(mean.any()) or bool((var != 1).any()) or (count is not None and bool(count.any())):
         return None
     return (
         "Every mean of its layer is 0 and every variance 1: the statistics were reset, by "
-        "reset_running_stats(), a new initialisation, or swa_utils.update_bn.",
+        "reset_running_stats() or a new initialisation.",
         "Freeze the layer, which then refuses reset_running_stats().",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -23,15 +24,25 @@ _FROM_FILE = (
 _INSTANTS = "A change undone between the two instants is seen by guard(trace=True) alone."
 
 
-def compare(before: State, after: State, *, gathered: bool = False) -> DriftReport:
+def compare(
+    before: State,
+    after: State,
+    *,
+    gathered: bool = False,
+    step: int | None = None,
+    since: int | None = None,
+) -> DriftReport:
     """What changed from `before` to `after`.
 
     Args:
         before: what was promised to stay; its selection is compared.
         after: what is; it may have more tensors than `before`.
         gathered: whether other ranks check their shards of what is sharded.
+        step: the optimizer steps completed now.
+        since: those completed when all was last seen to be well.
     """
-    drifts = list(_changes(before, after, gathered))
+    changes = _changes(before, after, gathered)
+    drifts = [replace(change, step=step, since=since) for change in changes]
     names = [*before.facts.tensors, *after.facts.tensors]
     places = {name: place for place, name in reversed(list(enumerate(names)))}
     # In the model's order, a layer after its tensors.

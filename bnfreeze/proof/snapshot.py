@@ -21,7 +21,7 @@ from bnfreeze.proof.state import State, read_state
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Snapshot", "assert_frozen", "snapshot", "verify"]
+__all__ = ["Snapshot", "assert_frozen", "check", "snapshot", "verify"]
 
 _clock = itertools.count(1)
 
@@ -165,12 +165,27 @@ def verify(
     model = check_model(model)
     if not isinstance(snapshot, Snapshot):
         raise TypeError(f"Expected a Snapshot, not {type(snapshot).__name__}.")
-    before = snapshot.state
+    return check(model, snapshot.state, process_group)
+
+
+def check(
+    model: nn.Module,
+    before: State,
+    group: ProcessGroup | None,
+    *,
+    step: int | None = None,
+    since: int | None = None,
+) -> DriftReport:
+    """What `verify` does, with the steps of a training that `guard` counts."""
     after = read_state(
-        model, snapshot.tensors, before.live_optimizers(), also=before.facts.tensors, lenient=True
+        model,
+        before.facts.selection,
+        before.live_optimizers(),
+        also=before.facts.tensors,
+        lenient=True,
     )
-    report = compare(before, after, gathered=process_group is not None)
-    return report if process_group is None else across_ranks(report, after, process_group)
+    report = compare(before, after, gathered=group is not None, step=step, since=since)
+    return report if group is None else across_ranks(report, after, group)
 
 
 def assert_frozen(

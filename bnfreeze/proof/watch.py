@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bnfreeze.errors import BnfreezeWarning, DriftError
 from bnfreeze.proof.report import DriftReport
-from bnfreeze.proof.snapshot import Snapshot, snapshot, verify
+from bnfreeze.proof.snapshot import Snapshot, check, snapshot
 from bnfreeze.proof.trace import Tracer
 
 if TYPE_CHECKING:
@@ -135,28 +134,29 @@ class Guard:
             DriftError: something has changed.
         """
         __tracebackhide__ = True
-        report = self._compare(self._group)
+        report = self._compare(self.step, self._group)
         report.raise_if_drifted()
         return report
 
-    def _compare(self, group: ProcessGroup | None) -> DriftReport:
+    def _compare(self, step: int, group: ProcessGroup | None) -> DriftReport:
         if self.before is None:
             raise RuntimeError("The guard is not on watch: enter it with a with statement.")
         if self._tracer is not None:
             self._tracer.paused = True
         try:
-            report = verify(self._model, self.before, process_group=group)
+            self.report = check(
+                self._model, self.before.state, group, step=step, since=self._checked_at
+            )
         finally:
             if self._tracer is not None:
                 self._tracer.paused = False
-        self.report = _at_step(report, self.step, self._checked_at)
         self._checked_at = self.step
         return self.report
 
     def _midway(self) -> DriftReport:
-        """Compare in the middle of a step."""
-        report = self._compare(None)
-        return _at_step(report, self.step + 1, self.step)
+        """Compare in the middle of a step, of which the trace has seen every write."""
+        self._checked_at = self.step
+        return self._compare(self.step + 1, None)
 
     def _after_step(self, *_: Any) -> None:
         __tracebackhide__ = True
@@ -167,7 +167,7 @@ class Guard:
     def _note_on(self, error: BaseException) -> None:
         """Say what drifted beside the exception of the block, which is the one that counts."""
         try:
-            report = self._compare(None)
+            report = self._compare(self.step, None)
         except Exception as failure:
             text = f"bnfreeze could not compare the model: {failure}"
         else:
@@ -178,11 +178,6 @@ class Guard:
             error.add_note(text)
         else:
             warnings.warn(text, BnfreezeWarning, stacklevel=3)
-
-
-def _at_step(report: DriftReport, step: int, since: int) -> DriftReport:
-    drifts = tuple(replace(drift, step=step, since=since) for drift in report.drifts)
-    return replace(report, drifts=drifts)
 
 
 def _with_hooks(

@@ -49,7 +49,7 @@ def test_a_model_that_lost_everything_is_not_ok():
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(TypeError, match="Expected an nn.Module"):
+    with pytest.raises(TypeError, match=r"Expected an nn.Module"):
         bnfreeze.snapshot({})
     with pytest.raises(TypeError, match="Expected a Snapshot, not dict"):
         bnfreeze.verify(small(), {})
@@ -248,7 +248,7 @@ def test_fifty_real_steps_of_a_frozen_model_raise_nothing(policy, optimizer):
     optimizer = optimizer(list(model.parameters()))
     before = bnfreeze.snapshot(model)
     everything = bnfreeze.snapshot(model, tensors="all", digest=True)
-    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
     with bnfreeze.guard(model, optimizer=optimizer) as watch:
         for step in range(50):
             model.train(step % 10 != 9)
