@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedParameter
 
 __all__ = ["Difference", "Scalar", "digest", "locate", "read", "unequal", "why_unreadable"]
 
 Scalar = bool | int | float | complex | str
 
-# Comparing eight bytes at a time is five times as fast as one at a time.
+# On the CPU the C library compares memory twice as fast as torch.equal compares even int64.
+_memcmp = (ctypes.CDLL(None) if os.name == "posix" else ctypes.CDLL("msvcrt")).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memcmp.restype = ctypes.c_int
+
+# On an accelerator, eight bytes at a time.
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 # Tensors up to this size are compared in one go on an accelerator, where each launch costs.
 _SMALL = 1 << 20
@@ -24,12 +31,13 @@ _SMALL = 1 << 20
 
 def why_unreadable(tensor: Tensor) -> str:
     """Why the tensor's bits cannot be read; empty if they can."""
-    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-        return "it has not seen an input yet"
-    if isinstance(tensor, DTensor):
-        return why_unreadable(tensor._local_tensor)
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return f"{type(tensor).__name__} keeps its values in a way of its own"
+    if type(tensor) not in (Tensor, Parameter):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            return "it has not seen an input yet"
+        if isinstance(tensor, DTensor):
+            return why_unreadable(tensor._local_tensor)
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return f"{type(tensor).__name__} keeps its values in a way of its own"
     if tensor.is_meta:
         return "it is on the meta device and has no values"
     if tensor.is_nested or tensor.layout is not torch.strided:
@@ -46,7 +54,7 @@ def read(tensor: Tensor) -> Tensor:
 
     Of a DTensor, this rank's shard. Only for what `why_unreadable` says nothing of.
     """
-    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+    with torch._C.DisableTorchFunctionSubclass():
         if isinstance(tensor, DTensor):
             tensor = tensor._local_tensor
         plain = tensor.detach()
@@ -69,7 +77,7 @@ def unequal(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
     for index, (before, after) in enumerate(pairs):
         if before.device.type != "cpu":
             elsewhere.append(index)
-        elif not torch.equal(*_words(before, after)):
+        elif before.nbytes and _memcmp(before.data_ptr(), after.data_ptr(), before.nbytes):
             found.append(index)
     if elsewhere and _any_unequal([pairs[index] for index in elsewhere]):
         found += [i for i in elsewhere if not torch.equal(*_words(*pairs[i]))]
@@ -79,15 +87,13 @@ def unequal(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
 def _any_unequal(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """Whether any pair differs, with one transfer for each device."""
     jobs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-    small: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    small: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
     for before, after in pairs:
-        if before.nbytes <= _SMALL:
-            group = small.setdefault((before.device, before.dtype), [])
-            group.append((before.reshape(-1), after.reshape(-1)))
-        else:
-            jobs.setdefault(before.device, []).append((before, after))
-    for (device, _), group in small.items():
-        joined = (torch.cat([pair[0] for pair in group]), torch.cat([pair[1] for pair in group]))
+        where = small if before.nbytes <= _SMALL else jobs
+        flat = before.reshape(-1).view(torch.uint8), after.reshape(-1).view(torch.uint8)
+        where.setdefault(before.device, []).append(flat)
+    for device, group in small.items():
+        joined = torch.cat([pair[0] for pair in group]), torch.cat([pair[1] for pair in group])
         jobs.setdefault(device, []).append(joined)
     verdicts = []
     for job in jobs.values():
@@ -98,12 +104,12 @@ def _any_unequal(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
 
 def _words(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Both as flat integers, as wide as size and alignment of both allow."""
-    a, b = (tensor.reshape(-1).view(torch.uint8) for tensor in (first, second))
-    for word in _WORDS:
-        size = word.itemsize
-        if not (a.numel() % size or a.storage_offset() % size or b.storage_offset() % size):
-            break
-    return a.view(word), b.view(word)
+    size = first.element_size()
+    # What has to be a multiple of the word: the length, and where in their storage both begin.
+    lengths = first.nbytes, first.storage_offset() * size, second.storage_offset() * size
+    unit = math.gcd(*lengths, 8)
+    word = next(word for word in _WORDS if unit % word.itemsize == 0)
+    return first.reshape(-1).view(word), second.reshape(-1).view(word)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,8 @@ def _changes(before: State, after: State, gathered: bool) -> Iterator[Drift]:
         # What is said of a tensor is not said again of its other names.
         if old.first != name and old.first in theirs and theirs[old.first].first == new.first:
             continue
-        yield from _flags(name, before, after)
+        if old != new or _another(name, before, after):
+            yield from _flags(name, before, after)
         doubt = _doubt(old, new, gathered)
         if doubt:
             yield Drift(name, "unverified", after=doubt)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 __all__ = ["Facts", "OwnerFacts", "TensorFacts"]
 
 
-@dataclass(frozen=True)
-class TensorFacts:
+class TensorFacts(NamedTuple):
     """One tensor under one name.
 
     Attributes:
@@ -41,8 +40,7 @@ class TensorFacts:
     unreadable: str = ""
 
 
-@dataclass(frozen=True)
-class OwnerFacts:
+class OwnerFacts(NamedTuple):
     """A module that has some of the tensors.
 
     Attributes:
@@ -81,7 +79,12 @@ class Facts:
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data."""
-        return asdict(self)
+        return {
+            "selection": self.selection,
+            "tensors": {name: facts._asdict() for name, facts in self.tensors.items()},
+            "owners": {name: facts._asdict() for name, facts in self.owners.items()},
+            "groups": self.groups,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Facts:

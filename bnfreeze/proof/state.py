@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -22,8 +24,7 @@ from bnfreeze.record import held_names, policy_name, record_of
 __all__ = ["Identity", "State", "read_state"]
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """Which object stood under a name, and its memory: known only in the process that saw it.
 
     Attributes:
@@ -67,8 +68,7 @@ class State:
         return {**self.__dict__, "identities": {}, "optimizers": (), "modules": {}}
 
 
-@dataclass(frozen=True)
-class _Slot:
+class _Slot(NamedTuple):
     """A place in a module where a tensor is registered."""
 
     name: str
@@ -126,7 +126,7 @@ def read_state(
             local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
             pointer = local.untyped_storage().data_ptr()
             if pointer:
-                storages.setdefault((str(local.device), pointer), []).append(name)
+                storages.setdefault((_name(local.device), pointer), []).append(name)
             version = None if tensor.is_inference() else tensor._version
         identities[name] = Identity(tensor, pointer, version)
     groups = tuple(tuple(names) for names in storages.values() if len(names) > 1)
@@ -215,9 +215,9 @@ def _tensor_facts(
         placement = f"{shard} over {tuple(tensor.device_mesh.shape)}"
     return TensorFacts(
         kind=slot.kind,
-        dtype=str(tensor.dtype).removeprefix("torch."),
+        dtype=_name(tensor.dtype),
         shape=() if unreadable.startswith("it has not seen") else tuple(tensor.shape),
-        device=str(tensor.device),
+        device=_name(tensor.device),
         requires_grad=tensor.requires_grad,
         has_grad=tensor.is_leaf and tensor.grad is not None,
         optimized=None if optimized is None else id(tensor) in optimized,
@@ -226,6 +226,11 @@ def _tensor_facts(
         placement=placement,
         unreadable=unreadable,
     )
+
+
+@functools.cache
+def _name(what: torch.dtype | torch.device) -> str:
+    return str(what).removeprefix("torch.")
 
 
 def _owner_facts(module: nn.Module) -> OwnerFacts:
