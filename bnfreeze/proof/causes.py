@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfreeze.norms import STATISTICS
 from bnfreeze.proof.drift import Drift
@@ -130,6 +131,10 @@ def _forward_in_training(case: _Case) -> Reason | None:
         return None
     training = bool(case.layer.training)
     batches = case.batches()
+    if isinstance(case.layer, _InstanceNorm):
+        batches = None  # it does not count
+    elif batches is not None and batches <= 0:
+        return None
     if not training and not batches:
         return None
     text = f"Its layer is a plain {case.kind_now}"

@@ -93,11 +93,17 @@ class Facts:
         Raises:
             KeyError, TypeError, ValueError, AttributeError: it is something else.
         """
-        tensors = {}
-        for name, fields in data["tensors"].items():
-            facts = TensorFacts(**{**fields, "shape": tuple(map(int, fields["shape"]))})
-            tensors[str(name)] = facts
-        owners = {str(name): OwnerFacts(**fields) for name, fields in data["owners"].items()}
+        tensors = {
+            name: TensorFacts(**{**fields, "shape": tuple(map(int, fields["shape"]))})
+            for name, fields in data["tensors"].items()
+        }
+        owners = {name: OwnerFacts(**fields) for name, fields in data["owners"].items()}
+        texts = [text for facts in owners.values() for text in facts]
+        for facts in tensors.values():
+            texts += [facts.kind, facts.dtype, facts.device, facts.owner, facts.first]
+            texts += [facts.placement, facts.unreadable]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a name in it is no text")
         groups = tuple(tuple(map(str, group)) for group in data["groups"])
         known = all(f.first in tensors and f.owner in owners for f in tensors.values())
         if not (tensors and known and all(name in tensors for group in groups for name in group)):

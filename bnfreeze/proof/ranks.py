@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["across_ranks"]
 
-# So many drifts of another rank are told in full; a model that thawed as a whole has hundreds.
-_TOLD = 50
-
 
 def across_ranks(report: DriftReport, state: State, group: ProcessGroup) -> DriftReport:
     """The report of this rank joined with those of the others, the same on every rank.
@@ -34,7 +31,7 @@ def across_ranks(report: DriftReport, state: State, group: ProcessGroup) -> Drif
         state: this rank's state.
         group: the process group; every rank of it has to call this.
     """
-    own = [replace(drift, rank=dist.get_rank(group)) for drift in report.drifts[:_TOLD]]
+    own = [replace(drift, rank=dist.get_rank(group)) for drift in report.drifts]
     digests = {
         name: bits.digest(name, state.values[name])
         for name, facts in state.facts.tensors.items()
@@ -55,17 +52,18 @@ def _diverged(known: list[Drift], digests: list[dict[str, str]]) -> list[Drift]:
     told = {(drift.name, drift.rank) for drift in known}
     found = []
     for name in dict.fromkeys(name for own in digests for name in own):
-        held = [own.get(name) for own in digests]
-        right = Counter(held).most_common(1)[0][0]
-        for rank, digest in enumerate(held):
-            # Where another rank drifted, that one is the news.
-            if digest != right and (name, rank) not in told:
+        # What drifted on a rank is told already, and that rank has no say in what is right.
+        held = {rank: own.get(name) for rank, own in enumerate(digests) if (name, rank) not in told}
+        right = Counter(held.values()).most_common(1)[0][0] if held else None
+        first = next((rank for rank, digest in held.items() if digest == right), 0)
+        for rank, digest in held.items():
+            if digest != right:
                 found.append(
                     Drift(
                         name,
                         "value",
                         rank=rank,
-                        before=f"other bits than on rank {held.index(right)}",
+                        before=f"other bits than on rank {first}",
                         cause="The ranks hold different models, each unchanged since its own "
                         "snapshot: they started apart.",
                         remedy="Broadcast the model, or load it on every rank, before the "

@@ -173,10 +173,14 @@ def check(
     before: State,
     group: ProcessGroup | None,
     *,
+    exchange: bool = True,
     step: int | None = None,
     since: int | None = None,
 ) -> DriftReport:
-    """What `verify` does, with the steps of a training that `guard` counts."""
+    """What `verify` does, with the steps of a training that `guard` counts.
+
+    Without `exchange` each rank of the group checks its own, and asks no other.
+    """
     after = read_state(
         model,
         before.facts.selection,
@@ -185,7 +189,7 @@ def check(
         lenient=True,
     )
     report = compare(before, after, gathered=group is not None, step=step, since=since)
-    return report if group is None else across_ranks(report, after, group)
+    return report if group is None or not exchange else across_ranks(report, after, group)
 
 
 def assert_frozen(

@@ -134,18 +134,23 @@ class Guard:
             DriftError: something has changed.
         """
         __tracebackhide__ = True
-        report = self._compare(self.step, self._group)
+        report = self._compare(self.step)
         report.raise_if_drifted()
         return report
 
-    def _compare(self, step: int, group: ProcessGroup | None) -> DriftReport:
+    def _compare(self, step: int, *, exchange: bool = True) -> DriftReport:
         if self.before is None:
             raise RuntimeError("The guard is not on watch: enter it with a with statement.")
         if self._tracer is not None:
             self._tracer.paused = True
         try:
             self.report = check(
-                self._model, self.before.state, group, step=step, since=self._checked_at
+                self._model,
+                self.before.state,
+                self._group,
+                exchange=exchange,
+                step=step,
+                since=self._checked_at,
             )
         finally:
             if self._tracer is not None:
@@ -156,7 +161,7 @@ class Guard:
     def _midway(self) -> DriftReport:
         """Compare in the middle of a step, of which the trace has seen every write."""
         self._checked_at = self.step
-        return self._compare(self.step + 1, None)
+        return self._compare(self.step + 1, exchange=False)
 
     def _after_step(self, *_: Any) -> None:
         __tracebackhide__ = True
@@ -167,7 +172,7 @@ class Guard:
     def _note_on(self, error: BaseException) -> None:
         """Say what drifted beside the exception of the block, which is the one that counts."""
         try:
-            report = self._compare(self.step, None)
+            report = self._compare(self.step, exchange=False)
         except Exception as failure:
             text = f"bnfreeze could not compare the model: {failure}"
         else:

@@ -189,7 +189,7 @@ def _hold(**tensors):
     return {name: value + 1 for name, value in tensors.items()}
 
 
-S, V, M = "layer1.0.bn1", "value ~.running_mean", Mutant
+S, V, M = BN, "value ~.running_mean", Mutant
 # fmt: off
 MUTANTS = [
     # Bits of an element.
@@ -267,7 +267,7 @@ MUTANTS = [
     M("recipe: requires_grad=False on the buffers", World.forward, STATS, plain, prepare=lambda w: [b.requires_grad_(False) for b in w.model.buffers()], tensors=S, writes=FORWARD),
     M("recipe: momentum=0", World.forward, "value ~.num_batches_tracked", plain, prepare=lambda w: (setattr(w.bn, "momentum", 0.0), w.bn.requires_grad_(False)), tensors=S, writes=FORWARD),
     M("recipe: eval() once", World.forward, f"thawed ~; {STATS}", plain_eval, tensors=S, writes=FORWARD),
-    M("recipe: left out of the optimizer", World.forward, STATS, plain, prepare=lambda w: w.use(torch.optim.SGD, w.model.fc.weight), tensors=f"{S}", writes=FORWARD),
+    M("recipe: left out of the optimizer", World.forward, STATS, plain, prepare=lambda w: w.use(torch.optim.SGD, w.model.fc.weight), tensors=S, writes=FORWARD),
     M("no_grad in train mode", torch.no_grad()(World.forward), STATS, plain, tensors=S, writes=FORWARD),
     M("inference_mode in train mode", torch.inference_mode()(World.forward), STATS, plain, tensors=S, writes=FORWARD),
     M("recomputed under checkpointing", _rerun, STATS, plain, tensors=S, writes="checkpoint(w.model.layer1, hidden, use_reentrant=False).sum().backward()"),

@@ -102,6 +102,12 @@ CAUSES = {
         "held",
         "Its storage was replaced",
     ),
+    "a write to a layer in train mode that did not run": (
+        lambda m: None,
+        lambda m: m.bn.running_mean.add_(1),
+        "norm",
+        "written in place once",
+    ),
     "a load": (
         lambda m: bnfreeze.freeze(m),
         lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),

@@ -147,6 +147,7 @@ DAMAGE = {
     "facts of another kind": (lambda h: h.update(facts=[]), CorruptCheckpoint, "incomplete"),
     "a field missing": (lambda h: first(h).pop("kind"), CorruptCheckpoint, "incomplete"),
     "a field too many": (lambda h: first(h).update(evil=1), CorruptCheckpoint, "incomplete"),
+    "a dtype that is no text": (lambda h: first(h).update(dtype=3), CorruptCheckpoint, "no text"),
     "no tensors": (lambda h: h["facts"].update(tensors={}), CorruptCheckpoint, "fit together"),
     "no owner": (lambda h: h["facts"].update(owners={}), CorruptCheckpoint, "fit together"),
     "an unknown alias": (lambda h: first(h).update(first="x"), CorruptCheckpoint, "fit together"),

@@ -25,11 +25,17 @@ def test_ddp_that_overwrites_a_buffer_is_seen_on_the_rank_that_it_overwrote(seen
         assert message.startswith("1.running_mean drifted on rank 1: 6 of 6 elements differ")
 
 
-def test_all_ranks_learn_what_drifted_on_one(seen):
-    alone = [rank["a_drift_on_one_rank"][0] for rank in seen]
-    assert alone == [True, False]
+@pytest.mark.parametrize("which", [0, 1])
+def test_all_ranks_learn_what_drifted_on_one(seen, which):
+    for number, rank in enumerate(seen):
+        alone, together = rank[f"a_drift_on_rank_{which}"]
+        assert alone is (number != which)
+        assert together == [("value", "1.running_var", which)]
+
+
+def test_a_trace_sees_a_write_to_a_shard(seen):
     for rank in seen:
-        assert rank["a_drift_on_one_rank"][1] == [("value", "1.running_var", 1)]
+        assert rank["a_trace_of_a_shard"] == ([("value", "0.bias", None)], "two_ranks.py")
 
 
 def test_ranks_that_started_apart_are_named(seen):

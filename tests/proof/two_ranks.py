@@ -69,11 +69,19 @@ def ddp_broadcast_overwrites():
     return told(report), report.message
 
 
-def a_drift_on_one_rank():
+def a_drift_on_rank_0():
+    return a_drift_on(0)
+
+
+def a_drift_on_rank_1():
+    return a_drift_on(1)
+
+
+def a_drift_on(rank):
     model = tiny()
     bnfreeze.freeze(model)
     before = bnfreeze.snapshot(model)
-    if dist.get_rank() == 1:
+    if dist.get_rank() == rank:
         model[1].running_var[3] = 9
     alone = bnfreeze.verify(model, before)
     return alone.ok, told(bnfreeze.verify(model, before, process_group=dist.group.WORLD))
@@ -128,6 +136,18 @@ def sharded():
     return alone, both, drifted
 
 
+def a_trace_of_a_shard():
+    model = tiny()
+    bnfreeze.freeze(model, "eval+weights")
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    try:
+        with bnfreeze.guard(model, process_group=dist.group.WORLD, trace=True), torch.no_grad():
+            model[0].bias.to_local().add_(1)
+    except bnfreeze.DriftError as error:
+        return told(error.report), Path(error.report.drifts[0].where.rpartition(":")[0]).name
+    return None
+
+
 def sharded_after_the_snapshot():
     model = tiny()
     bnfreeze.freeze(model, "eval")
@@ -141,7 +161,9 @@ SCENES = (
     ddp_with_broadcast,
     ddp_without_broadcast,
     ddp_broadcast_overwrites,
-    a_drift_on_one_rank,
+    a_drift_on_rank_0,
+    a_drift_on_rank_1,
+    a_trace_of_a_shard,
     ranks_that_started_apart,
     a_guard_raises_on_all_ranks,
     sharded,
