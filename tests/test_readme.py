@@ -20,9 +20,24 @@ EXAMPLES = [
 ]
 
 
+OUTPUTS = dict(re.findall(r"```python\n([^`]*?)```\n\n```text\n([^`]*?)```", README))
+
+
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_an_example_runs(code):
+def test_an_example_runs_and_prints_what_the_readme_shows(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
     exec(compile(code, "README.md", "exec"), {})
+    if code in OUTPUTS:
+
+        def words(text):  # figures differ a little from one torch to another
+            return re.sub(r"[\d.e-]*\d", "#", text).split()
+
+        assert words(capsys.readouterr().out) == words(OUTPUTS[code])
+
+
+def test_outputs_are_shown():
+    assert len(OUTPUTS) == 2
 
 
 def test_there_are_examples_for_the_recipes():
