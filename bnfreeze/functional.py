@@ -250,15 +250,16 @@ def _apply(
     why = _why_formula(x, norm, residual, branch)
     # Under jit.trace a size is a traced value, and to compare it a warning.
     if why is not _TRACING:
-        if x.dim() < 2 or x.size(1) != norm.mean.size(0):
+        shape = x.shape
+        if len(shape) < 2 or shape[1] != norm.mean.numel():
             raise ValueError(
-                f"The input has the shape {tuple(x.shape)}; it must be (N, C, *) with "
-                f"C = {norm.mean.size(0)} channels, as the running statistics have."
+                f"The input has the shape {tuple(shape)}; it must be (N, C, *) with "
+                f"C = {norm.mean.numel()} channels, as the running statistics have."
             )
-        if residual is not None and residual.shape != x.shape:
+        if residual is not None and residual.shape != shape:
             raise ValueError(
                 f"The residual has the shape {tuple(residual.shape)} and the input "
-                f"{tuple(x.shape)}; they must agree, a residual is not broadcast."
+                f"{tuple(shape)}; they must agree, a residual is not broadcast."
             )
     if why:
         if not x.is_floating_point():

@@ -110,7 +110,7 @@ class Launcher:
         self, x: Tensor, norm: Affine, residual: Tensor | None, branch: Affine | None
     ) -> str:
         """Return why these tensors are not for the kernel, as a sentence; empty if they are."""
-        device, channels = x.get_device(), x.size(1)
+        device, channels = x.get_device(), norm.mean.numel()
         if x.dtype not in _DTYPES:
             return "The input is fp64."
         if not (x.is_contiguous() or _is_channels_last(x)):
@@ -120,7 +120,8 @@ class Launcher:
         ):
             return "The residual has another dtype or device than the input, or is negated."
         if not _serves(norm, channels, device) or (
-            branch is not None and not _serves(branch, channels, device)
+            branch is not None
+            and not (branch.mean.numel() == channels and _serves(branch, channels, device))
         ):
             return (
                 "Statistics, weight or bias have an unusual dtype, size, stride or device: "
@@ -384,11 +385,10 @@ def _like(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def _serves(norm: Affine, channels: int, device: int) -> bool:
-    # Written out, for a call costs as much as three of these questions.
+    # Written out, for a call costs as much as three of these questions. The mean gave channels.
     mean, var, weight, bias, _ = norm
     return (
         mean.dtype is torch.float32
-        and mean.numel() == channels
         and mean.get_device() == device
         and mean.is_contiguous()
         and var.dtype is torch.float32
