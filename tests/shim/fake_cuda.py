@@ -117,7 +117,7 @@ class FakeDriver:
 
 def fake_host(driver, **changes):
     """Return a Host around the driver, for CPU tensors."""
-    from bnfreeze.kernels.launch import Host
+    from bnfreeze.kernels.host import Host
 
     parts = {
         "driver": driver,
