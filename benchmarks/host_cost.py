@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from bnfreeze import FrozenBatchNorm2d, functional
-from bnfreeze.kernels.launch import Host, Launcher
+from bnfreeze.kernels.host import Host
+from bnfreeze.kernels.launch import Launcher
 
 
 class Result(enum.IntEnum):

@@ -7,9 +7,6 @@ with a backward of our own that saves next to nothing, or must it be plain diffe
 
 from __future__ import annotations
 
-import os
-import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,9 +26,8 @@ from torch.utils._device import DeviceContext
 
 from bnfreeze import aten
 from bnfreeze.aten import ACTIVATIONS, FROM_OUTPUT, Affine
-from bnfreeze.errors import BnfreezeWarning
 from bnfreeze.kernels.build import KernelError
-from bnfreeze.kernels.launch import Launcher, real_host
+from bnfreeze.kernels.load import kernel as _kernel
 
 __all__ = ["Backend", "backend", "frozen_batch_norm"]
 
@@ -250,15 +246,16 @@ def _apply(
     why = _why_formula(x, norm, residual, branch)
     # Under jit.trace a size is a traced value, and to compare it a warning.
     if why is not _TRACING:
-        if x.dim() < 2 or x.size(1) != norm.mean.size(0):
+        shape = x.shape
+        if len(shape) < 2 or shape[1] != norm.mean.numel():
             raise ValueError(
-                f"The input has the shape {tuple(x.shape)}; it must be (N, C, *) with "
-                f"C = {norm.mean.size(0)} channels, as the running statistics have."
+                f"The input has the shape {tuple(shape)}; it must be (N, C, *) with "
+                f"C = {norm.mean.numel()} channels, as the running statistics have."
             )
-        if residual is not None and residual.shape != x.shape:
+        if residual is not None and residual.shape != shape:
             raise ValueError(
                 f"The residual has the shape {tuple(residual.shape)} and the input "
-                f"{tuple(x.shape)}; they must agree, a residual is not broadcast."
+                f"{tuple(shape)}; they must agree, a residual is not broadcast."
             )
     if why:
         if not x.is_floating_point():
@@ -360,42 +357,3 @@ def _engine(
 
 
 _on_cuda = attrgetter("is_cuda")
-
-
-class _Kernel:
-    """The CUDA kernel, if it can be had; once it could not, ATen for good, with one warning."""
-
-    def __init__(self) -> None:
-        self.launcher: Launcher | None = None
-        self.trouble = ""
-        self._lock = threading.Lock()
-
-    def load(self) -> Launcher | None:
-        """Look for the kernel, once; None if there is `trouble`."""
-        with self._lock:
-            if self.launcher is None and not self.trouble:
-                if os.environ.get("BNFREEZE_KERNEL") == "0":
-                    self.trouble = "BNFREEZE_KERNEL=0 turns the CUDA kernel off."
-                elif torch.version.cuda is None:
-                    self.trouble = "This torch is built for ROCm; the kernel is CUDA's."
-                else:
-                    try:
-                        self.launcher = Launcher(real_host())
-                    except KernelError as error:
-                        self.give_up(error)
-        return self.launcher
-
-    def give_up(self, error: KernelError) -> None:
-        """From now on ATen; the first time with a warning."""
-        if self.trouble:
-            return
-        self.launcher, self.trouble = None, f"The CUDA kernel cannot be had: {error}."
-        warnings.warn(
-            f"{self.trouble} Frozen batch norm falls back to ATen: the same results, slower. "
-            f"BNFREEZE_KERNEL=0 does so without this warning.",
-            BnfreezeWarning,
-            stacklevel=2,
-        )
-
-
-_kernel = _Kernel()

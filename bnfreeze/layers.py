@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,6 +20,9 @@ from bnfreeze.errors import PolicyError
 from bnfreeze.functional import _apply
 
 __all__ = ["FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3d"]
+
+# To torch.fx.symbolic_trace, which has no sizes to ask for, the layer is one call.
+torch.fx.wrap("_apply")
 
 _Self = TypeVar("_Self", bound="_FrozenBatchNorm")
 
@@ -127,7 +131,7 @@ class _FrozenBatchNorm(nn.Module):
         Raises:
             ValueError: the rank or the number of channels is not this layer's.
         """
-        if x.dim() not in self._ranks:
+        if not isinstance(x, torch.fx.Proxy) and x.dim() not in self._ranks:
             ranks = " or ".join(f"{rank}D" for rank in self._ranks)
             raise ValueError(
                 f"{type(self).__name__} takes a {ranks} input with {self.num_features} channels; "

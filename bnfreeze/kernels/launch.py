@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,10 +15,11 @@ from torch import Tensor
 
 from bnfreeze.aten import FROM_OUTPUT, Affine
 from bnfreeze.kernels import plan as plans
-from bnfreeze.kernels.build import KernelError, cubin
+from bnfreeze.kernels.build import KernelError
+from bnfreeze.kernels.host import Host
 from bnfreeze.kernels.plan import ARGS, THREADS, Plan, Variant
 
-__all__ = ["Host", "Launcher", "real_host"]
+__all__ = ["Launcher"]
 
 _DTYPES: dict[torch.dtype, plans.Dtype] = {
     torch.float32: "f32",
@@ -31,42 +30,6 @@ _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # Either the thread has another context than it had, or none: what cuCtxSetCurrent mends.
 _CONTEXT_ERRORS = frozenset({201, 400, 709})
-
-
-@dataclass(frozen=True)
-class Host:
-    """What surrounds a launch. The tests put something else here."""
-
-    driver: Any
-    cubin: Callable[[Variant, str], bytes]
-    current_device: Callable[[], int]
-    on_device: Callable[[int], Any]
-    stream: Callable[[int], int]
-    capability: Callable[[int], tuple[int, int]]
-    processors: Callable[[int], int]
-
-
-def real_host() -> Host:
-    """Return the host of a CUDA build of torch. Raises `KernelError` without cuda.bindings."""
-    try:
-        from cuda.bindings import driver
-
-        driver.cuDriverGetVersion()
-    except Exception as error:
-        # cuda.bindings raises errors of its own kinds when the library is not found.
-        raise KernelError(
-            f"cuda.bindings is not there or finds no driver ({type(error).__name__}: {error}); "
-            f"it comes with `pip install cuda-bindings`"
-        ) from error
-    return Host(
-        driver=driver,
-        cubin=cubin,
-        current_device=torch._C._cuda_getDevice,  # CUDA tensors are there: it is initialized
-        on_device=torch.cuda.device,
-        stream=torch._C._cuda_getCurrentRawStream,
-        capability=torch.cuda.get_device_capability,
-        processors=lambda device: torch.cuda.get_device_properties(device).multi_processor_count,
-    )
 
 
 _Op = tuple[str | None, int, plans.Direction]
@@ -110,7 +73,7 @@ class Launcher:
         self, x: Tensor, norm: Affine, residual: Tensor | None, branch: Affine | None
     ) -> str:
         """Return why these tensors are not for the kernel, as a sentence; empty if they are."""
-        device, channels = x.get_device(), x.size(1)
+        device, channels = x.get_device(), norm.mean.numel()
         if x.dtype not in _DTYPES:
             return "The input is fp64."
         if not (x.is_contiguous() or _is_channels_last(x)):
@@ -120,7 +83,8 @@ class Launcher:
         ):
             return "The residual has another dtype or device than the input, or is negated."
         if not _serves(norm, channels, device) or (
-            branch is not None and not _serves(branch, channels, device)
+            branch is not None
+            and not (branch.mean.numel() == channels and _serves(branch, channels, device))
         ):
             return (
                 "Statistics, weight or bias have an unusual dtype, size, stride or device: "
@@ -384,11 +348,10 @@ def _like(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def _serves(norm: Affine, channels: int, device: int) -> bool:
-    # Written out, for a call costs as much as three of these questions.
+    # Written out, for a call costs as much as three of these questions. The mean gave channels.
     mean, var, weight, bias, _ = norm
     return (
         mean.dtype is torch.float32
-        and mean.numel() == channels
         and mean.get_device() == device
         and mean.is_contiguous()
         and var.dtype is torch.float32

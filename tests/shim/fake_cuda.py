@@ -11,7 +11,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from bnfreeze.kernels.build import program
-from bnfreeze.kernels.plan import THREADS, Plan, Variant
+from bnfreeze.kernels.host import Host
+from bnfreeze.kernels.plan import THREADS
 
 SHIM = Path(__file__).with_name("cuda_shim.h")
 GXX = shutil.which("g++")
@@ -117,8 +118,6 @@ class FakeDriver:
 
 def fake_host(driver, **changes):
     """Return a Host around the driver, for CPU tensors."""
-    from bnfreeze.kernels.launch import Host
-
     parts = {
         "driver": driver,
         "cubin": lambda variant, arch: variant.name.encode(),
@@ -129,6 +128,3 @@ def fake_host(driver, **changes):
         "processors": lambda device: PROCESSORS,
     }
     return Host(**(parts | changes))
-
-
-__all__ = ["FakeDriver", "Libraries", "Plan", "Variant", "compile_all", "fake_host"]

@@ -11,6 +11,7 @@ from fake_cuda import FakeDriver, Libraries, compile_all, fake_host
 
 from bnfreeze import BnfreezeWarning, FrozenBatchNorm2d, functional
 from bnfreeze.functional import backend, frozen_batch_norm
+from bnfreeze.kernels import load
 from bnfreeze.kernels.build import KernelError
 from bnfreeze.kernels.launch import Launcher
 from bnfreeze.kernels.plan import Variant
@@ -52,7 +53,7 @@ def install(driver, monkeypatch):
     def install(**changes):
         launcher = Launcher(fake_host(driver, **changes))
         monkeypatch.setattr(functional, "_on_cuda", lambda x: True)
-        monkeypatch.setattr(functional, "_kernel", functional._Kernel())
+        monkeypatch.setattr(functional, "_kernel", load.Kernel())
         functional._kernel.launcher = launcher
         return launcher
 
@@ -285,7 +286,7 @@ def test_without_cuda_bindings_there_is_one_warning(install, monkeypatch):
 
     install()
     functional._kernel.launcher = None
-    monkeypatch.setattr(functional, "real_host", nothing)
+    monkeypatch.setattr(load, "real_host", nothing)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.warns(BnfreezeWarning, match=r"cuda\.bindings is not there"):
         assert backend(torch.randn(2, 8, 4, 4)).path == "aten"
