@@ -6,15 +6,16 @@ import ctypes
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedParameter
 
-__all__ = ["Difference", "Scalar", "digest", "locate", "read", "unequal", "why_unreadable"]
+__all__ = ["Difference", "Scalar", "digest", "locate", "read", "shard", "unequal", "why_unreadable"]
 
 Scalar = bool | int | float | complex | str
 
@@ -34,8 +35,9 @@ def why_unreadable(tensor: Tensor) -> str:
     if type(tensor) not in (Tensor, Parameter):
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             return "it has not seen an input yet"
-        if isinstance(tensor, DTensor):
-            return why_unreadable(tensor._local_tensor)
+        own = shard(tensor)
+        if own is not None:
+            return why_unreadable(own)
         if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             return f"{type(tensor).__name__} keeps its values in a way of its own"
     if tensor.is_meta:
@@ -49,15 +51,23 @@ def why_unreadable(tensor: Tensor) -> str:
     return ""
 
 
+def shard(tensor: Tensor) -> Tensor | None:
+    """This rank's shard of a DTensor; None of any other tensor."""
+    # Where nobody has imported it, there is none; not every torch is built with it.
+    home = sys.modules.get("torch.distributed.tensor")
+    if home is None or not isinstance(tensor, home.DTensor):
+        return None
+    return cast("Tensor", tensor._local_tensor)
+
+
 def read(tensor: Tensor) -> Tensor:
     """The values as a plain contiguous tensor, of the same memory where that is possible.
 
     Of a DTensor, this rank's shard. Only for what `why_unreadable` says nothing of.
     """
+    own = shard(tensor)
     with torch._C.DisableTorchFunctionSubclass():
-        if isinstance(tensor, DTensor):
-            tensor = tensor._local_tensor
-        plain = tensor.detach()
+        plain = (tensor if own is None else own).detach()
         if plain.is_conj() or plain.is_neg():
             plain = plain.resolve_conj().resolve_neg()
         return plain.contiguous()

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from bnfreeze.behaviour import optimizers_by_id
@@ -123,7 +122,8 @@ def read_state(
         if not unreadable:
             if first[id(tensor)] == name:
                 values[name] = bits.read(tensor)
-            local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+            own = bits.shard(tensor)
+            local = tensor if own is None else own
             pointer = local.untyped_storage().data_ptr()
             if pointer:
                 storages.setdefault((_name(local.device), pointer), []).append(name)
@@ -208,11 +208,11 @@ def _nothing(selection: str, slots: Iterable[_Slot]) -> str:
 def _tensor_facts(
     slot: _Slot, first: str, optimized: Mapping[int, str] | None, unreadable: str
 ) -> TensorFacts:
-    tensor = slot.tensor
+    tensor: Any = slot.tensor
     placement = ""
-    if isinstance(tensor, DTensor):
-        shard = ", ".join(map(str, tensor.placements))
-        placement = f"{shard} over {tuple(tensor.device_mesh.shape)}"
+    if bits.shard(tensor) is not None:
+        shards = ", ".join(map(str, tensor.placements))
+        placement = f"{shards} over {tuple(tensor.device_mesh.shape)}"
     return TensorFacts(
         kind=slot.kind,
         dtype=_name(tensor.dtype),

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfreeze.errors import DriftError
@@ -122,11 +121,9 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def _pointer(tensor: Tensor) -> int:
-    if isinstance(tensor, DTensor):
-        tensor = tensor._local_tensor
-    if bits.why_unreadable(tensor):
-        return 0
-    return tensor.untyped_storage().data_ptr()
+    own = bits.shard(tensor)
+    tensor = tensor if own is None else own
+    return 0 if bits.why_unreadable(tensor) else tensor.untyped_storage().data_ptr()
 
 
 # Where a call comes from ------------------------------------------------------------------------

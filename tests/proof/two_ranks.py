@@ -179,6 +179,7 @@ def _rank(rank: int, folder: str) -> None:
     try:
         seen = {scene.__name__: scene() for scene in SCENES}
         torch.save(seen, f"{folder}/rank{rank}.pt")
+        dist.barrier()  # neither hangs up while the other still listens
     finally:
         dist.destroy_process_group()
 
