@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -55,6 +55,8 @@ def freeze(
     """
     model = check_model(model)
     rules = parse_rules(policy)
+    if isinstance(optimizer, Iterator):
+        optimizer = list(optimizer)  # it is asked twice
     optimizers_by_id(optimizer)  # what is no optimizer is refused before anything is changed
     modules = named_modules(model)
     changes = plan(modules, select(modules, rules))

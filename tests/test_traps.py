@@ -227,6 +227,8 @@ def test_held_parameters_in_the_optimizer_are_listed(model):
     listed = [f for f in report.findings if f.code == "in-optimizer"]
     assert [(f.layer, f.level) for f in listed] == [("stem.1", "note")]
     assert "weight and bias" in listed[0].message
+    again = freeze(model, {"stem": "eval+affine"}, optimizer=(one for one in [optimizer]))
+    assert [f for f in again.findings if f.code == "in-optimizer"] == listed
     assert "in-optimizer" not in codes(model, optimizer=torch.optim.SGD(model.head.parameters()))
 
 

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedParameter
 
-__all__ = ["Difference", "Scalar", "digest", "locate", "read", "shard", "unequal", "why_unreadable"]
+__all__ = [
+    "Difference",
+    "Later",
+    "Scalar",
+    "digest",
+    "locate",
+    "read",
+    "shard",
+    "unequal",
+    "why_unreadable",
+]
 
 Scalar = bool | int | float | complex | str
 
@@ -73,11 +83,33 @@ def read(tensor: Tensor) -> Tensor:
         return plain.contiguous()
 
 
-def unequal(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
+class Later:
+    """An accelerator's verdict, read one check later, so that no check waits for the device.
+
+    `launch` is the first half, `differed` the second. Tensors on the CPU need none of it.
+    """
+
+    def __init__(self) -> None:
+        # The optimizer steps completed when it was asked for, and when all was last seen well.
+        self.step = self.since = 0
+        self._read: Callable[[], bool] = lambda: False
+
+    def launch(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Start comparing; what was asked before is forgotten."""
+        self._read = _start(pairs)
+
+    def differed(self) -> bool:
+        """Whether any pair of the last launch differed; a device still at work is waited for."""
+        read, self._read = self._read, lambda: False
+        return read()
+
+
+def unequal(pairs: Sequence[tuple[Tensor, Tensor]], later: Later | None = None) -> list[int]:
     """The indices of the pairs whose bits differ.
 
     Args:
         pairs: what `read` gave, two and two of the same dtype, shape and device.
+        later: takes the pairs on an accelerator, which are then not among the answer.
 
     On the CPU each pair is compared by itself. On an accelerator there is one verdict for all,
     and so one transfer; only where something differs are the pairs looked at one by one.
@@ -85,17 +117,23 @@ def unequal(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
     found = []
     elsewhere: list[int] = []
     for index, (before, after) in enumerate(pairs):
-        if before.device.type != "cpu":
+        if not _is_here(before):
             elsewhere.append(index)
         elif before.nbytes and _memcmp(before.data_ptr(), after.data_ptr(), before.nbytes):
             found.append(index)
-    if elsewhere and _any_unequal([pairs[index] for index in elsewhere]):
+    if later is not None:
+        later.launch([pairs[index] for index in elsewhere])
+    elif _start([pairs[index] for index in elsewhere])():
         found += [i for i in elsewhere if not torch.equal(*_words(*pairs[i]))]
     return sorted(found)
 
 
-def _any_unequal(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Whether any pair differs, with one transfer for each device."""
+def _is_here(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _start(pairs: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], bool]:
+    """Ask whether any pair differs; the answer is one small transfer for each device."""
     jobs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
     small: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
     for before, after in pairs:
@@ -105,11 +143,28 @@ def _any_unequal(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     for device, group in small.items():
         joined = torch.cat([pair[0] for pair in group]), torch.cat([pair[1] for pair in group])
         jobs.setdefault(device, []).append(joined)
-    verdicts = []
+    answers = []
     for job in jobs.values():
         differing = [torch.ne(*_words(before, after)).any() for before, after in job]
-        verdicts.append(torch.stack(differing).any())
-    return any(bool(verdict) for verdict in verdicts)
+        answers.append(_on_its_way(torch.stack(differing).any()))
+    return lambda: any(answer() for answer in answers)
+
+
+def _on_its_way(verdict: Tensor) -> Callable[[], bool]:
+    """Begin to copy a verdict to the host; the answer waits until it is there."""
+    if verdict.device.type != "cuda":
+        return lambda: bool(verdict)
+    # Only pinned memory is copied to without stopping the host.
+    host = torch.empty((), dtype=torch.bool, pin_memory=True)
+    host.copy_(verdict, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record(torch.cuda.current_stream(verdict.device))
+
+    def answer() -> bool:
+        arrived.synchronize()
+        return bool(host)
+
+    return answer
 
 
 def _words(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ def compare(
     gathered: bool = False,
     step: int | None = None,
     since: int | None = None,
+    later: bits.Later | None = None,
 ) -> DriftReport:
     """What changed from `before` to `after`.
 
@@ -40,8 +41,9 @@ def compare(
         gathered: whether other ranks check their shards of what is sharded.
         step: the optimizer steps completed now.
         since: those completed when all was last seen to be well.
+        later: takes the values on an accelerator; their verdict is asked of it.
     """
-    changes = _changes(before, after, gathered)
+    changes = _changes(before, after, gathered, later)
     drifts = [replace(change, step=step, since=since) for change in changes]
     names = [*before.facts.tensors, *after.facts.tensors]
     places = {name: place for place, name in reversed(list(enumerate(names)))}
@@ -60,7 +62,9 @@ def compare(
     )
 
 
-def _changes(before: State, after: State, gathered: bool) -> Iterator[Drift]:
+def _changes(
+    before: State, after: State, gathered: bool, later: bits.Later | None
+) -> Iterator[Drift]:
     ours, theirs = before.facts.tensors, after.facts.tensors
     for name, facts in theirs.items():
         if name not in ours:
@@ -81,7 +85,7 @@ def _changes(before: State, after: State, gathered: bool) -> Iterator[Drift]:
             yield Drift(name, "unverified", after=doubt)
         elif (old.dtype, old.shape) == (new.dtype, new.shape):
             comparable.append(name)
-    yield from _values(comparable, before, after)
+    yield from _values(comparable, before, after, later)
     yield from _aliases(before.facts, after.facts)
     for name, was in before.facts.owners.items():
         now = after.facts.owners.get(name)
@@ -126,7 +130,9 @@ def _doubt(old: TensorFacts, new: TensorFacts, gathered: bool) -> str:
     return new.unreadable or old.unreadable
 
 
-def _values(names: list[str], before: State, after: State) -> Iterator[Drift]:
+def _values(
+    names: list[str], before: State, after: State, later: bits.Later | None
+) -> Iterator[Drift]:
     if before.digests or after.digests:
         for name in names:
             total = _count(before.facts.tensors[name])
@@ -135,7 +141,7 @@ def _values(names: list[str], before: State, after: State) -> Iterator[Drift]:
         return
     pairs = [(_value(name, before), _value(name, after)) for name in names]
     pairs = [(old.to(new.device), new) for old, new in pairs]
-    for index in bits.unequal(pairs):
+    for index in bits.unequal(pairs, later):
         found = bits.locate(*pairs[index])
         if found is not None:
             yield Drift(

@@ -176,10 +176,12 @@ def check(
     exchange: bool = True,
     step: int | None = None,
     since: int | None = None,
+    later: bits.Later | None = None,
 ) -> DriftReport:
     """What `verify` does, with the steps of a training that `guard` counts.
 
-    Without `exchange` each rank of the group checks its own, and asks no other.
+    Without `exchange` each rank of the group checks its own, and asks no other. Values on an
+    accelerator are left to `later`, if it is given.
     """
     after = read_state(
         model,
@@ -188,7 +190,7 @@ def check(
         also=before.facts.tensors,
         lenient=True,
     )
-    report = compare(before, after, gathered=group is not None, step=step, since=since)
+    report = compare(before, after, gathered=group is not None, step=step, since=since, later=later)
     return report if group is None or not exchange else across_ranks(report, after, group)
 
 

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bnfreeze.errors import BnfreezeWarning, DriftError
+from bnfreeze.proof.bits import Later
+from bnfreeze.proof.drift import Drift
 from bnfreeze.proof.report import DriftReport
 from bnfreeze.proof.snapshot import Snapshot, check, snapshot
 from bnfreeze.proof.trace import Tracer
@@ -42,7 +45,9 @@ def guard(
 
     A snapshot is taken on entry. The model is compared with it after each `every` optimizer
     steps, and on exit. A drift raises a `DriftError` from the very ``optimizer.step()`` after
-    which it was seen, so that nothing more is trained upon it. If the block raises by itself,
+    which it was seen, so that nothing more is trained upon it. On an accelerator no check waits
+    for the device: its verdict on values is read at the next check or on exit, and names the
+    step that it was about. If the block raises by itself,
     the model is compared all the same, and what drifted is added to that exception as a note
     (before Python 3.11 as a `BnfreezeWarning`).
 
@@ -96,6 +101,7 @@ class Guard:
         self._trace, self._group = trace, process_group
         self._tracer: Tracer | None = None
         self._checked_at = 0
+        self._later = Later()
         self._stack = ExitStack()
 
     def __enter__(self) -> Guard:
@@ -134,11 +140,19 @@ class Guard:
             DriftError: something has changed.
         """
         __tracebackhide__ = True
+        self._settle()
         report = self._compare(self.step)
         report.raise_if_drifted()
         return report
 
-    def _compare(self, step: int, *, exchange: bool = True) -> DriftReport:
+    def _compare(
+        self,
+        step: int,
+        *,
+        since: int | None = None,
+        exchange: bool = True,
+        later: Later | None = None,
+    ) -> DriftReport:
         if self.before is None:
             raise RuntimeError("The guard is not on watch: enter it with a with statement.")
         if self._tracer is not None:
@@ -150,13 +164,29 @@ class Guard:
                 self._group,
                 exchange=exchange,
                 step=step,
-                since=self._checked_at,
+                since=self._checked_at if since is None else since,
+                later=later,
             )
         finally:
             if self._tracer is not None:
                 self._tracer.paused = False
         self._checked_at = self.step
         return self.report
+
+    def _settle(self) -> None:
+        """Read the verdict that the last check left to the accelerator.
+
+        Raises:
+            DriftError: something had changed by then.
+        """
+        __tracebackhide__ = True
+        if not self._later.differed():
+            return
+        step, since = self._later.step, self._later.since
+        report = self._compare(step, since=since)
+        if report.ok:  # the bits are back, but they were gone
+            report = replace(report, drifts=(_undone(step, since),))
+        report.raise_if_drifted()
 
     def _midway(self) -> DriftReport:
         """Compare in the middle of a step, of which the trace has seen every write."""
@@ -166,13 +196,23 @@ class Guard:
     def _after_step(self, *_: Any) -> None:
         __tracebackhide__ = True
         self.step += 1
-        if self.step % self._every == 0:
+        if self.step % self._every:
+            return
+        if self._group is not None or self._trace:
             self.check()
+            return
+        # Flags, and values on the CPU, are compared now. Of values on an accelerator a verdict
+        # is asked for, and read after the next steps, when it has long been there.
+        self._settle()
+        since = self._checked_at
+        self._compare(self.step, later=self._later).raise_if_drifted()
+        self._later.step, self._later.since = self.step, since
 
     def _note_on(self, error: BaseException) -> None:
         """Say what drifted beside the exception of the block, which is the one that counts."""
         try:
-            report = self._compare(self.step, exchange=False)
+            step = self._later.step if self._later.differed() else self.step
+            report = self._compare(step, exchange=False)
         except Exception as failure:
             text = f"bnfreeze could not compare the model: {failure}"
         else:
@@ -183,6 +223,18 @@ class Guard:
             error.add_note(text)
         else:
             warnings.warn(text, BnfreezeWarning, stacklevel=3)
+
+
+def _undone(step: int, since: int) -> Drift:
+    return Drift(
+        "",
+        "value",
+        step=step,
+        since=since,
+        cause="Values on the accelerator differed, and do no longer: something wrote to what is "
+        "held, and then put it back.",
+        remedy="guard(trace=True) stops at the operation that writes.",
+    )
 
 
 def _with_hooks(

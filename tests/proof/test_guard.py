@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import bnfreeze
+from bnfreeze.proof import bits
 
 
 class Tiny(nn.Module):
@@ -61,6 +62,68 @@ def test_a_drift_is_raised_by_the_step_after_which_it_was_seen(model, optimizer)
         2,
         (2,),
     )
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Tensors on the CPU, compared as those on an accelerator are."""
+    monkeypatch.setattr(bits, "_is_here", lambda tensor: False)
+
+
+def test_an_accelerators_verdict_comes_one_check_later_and_names_its_own_step(
+    model, optimizer, elsewhere
+):
+    watch = bnfreeze.guard(model, optimizer=optimizer)
+    with pytest.raises(
+        bnfreeze.DriftError, match=r"running_mean drifted at step 3: 1 of 4"
+    ) as caught:
+        with watch:
+            train(model, optimizer, 9, drift_at=3)
+    assert watch.step == 4
+    (drift,) = caught.value.report.drifts
+    assert (drift.step, drift.since, drift.first_index) == (3, 2, (2,))
+
+
+def test_an_accelerators_verdict_on_the_last_step_is_read_on_exit(model, optimizer, elsewhere):
+    with pytest.raises(bnfreeze.DriftError, match=r"running_mean drifted at step 5"):
+        with bnfreeze.guard(model, optimizer=optimizer):
+            train(model, optimizer, 5, drift_at=5)
+    with pytest.raises(bnfreeze.DriftError, match=r"drifted after step 2"):
+        with bnfreeze.guard(model, optimizer=optimizer):
+            train(model, optimizer, 2)
+            model.norm.running_mean[0] += 1
+
+
+def test_a_drift_undone_before_the_verdict_is_read_is_a_drift_all_the_same(
+    model, optimizer, elsewhere
+):
+    verdict = pytest.raises(bnfreeze.DriftError, match=r"do no longer: something wrote")
+    with verdict as caught, bnfreeze.guard(model, optimizer=optimizer) as watch:
+        train(model, optimizer, 2)
+        model.norm.running_mean[2] += 1
+        watch._later.launch(
+            [(watch.before.state.values["norm.running_mean"], model.norm.running_mean)]
+        )
+        # What was asked is computed in the order of the stream; here, as soon as it is asked.
+        asked = watch._later.differed()
+        watch._later._read = lambda: asked
+        model.norm.running_mean.copy_(watch.before.state.values["norm.running_mean"])
+        train(model, optimizer, 1)
+    assert not caught.value.report.ok
+
+
+def test_flags_are_compared_at_once_on_an_accelerator_too(model, optimizer, elsewhere):
+    with pytest.raises(bnfreeze.DriftError, match=r"another requires_grad at step 1"):
+        with bnfreeze.guard(model, optimizer=optimizer) as watch:
+            bnfreeze.unfreeze(model)
+            train(model, optimizer, 2)
+    assert watch.step == 1
+
+
+def test_a_frozen_model_on_an_accelerator_passes(model, optimizer, elsewhere):
+    with bnfreeze.guard(model, optimizer=optimizer) as watch:
+        train(model, optimizer, 5)
+    assert (watch.step, watch.report.ok) == (5, True)
 
 
 def test_with_every_the_steps_are_told_between_which_it_drifted(model, optimizer):
