@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -222,7 +222,9 @@ class Guard:
         if sys.version_info >= (3, 11):
             error.add_note(text)
         else:
-            warnings.warn(text, BnfreezeWarning, stacklevel=3)
+            # Where warnings are errors, the exception of the block still is the one that counts.
+            with suppress(BnfreezeWarning):
+                warnings.warn(text, BnfreezeWarning, stacklevel=3)
 
 
 def _undone(step: int, since: int) -> Drift:
