@@ -1,5 +1,6 @@
 """Every mutant of the catalogue is real, and is named exactly."""
 
+import gc
 import re
 
 import pytest
@@ -88,6 +89,11 @@ def test_tracing_names_the_very_line(mutant):
     assert drift.operation
     assert (drift.kind, drift.name) in mutant.drifts
     assert f"{drift.where}" in str(caught.value)
+    if "checkpoint(" in mutant.writes:
+        # An exception out of a checkpointed forward leaves torch's saved-tensor hooks in place
+        # until its traceback is collected, and then they meet the next test's tensors.
+        del caught
+        gc.collect()
 
 
 @pytest.mark.parametrize(
