@@ -19,7 +19,8 @@ if TYPE_CHECKING:
         UnsupportedFormat,
     )
     from bnfreeze.findings import Finding
-    from bnfreeze.inspection import Inspection, inspect
+    from bnfreeze.inspected import Inspection
+    from bnfreeze.looking import inspect
     from bnfreeze.policy import Policy
     from bnfreeze.report import FreezeReport, LayerRow
     from bnfreeze.surgery import freeze, unfreeze
@@ -51,14 +52,14 @@ _HOME = {
     "DriftError": "errors",
     "Finding": "findings",
     "FreezeReport": "report",
-    "Inspection": "inspection",
+    "Inspection": "inspected",
     "LayerRow": "report",
     "Policy": "policy",
     "PolicyError": "errors",
     "UnsafeCheckpoint": "errors",
     "UnsupportedFormat": "errors",
     "freeze": "surgery",
-    "inspect": "inspection",
+    "inspect": "looking",
     "unfreeze": "surgery",
 }
 

@@ -1,0 +1,116 @@
+"""A checkpoint opened: of whatever kind, by its content."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bnfreeze.checkpoint.distributed import read_distributed
+from bnfreeze.checkpoint.kinds import kind_of
+from bnfreeze.checkpoint.shards import read_index
+from bnfreeze.checkpoint.source import Source, opened
+from bnfreeze.checkpoint.state_dicts import StateDict, find_state_dict
+from bnfreeze.checkpoint.tensors import StoredTensor
+from bnfreeze.checkpoint.torch_legacy import read_torch_legacy
+from bnfreeze.checkpoint.torch_zip import read_torch_zip
+from bnfreeze.errors import CheckpointError, UnsupportedFormat
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file, or a folder, holds.
+
+    Attributes:
+        path: where it lies.
+        kind: ``"torch zip"``, ``"torch legacy"``, ``"safetensors"``, ``"shard index"`` or
+            ``"distributed"``.
+        root: what was saved: dicts, lists, and a `StoredTensor` for each tensor.
+    """
+
+    path: Path
+    kind: str
+    root: Any
+
+    def state_dict(self, key: str | None = None) -> StateDict:
+        """The state_dict in it; of several the one that `key` names.
+
+        Raises:
+            UnsupportedFormat: there is none, or none of that name.
+        """
+        return find_state_dict(self.root, key)
+
+
+@contextmanager
+def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
+    """Open a checkpoint of any kind; its tensors can be read inside the ``with`` block.
+
+    Raises:
+        CheckpointError: it cannot be read (the class says why); nothing of it was run.
+    """
+    path = Path(path)
+    with ExitStack() as stack:
+        kind, root = _read(path, stack)
+        yield Checkpoint(path, kind, root)
+
+
+def _read(path: Path, stack: ExitStack) -> tuple[str, Any]:
+    def open_file(file: Path) -> Source:
+        return stack.enter_context(opened(file))
+
+    if path.is_dir():
+        if (path / ".metadata").exists():
+            return "distributed", read_distributed(path, _Once(open_file))
+        indexes = sorted(path.glob("*.index.json"))
+        if len(indexes) != 1:
+            raise UnsupportedFormat(
+                "A folder without .metadata, and so none of torch.distributed.checkpoint. "
+                "Name a file in it."
+            )
+        path = indexes[0]
+    source = open_file(path)
+    kind = kind_of(source)
+    if kind == "shard index":
+        return kind, read_index(source, path, lambda shard: _flat(open_file(shard), shard))
+    return kind, _read_file(kind, source, path)
+
+
+class _Once:
+    """Opens each file once, however many tensors lie in it."""
+
+    def __init__(self, open_file: Any) -> None:
+        self._open = open_file
+        self._sources: dict[Path, Source] = {}
+
+    def __call__(self, path: Path) -> Source:
+        if path not in self._sources:
+            self._sources[path] = self._open(path)
+        return self._sources[path]
+
+
+def _read_file(kind: str, source: Source, path: Path) -> Any:
+    if kind == "torch zip":
+        return read_torch_zip(source)
+    if kind == "torch legacy":
+        return read_torch_legacy(source)
+    # Here, because the other kinds do without the library.
+    from bnfreeze.checkpoint.safetensors_file import read_safetensors
+
+    return read_safetensors(source, path)
+
+
+def _flat(source: Source, path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one shard."""
+    kind = kind_of(source)
+    if kind == "shard index":
+        raise UnsupportedFormat("An index, where a file with tensors should be.")
+    root = _read_file(kind, source, path)
+    found = root.named() if hasattr(root, "named") else root
+    if not isinstance(found, dict):
+        raise CheckpointError("It holds no tensors by name.")
+    return {name: value for name, value in found.items() if isinstance(value, StoredTensor)}
