@@ -8,6 +8,7 @@ to import is imported before it is needed: `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
+    # The process ends soon: looking for cycles in what a large pickle describes is time lost.
+    gc.disable()
     try:
         code = int(options.run(options))
         sys.stdout.flush()

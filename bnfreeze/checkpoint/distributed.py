@@ -14,13 +14,20 @@ from typing import Any, Final
 import numpy as np
 
 from bnfreeze.checkpoint.limits import MAX_PICKLE_BYTES, MAX_TENSORS, check_limit
-from bnfreeze.checkpoint.pickles import Call, Global, Pairs, check_nesting, read_pickle
+from bnfreeze.checkpoint.pickles import (
+    Call,
+    Global,
+    Pairs,
+    Unneeded,
+    check_nesting,
+    read_pickle,
+)
 from bnfreeze.checkpoint.shards import beside
 from bnfreeze.checkpoint.source import Source
 from bnfreeze.checkpoint.tensors import ITEM_SIZES, StoredTensor, Words
 from bnfreeze.checkpoint.torch_names import DTYPES
 from bnfreeze.checkpoint.torch_zip import read_torch_zip
-from bnfreeze.errors import CorruptCheckpoint, UnsupportedFormat
+from bnfreeze.errors import CorruptCheckpoint, UnsafeCheckpoint, UnsupportedFormat
 
 __all__ = ["read_distributed"]
 
@@ -66,7 +73,12 @@ def read_distributed(folder: Path, open_file: Callable[[Path], Source]) -> dict[
     """
     data = open_file(folder / ".metadata")
     check_limit(data.size, MAX_PICKLE_BYTES, "bytes of a pickle")
-    root, _ = read_pickle(data.read(0, data.size), _ALLOWED)
+    try:
+        root, _ = read_pickle(data.read(0, data.size), _ALLOWED)
+    except Unneeded as refusal:
+        raise UnsafeCheckpoint(
+            f"{refusal} torch itself loads .metadata with all that it asks for."
+        ) from None
     check_nesting(root)
     metadata = _fields(root, f"{_METADATA}Metadata")
     described = _pairs(metadata.get("state_dict_metadata"))

@@ -23,7 +23,7 @@ __all__ = [
 # optimizer, has some 10 000 tensors.
 MAX_TENSORS: Final = 200_000
 MAX_RECORDS: Final = MAX_TENSORS + 100
-MAX_OPCODES: Final = 5_000_000
+MAX_OPCODES: Final = 4_000_000
 MAX_PICKLE_BYTES: Final = 32 << 20
 # The JSON of a safetensors header or of a shard index.
 MAX_HEADER_BYTES: Final = 32 << 20

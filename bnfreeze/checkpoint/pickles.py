@@ -73,15 +73,11 @@ class Unneeded(UnsafeCheckpoint):
 
 
 # What puts its own argument on the stack.
-_VALUES: Final = frozenset(
-    {
-        *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG", "BINFLOAT", "FLOAT"),
-        *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"),
-        *("SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
-    }
+_VALUES: Final = (
+    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG", "BINFLOAT", "FLOAT"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"),
+    *("SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
 )
-_CONSTANTS: Final = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_TUPLES: Final = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 # Python 2 wrote its own names.
 _RENAMED: Final = {"__builtin__": "builtins", "copy_reg": "copyreg"}
@@ -116,9 +112,13 @@ def read_pickle(
     stream = io.BytesIO(data)
     stream.seek(start)
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            check_limit(count + 1, MAX_OPCODES, "opcodes of a pickle")
-            machine.step(opcode.name, argument)
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream), 1):
+            if count > MAX_OPCODES:
+                check_limit(count, MAX_OPCODES, "opcodes of a pickle, at least")
+            step = machine.steps.get(opcode.name)
+            if step is None:
+                raise CorruptCheckpoint(f"Its pickle uses {opcode.name}, which torch never writes.")
+            step(argument)
     # A warning is an error where Python is told so: about a bad escape in a string, say.
     except (ValueError, IndexError, OverflowError, Warning) as error:
         if machine.refused:
@@ -131,12 +131,17 @@ def read_pickle(
         if machine.refused:
             raise Unneeded.of(machine.refused) from None
         raise
+    finally:
+        # The steps refer to the machine and it to them: let go of both at once.
+        machine.steps.clear()
     if machine.refused:
         raise Unneeded.of(machine.refused)
     return machine.root, stream.tell()
 
 
 class _Machine:
+    """The stack on which opcodes are walked; `steps` has what each of them does."""
+
     def __init__(
         self,
         allowed: Container[str],
@@ -147,72 +152,88 @@ class _Machine:
         self.call = call
         self.persistent = persistent
         self.refused: dict[str, None] = {}
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
+        # A dict, so that a claimed index is no claim on memory.
         self.memo: dict[int, object] = {}
+        self.marks: list[int] = []
         self.root: object = None
+        self.stack: list[Any] = []
+        push = self.stack.append
+        self.steps: dict[str, Callable[[Any], object]] = {
+            **dict.fromkeys(_VALUES, push),
+            **dict.fromkeys(("PROTO", "FRAME"), lambda _: None),
+            **dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT"), self.put),
+            **dict.fromkeys(("BINGET", "LONG_BINGET", "GET"), self.get),
+            "MEMOIZE": lambda _: self.put(len(self.memo)),
+            "MARK": lambda _: self.marks.append(len(self.stack)),
+            "NONE": lambda _: push(None),
+            "NEWTRUE": lambda _: push(True),
+            "NEWFALSE": lambda _: push(False),
+            "EMPTY_TUPLE": lambda _: push(()),
+            "EMPTY_LIST": lambda _: push([]),
+            "EMPTY_SET": lambda _: push([]),
+            "EMPTY_DICT": lambda _: push(Pairs()),
+            "TUPLE1": lambda _: push((*self.popped(1),)),
+            "TUPLE2": lambda _: push((*self.popped(2),)),
+            "TUPLE3": lambda _: push((*self.popped(3),)),
+            "TUPLE": lambda _: push(tuple(self.marked())),
+            "LIST": lambda _: push(self.marked()),
+            "FROZENSET": lambda _: push(self.marked()),
+            "DICT": lambda _: push(Pairs(_paired(self.marked()))),
+            "APPEND": lambda _: self.extend(self.popped(1)),
+            "APPENDS": lambda _: self.extend(self.marked()),
+            "ADDITEMS": lambda _: self.extend(self.marked()),
+            "SETITEM": lambda _: self.set_items(self.popped(2)),
+            "SETITEMS": lambda _: self.set_items(self.marked()),
+            "GLOBAL": lambda argument: self.name(*argument.split(" ", 1)),
+            "STACK_GLOBAL": lambda _: self.name(*self.popped(2)),
+            "REDUCE": self.reduce,
+            "NEWOBJ": self.reduce,
+            "BUILD": self.build,
+            "BINPERSID": self.refer,
+            "STOP": self.stop,
+        }
 
-    def step(self, name: str, argument: Any) -> None:
-        stack = self.stack
-        if name in _VALUES:
-            stack.append(argument)
-        elif name in {"BINPUT", "LONG_BINPUT", "PUT"}:
-            # A dict: a claimed index is no claim on memory.
-            self.memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = stack[-1]
-        elif name in {"BINGET", "LONG_BINGET", "GET"}:
-            if argument not in self.memo:
-                raise CorruptCheckpoint("Damaged: its pickle refers to what it does not hold.")
-            stack.append(self.memo[argument])
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in _TUPLES:
-            stack.append(tuple(self.popped(_TUPLES[name])))
-        elif name == "MARK":
-            self.marks.append(len(stack))
-        elif name == "TUPLE":
-            stack.append(tuple(self.marked()))
-        elif name in {"EMPTY_LIST", "EMPTY_SET"}:
-            stack.append([])
-        elif name == "EMPTY_DICT":
-            stack.append(Pairs())
-        elif name in {"LIST", "FROZENSET"}:
-            stack.append(self.marked())
-        elif name in {"APPEND", "APPENDS", "ADDITEMS"}:
-            items = self.popped(1) if name == "APPEND" else self.marked()
-            self.top(list).extend(items)
-        elif name in {"SETITEM", "SETITEMS", "DICT"}:
-            items = self.popped(2) if name == "SETITEM" else self.marked()
-            if name == "DICT":
-                stack.append(Pairs())
-            if len(items) % 2:
-                raise CorruptCheckpoint("Damaged: its pickle has a key without a value.")
-            self.top(Pairs).pairs.extend(zip(items[::2], items[1::2], strict=True))
-        elif name == "GLOBAL":
-            self.name(*argument.split(" ", 1))
-        elif name == "STACK_GLOBAL":
-            self.name(*self.popped(2))
-        elif name in {"REDUCE", "NEWOBJ"}:
-            function, arguments = self.popped(2)
-            if not isinstance(function, Global) or type(arguments) is not tuple:
-                raise CorruptCheckpoint("Damaged: its pickle calls what is no function.")
-            # What leads to a refused name is not interpreted any further.
-            made = Call(function.name, arguments)
-            stack.append(made if self.refused else self.call(made))
-        elif name == "BUILD":
-            (state,) = self.popped(1)
-            if isinstance(stack[-1], Call):
-                stack[-1].state = state
-        elif name == "BINPERSID":
-            (key,) = self.popped(1)
-            if self.persistent is None:
-                raise CorruptCheckpoint("Damaged: its pickle refers to storages out of place.")
-            stack.append(None if self.refused else self.persistent(key))
-        elif name == "STOP":
-            (self.root,) = self.popped(1)
-        elif name not in {"PROTO", "FRAME"}:
-            raise CorruptCheckpoint(f"Its pickle uses {name}, which torch never writes.")
+    def put(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        if index not in self.memo:
+            raise CorruptCheckpoint("Damaged: its pickle refers to what it does not hold.")
+        self.stack.append(self.memo[index])
+
+    def extend(self, items: list[Any]) -> None:
+        holder = self.stack[-1]
+        if type(holder) is not list:
+            raise CorruptCheckpoint("Damaged: its pickle puts items into what holds none.")
+        holder.extend(items)
+
+    def set_items(self, items: list[Any]) -> None:
+        holder = self.stack[-1]
+        if type(holder) is not Pairs:
+            raise CorruptCheckpoint("Damaged: its pickle puts items into what holds none.")
+        holder.pairs.extend(_paired(items))
+
+    def reduce(self, _: object) -> None:
+        function, arguments = self.popped(2)
+        if not isinstance(function, Global) or type(arguments) is not tuple:
+            raise CorruptCheckpoint("Damaged: its pickle calls what is no function.")
+        made = Call(function.name, arguments)
+        # What leads to a refused name is not interpreted any further.
+        self.stack.append(made if self.refused else self.call(made))
+
+    def build(self, _: object) -> None:
+        (state,) = self.popped(1)
+        if isinstance(self.stack[-1], Call):
+            self.stack[-1].state = state
+
+    def refer(self, _: object) -> None:
+        (key,) = self.popped(1)
+        if self.persistent is None:
+            raise CorruptCheckpoint("Damaged: its pickle refers to storages out of place.")
+        self.stack.append(None if self.refused else self.persistent(key))
+
+    def stop(self, _: object) -> None:
+        (self.root,) = self.popped(1)
 
     def name(self, module: object, name: object) -> None:
         if type(module) is not str or type(name) is not str:
@@ -221,11 +242,6 @@ class _Machine:
         if full not in self.allowed:
             self.refused[full] = None
         self.stack.append(Global(full))
-
-    def top(self, kind: type[Any]) -> Any:
-        if type(self.stack[-1]) is not kind:
-            raise CorruptCheckpoint("Damaged: its pickle puts items into what holds none.")
-        return self.stack[-1]
 
     def popped(self, count: int) -> list[Any]:
         if len(self.stack) - (self.marks[-1] if self.marks else 0) < count:
@@ -241,6 +257,12 @@ class _Machine:
         items = self.stack[mark:]
         del self.stack[mark:]
         return items
+
+
+def _paired(items: list[Any]) -> list[tuple[object, object]]:
+    if len(items) % 2:
+        raise CorruptCheckpoint("Damaged: its pickle has a key without a value.")
+    return list(zip(items[::2], items[1::2], strict=True))
 
 
 def check_nesting(root: object) -> None:

@@ -162,8 +162,10 @@ class StridedTensor(StoredTensor):
             raise UnsupportedFormat(f"A tensor of dtype {self.dtype}, which is not known here.")
         check_limit(len(self.shape), MAX_DIMENSIONS, "dimensions of a tensor")
         numbers = (*self.shape, *self.stride, self.offset)
-        if len(self.shape) != len(self.stride) or any(
-            type(number) is not int or number < 0 for number in numbers
+        if (
+            len(self.shape) != len(self.stride)
+            or set(map(type, numbers)) != {int}
+            or min(numbers) < 0
         ):
             raise CorruptCheckpoint("A tensor whose shape, stride and offset do not make sense.")
         end = (self.offset + self._span) * ITEM_SIZES[self.dtype]

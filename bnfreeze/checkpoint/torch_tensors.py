@@ -167,9 +167,9 @@ def _ordered(arguments: tuple[Any, ...]) -> Pairs:
     return Pairs([(key, value) for key, value in pairs])
 
 
-def refused_with_advice(refusal: UnsafeCheckpoint, whole_file: bool = True) -> UnsafeCheckpoint:
+def refused_with_advice(refusal: UnsafeCheckpoint) -> UnsafeCheckpoint:
     """The refusal of a torch pickle, with the way out where the file itself may be honest."""
-    if not isinstance(refusal, Unneeded) or not whole_file:
+    if not isinstance(refusal, Unneeded):
         return refusal
     is_model = any(name.startswith("torch.nn.modules.") for name in refusal.names)
     what = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from bnfreeze.checkpoint.limits import MAX_PICKLE_BYTES, check_limit
@@ -20,7 +21,7 @@ def read_torch_zip(source: Source) -> Any:
     Raises:
         CheckpointError: refused, damaged, or another kind of zip file.
     """
-    records = _records(read_directory(source))
+    records = _records(read_directory(source, _recognise))
     pickle = records["data.pkl"]
     check_limit(pickle.source.size, MAX_PICKLE_BYTES, "bytes of a pickle")
     order = records["byteorder"].read() if "byteorder" in records else b"little"
@@ -47,17 +48,22 @@ def read_torch_zip(source: Source) -> Any:
         raise refused_with_advice(refusal) from None
 
 
-def _records(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """The entries by their names below the archive's own folder."""
-    folders = {name.partition("/")[0] for name in entries}
-    records = {name.partition("/")[2]: entry for name, entry in entries.items()}
-    if "constants.pkl" in records or any(name.startswith("code/") for name in records):
+def _recognise(names: Iterable[str]) -> None:
+    """Raise for zip files of other kinds."""
+    below = {name.partition("/")[2] for name in names}
+    if "constants.pkl" in below or any(name.startswith("code/") for name in below):
         raise UnsupportedFormat(
             "A TorchScript file: it holds code. Where you trust it, save its values alone: "
             "torch.save(torch.jit.load(file).state_dict(), 'weights.pt')."
         )
-    if "data.pkl" not in records:
+    if "data.pkl" not in below:
         raise UnsupportedFormat("A zip file, but none of torch.save: it has no data.pkl.")
+
+
+def _records(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """The entries by their names below the archive's own folder."""
+    folders = {name.partition("/")[0] for name in entries}
+    records = {name.partition("/")[2]: entry for name, entry in entries.items()}
     if len(folders) > 1 or len(records) < len(entries):
         raise CorruptCheckpoint("Ambiguous: the zip file has several folders at its top.")
     return records

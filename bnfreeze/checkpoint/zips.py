@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -28,6 +29,7 @@ _END64: Final = struct.Struct("<4sQ2H2L4Q")
 _ENCRYPTED: Final = 0x1 | 0x40 | 0x2000
 _SIZES_FOLLOW: Final = 0x8
 _UTF8: Final = 0x800
+_IS_FOLDER: Final = 0x10
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +48,15 @@ class Entry:
         return data
 
 
-def read_directory(source: Source) -> dict[str, Entry]:
+def read_directory(
+    source: Source, recognise: Callable[[Iterable[str]], None] = lambda names: None
+) -> dict[str, Entry]:
     """The entries of a zip file, by name.
+
+    Args:
+        source: the file.
+        recognise: is given all names before anything is refused for how it is packed; it may
+            raise an error that tells more.
 
     Raises:
         UnsafeCheckpoint: compressed or encrypted entries, or more than the limits allow.
@@ -60,9 +69,11 @@ def read_directory(source: Source) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     folded: set[str] = set()
     ranges: list[tuple[int, int]] = []
+    refusals: list[str] = []
     position = 0
     for _ in range(count):
-        entry, extent, position = _entry(source, directory, position, start)
+        entry, refusal, extent, position = _entry(source, directory, position, start)
+        refusals += [refusal] if refusal else []
         # torch's reader finds names whatever their case.
         if entry.name.casefold() in folded:
             raise CorruptCheckpoint(f"Ambiguous: the zip file has {entry.name!r} more than once.")
@@ -71,6 +82,9 @@ def read_directory(source: Source) -> dict[str, Entry]:
         ranges.append(extent)
     if position != len(directory):
         raise CorruptCheckpoint("Damaged: the zip file's directory does not have its own length.")
+    recognise(entries)
+    if refusals:
+        raise UnsafeCheckpoint(refusals[0])
     ranges.sort()
     for (_, before), (after, _) in pairwise(ranges):
         if after < before:
@@ -113,8 +127,13 @@ def _directory(source: Source) -> tuple[int, int, int]:
 
 def _entry(
     source: Source, directory: bytes, position: int, limit: int
-) -> tuple[Entry, tuple[int, int], int]:
-    """One entry of the directory, the bytes that it takes in the file, and the next position."""
+) -> tuple[Entry, str, tuple[int, int], int]:
+    """One entry of the directory.
+
+    Returns:
+        the entry, why it must not be read (empty where it may), the bytes that it takes in the
+        file, and the position of the next.
+    """
     if position + _CENTRAL.size > len(directory):
         raise CorruptCheckpoint("Damaged: the zip file's directory breaks off.")
     fields = _CENTRAL.unpack_from(directory, position)
@@ -130,14 +149,18 @@ def _entry(
         name = raw.decode("utf-8" if flags & _UTF8 else "cp437")
     except UnicodeDecodeError:
         raise CorruptCheckpoint("Damaged: a name in the zip file is no text.") from None
+    # torch's reader gives zeros for what is marked as a folder.
+    if fields[15] & _IS_FOLDER or name.endswith("/"):
+        raise CorruptCheckpoint(f"Ambiguous: the zip file has {name!r} as a folder.")
     if "\0" in name:
         raise CorruptCheckpoint("Ambiguous: a name in the zip file has a NUL in it.")
     extra = directory[position + lengths[0] : position + lengths[0] + lengths[1]]
     size, packed, at = _wide_sizes(extra, size, packed, at)
+    refusal = ""
     if flags & _ENCRYPTED:
-        raise UnsafeCheckpoint(f"Refused: {name!r} in it is encrypted; torch.save never does that.")
-    if method or packed != size:
-        raise UnsafeCheckpoint(
+        refusal = f"Refused: {name!r} in it is encrypted; torch.save never does that."
+    elif method or packed != size:
+        refusal = (
             f"Refused: {name!r} in it is compressed and may grow without bounds; torch.save "
             f"stores plainly. Unpack it, and zip it again with `zip -0`, where you trust it."
         )
@@ -145,18 +168,20 @@ def _entry(
     begin = at + _LOCAL.size + local[9] + local[10]
     if (
         local[0] != b"PK\3\4"
-        or local[2] & _ENCRYPTED
-        or local[3]
+        or (local[2] ^ flags) & _ENCRYPTED
+        or local[3] != method
         or source.read(at + _LOCAL.size, local[9]) != raw
-        or begin + size > limit
+        or begin + packed > limit
     ):
         raise CorruptCheckpoint(f"Damaged: {name!r} is not where the zip file's directory says.")
-    told = (local[8], local[7])
-    if not local[2] & _SIZES_FOLLOW and any(number not in (size, 0xFFFFFFFF) for number in told):
+    told = zip((local[7], local[8]), (packed, size), strict=True)
+    if not local[2] & _SIZES_FOLLOW and any(
+        here not in (there, 0xFFFFFFFF) for here, there in told
+    ):
         raise CorruptCheckpoint(f"Damaged: {name!r} has one size here and another there.")
     # A checksum of 0 is what torch writes when it is told to leave them out.
-    entry = Entry(name, source.part(begin, size), checksum or None)
-    return entry, (at, begin + size), after
+    entry = Entry(name, source.part(begin, packed), checksum or None)
+    return entry, refusal, (at, begin + packed), after
 
 
 def _wide_sizes(extra: bytes, size: int, packed: int, at: int) -> tuple[int, int, int]:
