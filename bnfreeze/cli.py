@@ -129,7 +129,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
 
-        parser.exit(message=f"bnfreeze {version('bnfreeze')}\n")
+        sys.stdout.write(f"bnfreeze {version('bnfreeze')}\n")
+        parser.exit()
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -238,10 +239,13 @@ def _print_sheets(sheets: Sequence[Any]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)
-    for number, sheet in enumerate(sheets):
-        if number:
-            console.print()
-        console.print(sheet)
+    # Written by ourselves: rich has a way of its own with a pipe that was closed.
+    with console.capture() as captured:
+        for number, sheet in enumerate(sheets):
+            if number:
+                console.print()
+            console.print(sheet)
+    sys.stdout.write(captured.get())
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -239,8 +239,10 @@ def _piece_change(one: Words, other: Words, dtype: str) -> tuple[int, float | No
     if not differs.any():
         return 0, None
     pairs = differs.reshape(-1, 2).any(axis=1) if dtype == "complex128" else differs
+    if dtype.startswith("complex"):
+        return int(pairs.sum()), None
     x, y = decoded(one[differs], dtype), decoded(other[differs], dtype)
-    if x is None or y is None or x.dtype.kind == "c":
+    if x is None or y is None:
         return int(pairs.sum()), None
     with np.errstate(all="ignore"):
         size = abs(y.astype(np.float64) - x.astype(np.float64))

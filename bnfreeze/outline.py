@@ -108,7 +108,7 @@ class Scale:
         else:
             sizes = sorted(abs(value) for value in values if value) or [1.0]
             unit = max(sizes[len(sizes) // 2], 1e-300)
-            self._place = lambda v: math.copysign(math.log1p(abs(v) / unit), v)
+            self._place = lambda v: math.copysign(math.log1p(min(abs(v) / unit, 1e300)), v)
 
     def ends(self, width: int) -> str:
         """The least and the greatest value, at the two ends of the axis."""

@@ -113,7 +113,7 @@ class StoredTensor(ABC):
 
     def item(self) -> int | float | None:
         """The value of a tensor with one element; None of any other."""
-        values = self.values() if self.numel == 1 else None
+        values = self.values() if self.numel == 1 and self.has_values else None
         return None if values is None or values.dtype.kind == "c" else values.item()
 
 
