@@ -12,12 +12,11 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
-from bnfreeze.errors import BnfreezeError, CheckpointError
+from bnfreeze.errors import BnfreezeError
 
 if TYPE_CHECKING:
     from bnfreeze.checkpoint import Checkpoint, StoredTensor
@@ -147,7 +146,7 @@ def _inspect(options: argparse.Namespace) -> int:
             )
         except BnfreezeError as error:
             # The others are shown all the same.
-            code = _complain(f"{path}: {error}")
+            code = _complain(str(error))
             told.append(
                 {"path": path, "error": {"kind": type(error).__name__, "message": str(error)}}
             )
@@ -168,10 +167,11 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
+    from bnfreeze.checkpoint import open_checkpoint
     from bnfreeze.difference import compare
 
     _check_outputs(options, [options.first, options.second])
-    with _opened(options.first) as first, _opened(options.second) as second:
+    with open_checkpoint(options.first) as first, open_checkpoint(options.second) as second:
         (before, origin), (after, goal) = (_part(one, options) for one in (first, second))
         with _Progress("comparing tensor") as progress:
             difference = compare(before, after, (origin, goal), progress=progress)
@@ -185,33 +185,18 @@ def _diff(options: argparse.Namespace) -> int:
     return 0 if difference.identical else 1
 
 
-@contextmanager
-def _opened(path: str) -> Iterator[Checkpoint]:
-    """The checkpoint; an error in opening it says which it was."""
-    from bnfreeze.checkpoint import open_checkpoint
-
-    with ExitStack() as stack:
-        try:
-            checkpoint = stack.enter_context(open_checkpoint(path))
-        except CheckpointError as error:
-            raise type(error)(f"{path}: {error}") from None
-        yield checkpoint
-
-
 def _part(
     checkpoint: Checkpoint, options: argparse.Namespace
 ) -> tuple[dict[str, StoredTensor], Origin]:
     """The tensors of a checkpoint that the options ask for, and where they come from."""
+    from bnfreeze.checkpoint import telling
     from bnfreeze.looking import selected
     from bnfreeze.origin import Origin
 
-    path = str(checkpoint.path)
-    try:
-        found = checkpoint.state_dict(options.key)
+    found = checkpoint.state_dict(options.key)
+    with telling(checkpoint.path):
         tensors = selected(found.tensors, options.select)
-    except BnfreezeError as error:
-        raise type(error)(f"{path}: {error}") from None
-    return tensors, Origin.of(found, path, checkpoint.kind)
+    return tensors, Origin.of(found, str(checkpoint.path), checkpoint.kind)
 
 
 def _check_outputs(options: argparse.Namespace, inputs: Sequence[str]) -> None:

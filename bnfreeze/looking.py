@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from bnfreeze.checkpoint import StateDict, StoredTensor, open_checkpoint
+from bnfreeze.checkpoint import StateDict, StoredTensor, open_checkpoint, telling
 from bnfreeze.checkpoint_inspection import CheckpointInspection
 from bnfreeze.errors import PolicyError
 from bnfreeze.inspected import Inspection
@@ -103,9 +102,9 @@ def inspect_checkpoint(
         PolicyError: a pattern that is malformed or matches no layer.
     """
     with open_checkpoint(path) as checkpoint:
-        return _looked(
-            checkpoint.state_dict(key), str(Path(path)), checkpoint.kind, select=select, sort=sort
-        )
+        found = checkpoint.state_dict(key)
+        with telling(checkpoint.path):
+            return _looked(found, str(checkpoint.path), checkpoint.kind, select=select, sort=sort)
 
 
 def _looked(

@@ -10,8 +10,8 @@ The pickles in them are read as data (`pickles`), with the words of torch (`torc
 `state_dicts` finds the state_dict in what was saved.
 """
 
-from bnfreeze.checkpoint.opening import Checkpoint, open_checkpoint
+from bnfreeze.checkpoint.opening import Checkpoint, open_checkpoint, telling
 from bnfreeze.checkpoint.state_dicts import StateDict
 from bnfreeze.checkpoint.tensors import StoredTensor
 
-__all__ = ["Checkpoint", "StateDict", "StoredTensor", "open_checkpoint"]
+__all__ = ["Checkpoint", "StateDict", "StoredTensor", "open_checkpoint", "telling"]

@@ -41,6 +41,4 @@ def check_limit(value: int, limit: int, what: str) -> None:
         UnsafeCheckpoint: `value` is above `limit`; the message names both.
     """
     if value > limit:
-        raise UnsafeCheckpoint(
-            f"Refused: {what}: {value:,}, and bnfreeze reads no more than {limit:,}."
-        )
+        raise UnsafeCheckpoint(f"Refused: {value:,} {what}; bnfreeze reads no more than {limit:,}.")

@@ -17,9 +17,9 @@ from bnfreeze.checkpoint.state_dicts import StateDict, find_state_dict
 from bnfreeze.checkpoint.tensors import StoredTensor
 from bnfreeze.checkpoint.torch_legacy import read_torch_legacy
 from bnfreeze.checkpoint.torch_zip import read_torch_zip
-from bnfreeze.errors import CheckpointError, UnsupportedFormat
+from bnfreeze.errors import BnfreezeError, CheckpointError, UnsupportedFormat
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint", "telling"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,17 @@ class Checkpoint:
         Raises:
             UnsupportedFormat: there is none, or none of that name.
         """
-        return find_state_dict(self.root, key)
+        with telling(self.path):
+            return find_state_dict(self.root, key)
+
+
+@contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """Let an error of the package that comes out of the block say which file it is about."""
+    try:
+        yield
+    except BnfreezeError as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 @contextmanager
@@ -55,7 +65,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     """
     path = Path(path)
     with ExitStack() as stack:
-        kind, root = _read(path, stack)
+        with telling(path):
+            kind, root = _read(path, stack)
         yield Checkpoint(path, kind, root)
 
 

@@ -114,7 +114,7 @@ def read_pickle(
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream), 1):
             if count > MAX_OPCODES:
-                check_limit(count, MAX_OPCODES, "opcodes of a pickle, at least")
+                check_limit(count, MAX_OPCODES, "opcodes of a pickle and more")
             step = machine.steps.get(opcode.name)
             if step is None:
                 raise CorruptCheckpoint(f"Its pickle uses {opcode.name}, which torch never writes.")
@@ -124,7 +124,7 @@ def read_pickle(
         if machine.refused:
             raise Unneeded.of(machine.refused) from None
         if len(data) >= MAX_PICKLE_BYTES:
-            check_limit(len(data) + 1, MAX_PICKLE_BYTES, "bytes of a pickle, at least")
+            check_limit(len(data) + 1, MAX_PICKLE_BYTES, "bytes of a pickle and more")
         raise CorruptCheckpoint(f"Damaged: its pickle ends or breaks off ({error}).") from None
     except CorruptCheckpoint:
         # What a pickle would import tells more than how it ends.

@@ -168,8 +168,7 @@ def _entry(
     begin = at + _LOCAL.size + local[9] + local[10]
     if (
         local[0] != b"PK\3\4"
-        or (local[2] ^ flags) & _ENCRYPTED
-        or local[3] != method
+        or (not refusal and (local[2] & _ENCRYPTED or local[3]))
         or source.read(at + _LOCAL.size, local[9]) != raw
         or begin + packed > limit
     ):
