@@ -135,7 +135,7 @@ class _Version(argparse.Action):
 def _inspect(options: argparse.Namespace) -> int:
     from bnfreeze.looking import inspect_checkpoint
 
-    _check_outputs(options, options.paths)
+    _check_outputs(options)
     shown: list[CheckpointInspection] = []
     told: list[dict[str, Any]] = []
     code = 0
@@ -170,7 +170,7 @@ def _diff(options: argparse.Namespace) -> int:
     from bnfreeze.checkpoint import open_checkpoint
     from bnfreeze.difference import compare
 
-    _check_outputs(options, [options.first, options.second])
+    _check_outputs(options)
     with open_checkpoint(options.first) as first, open_checkpoint(options.second) as second:
         (before, origin), (after, goal) = (_part(one, options) for one in (first, second))
         with _Progress("comparing tensor") as progress:
@@ -199,12 +199,14 @@ def _part(
     return tensors, Origin.of(found, str(checkpoint.path), checkpoint.kind)
 
 
-def _check_outputs(options: argparse.Namespace, inputs: Sequence[str]) -> None:
-    """Refuse to write over what is being looked at."""
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Refuse to write over anything but an earlier picture: a checkpoint, say, or a part of it."""
     for output in filter(None, (options.html, options.svg)):
-        for path in inputs:
-            if os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path):
-                raise BnfreezeError(f"{output}: is the checkpoint itself, and would be lost.")
+        if os.path.isfile(output):
+            with open(output, "rb") as file:
+                head = file.read(16)
+            if head and not head.lower().startswith((b"<svg", b"<!doctype html")):
+                raise BnfreezeError(f"{output}: is there already, and is no picture.")
 
 
 def _save_pictures(options: argparse.Namespace, sheets: Sequence[Any]) -> None:

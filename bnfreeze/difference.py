@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bnfreeze.checkpoint.tensors import StoredTensor, Words, decoded
-from bnfreeze.errors import CheckpointError
+from bnfreeze.checkpoint.tensors import ITEM_SIZES, StoredTensor, Words, decoded
+from bnfreeze.errors import CheckpointError, UnsafeCheckpoint
 from bnfreeze.findings import Finding
 from bnfreeze.origin import Origin
 from bnfreeze.outline import grouped
@@ -197,6 +197,8 @@ def compare(
     Raises:
         CheckpointError: a tensor cannot be read.
     """
+    for state, origin in zip((first, second), origins, strict=True):
+        _check_claims(state, origin)
     names = [*first, *(name for name in second if name not in first)]
     changes = []
     for done, name in enumerate(names):
@@ -207,6 +209,20 @@ def compare(
             raise type(error)(f"{name}: {error}") from None
     progress(len(names), len(names))
     return Difference(*origins, tuple(changes), tuple(_leaks(changes)))
+
+
+def _check_claims(state: Mapping[str, StoredTensor], origin: Origin) -> None:
+    """Refuse what would have the same bytes compared again and again.
+
+    Raises:
+        UnsafeCheckpoint: the tensors claim far more bytes than their storages have.
+    """
+    claimed = sum(tensor.numel * ITEM_SIZES.get(tensor.dtype, 1) for tensor in state.values())
+    if claimed > 16 * origin.bytes + (1 << 30):
+        raise UnsafeCheckpoint(
+            f"{origin.path}: Refused: its tensors claim {claimed:,} bytes, and their storages have "
+            f"{origin.bytes:,}."
+        )
 
 
 def _change(name: str, a: StoredTensor | None, b: StoredTensor | None) -> TensorChange:

@@ -15,7 +15,11 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         OSError: it cannot be written; what was there before is still there.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        # A pipe or /dev/stdout is written to, and not put something else in its place.
+        path.write_text(text, encoding="utf-8")
+        return
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
     try:
         with open(handle, "w", encoding="utf-8") as file:

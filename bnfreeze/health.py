@@ -91,7 +91,7 @@ def statistics_findings(
             f"gives NaN.",
             "Set the eps that the checkpoint was trained with, usually 1e-5.",
         )
-    if not count and not mean.any() and bool((var == 1).all()):
+    if not count and bool((mean == 0).all()) and bool((var == 1).all()):
         yield Finding(
             "warning",
             "never-trained",

@@ -78,8 +78,7 @@ def grouped(names: Sequence[str]) -> dict[str, list[int]]:
     deep = [parts for parts in split if len(parts) > 1]
     shared = _shared(deep) if deep and len(deep) == len(split) else 0
     # What is left to differ in must not be the tensors' own names.
-    while shared and any(len(parts) <= shared + 1 for parts in split):
-        shared -= 1
+    shared = max(min([shared, *(len(parts) - 2 for parts in split)]), 0)
     groups: dict[str, list[int]] = {}
     for index, parts in enumerate(split):
         groups.setdefault(".".join(parts[: min(shared + 1, len(parts))]), []).append(index)

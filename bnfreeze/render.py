@@ -43,6 +43,8 @@ _STYLES = {
 }
 
 
+# Nobody reads a longer table, and drawing one takes minutes.
+_MOST_ROWS = 2_000
 # From this width on, a sheet's further columns are shown.
 _WIDE = 120
 # Cells of this length and more are sentences, which may wrap.
@@ -113,6 +115,8 @@ class Printable(ABC):
             yield from _findings(sheet.findings)
         if sheet.rows:
             yield _table(sheet, options.max_width)
+        if len(sheet.rows) > _MOST_ROWS:
+            yield Text(f"… and {len(sheet.rows) - _MOST_ROWS:,} rows more", style="dim")
         if not sheet.findings_first:
             yield from _findings(sheet.findings)
         yield Text(escaped(sheet.verdict), style="bold")
@@ -166,7 +170,8 @@ def _table(sheet: Sheet, width: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    cells = [[row[i] for row in sheet.rows] for i in range(len(sheet.columns))]
+    rows = sheet.rows[:_MOST_ROWS]
+    cells = [[row[i] for row in rows] for i in range(len(sheet.columns))]
     shown = [
         i
         for i, name in enumerate(sheet.columns)
@@ -193,7 +198,7 @@ def _table(sheet: Sheet, width: int) -> Table:
             min_width=max(12, min(room, longest[i])) if i == 0 else None,
             no_wrap=i > 0 and longest[i] < _PROSE,
         )
-    for row in sheet.rows:
+    for row in rows:
         heading = len(row) > 1 and not any(row[1:])
         table.add_row(
             *(

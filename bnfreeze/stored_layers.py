@@ -50,8 +50,8 @@ class Spread:
         finite = values[np.isfinite(values)].astype(np.float64)
         if not len(finite):
             return None
-        # "lower" takes values that are there: between huge ones, an average could overflow.
-        deciles = np.quantile(finite, np.linspace(0, 1, 11), method="lower").tolist()
+        # Values that are there: between huge ones, an average could overflow.
+        deciles = np.sort(finite)[np.arange(11) * (len(finite) - 1) // 10].tolist()
         return cls(deciles[0], deciles[-1], tuple(deciles))
 
 
@@ -97,6 +97,7 @@ def look_at(
     """
     layers: list[StoredLayer] = []
     findings: list[Finding] = []
+    channels = 0
     for name in _layer_names(tensors):
         own = {
             part: tensors[_join(name, part)]
@@ -107,6 +108,8 @@ def look_at(
         if problem:
             findings.append(_unpaired(name, problem))
             continue
+        channels += own["running_mean"].numel
+        check_limit(channels, MAX_CHANNELS, f"channels up to {name!r:.200}")
         try:
             layer, own_findings = _layer(name, own)
         except CheckpointError as error:
@@ -166,7 +169,6 @@ def _unpaired(name: str, problem: str) -> Finding:
 
 def _layer(name: str, own: Mapping[str, StoredTensor]) -> tuple[StoredLayer, list[Finding]]:
     channels = own["running_mean"].numel
-    check_limit(channels, MAX_CHANNELS, f"channels of {name!r:.200}")
     mean, var, weight = (_real(own.get(part)) for part in ("running_mean", "running_var", "weight"))
     count = own[_STATISTICS[2]].item() if _STATISTICS[2] in own else None
     batches = int(count) if isinstance(count, int) else None

@@ -203,7 +203,7 @@ def a_negative_offset(folder):
     return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", FOUR)])
 
 
-@hostile(2, r"Refused: [\d,]+ channels of 'bn'")
+@hostile(2, r"Refused: [\d,]+ channels up to 'bn'")
 def stride_0_and_a_shape_of_a_trillion(folder):
     pairs = [
         (part, p.tensor(p.storage("0", 4), [10**12], [0]))
@@ -542,12 +542,12 @@ def index(folder, change):
     return path
 
 
-@hostile(2, r"Refused: it refers to '\.\./\.\./etc/passwd', outside its own folder")
+@hostile(2, r"Refused: it refers to '\.\./\.\./etc/passwd', and not to a file beside it")
 def a_shard_outside_the_folder(folder):
     return index(folder, lambda places: places.update({"1.running_var": "../../etc/passwd"}))
 
 
-@hostile(2, r"Refused: it refers to '/dev/zero', outside its own folder")
+@hostile(2, r"Refused: it refers to '/dev/zero', and not to a file beside it")
 def a_shard_that_is_a_device(folder):
     return index(folder, lambda places: places.update({"1.running_var": "/dev/zero"}))
 
@@ -751,3 +751,158 @@ def a_name_that_is_no_unicode(folder):
 def a_refused_name_with_an_escape_sequence(folder):
     body = b"\x8c\x05posix\x8c\x05\x1b[31m\x93)R"
     return torch_zip(folder / "a.pt", b"\x80\x04" + body + b".")
+
+
+# Amplifiers: a few bytes that ask for much, again and again.
+
+
+def pieces_of(text, count):
+    return b"".join([text] * count)
+
+
+@hostile(2, r"Refused: [\d,]+ copied entries")
+def an_ordered_dict_copied_again_and_again(folder):
+    pair = p.text("a") + b"N\x86q\1"
+    items = b"]q\0(" + pair + pieces_of(b"h\1", 100_000) + b"e"
+    calls = p.name("collections", "OrderedDict") + b"q\2" + pieces_of(b"h\2h\0\x85R", 100_000)
+    return torch_zip(folder / "a.pt", p.whole(b"(" + items + calls + b"t"))
+
+
+@hostile(2, r"Refused: [\d,]+ characters of a name")
+def long_names_put_together_again_and_again(folder):
+    body = p.text("m" * 5_000_000) + b"q\0" + p.text("n" * 5_000_000) + b"q\1"
+    body += pieces_of(b"h\0h\1\x93", 500_000)
+    return torch_zip(folder / "a.pt", p.whole(body))
+
+
+@hostile(2, r"Refused: needs `a0\.b` and|Refused: needs `a0\.b`, `a1\.b`, `a2\.b` and 98 more")
+def a_million_refused_names(folder):
+    body = b"".join(p.name(f"a{i}", "b") for i in range(1_000_000))
+    return torch_zip(folder / "a.pt", p.whole(body))
+
+
+@hostile(2, r"Refused: [\d,]+ dicts of tensors")
+def a_tensor_in_a_hundred_thousand_dicts(folder):
+    body = p.tensor(p.storage("0", 4), [4], [1]) + b"q\0" + p.text("k" * 900) + b"q\1"
+    body += b"(" + pieces_of(b"}h\1h\0s", 100_000) + b"t"
+    return torch_zip(folder / "a.pt", p.whole(b"(" + body + b"t"), [("0", FOUR)])
+
+
+@hostile(2, r"Refused: [\d,]+ channels up to")
+def thirty_thousand_layers_on_the_same_megabyte(folder):
+    one = p.tensor(p.storage("0", 2**18), [2**18], [1])
+    pairs = b"".join(
+        p.text(f"{i}.{part}") + b"h\0"
+        for i in range(30_000)
+        for part in ("running_mean", "running_var")
+    )
+    body = b"(" + one + b"q\0}(" + pairs + b"ut"
+    return torch_zip(folder / "a.pt", p.whole(body), [("0", bytes(2**20))])
+
+
+@hostile(2, r"strewn over")
+def statistics_strewn_over_megabytes(folder):
+    pairs = [
+        (part, p.tensor(p.storage("0", 2**20), [2], [2**20 - 1]))
+        for part in ("bn.running_mean", "bn.running_var")
+    ]
+    return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", bytes(2**22))])
+
+
+@hostile(2, r"a byte order that does not exist")
+def a_byte_order_of_a_gigabyte(folder):
+    path = folder / "a.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", p.whole(p.mapping(p.batch_norm())))
+        archive.writestr("a/data/0", FOUR)
+        with archive.open("a/byteorder", "w", force_zip64=True) as file:
+            for _ in range(300):
+                file.write(bytes(2**20))
+    return path
+
+
+# Calls that torch knows, with arguments that it does not.
+
+
+@hostile(2, r"is called with arguments that it does not take")
+def a_tensor_out_of_a_tensor(folder):
+    inner = p.tensor(p.storage("0", 4), [4], [1])
+    pairs = [("bn.running_mean", p.tensor(inner, [4], [1]))]
+    return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", FOUR)])
+
+
+@hostile(2, r"is called with arguments that it does not take")
+def a_meta_tensor_of_no_dtype(folder):
+    body = p.name("torch._utils", "_rebuild_meta_tensor_no_storage") + b"("
+    body += p.name("torch", "per_tensor_affine") + b"))\x89tR"
+    return torch_zip(folder / "a.pt", p.whole(body))
+
+
+@hostile(2, r"do not make sense")
+def a_size_of_ten_thousand_digits(folder):
+    huge = 10**9_999
+    digits = huge.to_bytes(huge.bit_length() // 8 + 1, "little", signed=True)
+    size = b"\x8b" + struct.pack("<i", len(digits)) + digits
+    hooks = p.name("collections", "OrderedDict") + b")R"
+    body = p.name("torch._utils", "_rebuild_tensor_v2") + b"(" + p.storage("0", 4)
+    body += b"K\0(" + size + b"t(K\1t\x89" + hooks + b"tR"
+    return torch_zip(folder / "a.pt", p.whole(p.mapping([("x", body)])), [("0", FOUR)])
+
+
+@hostile(2, r"a storage without kind, key or size")
+def a_storage_of_ten_thousand_digits(folder):
+    huge = 10**9_999
+    digits = huge.to_bytes(huge.bit_length() // 8 + 1, "little", signed=True)
+    where = b"(" + p.text("storage") + p.name("torch", "FloatStorage") + p.text("0")
+    where += p.text("cpu") + b"\x8b" + struct.pack("<i", len(digits)) + digits + b"tQ"
+    pairs = [("x", p.tensor(where, [4], [1]))]
+    return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", FOUR)])
+
+
+@hostile(2, r"no tensors by name")
+def a_tensor_type_inside_a_tensor_type_without_end(folder):
+    builder = p.name("torch._tensor", "_rebuild_from_type_v2")
+    # Each is the arguments of the one around it: (builder, Tensor, those inside, None).
+    inside = b")" + pieces_of(b"q\2(h\0h\1h\2Nt", 50_000) + b"q\2"
+    body = builder + b"q\0" + p.name("torch", "Tensor") + b"q\1" + inside + b"h\0h\2R"
+    return torch_zip(folder / "a.pt", p.whole(b"(" + body + b"t"))
+
+
+@hostile(2, r"Damaged")
+def a_pickle_that_takes_more_than_it_put(folder):
+    return torch_zip(folder / "a.pt", b"\x80\x02(\x86.")
+
+
+@hostile(2, r"Damaged")
+def a_pickle_that_builds_on_nothing(folder):
+    return torch_zip(folder / "a.pt", b"\x80\x02b.")
+
+
+@hostile(2, r"Refused: it refers to")
+def a_shard_under_many_names(folder):
+    return index(
+        folder, lambda places: places.update({"1.running_var": f"./{places['1.running_var']}"})
+    )
+
+
+@hostile(2, r"same file as another shard")
+def a_shard_behind_a_link(folder):
+    path = index(folder, lambda places: places.update({"1.running_var": "link.safetensors"}))
+    (path.parent / "link.safetensors").symlink_to(next(path.parent.glob("*-00001-*")))
+    return path
+
+
+@hostile(1, r'"stats-nonfinite"')
+def signalling_nans(folder):
+    data = struct.pack("<4I", 0x7F800001, 0xFF800001, 0x7F800001, 0)
+    return torch_zip(folder / "a.pt", p.whole(p.mapping(p.batch_norm())), [("0", data)])
+
+
+@hostile(2, r"Not the name of a file|Refused: it refers to")
+def a_shard_whose_name_is_no_name(folder):
+    return index(folder, lambda places: places.update({"1.running_var": "a\0b"}))
+
+
+@hostile(2, r"Cannot be opened: File name too long")
+def a_name_longer_than_any(folder):
+    return index(folder, lambda places: places.update({"1.running_var": "x" * 5_000}))

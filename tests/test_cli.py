@@ -185,7 +185,7 @@ def test_key_chooses(command, model, tmp_path):
 
 def test_pictures_are_saved_whole_and_in_place(command, sound, sick, tmp_path):
     svg, html = tmp_path / "a.svg", tmp_path / "a.html"
-    svg.write_text("what was here before")
+    svg.write_text("<svg>what was here before</svg>")
     assert command("inspect", sound, sick, "--svg", svg, "--html", html)[0] == 1
     assert svg.read_text().startswith("<svg")
     assert "url(http" not in svg.read_text()
@@ -207,8 +207,13 @@ def test_a_checkpoint_is_never_written_over(command, sound):
     before = sound.read_bytes()
     code, _, err = command("inspect", sound, "--svg", sound)
     assert code == 2
-    assert "is the checkpoint itself" in err
+    assert "is there already, and is no picture" in err
     assert sound.read_bytes() == before
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(command, sound):
+    assert command("inspect", sound, "--svg", "/dev/null")[0] == 0
+    assert not os.path.isfile("/dev/null")
 
 
 @pytest.mark.parametrize(

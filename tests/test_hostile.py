@@ -92,4 +92,28 @@ def test_diff_does_not_count_to_a_trillion(tmp_path):
     path = HOSTILE["stride_0_and_a_shape_of_a_trillion"][0](tmp_path)
     done = look("diff", path, path)
     assert done.returncode == 2
-    assert "Refused: a tensor of shape 1000000000000 repeats" in done.stderr
+    assert "Refused: its tensors claim 8,000,000,000,000 bytes" in done.stderr
+
+
+def test_diff_does_not_compare_the_same_bytes_without_end(tmp_path):
+    import torch
+
+    whole = torch.zeros(10_000_000)
+    state = {f"n{i}": whole for i in range(2_000)}
+    # Views of one storage under a name each; torch.save keeps them apart.
+    torch.save({name: value[:] for name, value in state.items()}, tmp_path / "a.pt")
+    done = look("diff", tmp_path / "a.pt", tmp_path / "a.pt")
+    assert done.returncode == 2
+    assert "its tensors claim 80,000,000,000 bytes, and their storages have 40" in done.stderr
+
+
+def test_a_table_of_thirty_thousand_layers_is_cut(tmp_path):
+    import torch
+
+    one = torch.ones(1)
+    state = {f"l{i}.{part}": one for i in range(30_000) for part in ("running_mean", "running_var")}
+    torch.save(state, tmp_path / "a.pt")
+    done = look("inspect", tmp_path / "a.pt")
+    assert done.returncode == 0, done.stderr
+    assert "… and 28,000 rows more" in done.stdout
+    assert "30000 norm layers" in done.stdout

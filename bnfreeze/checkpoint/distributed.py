@@ -7,13 +7,13 @@ as data, like any other pickle.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from bnfreeze.checkpoint.limits import MAX_PICKLE_BYTES, MAX_TENSORS, check_limit
+from bnfreeze.checkpoint.limits import MAX_PICKLE_BYTES, MAX_TENSORS, check_limit, is_size
 from bnfreeze.checkpoint.pickles import (
     Call,
     Global,
@@ -23,7 +23,7 @@ from bnfreeze.checkpoint.pickles import (
     read_pickle,
 )
 from bnfreeze.checkpoint.shards import beside
-from bnfreeze.checkpoint.source import Source
+from bnfreeze.checkpoint.source import opened
 from bnfreeze.checkpoint.tensors import ITEM_SIZES, StoredTensor, Words
 from bnfreeze.checkpoint.torch_names import DTYPES
 from bnfreeze.checkpoint.torch_zip import read_torch_zip
@@ -61,20 +61,22 @@ _ALLOWED: Final = DTYPES.keys() | {
 }
 
 
-def read_distributed(folder: Path, open_file: Callable[[Path], Source]) -> dict[str, Any]:
+def read_distributed(folder: Path) -> dict[str, Any]:
     """What was saved, nested as it was, with a `StoredTensor` for each tensor.
+
+    There may be thousands of files, a few for each rank: none of them stays open.
 
     Args:
         folder: where `.metadata` and the files beside it lie.
-        open_file: opens one of them.
 
     Raises:
         CheckpointError: refused, or the folder's parts contradict each other.
     """
-    data = open_file(folder / ".metadata")
-    check_limit(data.size, MAX_PICKLE_BYTES, "bytes of a pickle")
+    with opened(folder / ".metadata") as source:
+        check_limit(source.size, MAX_PICKLE_BYTES, "bytes of a pickle")
+        data = source.read(0, source.size)
     try:
-        root, _ = read_pickle(data.read(0, data.size), _ALLOWED)
+        root, _ = read_pickle(data, _ALLOWED)
     except Unneeded as refusal:
         raise UnsafeCheckpoint(
             f"{refusal} torch itself loads .metadata with all that it asks for."
@@ -85,12 +87,12 @@ def read_distributed(folder: Path, open_file: Callable[[Path], Source]) -> dict[
     check_limit(len(described.pairs), MAX_TENSORS, "tensors")
     planner = metadata.get("planner_data")
     paths = planner.named() if isinstance(planner, Pairs) else {}
-    places = dict(_places(_pairs(metadata.get("storage_data")), folder, open_file))
+    places = dict(_places(_pairs(metadata.get("storage_data")), folder))
     tree: dict[str, Any] = {}
     for name, told in described.named().items():
         if isinstance(told, Call) and told.name == f"{_METADATA}BytesStorageMetadata":
             continue
-        _put(tree, paths.get(name), name, _tensor(name, told, places, open_file))
+        _put(tree, paths.get(name), name, _tensor(name, told, places))
     return tree
 
 
@@ -110,7 +112,7 @@ def _pairs(value: object) -> Pairs:
 def _numbers(value: object) -> tuple[int, ...]:
     """The numbers of a `torch.Size`."""
     inner: Any = value.arguments[0] if isinstance(value, Call) and value.arguments else value
-    if type(inner) not in {tuple, list} or any(type(n) is not int or n < 0 for n in inner):
+    if type(inner) not in {tuple, list} or not all(map(is_size, inner)):
         raise CorruptCheckpoint("Damaged: its metadata has a size that is none.")
     return tuple(inner)
 
@@ -118,9 +120,7 @@ def _numbers(value: object) -> tuple[int, ...]:
 _Place = tuple[Path, int, int]
 
 
-def _places(
-    storage: Pairs, folder: Path, open_file: Callable[[Path], Source]
-) -> Iterator[tuple[tuple[str, tuple[int, ...]], _Place]]:
+def _places(storage: Pairs, folder: Path) -> Iterator[tuple[tuple[str, tuple[int, ...]], _Place]]:
     """For each piece of a tensor, by name and offset: the file, and where in it."""
     sizes: dict[str, int] = {}
     used: dict[str, int] = {}
@@ -131,13 +131,14 @@ def _places(
         file, start, length = (info.get(k) for k in ("relative_path", "offset", "length"))
         if type(name) is not str or type(file) is not str:
             raise CorruptCheckpoint("Damaged: its metadata has a name that is no text.")
-        if type(start) is not int or type(length) is not int or start < 0 or length < 0:
+        if not (is_size(start) and is_size(length)):
             raise CorruptCheckpoint("Damaged: its metadata has a position that is no number.")
         if info.get("transform_descriptors"):
             raise UnsupportedFormat("Its files were transformed (compressed) when saved.")
         path = beside(folder, file)
         if file not in sizes:
-            sizes[file] = open_file(path).size
+            with opened(path) as source:
+                sizes[file] = source.size
         if start + length > sizes[file]:
             raise CorruptCheckpoint(
                 f"Damaged or truncated: {file:.80} should reach to byte {start + length:,}, "
@@ -155,7 +156,6 @@ def _tensor(
     name: str,
     told: object,
     places: dict[tuple[str, tuple[int, ...]], _Place],
-    open_file: Callable[[Path], Source],
 ) -> StoredTensor:
     fields = _fields(told, f"{_METADATA}TensorStorageMetadata")
     properties, chunks = fields.get("properties"), fields.get("chunks")
@@ -181,7 +181,7 @@ def _tensor(
         pieces.append((offsets, sizes, place))
     if sum(math.prod(sizes) for _, sizes, _ in pieces) != math.prod(shape):
         raise CorruptCheckpoint(f"Damaged: the pieces of {name!r:.200} do not make it up.")
-    return _PiecedTensor(dtype, shape, pieces, open_file)
+    return _PiecedTensor(dtype, shape, pieces)
 
 
 class _PiecedTensor(StoredTensor):
@@ -192,12 +192,10 @@ class _PiecedTensor(StoredTensor):
         dtype: str,
         shape: tuple[int, ...],
         pieces: list[tuple[tuple[int, ...], tuple[int, ...], _Place]],
-        open_file: Callable[[Path], Source],
     ) -> None:
         self.dtype = dtype
         self.shape = shape
         self._pieces = pieces
-        self._open = open_file
 
     def storage(self) -> tuple[object, int]:
         return self, self.numel * ITEM_SIZES[self.dtype]
@@ -206,13 +204,7 @@ class _PiecedTensor(StoredTensor):
         pair = (2,) if self.dtype == "complex128" else ()
         whole: Words | None = None
         for offsets, sizes, (path, start, length) in self._pieces:
-            piece = read_torch_zip(self._open(path).part(start, length))
-            if not isinstance(piece, StoredTensor) or (piece.dtype, piece.shape) != (
-                self.dtype,
-                sizes,
-            ):
-                raise CorruptCheckpoint("Damaged: a file has another tensor than its metadata say.")
-            words = piece.words()
+            words = self._piece(path, start, length, sizes)
             if whole is None:
                 # The bytes are there: the pieces' sizes add up to the whole.
                 whole = np.zeros((*self.shape, *pair), words.dtype)
@@ -225,6 +217,17 @@ class _PiecedTensor(StoredTensor):
         if not covered.all():
             raise CorruptCheckpoint("Damaged: the pieces of a tensor overlap and leave gaps.")
         return whole.reshape(-1)
+
+    def _piece(self, path: Path, start: int, length: int, sizes: tuple[int, ...]) -> Words:
+        with opened(path) as source:
+            piece = read_torch_zip(source.part(start, length))
+            if (
+                not isinstance(piece, StoredTensor)
+                or piece.dtype != self.dtype
+                or piece.shape != sizes
+            ):
+                raise CorruptCheckpoint("Damaged: a file has another tensor than its metadata say.")
+            return piece.words()
 
 
 def _put(tree: dict[str, Any], path: object, name: str, tensor: StoredTensor) -> None:

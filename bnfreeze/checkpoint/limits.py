@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, TypeGuard
 
 from bnfreeze.errors import UnsafeCheckpoint
 
 __all__ = [
     "MAX_CHANNELS",
+    "MAX_DICTS",
     "MAX_DIMENSIONS",
     "MAX_HEADER_BYTES",
     "MAX_NAME_LENGTH",
     "MAX_NESTING",
+    "MAX_NUMBER",
     "MAX_OPCODES",
     "MAX_PICKLE_BYTES",
     "MAX_RECORDS",
     "MAX_TENSORS",
     "check_limit",
+    "is_size",
 ]
 
 # A pickle spends about 30 opcodes and 150 bytes on a tensor; a large real checkpoint, with its
@@ -30,8 +33,12 @@ MAX_HEADER_BYTES: Final = 32 << 20
 MAX_NAME_LENGTH: Final = 1_024
 MAX_NESTING: Final = 100
 MAX_DIMENSIONS: Final = 64
-# Of one norm layer; the widest real ones have some ten thousand.
-MAX_CHANNELS: Final = 1 << 20
+# Of all norm layers together; the largest real networks have some hundred thousand.
+MAX_CHANNELS: Final = 1 << 22
+# Dicts with tensors in them: the parameters of an optimizer have one each.
+MAX_DICTS: Final = 20_000
+# Sizes and offsets, as torch has them; larger ones could not even be printed.
+MAX_NUMBER: Final = 2**63 - 1
 
 
 def check_limit(value: int, limit: int, what: str) -> None:
@@ -42,3 +49,8 @@ def check_limit(value: int, limit: int, what: str) -> None:
     """
     if value > limit:
         raise UnsafeCheckpoint(f"Refused: {value:,} {what}; bnfreeze reads no more than {limit:,}.")
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Whether a value from a file can be a size or an offset."""
+    return type(value) is int and 0 <= value <= MAX_NUMBER

@@ -17,7 +17,12 @@ from bnfreeze.checkpoint.state_dicts import StateDict, find_state_dict
 from bnfreeze.checkpoint.tensors import StoredTensor
 from bnfreeze.checkpoint.torch_legacy import read_torch_legacy
 from bnfreeze.checkpoint.torch_zip import read_torch_zip
-from bnfreeze.errors import BnfreezeError, CheckpointError, UnsupportedFormat
+from bnfreeze.errors import (
+    BnfreezeError,
+    CheckpointError,
+    CorruptCheckpoint,
+    UnsupportedFormat,
+)
 
 __all__ = ["Checkpoint", "open_checkpoint", "telling"]
 
@@ -74,34 +79,38 @@ def _read(path: Path, stack: ExitStack) -> tuple[str, Any]:
     def open_file(file: Path) -> Source:
         return stack.enter_context(opened(file))
 
-    if path.is_dir():
-        if (path / ".metadata").exists():
-            return "distributed", read_distributed(path, _Once(open_file))
-        indexes = sorted(path.glob("*.index.json"))
-        if len(indexes) != 1:
-            raise UnsupportedFormat(
-                "A folder without .metadata, and so none of torch.distributed.checkpoint. "
-                "Name a file in it."
-            )
-        path = indexes[0]
+    try:
+        if path.is_dir():
+            if (path / ".metadata").exists():
+                return "distributed", read_distributed(path)
+            path = _index_in(path)
+    except OSError as error:
+        raise CheckpointError(f"Cannot be opened: {error.strerror}.") from None
     source = open_file(path)
     kind = kind_of(source)
-    if kind == "shard index":
-        return kind, read_index(source, path, lambda shard: _flat(open_file(shard), shard))
-    return kind, _read_file(kind, source, path)
+    if kind != "shard index":
+        return kind, _read_file(kind, source, path)
+    seen: set[tuple[int, int]] = set()
+
+    def read_shard(shard: Path) -> dict[str, StoredTensor]:
+        part = open_file(shard)
+        # However it is named: reading one file again and again could go on for ever.
+        if part.identity() in seen:
+            raise CorruptCheckpoint("It is the same file as another shard.")
+        seen.add(part.identity())
+        return _flat(part, shard)
+
+    return kind, read_index(source, path, read_shard)
 
 
-class _Once:
-    """Opens each file once, however many tensors lie in it."""
-
-    def __init__(self, open_file: Any) -> None:
-        self._open = open_file
-        self._sources: dict[Path, Source] = {}
-
-    def __call__(self, path: Path) -> Source:
-        if path not in self._sources:
-            self._sources[path] = self._open(path)
-        return self._sources[path]
+def _index_in(folder: Path) -> Path:
+    indexes = sorted(folder.glob("*.index.json"))
+    if len(indexes) != 1:
+        raise UnsupportedFormat(
+            "A folder without .metadata, and so none of torch.distributed.checkpoint. "
+            "Name a file in it."
+        )
+    return indexes[0]
 
 
 def _read_file(kind: str, source: Source, path: Path) -> Any:

@@ -13,7 +13,13 @@ import pickletools
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any, Final
 
-from bnfreeze.checkpoint.limits import MAX_NESTING, MAX_OPCODES, MAX_PICKLE_BYTES, check_limit
+from bnfreeze.checkpoint.limits import (
+    MAX_NAME_LENGTH,
+    MAX_NESTING,
+    MAX_OPCODES,
+    MAX_PICKLE_BYTES,
+    check_limit,
+)
 from bnfreeze.errors import CorruptCheckpoint, UnsafeCheckpoint
 
 __all__ = ["Call", "Global", "Pairs", "Unneeded", "check_nesting", "read_pickle"]
@@ -78,6 +84,9 @@ _VALUES: Final = (
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"),
     *("SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
 )
+
+# Refused names that are told; more of them tell nothing more.
+_ENOUGH: Final = 100
 
 # Python 2 wrote its own names.
 _RENAMED: Final = {"__builtin__": "builtins", "copy_reg": "copyreg"}
@@ -238,9 +247,13 @@ class _Machine:
     def name(self, module: object, name: object) -> None:
         if type(module) is not str or type(name) is not str:
             raise CorruptCheckpoint("Damaged: its pickle names something that is no text.")
+        # Few opcodes can put the same long texts together again and again.
+        check_limit(len(module) + len(name), MAX_NAME_LENGTH, "characters of a name")
         full = f"{_RENAMED.get(module, module)}.{name}"
         if full not in self.allowed:
             self.refused[full] = None
+            if len(self.refused) > _ENOUGH:
+                raise Unneeded.of(self.refused)
         self.stack.append(Global(full))
 
     def popped(self, count: int) -> list[Any]:

@@ -27,7 +27,7 @@ def read_index(
     Raises:
         UnsupportedFormat: JSON, but no such index.
         CorruptCheckpoint: a shard is missing, or has not the tensors that it should.
-        UnsafeCheckpoint: a shard is said to lie elsewhere.
+        UnsafeCheckpoint: a shard is said to lie elsewhere, or all together are too many.
     """
     check_limit(source.size, MAX_HEADER_BYTES, "bytes of an index")
     places = read_json(source.read(0, source.size), "the index").get("weight_map")
@@ -40,6 +40,7 @@ def read_index(
     for place in dict.fromkeys(places.values()):
         try:
             shards[place] = read_shard(beside(path.parent, place))
+            check_limit(sum(map(len, shards.values())), MAX_TENSORS, "tensors")
         except CheckpointError as error:
             raise type(error)(f"Shard {place}: {error}") from None
     for name, place in places.items():
@@ -51,12 +52,12 @@ def read_index(
 
 
 def beside(folder: Path, name: str) -> Path:
-    """The path of a file that another file names.
+    """The path of a file that another file names: a plain name, and so beside it.
 
     Raises:
-        UnsafeCheckpoint: it would lie outside `folder`.
+        UnsafeCheckpoint: anything but a plain name.
     """
-    for kind in (PurePosixPath(name), PureWindowsPath(name)):
-        if kind.is_absolute() or kind.drive or ".." in kind.parts or not kind.parts:
-            raise UnsafeCheckpoint(f"Refused: it refers to {name!r:.200}, outside its own folder.")
+    plain = all(kind(name).name == name for kind in (PurePosixPath, PureWindowsPath))
+    if not plain or name in {"", ".", ".."}:
+        raise UnsafeCheckpoint(f"Refused: it refers to {name!r:.200}, and not to a file beside it.")
     return folder / name

@@ -22,6 +22,7 @@ class Source:
     """
 
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        """Take `size` bytes of an open file from `start`."""
         self._file = file
         self._start = start
         self.size = size
@@ -58,6 +59,11 @@ class Source:
         """A range of the same file; to be read once it has been `placed`."""
         return Source(self._file, 0, size)
 
+    def identity(self) -> tuple[int, int]:
+        """What tells the file from others, whatever name it was opened under."""
+        told = os.fstat(self._file.fileno())
+        return told.st_dev, told.st_ino
+
     def head(self, length: int) -> bytes:
         """The first bytes, as many as there are."""
         return self.read(0, min(length, self.size))
@@ -89,7 +95,7 @@ def opened(path: Path) -> Iterator[Source]:
             raise UnsupportedFormat("Not a regular file.")
         file = open(path, "rb")  # noqa: SIM115 - closed below; an error in the block is not ours
     except ValueError:
-        raise CheckpointError("Not a path: it has a NUL character in it.") from None
+        raise CheckpointError("Not the name of a file.") from None
     except OSError as error:
         raise CheckpointError(f"Cannot be opened: {error.strerror}.") from None
     with file:

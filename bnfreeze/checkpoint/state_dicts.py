@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from bnfreeze.checkpoint.limits import MAX_NAME_LENGTH, check_limit
+from bnfreeze.checkpoint.limits import MAX_DICTS, MAX_NAME_LENGTH, check_limit
 from bnfreeze.checkpoint.pickles import Pairs
 from bnfreeze.checkpoint.tensors import StoredTensor
 from bnfreeze.errors import UnsupportedFormat
@@ -40,6 +40,8 @@ _USUAL: Final = (
     "swa_model",
 )
 _OPTIMIZERS: Final = ("optim", "lr_sched", "scaler")
+# Of a key that is shown: what is longer is told by its end.
+_KEY_LENGTH: Final = 400
 _HIDDEN_SEGMENT: Final = "_orig_mod"
 
 
@@ -97,6 +99,7 @@ def find_state_dict(root: Any, key: str | None = None) -> StateDict:
 
 def _candidates(root: Any) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
     """Every dict that has tensors by name, level by level, each object once."""
+    count = 0
     level: list[tuple[str, Any]] = [("", root)]
     seen = {id(root)}
     while level:
@@ -115,10 +118,13 @@ def _candidates(root: Any) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
                     and not str(name).startswith(_OPTIMIZERS)
                 ):
                     seen.add(id(child))
-                    below.append((f"{path}.{name}" if path else str(name), child))
+                    key = f"{name:.200}" if isinstance(name, str) else str(name)
+                    below.append((f"{path}.{key}"[-_KEY_LENGTH:] if path else key, child))
             if tensors:
+                count += 1
+                check_limit(count, MAX_DICTS, "dicts of tensors")
                 yield path, tensors
-        level = [(path[:MAX_NAME_LENGTH], child) for path, child in below]
+        level = below
 
 
 def _children(holder: Any) -> Iterator[tuple[str | int, Any]]:

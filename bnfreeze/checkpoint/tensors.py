@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfreeze.checkpoint.limits import MAX_DIMENSIONS, check_limit
+from bnfreeze.checkpoint.limits import MAX_DIMENSIONS, MAX_NUMBER, check_limit
 from bnfreeze.checkpoint.source import Source
 from bnfreeze.errors import CorruptCheckpoint, UnsafeCheckpoint, UnsupportedFormat
 
@@ -166,6 +166,7 @@ class StridedTensor(StoredTensor):
             len(self.shape) != len(self.stride)
             or set(map(type, numbers)) != {int}
             or min(numbers) < 0
+            or max(numbers) > MAX_NUMBER
         ):
             raise CorruptCheckpoint("A tensor whose shape, stride and offset do not make sense.")
         end = (self.offset + self._span) * ITEM_SIZES[self.dtype]
@@ -208,7 +209,7 @@ class StridedTensor(StoredTensor):
                 f"Refused: a tensor of shape {_shown(self.shape)} repeats {self._span:,} stored "
                 f"elements {self.numel:,} times over."
             )
-        if self._span > max(8 * self.numel, 1 << 22):
+        if self._span > max(8 * self.numel, 1 << 12):
             raise UnsafeCheckpoint(
                 f"Refused: {self.numel:,} elements of a tensor are strewn over {self._span:,}."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bnfreeze.checkpoint.limits import MAX_TENSORS, check_limit
+from bnfreeze.checkpoint.limits import MAX_OPCODES, MAX_TENSORS, check_limit, is_size
 from bnfreeze.checkpoint.pickles import (
     Call,
     Global,
@@ -88,6 +88,7 @@ class _Reader:
     def __init__(self, find: Callable[[str, int, int], Record]) -> None:
         self._find = find
         self._tensors = 0
+        self._copied = 0
         self._builders: Mapping[str, Callable[[tuple[Any, ...]], object]] = {
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
@@ -98,7 +99,7 @@ class _Reader:
             "torch._tensor._rebuild_from_type_v2": self._inner,
             "torch.nn.parameter.Parameter": _first,
             "torch.Size": _first,
-            "collections.OrderedDict": _ordered,
+            "collections.OrderedDict": self._ordered,
         }
 
     def called(self, call: Call) -> object:
@@ -108,7 +109,7 @@ class _Reader:
             return call
         try:
             made = builder(call.arguments)
-        except (IndexError, TypeError, ValueError, AttributeError):
+        except (LookupError, TypeError, ValueError, AttributeError):
             raise CorruptCheckpoint(
                 f"Damaged: {call.name} is called with arguments that it does not take."
             ) from None
@@ -125,21 +126,21 @@ class _Reader:
             raise CorruptCheckpoint("Damaged: its pickle refers to something that is no storage.")
         kind, name, count = key[1], key[2], key[4]
         dtype = STORAGES.get(kind.name) if isinstance(kind, Global) else None
-        if dtype is None or type(name) is not str or type(count) is not int or count < 0:
+        if dtype is None or type(name) is not str or not is_size(count):
             raise CorruptCheckpoint("Damaged: a storage without kind, key or size.")
         if len(key) > 5 and key[5] is not None:
             raise UnsupportedFormat("Storages that are views of others, as torch 0.1 wrote them.")
         return Storage(self._find(name, count * ITEM_SIZES[dtype], ITEM_SIZES[dtype]), dtype)
 
     def _tensor(self, arguments: tuple[Any, ...]) -> StoredTensor | None:
-        storage, offset, shape, stride = arguments[:4]
+        storage, offset, shape, stride = _view(arguments)
         # The values of a conjugated or negated view are not the ones that are stored.
         if len(arguments) > 6 and isinstance(arguments[6], Pairs) and arguments[6].pairs:
             return None
         return StridedTensor(storage.dtype, tuple(shape), tuple(stride), storage.record, offset)
 
     def _tensor_v3(self, arguments: tuple[Any, ...]) -> StoredTensor | None:
-        storage, offset, shape, stride = arguments[:4]
+        storage, offset, shape, stride = _view(arguments)
         if len(arguments) > 7 and isinstance(arguments[7], Pairs) and arguments[7].pairs:
             return None
         dtype = DTYPES[arguments[6].name]
@@ -148,7 +149,25 @@ class _Reader:
     def _inner(self, arguments: tuple[Any, ...]) -> object:
         """A tensor with attributes of its own: the tensor."""
         function, _, inner = arguments[:3]
+        # One inside another is nothing that torch writes, and could be nested without end.
+        if function.name == "torch._tensor._rebuild_from_type_v2":
+            return None
         return self.called(Call(function.name, inner))
+
+    def _ordered(self, arguments: tuple[Any, ...]) -> Pairs:
+        pairs = arguments[0] if arguments else []
+        # A few opcodes can ask for a long list to be copied again and again.
+        self._copied += len(pairs)
+        check_limit(self._copied, MAX_OPCODES, "copied entries")
+        return Pairs([(key, value) for key, value in pairs])
+
+
+def _view(arguments: tuple[Any, ...]) -> tuple[Storage, Any, Any, Any]:
+    """The storage, offset, shape and stride of a tensor."""
+    storage, offset, shape, stride = arguments[:4]
+    if not isinstance(storage, Storage):
+        raise TypeError
+    return storage, offset, shape, stride
 
 
 def _first(arguments: tuple[Any, ...]) -> object:
@@ -157,14 +176,9 @@ def _first(arguments: tuple[Any, ...]) -> object:
 
 def _meta(arguments: tuple[Any, ...]) -> MetaTensor:
     dtype, shape = DTYPES[arguments[0].name], tuple(arguments[1])
-    if any(type(size) is not int or size < 0 for size in shape):
+    if not all(map(is_size, shape)):
         raise ValueError
     return MetaTensor(dtype, shape)
-
-
-def _ordered(arguments: tuple[Any, ...]) -> Pairs:
-    pairs = arguments[0] if arguments else []
-    return Pairs([(key, value) for key, value in pairs])
 
 
 def refused_with_advice(refusal: UnsafeCheckpoint) -> UnsafeCheckpoint:

@@ -24,9 +24,9 @@ def read_torch_zip(source: Source) -> Any:
     records = _records(read_directory(source, _recognise))
     pickle = records["data.pkl"]
     check_limit(pickle.source.size, MAX_PICKLE_BYTES, "bytes of a pickle")
-    order = records["byteorder"].read() if "byteorder" in records else b"little"
+    order = records["byteorder"].source.head(10) if "byteorder" in records else b"little"
     if order not in (b"little", b"big"):
-        raise CorruptCheckpoint(f"Damaged: a byte order that does not exist: {order[:20]!r}.")
+        raise CorruptCheckpoint(f"Damaged: a byte order that does not exist: {order!r}.")
     found: dict[str, Record] = {}
 
     def find(key: str, size: int, _: int) -> Record:
