@@ -20,8 +20,9 @@ if TYPE_CHECKING:
         UnsupportedFormat,
     )
     from bnfreeze.findings import Finding
-    from bnfreeze.inspection import Inspection, inspect
+    from bnfreeze.inspected import Inspection
     from bnfreeze.layers import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+    from bnfreeze.looking import inspect
     from bnfreeze.policy import Policy
     from bnfreeze.proof.drift import Drift
     from bnfreeze.proof.report import DriftReport
@@ -70,7 +71,7 @@ _HOME = {
     "DriftReport": "proof.report",
     "Finding": "findings",
     "FreezeReport": "report",
-    "Inspection": "inspection",
+    "Inspection": "inspected",
     "LayerRow": "report",
     "FrozenBatchNorm1d": "layers",
     "FrozenBatchNorm2d": "layers",
@@ -83,7 +84,7 @@ _HOME = {
     "assert_frozen": "proof.snapshot",
     "freeze": "surgery",
     "guard": "proof.watch",
-    "inspect": "inspection",
+    "inspect": "looking",
     "snapshot": "proof.snapshot",
     "unfreeze": "surgery",
     "verify": "proof.snapshot",

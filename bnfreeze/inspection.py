@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 from bnfreeze.behaviour import LayerFacts, affine_parameters, layer_facts, optimizers_by_id
 from bnfreeze.findings import Finding, by_gravity
 from bnfreeze.health import statistics_findings
+from bnfreeze.inspected import Inspection
 from bnfreeze.norms import (
     STATISTICS,
     NamedModule,
@@ -23,35 +23,17 @@ from bnfreeze.norms import (
     named_modules,
 )
 from bnfreeze.record import held_names, record_of
-from bnfreeze.render import Printable, Sheet, told_kinds
+from bnfreeze.render import Sheet, told_kinds
 from bnfreeze.train_mode import training_flags
 
-__all__ = ["Inspection", "inspect"]
+__all__ = ["ModelInspection", "inspect"]
 
 
 @dataclass(frozen=True)
-class Inspection(Printable):
-    """The norm layers of a model and what there is to know about them.
-
-    Printing it gives a table; `to_dict` gives the same facts for JSON.
-    """
+class ModelInspection(Inspection):
+    """The norm layers of a live model."""
 
     layers: tuple[LayerFacts, ...]
-    findings: tuple[Finding, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is no finding of level ``"error"``."""
-        return not any(finding.level == "error" for finding in self.findings)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The facts as plain data with stable keys."""
-        return {
-            "schema": 1,
-            "ok": self.ok,
-            "layers": [asdict(layer) for layer in self.layers],
-            "findings": [finding.to_dict() for finding in self.findings],
-        }
 
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.render`."""
@@ -141,7 +123,7 @@ def inspect(
         findings.append(
             Finding("note", "no-norm-layer", "", "The model has no norm layer.", "Nothing to do.")
         )
-    return Inspection(tuple(layers), by_gravity(findings))
+    return ModelInspection(tuple(layers), by_gravity(findings))
 
 
 def _layer_findings(
@@ -200,7 +182,25 @@ def _layer_findings(
     if keeps_statistics(layer):
         mean, var, count = (getattr(layer, stat, None) for stat in STATISTICS)
         if isinstance(mean, Tensor) and isinstance(var, Tensor):
-            yield from statistics_findings(name, mean, var, count, facts.eps)
+            yield from statistics_findings(
+                name,
+                _at_hand(mean),
+                _at_hand(var),
+                None if count is None or count.is_meta else int(count),
+                facts.eps,
+                dtypes=(_dtype_name(mean), _dtype_name(var)),
+            )
+
+
+def _at_hand(stat: Tensor) -> Tensor | None:
+    if stat.is_meta:
+        return None
+    stat = stat.detach().cpu()
+    return stat.float() if stat.is_floating_point() and stat.dtype.itemsize < 4 else stat
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _statistics_stand_still(facts: LayerFacts, layer: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bnfreeze.files import write_whole
 from bnfreeze.findings import Finding
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-__all__ = ["Printable", "Sheet", "escaped", "told_kinds"]
+__all__ = ["Printable", "Sheet", "escaped", "html_of", "svg_of", "told_kinds"]
 
 # A colour says what it means for a person who wants the layer frozen.
 _STYLES = {
@@ -35,9 +36,15 @@ _STYLES = {
     "error": "bold red",
     "warning": "yellow",
     "note": "cyan",
+    "identical": "green",
+    "moved": "yellow",
+    "differ": "bold red",
+    "missing": "bold red",
 }
 
 
+# Nobody reads a longer table, and drawing one takes minutes.
+_MOST_ROWS = 2_000
 # From this width on, a sheet's further columns are shown.
 _WIDE = 120
 # Cells of this length and more are sentences, which may wrap.
@@ -55,6 +62,9 @@ class Sheet:
         findings: told under the table, those of one kind together.
         verdict: the last line.
         further: the columns that only a wide terminal shows.
+        notes: lines under the title.
+        findings_first: whether the findings stand before the table.
+        pictures: the columns that hold little pictures.
     """
 
     title: str
@@ -63,6 +73,9 @@ class Sheet:
     findings: Sequence[Finding]
     verdict: str
     further: frozenset[str] = frozenset()
+    notes: Sequence[str] = ()
+    findings_first: bool = False
+    pictures: frozenset[str] = frozenset()
 
 
 def told_kinds(title: str, kinds: Sequence[str]) -> tuple[str, frozenset[str]]:
@@ -93,27 +106,50 @@ class Printable(ABC):
         from rich.text import Text
 
         sheet = self.sheet()
+        if sheet.title and (sheet.findings_first or not sheet.rows):
+            yield Text(escaped(sheet.title), style="bold")
+        for note in sheet.notes:
+            yield Text(escaped(note), style="dim")
+        if sheet.findings_first and sheet.findings:
+            yield Text()
+            yield from _findings(sheet.findings)
         if sheet.rows:
             yield _table(sheet, options.max_width)
-        yield from _findings(sheet.findings)
+        if len(sheet.rows) > _MOST_ROWS:
+            yield Text(f"… and {len(sheet.rows) - _MOST_ROWS:,} rows more", style="dim")
+        if not sheet.findings_first:
+            yield from _findings(sheet.findings)
         yield Text(escaped(sheet.verdict), style="bold")
 
     def save_svg(self, path: str | Path, *, width: int = 100) -> None:
         """Save the picture as an SVG file, `width` characters wide."""
-        from rich.terminal_theme import SVG_EXPORT_THEME
-
-        svg = _recorded(self, width).export_svg(title="bnfreeze", theme=SVG_EXPORT_THEME)
-        # rich links a font from the net; a picture must not call home when it is looked at.
-        Path(path).write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.S), encoding="utf-8")
+        write_whole(path, svg_of([self], width=width))
 
 
-def _recorded(what: Printable, width: int) -> Console:
+def svg_of(sheets: Sequence[Printable], *, width: int) -> str:
+    """The picture of several, one under the other, as SVG."""
+    from rich.terminal_theme import SVG_EXPORT_THEME
+
+    svg = _recorded(sheets, width).export_svg(title="bnfreeze", theme=SVG_EXPORT_THEME)
+    # rich links a font from the net; a picture must not call home when it is looked at.
+    return re.sub(r"@font-face \{.*?\}", "", svg, flags=re.S)
+
+
+def html_of(sheets: Sequence[Printable], *, width: int) -> str:
+    """The picture of several, one under the other, as a page of HTML without scripts."""
+    return _recorded(sheets, width).export_html()
+
+
+def _recorded(sheets: Sequence[Printable], width: int) -> Console:
     from rich.console import Console
 
     console = Console(
         file=io.StringIO(), record=True, width=width, force_terminal=True, color_system="truecolor"
     )
-    console.print(what)
+    for number, sheet in enumerate(sheets):
+        if number:
+            console.print()
+        console.print(sheet)
     return console
 
 
@@ -132,8 +168,10 @@ def escaped(text: str) -> str:
 def _table(sheet: Sheet, width: int) -> Table:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    cells = [[row[i] for row in sheet.rows] for i in range(len(sheet.columns))]
+    rows = sheet.rows[:_MOST_ROWS]
+    cells = [[row[i] for row in rows] for i in range(len(sheet.columns))]
     shown = [
         i
         for i, name in enumerate(sheet.columns)
@@ -142,7 +180,7 @@ def _table(sheet: Sheet, width: int) -> Table:
     ]
     longest = {i: max(map(len, [sheet.columns[i], *cells[i]])) for i in shown}
     table = Table(
-        title=escaped(sheet.title),
+        title=None if sheet.findings_first else escaped(sheet.title),
         title_style="bold",
         title_justify="left",
         box=box.SIMPLE_HEAD,
@@ -160,15 +198,26 @@ def _table(sheet: Sheet, width: int) -> Table:
             min_width=max(12, min(room, longest[i])) if i == 0 else None,
             no_wrap=i > 0 and longest[i] < _PROSE,
         )
-    for row in sheet.rows:
-        table.add_row(*(_cell(row[i]) for i in shown))
+    for row in rows:
+        heading = len(row) > 1 and not any(row[1:])
+        table.add_row(
+            *(
+                Text(
+                    escaped(row[i]), style="cyan" if sheet.columns[i] in sheet.pictures else "bold"
+                )
+                if heading or sheet.columns[i] in sheet.pictures
+                else _cell(row[i])
+                for i in shown
+            )
+        )
     return table
 
 
 def _cell(value: str) -> Text:
     from rich.text import Text
 
-    return Text(escaped(value), style=_STYLES.get(value, ""))
+    # "12 of 40 moved" has the colour of its last word.
+    return Text(escaped(value), style=_STYLES.get(value.rpartition(" ")[2], ""))
 
 
 def _findings(findings: Sequence[Finding]) -> Iterator[RenderableType]:

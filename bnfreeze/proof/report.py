@@ -84,4 +84,5 @@ class DriftReport(Printable):
         ]
         columns = ("tensor", "kind", "step", "rank", "what changed")
         verdict = " ".join([self.verdict, *self.notes])
-        return Sheet("What drifted", columns, rows, findings, verdict)
+        title = "What drifted" if rows else ""
+        return Sheet(title, columns, rows, findings, verdict)

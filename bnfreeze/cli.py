@@ -1,0 +1,285 @@
+"""The command: `bnfreeze inspect`, `bnfreeze diff`.
+
+Data goes to stdout, progress and errors to stderr. Exit codes: 0 clean; 1 findings of level error
+(`inspect`) or a difference (`diff`); 2 wrong usage, unreadable or refused. Nothing that takes time
+to import is imported before it is needed: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
+
+from bnfreeze.errors import BnfreezeError
+
+if TYPE_CHECKING:
+    from bnfreeze.checkpoint import Checkpoint, StoredTensor
+    from bnfreeze.checkpoint_inspection import CheckpointInspection
+    from bnfreeze.origin import Origin
+
+__all__ = ["main"]
+
+_EXAMPLES: Final = """\
+examples:
+  bnfreeze inspect resnet50.pth                    the norm layers, as a tree
+  bnfreeze inspect run/*.ckpt --plain | grep nan   one line a layer, of several files
+  bnfreeze inspect last.pt --key model_ema         another state_dict of the same file
+  bnfreeze inspect model.safetensors --sort dead   the layers with most dead channels first
+  bnfreeze diff start.pt end.pt                    did the backbone really stay frozen?
+  bnfreeze diff start.pt end.pt --select backbone  exit code 1 if anything in it moved
+  bnfreeze inspect a.pt --json | jq .files[0].ok   for scripts
+
+exit codes: 0 clean; 1 findings of level error, or a difference; 2 wrong usage, unreadable, refused.
+Files are read without running, importing or believing anything in them; no option changes that.
+"""
+
+_SORTS: Final = ("name", "features", "batches", "mean", "var", "dead")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and give its exit code.
+
+    Args:
+        arguments: what follows the command's name; None takes them from the process.
+    """
+    # Names may hold what the terminal's encoding cannot show.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    options = _parser().parse_args(arguments)
+    # The process ends soon: looking for cycles in what a large pickle describes is time lost.
+    gc.disable()
+    try:
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
+    except BnfreezeError as error:
+        return _complain(str(error))
+    except MemoryError:
+        return _complain("Out of memory.")
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; nothing more can be written to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        # Reading has errors of its own: this is an output that could not be written.
+        return _complain(f"{error.filename or 'stdout'}: cannot be written: {error.strerror}.")
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bnfreeze",
+        description="Look at the batch norm in checkpoints, safely.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    inspect = _command(commands, "inspect", "show the norm layers of checkpoints", _inspect)
+    inspect.add_argument("paths", nargs="+", metavar="CKPT", help="a file or a folder")
+    inspect.add_argument("--sort", choices=_SORTS, default="", help="sort the layers, no tree")
+    diff = _command(commands, "diff", "compare two checkpoints bit by bit", _diff)
+    diff.add_argument("first", metavar="A", help="the earlier checkpoint")
+    diff.add_argument("second", metavar="B", help="the later one")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, what: str, run: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    """A subcommand with the options that all have."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog="Reads files of torch.save (zip and legacy), safetensors, *.index.json of shards, "
+        "and folders of torch.distributed.checkpoint, by their content.",
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "--select",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="only these modules: 'backbone', 'layer4.**.bn?' (may be repeated)",
+    )
+    command.add_argument("--key", metavar="NAME", help="which of several state_dicts in one file")
+    forms = command.add_mutually_exclusive_group()
+    forms.add_argument("--json", action="store_true", help="print one JSON object")
+    forms.add_argument("--plain", action="store_true", help="print one line for each, for grep")
+    command.add_argument("--html", metavar="FILE", help="save the picture as HTML")
+    command.add_argument("--svg", metavar="FILE", help="save the picture as SVG")
+    command.set_defaults(run=run)
+    return command
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"bnfreeze {version('bnfreeze')}\n")
+        parser.exit()
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from bnfreeze.looking import inspect_checkpoint
+
+    _check_outputs(options)
+    shown: list[CheckpointInspection] = []
+    told: list[dict[str, Any]] = []
+    code = 0
+    for path in options.paths:
+        try:
+            inspection = inspect_checkpoint(
+                path, key=options.key, select=options.select, sort=options.sort
+            )
+        except BnfreezeError as error:
+            # The others are shown all the same.
+            code = _complain(str(error))
+            told.append(
+                {"path": path, "error": {"kind": type(error).__name__, "message": str(error)}}
+            )
+            continue
+        shown.append(inspection)
+        told.append({name: fact for name, fact in inspection.to_dict().items() if name != "schema"})
+        code = max(code, 0 if inspection.ok else 1)
+    if options.json:
+        _print_json({"schema": 1, "ok": code == 0, "files": told})
+    elif options.plain:
+        for inspection in shown:
+            prefix = (inspection.origin.path,) if len(options.paths) > 1 else ()
+            _print_lines([(*prefix, *line) for line in inspection.lines()])
+    else:
+        _print_sheets(shown)
+    _save_pictures(options, shown)
+    return code
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from bnfreeze.checkpoint import open_checkpoint
+    from bnfreeze.difference import compare
+
+    _check_outputs(options)
+    with open_checkpoint(options.first) as first, open_checkpoint(options.second) as second:
+        (before, origin), (after, goal) = (_part(one, options) for one in (first, second))
+        with _Progress("comparing tensor") as progress:
+            difference = compare(before, after, (origin, goal), progress=progress)
+    if options.json:
+        _print_json(difference.to_dict())
+    elif options.plain:
+        _print_lines(difference.lines())
+    else:
+        _print_sheets([difference])
+    _save_pictures(options, [difference])
+    return 0 if difference.identical else 1
+
+
+def _part(
+    checkpoint: Checkpoint, options: argparse.Namespace
+) -> tuple[dict[str, StoredTensor], Origin]:
+    """The tensors of a checkpoint that the options ask for, and where they come from."""
+    from bnfreeze.checkpoint import telling
+    from bnfreeze.looking import selected
+    from bnfreeze.origin import Origin
+
+    found = checkpoint.state_dict(options.key)
+    with telling(checkpoint.path):
+        tensors = selected(found.tensors, options.select)
+    return tensors, Origin.of(found, str(checkpoint.path), checkpoint.kind)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Refuse to write over anything but an earlier picture: a checkpoint, say, or a part of it."""
+    for output in filter(None, (options.html, options.svg)):
+        if os.path.isfile(output):
+            with open(output, "rb") as file:
+                head = file.read(16)
+            if head and not head.lower().startswith((b"<svg", b"<!doctype html")):
+                raise BnfreezeError(f"{output}: is there already, and is no picture.")
+
+
+def _save_pictures(options: argparse.Namespace, sheets: Sequence[Any]) -> None:
+    from bnfreeze.files import write_whole
+    from bnfreeze.render import html_of, svg_of
+
+    for path, draw in ((options.html, html_of), (options.svg, svg_of)):
+        if path:
+            write_whole(path, draw(sheets, width=_PICTURE_WIDTH))
+
+
+# Characters to a line of a saved picture: wide enough for all columns.
+_PICTURE_WIDTH: Final = 120
+
+
+def _print_sheets(sheets: Sequence[Any]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    # Written by ourselves: rich has a way of its own with a pipe that was closed.
+    with console.capture() as captured:
+        for number, sheet in enumerate(sheets):
+            if number:
+                console.print()
+            console.print(sheet)
+    sys.stdout.write(captured.get())
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    import json
+
+    # ASCII: what could move a terminal's cursor or turn its text around is written as \u....
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _print_lines(lines: Sequence[tuple[str, ...]]) -> None:
+    from bnfreeze.render import escaped
+
+    for line in lines:
+        sys.stdout.write("\t".join(map(escaped, line)) + "\n")
+
+
+def _complain(message: str) -> int:
+    from bnfreeze.render import escaped
+
+    sys.stderr.write(f"bnfreeze: {escaped(message)}\n")
+    return 2
+
+
+class _Progress:
+    """A line on stderr that counts, once it has taken a while and if a person is looking."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._shown = False
+        self._next = time.monotonic() + 0.5
+
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stderr.isatty() and time.monotonic() > self._next:
+            self._next = time.monotonic() + 0.1
+            self._shown = True
+            sys.stderr.write(f"\r{self._what} {done} of {total}")
+            sys.stderr.flush()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()

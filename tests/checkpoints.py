@@ -1,0 +1,86 @@
+"""Makers of honest checkpoints, in each format that is read."""
+
+import json
+import struct
+import warnings
+import zipfile
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+
+
+def plain(state):
+    """Without aliases and strides, which safetensors does not store."""
+    return {name: value.detach().clone().contiguous() for name, value in state.items()}
+
+
+def save_zip(state, path):
+    torch.save(state, path)
+    return path
+
+
+def save_legacy(state, path):
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+def save_safetensors(state, path):
+    save_file(plain(state), path)
+    return path
+
+
+def save_shards(state, path, count=3):
+    """A folder with an index and `count` shards, as Hugging Face writes them."""
+    path.mkdir()
+    names = list(state)
+    places = {}
+    for number in range(count):
+        shard = f"model-{number + 1:05}-of-{count:05}.safetensors"
+        mine = names[number::count]
+        save_file(plain({name: state[name] for name in mine}), path / shard)
+        places |= dict.fromkeys(mine, shard)
+    index = {"metadata": {"total_size": 1}, "weight_map": {name: places[name] for name in names}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path / "model.safetensors.index.json"
+
+
+def save_distributed(state, path):
+    with warnings.catch_warnings():
+        # That it is a single process is what is meant.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.save({"model": dict(state)}, checkpoint_id=path, no_dist=True)
+    return path
+
+
+FORMATS = {
+    "torch zip": save_zip,
+    "torch legacy": save_legacy,
+    "safetensors": save_safetensors,
+    "shard index": save_shards,
+    "distributed": save_distributed,
+}
+
+
+def zip_file(path, entries, compression=zipfile.ZIP_STORED):
+    """A zip file of (name, bytes) pairs, in the given order; a name may come twice."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in entries:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Duplicate name")
+                archive.writestr(name, data)
+    return path
+
+
+def torch_zip(path, pickle, records=(), **options):
+    """A file as torch.save writes it, of a given pickle and storages."""
+    entries = [("archive/data.pkl", pickle), ("archive/byteorder", b"little")]
+    entries += [(f"archive/data/{key}", data) for key, data in records]
+    return zip_file(path, [*entries, ("archive/version", b"3\n")], **options)
+
+
+def safetensors_file(path, header, data=b""):
+    """A safetensors file of a header, given as text or as an object, and of bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
