@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     # The process ends soon: looking for cycles in what a large pickle describes is time lost.
+    collecting = gc.isenabled()
     gc.disable()
     try:
         code = int(options.run(options))
@@ -72,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(f"{error.filename or 'stdout'}: cannot be written: {error.strerror}.")
     except KeyboardInterrupt:
         return 130
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _parser() -> argparse.ArgumentParser:

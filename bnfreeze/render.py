@@ -106,7 +106,7 @@ class Printable(ABC):
         from rich.text import Text
 
         sheet = self.sheet()
-        if sheet.title and (sheet.findings_first or not sheet.rows):
+        if sheet.findings_first:
             yield Text(escaped(sheet.title), style="bold")
         for note in sheet.notes:
             yield Text(escaped(note), style="dim")

@@ -1,4 +1,4 @@
-"""Tensors of a state_dict in memory, under the same face as those of a file."""
+"""Tensors of a state_dict in memory, under the same face as those of a file; and the way back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bnfreeze.checkpoint import StateDict, StoredTensor
 from bnfreeze.checkpoint.state_dicts import find_state_dict
 from bnfreeze.checkpoint.tensors import Words
 
-__all__ = ["state_dict_in"]
+__all__ = ["in_memory", "state_dict_in"]
 
 
 class _TensorInMemory(StoredTensor):
@@ -41,6 +41,20 @@ def state_dict_in(saved: Mapping[str, Any], key: str | None = None) -> StateDict
         UnsupportedFormat: it holds no tensors by name.
     """
     return find_state_dict(_described(saved), key)
+
+
+def in_memory(tensor: StoredTensor) -> torch.Tensor:
+    """Read a stored tensor: every bit of it, contiguous, on the CPU.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    dtype: torch.dtype = getattr(torch, tensor.dtype)
+    if not tensor.numel:
+        return torch.empty(tensor.shape, dtype=dtype)
+    # A copy, because what was read is read-only.
+    flat = torch.from_numpy(tensor.words().view(np.uint8).copy())
+    return flat.view(dtype).reshape(tensor.shape)
 
 
 def _described(saved: Mapping[str, Any]) -> dict[str, Any]:

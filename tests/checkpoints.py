@@ -47,8 +47,9 @@ def save_shards(state, path, count=3):
 
 def save_distributed(state, path):
     with warnings.catch_warnings():
-        # That it is a single process is what is meant.
+        # That it is a single process is what is meant; and torch 2.10 warns of its own code.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")
         dcp.save({"model": dict(state)}, checkpoint_id=path, no_dist=True)
     return path
 

@@ -903,6 +903,51 @@ def a_shard_whose_name_is_no_name(folder):
     return index(folder, lambda places: places.update({"1.running_var": "a\0b"}))
 
 
+def shared_metadata(folder, change):
+    """Metadata in which the parts of one tensor are changed, and shared by many names."""
+
+    def spread(told):
+        name, tensor = next(iter(told.state_dict_metadata.items()))
+        change(tensor)
+        told.state_dict_metadata |= {f"{name}{i}": tensor for i in range(50_000)}
+
+    return metadata(folder, spread)
+
+
+@hostile(2, r"Refused: [\d,]+ fields of an object")
+def an_object_of_many_fields_under_many_names(folder):
+    return shared_metadata(
+        folder, lambda tensor: vars(tensor).update({f"x{i}": 1 for i in range(50_000)})
+    )
+
+
+@hostile(2, r"Refused: [\d,]+ dimensions of a tensor")
+def a_distributed_tensor_of_many_dimensions(folder):
+    return shared_metadata(folder, lambda tensor: setattr(tensor, "size", (1,) * 50_000))
+
+
+@hostile(2, r"Refused: [\d,]+ pieces of tensors|does not fit|do not make it up|is missing")
+def a_distributed_tensor_of_the_same_piece_many_times(folder):
+    def change(told):
+        name = "model.1.running_mean"
+        tensor = told.state_dict_metadata[name]
+        tensor.size = tensor.chunks[0].sizes = torch.Size([0])
+        tensor.chunks = tensor.chunks * 300_000
+
+    return metadata(folder, change)
+
+
+@hostile(2, r"the place of .* is none")
+def a_place_that_is_no_name(folder):
+    def change(told):
+        deep = ()
+        for _ in range(90):
+            deep = (deep,)
+        told.planner_data = dict.fromkeys(told.planner_data, (deep, 10**5000))
+
+    return metadata(folder, change)
+
+
 @hostile(2, r"Cannot be opened: File name too long")
 def a_name_longer_than_any(folder):
     return index(folder, lambda places: places.update({"1.running_var": "x" * 5_000}))

@@ -12,6 +12,7 @@ import bnfreeze
 from bnfreeze import UnsupportedFormat, inspect
 from bnfreeze.checkpoint import open_checkpoint
 from bnfreeze.checkpoint.torch_names import ALLOWED, STORAGES
+from bnfreeze.state_dict_tensors import in_memory
 
 from .checkpoints import FORMATS, save_zip
 from .helpers import bits
@@ -146,6 +147,10 @@ def test_every_dtype_and_layout_is_read_bit_for_bit(kind, tmp_path):
         for name, value in state.items():
             assert tensors[name].dtype == str(value.dtype).removeprefix("torch.")
             assert tensors[name].words().tobytes() == bits(value).numpy().tobytes(), name
+            back = in_memory(tensors[name])
+            assert back.dtype is value.dtype
+            assert back.shape == value.shape
+            assert torch.equal(bits(back), bits(value))
             values = tensors[name].values()
             if values is not None:
                 assert values.tolist() == value.detach().reshape(-1).tolist()

@@ -13,7 +13,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from bnfreeze.checkpoint.limits import MAX_PICKLE_BYTES, MAX_TENSORS, check_limit, is_size
+from bnfreeze.checkpoint.limits import (
+    MAX_DIMENSIONS,
+    MAX_NESTING,
+    MAX_PICKLE_BYTES,
+    MAX_TENSORS,
+    check_limit,
+    is_size,
+)
 from bnfreeze.checkpoint.pickles import (
     Call,
     Global,
@@ -33,6 +40,8 @@ __all__ = ["read_distributed"]
 
 _METADATA: Final = "torch.distributed.checkpoint.metadata."
 _FILESYSTEM: Final = "torch.distributed.checkpoint.filesystem."
+
+_MOST_FIELDS: Final = 20
 
 _ALLOWED: Final = DTYPES.keys() | {
     *(
@@ -89,10 +98,14 @@ def read_distributed(folder: Path) -> dict[str, Any]:
     paths = planner.named() if isinstance(planner, Pairs) else {}
     places = dict(_places(_pairs(metadata.get("storage_data")), folder))
     tree: dict[str, Any] = {}
+    pieces = 0
     for name, told in described.named().items():
         if isinstance(told, Call) and told.name == f"{_METADATA}BytesStorageMetadata":
             continue
-        _put(tree, paths.get(name), name, _tensor(name, told, places))
+        tensor = _tensor(name, told, places)
+        pieces += tensor.pieces_count
+        check_limit(pieces, MAX_TENSORS, "pieces of tensors")
+        _put(tree, paths.get(name), name, tensor)
     return tree
 
 
@@ -100,6 +113,8 @@ def _fields(made: object, kind: str) -> dict[str, object]:
     """The fields of an object of the class `kind`."""
     if not isinstance(made, Call) or made.name != kind or not isinstance(made.state, Pairs):
         raise CorruptCheckpoint(f"Damaged: its metadata has no {kind.rpartition('.')[2]}.")
+    # Few opcodes can give the same object to many names, and each looks through its fields.
+    check_limit(len(made.state.pairs), _MOST_FIELDS, "fields of an object")
     return made.state.named()
 
 
@@ -112,7 +127,10 @@ def _pairs(value: object) -> Pairs:
 def _numbers(value: object) -> tuple[int, ...]:
     """The numbers of a `torch.Size`."""
     inner: Any = value.arguments[0] if isinstance(value, Call) and value.arguments else value
-    if type(inner) not in {tuple, list} or not all(map(is_size, inner)):
+    if type(inner) not in {tuple, list}:
+        raise CorruptCheckpoint("Damaged: its metadata has a size that is none.")
+    check_limit(len(inner), MAX_DIMENSIONS, "dimensions of a tensor")
+    if not all(map(is_size, inner)):
         raise CorruptCheckpoint("Damaged: its metadata has a size that is none.")
     return tuple(inner)
 
@@ -156,7 +174,7 @@ def _tensor(
     name: str,
     told: object,
     places: dict[tuple[str, tuple[int, ...]], _Place],
-) -> StoredTensor:
+) -> _PiecedTensor:
     fields = _fields(told, f"{_METADATA}TensorStorageMetadata")
     properties, chunks = fields.get("properties"), fields.get("chunks")
     state = properties.state if isinstance(properties, Call) else None
@@ -196,6 +214,7 @@ class _PiecedTensor(StoredTensor):
         self.dtype = dtype
         self.shape = shape
         self._pieces = pieces
+        self.pieces_count = len(pieces)
 
     def storage(self) -> tuple[object, int]:
         return self, self.numel * ITEM_SIZES[self.dtype]
@@ -232,7 +251,12 @@ class _PiecedTensor(StoredTensor):
 
 def _put(tree: dict[str, Any], path: object, name: str, tensor: StoredTensor) -> None:
     """Put a tensor where it was in the nested dicts, as far as the metadata tell."""
-    keys = [str(key) for key in path] if type(path) is tuple and path else [name]
+    keys = [name]
+    if type(path) is tuple and path:
+        check_limit(len(path), MAX_NESTING, "levels of nesting")
+        if not all(type(key) is str or is_size(key) for key in path):
+            raise CorruptCheckpoint(f"Damaged: the place of {name!r:.200} is none.")
+        keys = [str(key) for key in path]
     for key in keys[:-1]:
         below = tree.setdefault(key, {})
         if not isinstance(below, dict):

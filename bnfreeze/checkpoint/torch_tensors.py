@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bnfreeze.checkpoint.limits import MAX_OPCODES, MAX_TENSORS, check_limit, is_size
+from bnfreeze.checkpoint.limits import (
+    MAX_DIMENSIONS,
+    MAX_OPCODES,
+    MAX_TENSORS,
+    check_limit,
+    is_size,
+)
 from bnfreeze.checkpoint.pickles import (
     Call,
     Global,
@@ -176,6 +182,7 @@ def _first(arguments: tuple[Any, ...]) -> object:
 
 def _meta(arguments: tuple[Any, ...]) -> MetaTensor:
     dtype, shape = DTYPES[arguments[0].name], tuple(arguments[1])
+    check_limit(len(shape), MAX_DIMENSIONS, "dimensions of a tensor")
     if not all(map(is_size, shape)):
         raise ValueError
     return MetaTensor(dtype, shape)
