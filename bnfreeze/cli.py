@@ -1,8 +1,8 @@
-"""The command: `bnfreeze inspect`, `bnfreeze diff`.
+"""The command: `bnfreeze inspect`, `diff`, `snapshot`, `verify`.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 clean; 1 findings of level error
-(`inspect`) or a difference (`diff`); 2 wrong usage, unreadable or refused. Nothing that takes time
-to import is imported before it is needed: `--help` answers at once.
+(`inspect`) or a difference (`diff`, `verify`); 2 wrong usage, unreadable or refused. Nothing that
+takes time to import is imported before it is needed: `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ examples:
   bnfreeze inspect model.safetensors --sort dead   the layers with most dead channels first
   bnfreeze diff start.pt end.pt                    did the backbone really stay frozen?
   bnfreeze diff start.pt end.pt --select backbone  exit code 1 if anything in it moved
+  bnfreeze snapshot start.pt -o held.safetensors   what a later checkpoint is held against
+  bnfreeze verify end.pt held.safetensors          exit code 1 if anything in it moved
   bnfreeze inspect a.pt --json | jq .files[0].ok   for scripts
 
 exit codes: 0 clean; 1 findings of level error, or a difference; 2 wrong usage, unreadable, refused.
@@ -94,11 +96,26 @@ def _parser() -> argparse.ArgumentParser:
     diff = _command(commands, "diff", "compare two checkpoints bit by bit", _diff)
     diff.add_argument("first", metavar="A", help="the earlier checkpoint")
     diff.add_argument("second", metavar="B", help="the later one")
+    snap = _command(commands, "snapshot", "note what a checkpoint holds", _snapshot, pictures=False)
+    snap.add_argument("path", metavar="CKPT", help="a file or a folder")
+    snap.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write it")
+    snap.add_argument(
+        "--all", action="store_true", help="every tensor, not those of norm layers alone"
+    )
+    snap.add_argument("--digest", action="store_true", help="SHA-256 digests instead of a copy")
+    verify = _command(commands, "verify", "compare a checkpoint with a snapshot", _verify)
+    verify.add_argument("path", metavar="CKPT", help="a file or a folder")
+    verify.add_argument("snapshot", metavar="FILE", help="what snapshot wrote, or Snapshot.save")
     return parser
 
 
 def _command(
-    commands: Any, name: str, what: str, run: Callable[[argparse.Namespace], int]
+    commands: Any,
+    name: str,
+    what: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    pictures: bool = True,
 ) -> argparse.ArgumentParser:
     """A subcommand with the options that all have."""
     command: argparse.ArgumentParser = commands.add_parser(
@@ -117,12 +134,14 @@ def _command(
         help="only these modules: 'backbone', 'layer4.**.bn?' (may be repeated)",
     )
     command.add_argument("--key", metavar="NAME", help="which of several state_dicts in one file")
+    command.set_defaults(run=run)
+    if not pictures:
+        return command
     forms = command.add_mutually_exclusive_group()
     forms.add_argument("--json", action="store_true", help="print one JSON object")
     forms.add_argument("--plain", action="store_true", help="print one line for each, for grep")
     command.add_argument("--html", metavar="FILE", help="save the picture as HTML")
     command.add_argument("--svg", metavar="FILE", help="save the picture as SVG")
-    command.set_defaults(run=run)
     return command
 
 
@@ -187,6 +206,52 @@ def _diff(options: argparse.Namespace) -> int:
         _print_sheets([difference])
     _save_pictures(options, [difference])
     return 0 if difference.identical else 1
+
+
+def _snapshot(options: argparse.Namespace) -> int:
+    from bnfreeze.checkpoint import open_checkpoint, telling
+    from bnfreeze.proof.snapshot import Snapshot
+    from bnfreeze.proof.stored import snapshot_of
+
+    if os.path.exists(options.output):
+        try:
+            Snapshot.load(options.output)  # an earlier one may be written over, and nothing else
+        except (BnfreezeError, OSError):
+            raise BnfreezeError(
+                f"{options.output}: is there already, and is no snapshot."
+            ) from None
+    with open_checkpoint(options.path) as checkpoint:
+        tensors, origin = _part(checkpoint, options)
+        with telling(checkpoint.path):
+            taken = snapshot_of(tensors, everything=options.all, digest=options.digest)
+    taken.save(options.output)
+    _print_lines([(f"{options.output}: {len(taken)} tensors of {origin.path}",)])
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from bnfreeze.checkpoint import open_checkpoint, telling
+    from bnfreeze.proof.snapshot import Snapshot
+    from bnfreeze.proof.stored import verify_stored
+    from bnfreeze.proof.words import what_changed
+
+    _check_outputs(options)
+    try:
+        before = Snapshot.load(options.snapshot)
+    except OSError as error:
+        raise BnfreezeError(f"{options.snapshot}: cannot be opened: {error.strerror}.") from None
+    with open_checkpoint(options.path) as checkpoint:
+        tensors, _ = _part(checkpoint, options)
+        with telling(checkpoint.path):
+            report = verify_stored(tensors, before, select=options.select)
+    if options.json:
+        _print_json(report.to_dict())
+    elif options.plain:
+        _print_lines([(d.name, d.kind, what_changed(d)) for d in report.drifts])
+    else:
+        _print_sheets([report])
+    _save_pictures(options, [report])
+    return 0 if report.ok else 1
 
 
 def _part(

@@ -50,7 +50,9 @@ class _Case:
         self.old: TensorFacts | None = facts
         self.new: TensorFacts | None = after.facts.tensors.get(drift.name)
         self.layer_name = facts.owner if facts else drift.name
-        self.was: OwnerFacts | None = before.facts.owners.get(self.layer_name)
+        was = before.facts.owners.get(self.layer_name)
+        # A snapshot of a checkpoint knows no classes and no policies.
+        self.was: OwnerFacts | None = was if was and was.kind else None
         self.now: OwnerFacts | None = after.facts.owners.get(self.layer_name)
         self.layer: nn.Module | None = after.modules.get(self.layer_name)
 

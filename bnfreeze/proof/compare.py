@@ -95,7 +95,9 @@ def _changes(
 
 def _flags(name: str, before: State, after: State) -> Iterator[Drift]:
     old, new = before.facts.tensors[name], after.facts.tensors[name]
-    if old.kind != new.kind:
+    if "" in (old.kind, new.kind):
+        pass  # a checkpoint does not say
+    elif old.kind != new.kind:
         yield Drift(name, "replaced", before=old.kind, after=new.kind)
     elif old.kind == "parameter" and _another(name, before, after):
         yield Drift(
@@ -107,11 +109,13 @@ def _flags(name: str, before: State, after: State) -> Iterator[Drift]:
         yield Drift(name, "shape", before=str(old.shape), after=str(new.shape))
     if old.device != new.device and before.identities:
         yield Drift(name, "device", before=old.device, after=new.device)
-    if old.requires_grad != new.requires_grad:
+    if None not in (old.requires_grad, new.requires_grad) and (
+        old.requires_grad != new.requires_grad
+    ):
         yield Drift(name, "requires-grad", before=old.requires_grad, after=new.requires_grad)
     if None not in (old.optimized, new.optimized) and old.optimized != new.optimized:
         yield Drift(name, "optimizer", before=old.optimized, after=new.optimized)
-    if new.has_grad and not old.has_grad and not old.requires_grad:
+    if new.has_grad and not old.has_grad and old.requires_grad is False:
         yield Drift(name, "grad", before=False, after=True)
 
 
@@ -195,6 +199,8 @@ def _partners(facts: Facts, common: set[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _thawed(name: str, was: OwnerFacts, now: OwnerFacts, *, exact: bool) -> Iterator[Drift]:
+    if not was.kind:
+        return  # a checkpoint does not say
     # Read elsewhere, a class may come from another module: __main__, or an older torch.
     same = was.kind == now.kind if exact else was.short_kind == now.short_kind
     if not same:

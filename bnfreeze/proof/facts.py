@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-__all__ = ["Facts", "OwnerFacts", "TensorFacts"]
+__all__ = ["LISTED", "Facts", "OwnerFacts", "TensorFacts"]
+
+# The selection of a snapshot that was taken of a checkpoint: the very tensors listed in it.
+LISTED = "listed"
 
 
 class TensorFacts(NamedTuple):
@@ -14,11 +17,11 @@ class TensorFacts(NamedTuple):
 
     Attributes:
         kind: ``"parameter"``, ``"buffer"``, ``"non-persistent buffer"`` or ``"attribute"``
-            (a tensor that the module keeps as a plain attribute).
+            (a tensor that the module keeps as a plain attribute); empty where it is not known.
         dtype: such as ``"float32"``.
         shape: the sizes; of a DTensor the global ones.
         device: such as ``"cuda:0"``.
-        requires_grad: its flag.
+        requires_grad: its flag; None where it is not known.
         has_grad: whether a ``.grad`` is there.
         optimized: whether it stands in an optimizer, by identity; None where none is known.
         owner: the dotted name of the module that has it.
@@ -31,7 +34,7 @@ class TensorFacts(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     device: str
-    requires_grad: bool
+    requires_grad: bool | None
     has_grad: bool
     optimized: bool | None
     owner: str
@@ -44,7 +47,8 @@ class OwnerFacts(NamedTuple):
     """A module that has some of the tensors.
 
     Attributes:
-        kind: its class, with the module that defines it: ``torch.nn.modules.conv.Conv2d``.
+        kind: its class, with the module that defines it: ``torch.nn.modules.conv.Conv2d``; empty
+            where it is not known.
         policy: the policy that holds it, ``"frozen"`` for another library's frozen batch norm,
             ``"none"``.
         mode: ``"train"`` or ``"eval"`` where that decides about the statistics; empty where the

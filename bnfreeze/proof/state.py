@@ -17,7 +17,7 @@ from bnfreeze.errors import PolicyError
 from bnfreeze.norms import NamedModule, is_lookalike, is_norm, named_modules
 from bnfreeze.patterns import Pattern, nearest
 from bnfreeze.proof import bits
-from bnfreeze.proof.facts import Facts, OwnerFacts, TensorFacts
+from bnfreeze.proof.facts import LISTED, Facts, OwnerFacts, TensorFacts
 from bnfreeze.record import held_names, policy_name, record_of
 
 __all__ = ["Identity", "State", "read_state"]
@@ -177,6 +177,8 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
 
 
 def _chosen(modules: Iterable[NamedModule], slots: Iterable[_Slot], selection: str) -> set[str]:
+    if selection == LISTED:
+        return set()  # they are named by themselves
     if selection == "all":
         return {slot.name for slot in slots}
     if selection == "norm":

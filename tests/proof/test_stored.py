@@ -1,0 +1,125 @@
+"""bnfreeze snapshot and bnfreeze verify: a checkpoint held against what was noted."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import bnfreeze
+from bnfreeze.cli import main
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("body", nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    model.add_module("head", nn.Linear(4, 2))
+    model.body(torch.randn(2, 3, 8, 8))
+    return model
+
+
+@pytest.fixture
+def files(model, tmp_path):
+    """The same model twice, the second with one bit of one statistic flipped."""
+    torch.save({"model": model.state_dict(), "epoch": 1}, tmp_path / "start.pt")
+    before = bnfreeze.snapshot(model, tensors="norm")
+    before.save(tmp_path / "live.safetensors")
+    model.body[1].running_var.view(torch.int32)[2] ^= 1
+    torch.save(model.state_dict(), tmp_path / "end.pt")
+    return tmp_path
+
+
+@pytest.mark.parametrize("more", [[], ["--digest"], ["--all"], ["--all", "--digest"]])
+def test_a_checkpoint_equals_its_own_snapshot_and_a_flipped_bit_is_found(files, capsys, more):
+    held = str(files / "held")
+    assert main(["snapshot", str(files / "start.pt"), "-o", held, *more]) == 0
+    assert main(["verify", str(files / "start.pt"), held]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(files / "end.pt"), held, "--plain"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[:2] for line in lines] == [["body.1.running_var", "value"]]
+
+
+def test_a_checkpoint_is_held_against_a_snapshot_of_the_live_model(files, capsys):
+    assert main(["verify", str(files / "start.pt"), str(files / "live.safetensors")]) == 0
+    assert "5 tensors unchanged, bit for bit." in capsys.readouterr().out
+    live = str(files / "live.safetensors")
+    assert main(["verify", str(files / "end.pt"), live, "--json"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    (drift,) = data["drifts"]
+    assert (data["schema"], data["ok"], data["checked"]) == (1, False, 5)
+    assert (drift["name"], drift["first_index"], drift["changed"]) == ("body.1.running_var", [2], 1)
+    assert "cannot be told from two files" in drift["cause"]
+
+
+def test_only_what_is_selected_is_compared(files, capsys):
+    live, end = str(files / "live.safetensors"), str(files / "end.pt")
+    assert main(["verify", end, live, "--select", "body"]) == 1
+    assert main(["snapshot", end, "-o", str(files / "h"), "--all", "--select", "head"]) == 0
+    assert main(["verify", str(files / "start.pt"), str(files / "h")]) == 0
+    capsys.readouterr()
+    assert main(["verify", end, live, "--select", "head"]) == 2
+    assert "The snapshot has nothing in head." in capsys.readouterr().err
+
+
+def test_a_snapshot_of_a_checkpoint_is_held_against_a_live_model(files, model):
+    main(["snapshot", str(files / "end.pt"), "-o", str(files / "held"), "--all"])
+    held = bnfreeze.Snapshot.load(files / "held")
+    bnfreeze.freeze(model, "eval")
+    assert bnfreeze.verify(model, held).ok
+    with torch.no_grad():
+        model.head.bias += 1
+    (drift,) = bnfreeze.verify(model, held).drifts
+    assert (drift.name, drift.kind) == ("head.bias", "value")
+
+
+def test_what_is_missing_or_of_another_dtype_is_a_drift(files, model, capsys):
+    model.body[1].half()
+    torch.save({k: v for k, v in model.state_dict().items() if "bias" not in k}, files / "half.pt")
+    live = str(files / "live.safetensors")
+    assert main(["verify", str(files / "half.pt"), live, "--plain"]) == 1
+    kinds = dict(line.split("\t")[:2] for line in capsys.readouterr().out.splitlines())
+    assert kinds == {
+        "body.1.weight": "dtype",
+        "body.1.bias": "removed",
+        "body.1.running_mean": "dtype",
+        "body.1.running_var": "dtype",
+    }
+
+
+def test_what_no_checkpoint_can_hold_is_unverified(model, tmp_path, capsys):
+    model.head.register_buffer("mask", torch.ones(2), persistent=False)
+    bnfreeze.snapshot(model, tensors="all").save(tmp_path / "all.safetensors")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    arguments = [str(tmp_path / "model.pt"), str(tmp_path / "all.safetensors")]
+    assert main(["verify", *arguments, "--plain"]) == 1
+    assert capsys.readouterr().out.split("\t")[:2] == ["head.mask", "unverified"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["verify", "end.pt", "nothing"], "nothing: cannot be opened"),
+        (["verify", "nothing", "live.safetensors"], "Cannot be opened"),
+        (["verify", "end.pt", "start.pt"], "is no snapshot"),
+        (["snapshot", "start.pt", "-o", "end.pt"], "is there already, and is no snapshot"),
+        (["snapshot", "linear.pt", "-o", "held"], "holds no norm layer"),
+    ],
+)
+def test_what_cannot_be_done_is_told_with_exit_code_2(files, capsys, monkeypatch, arguments, says):
+    monkeypatch.chdir(files)
+    torch.save(nn.Linear(2, 2).state_dict(), "linear.pt")
+    before = (files / "end.pt").read_bytes()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.out == ""
+    assert (files / "end.pt").read_bytes() == before
+
+
+def test_an_earlier_snapshot_may_be_written_over(files):
+    for name in ("start.pt", "end.pt"):
+        assert main(["snapshot", str(files / name), "-o", str(files / "held")]) == 0
+    assert main(["verify", str(files / "end.pt"), str(files / "held")]) == 0
