@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from bnfreeze.inspection import Inspection, inspect
     from bnfreeze.layers import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
     from bnfreeze.policy import Policy
+    from bnfreeze.proof.drift import Drift
+    from bnfreeze.proof.report import DriftReport
+    from bnfreeze.proof.snapshot import Snapshot, assert_frozen, snapshot, verify
+    from bnfreeze.proof.watch import guard
     from bnfreeze.report import FreezeReport, LayerRow
     from bnfreeze.surgery import freeze, unfreeze
 
@@ -31,7 +35,9 @@ __all__ = [
     "BnfreezeWarning",
     "CheckpointError",
     "CorruptCheckpoint",
+    "Drift",
     "DriftError",
+    "DriftReport",
     "Finding",
     "FreezeReport",
     "FrozenBatchNorm1d",
@@ -41,12 +47,17 @@ __all__ = [
     "LayerRow",
     "Policy",
     "PolicyError",
+    "Snapshot",
     "UnsafeCheckpoint",
     "UnsupportedFormat",
+    "assert_frozen",
     "freeze",
     "functional",
+    "guard",
     "inspect",
+    "snapshot",
     "unfreeze",
+    "verify",
 ]
 
 _HOME = {
@@ -54,7 +65,9 @@ _HOME = {
     "BnfreezeWarning": "errors",
     "CheckpointError": "errors",
     "CorruptCheckpoint": "errors",
+    "Drift": "proof.drift",
     "DriftError": "errors",
+    "DriftReport": "proof.report",
     "Finding": "findings",
     "FreezeReport": "report",
     "Inspection": "inspection",
@@ -64,11 +77,16 @@ _HOME = {
     "FrozenBatchNorm3d": "layers",
     "Policy": "policy",
     "PolicyError": "errors",
+    "Snapshot": "proof.snapshot",
     "UnsafeCheckpoint": "errors",
     "UnsupportedFormat": "errors",
+    "assert_frozen": "proof.snapshot",
     "freeze": "surgery",
+    "guard": "proof.watch",
     "inspect": "inspection",
+    "snapshot": "proof.snapshot",
     "unfreeze": "surgery",
+    "verify": "proof.snapshot",
 }
 _MODULES = {"functional"}
 

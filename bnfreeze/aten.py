@@ -169,7 +169,9 @@ def _normalise(x: Tensor, norm: Affine, math: torch.dtype) -> Tensor:
     weight = None if norm.weight is None else norm.weight.to(math)
     bias = None if norm.bias is None else norm.bias.to(math)
     mean, var = norm.mean.to(math), norm.var.to(math)
-    return F.batch_norm(x, mean, var, weight, bias, training=False, momentum=0.0, eps=norm.eps)
+    # Not F.batch_norm, which in some versions of torch refuses an eps of 0 in evaluation too.
+    enabled = torch.backends.cudnn.enabled
+    return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, norm.eps, enabled)
 
 
 def _scaled(grad: Tensor, norm: Affine, math: torch.dtype, mixed: bool) -> Tensor:

@@ -1,5 +1,12 @@
 """What can go wrong, as classes. A message says where, what, and how to mend it."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bnfreeze.proof.report import DriftReport
+
 __all__ = [
     "BnfreezeError",
     "BnfreezeWarning",
@@ -37,7 +44,19 @@ class UnsupportedFormat(CheckpointError):  # noqa: N818 - the name is part of th
 
 
 class DriftError(BnfreezeError, AssertionError):
-    """Something held has changed."""
+    """Something held has changed.
+
+    Attributes:
+        report: the `DriftReport`; None where there is none.
+    """
+
+    def __init__(self, message: str = "", report: DriftReport | None = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+    def __reduce__(self) -> tuple[type[DriftError], tuple[str, DriftReport | None]]:
+        # The way that pickle rebuilds an exception by itself would lose the report.
+        return (type(self), (str(self), self.report))
 
 
 class BnfreezeWarning(UserWarning):

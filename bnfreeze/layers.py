@@ -11,13 +11,18 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfreeze.aten import Affine
 from bnfreeze.errors import PolicyError
-from bnfreeze.functional import frozen_batch_norm
+from bnfreeze.functional import _apply
 
 __all__ = ["FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3d"]
+
+# To torch.fx.symbolic_trace, which has no sizes to ask for, the layer is one call.
+torch.fx.wrap("_apply")
 
 _Self = TypeVar("_Self", bound="_FrozenBatchNorm")
 
@@ -126,22 +131,22 @@ class _FrozenBatchNorm(nn.Module):
         Raises:
             ValueError: the rank or the number of channels is not this layer's.
         """
-        if x.dim() not in self._ranks:
+        if not isinstance(x, torch.fx.Proxy) and x.dim() not in self._ranks:
             ranks = " or ".join(f"{rank}D" for rank in self._ranks)
             raise ValueError(
                 f"{type(self).__name__} takes a {ranks} input with {self.num_features} channels; "
                 f"this one is {x.dim()}D, of the shape {tuple(x.shape)}."
             )
-        return frozen_batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.eps,
-            residual=residual,
-            activation=activation,
-        )
+        parameters: Any = self._parameters
+        buffers: Any = self._buffers
+        try:
+            # nn.Module's own lookup of the four costs as much as the launch of a kernel.
+            mean, var = buffers["running_mean"], buffers["running_var"]
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:
+            # Parametrized, or a replica: they are there under other names.
+            mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        return _apply(x, Affine(mean, var, weight, bias, self.eps), residual, None, activation)
 
     @property
     def training(self) -> bool:

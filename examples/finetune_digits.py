@@ -259,8 +259,12 @@ def conclusion(experiment: Experiment) -> str:
     )
 
 
-def picture(experiment: Experiment) -> Group:
-    """The outcomes as a table that fits into 100 columns, and the conclusion."""
+def picture(experiment: Experiment, width: int = 100) -> Group:
+    """The outcomes as a table, and the conclusion; below 100 columns the least needed are left out.
+
+    Without them it fits into 70.
+    """
+    least = () if width >= 100 else ("batches\ncounted", "\naffine", "inspect said:\nnorm, stats")
     table = Table(
         title=f"Pretrained on digits ({experiment.clean_accuracy:.1%}), fine-tuned on "
         f"{experiment.shift} ones ({experiment.shifted_accuracy:.1%} before) in batches of {BATCH}",
@@ -272,18 +276,21 @@ def picture(experiment: Experiment) -> Group:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("")
-    table.add_column("\nway to freeze", no_wrap=True)
-    for header in ("train\nacc.", "eval\nacc.", "running\nstats", "batches\ncounted", "\naffine"):
-        table.add_column(header, justify="right")
-    table.add_column("modes\ndiffer", justify="right")
-    table.add_column("inspect said:\nnorm, stats")
+    headers = (
+        *("", "\nway to freeze", "train\nacc.", "eval\nacc.", "running\nstats", "batches\ncounted"),
+        *("\naffine", "modes\ndiffer", "inspect said:\nnorm, stats"),
+    )
+    for header in headers:
+        if header not in least:
+            text = header in ("", "\nway to freeze", "inspect said:\nnorm, stats")
+            table.add_column(header, justify="left" if text else "right", no_wrap=True)
     headings = {next(iter(RECIPES)): "popular recipes", next(iter(POLICIES)): "bnfreeze policies"}
     for outcome in experiment.outcomes:
         if outcome.method in headings:
             table.add_section()
             table.add_row("", Text(headings[outcome.method], style="bold"))
-        table.add_row(*_cells(outcome))
+        cells = zip(headers, _cells(outcome), strict=True)
+        table.add_row(*(cell for header, cell in cells if header not in least))
     return Group(table, Padding(Text(conclusion(experiment)), (1, 0)))
 
 
@@ -325,7 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         print(json.dumps({**asdict(experiment), "conclusion": conclusion(experiment)}, indent=2))
     else:
-        Console().print(picture(experiment))
+        console = Console()
+        console.print(picture(experiment, console.width))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,11 @@ import copy
 import hashlib
 import inspect as python_inspect
 import sys
-import time
 
 import torch
 import torchvision
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import nn
 
 from bnfreeze import Policy, freeze, unfreeze
@@ -57,6 +55,8 @@ def build(name):
     builder = torchvision.models.get_model_builder(name)
     options = {"weights": None}
     accepted = python_inspect.signature(builder).parameters
+    if name.startswith(("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet", "fcos")):
+        options |= {"min_size": 64, "max_size": 64}  # or they enlarge what they are given to 800
     if "weights_backbone" in accepted:
         options["weights_backbone"] = None
     # GoogLeNet and Inception warn unless their initialisation is asked for; the quick one will do.
@@ -243,14 +243,12 @@ def sweep(name):
 
 
 def main(words):
-    """Sweep all models whose name contains one of the words; print a table."""
-    console, table = Console(), Table("model", "norm layers", "outputs equal", "seconds", "wrong")
+    """Sweep all models whose name contains one of the words; print a line for each."""
     swept = without = 0
     failed = []
     chosen = [name for name in names() if not words or any(word in name for word in words)]
-    for name in track(chosen, console=Console(stderr=True), description="sweep"):
-        print(name, file=sys.stderr, flush=True)
-        start = time.monotonic()
+    print(f"{'model':42} {'norm layers':>11}  {'outputs equal':14}  wrong")
+    for name in track(chosen, console=Console(stderr=True), description="sweep", transient=True):
         try:
             result = sweep(name)
         except Exception as error:
@@ -261,12 +259,10 @@ def main(words):
         count, compared, wrong = result
         swept += 1
         failed += [name] if wrong else []
-        seconds = f"{time.monotonic() - start:.0f}"
-        shown = "; ".join(wrong[:3])
-        table.add_row(name, str(count), "yes" if compared else "not comparable", seconds, shown)
-    console.print(table)
-    console.print(
-        f"{swept} models with norm layers × {len(POLICIES)} policies, {len(failed)} failed; "
+        equal = "yes" if compared else "not comparable"
+        print(f"{name:42} {count:11}  {equal:14}  {'; '.join(wrong[:3])}".rstrip(), flush=True)
+    print(
+        f"\n{swept} models with norm layers × {len(POLICIES)} policies, {len(failed)} failed; "
         f"{without} models have none. torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}."
     )

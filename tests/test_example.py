@@ -107,10 +107,12 @@ def test_the_same_seed_gives_the_same_outcome(example, experiment):
     assert results[0] == results[1]
 
 
-def test_the_table_fits_100_columns_and_ends_with_what_the_numbers_say(example, experiment):
-    console = example.Console(file=example.io.StringIO(), width=100, color_system=None)
-    console.print(example.picture(experiment))
+@pytest.mark.parametrize("width", [72, 80, 100, 120])
+def test_the_table_fits_and_ends_with_what_the_numbers_say(example, experiment, width):
+    console = example.Console(file=example.io.StringIO(), width=width, color_system=None)
+    console.print(example.picture(experiment, width))
     text = console.file.getvalue()
+    assert ("inspect said" in text) is (width >= 100)
     assert "…" not in text
     assert all(f" {method} " in text for method in example.METHODS)
     said = " ".join(text.split())

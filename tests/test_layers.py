@@ -6,8 +6,11 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 import torchvision
 from torch import nn
+from torch.nn.utils import parametrize
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import bnfreeze
 from bnfreeze import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, PolicyError
@@ -259,3 +262,56 @@ def test_a_resnet_loads_the_checkpoint_of_a_live_one():
     frozen.load_state_dict(live.state_dict())
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(frozen.train()(x), live(x))
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d)).requires_grad_()
+    x = torch.randn(4, 6, 3, 3, requires_grad=True)
+    for activation in ("relu", "silu"):
+        plain = torch.autograd.grad(layer(x, x, activation).square().sum(), (x, layer.weight))
+        again = torch.utils.checkpoint.checkpoint(layer, x, x, activation, use_reentrant=False)
+        kept = torch.autograd.grad(again.square().sum(), (x, layer.weight))
+        assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+
+
+def test_a_parametrized_weight_is_used():
+    class Half(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d, affine=True))
+    layer.bias.zero_()
+    x = torch.randn(2, 6, 3, 3)
+    whole = layer(x)
+    parametrize.register_parametrization(layer, "weight", Half())
+    assert torch.allclose(layer(x), whole / 2)
+
+
+def test_symbolic_trace_and_torchvisions_feature_extractor_take_the_layer():
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d))
+    )
+    x = torch.randn(2, 3, 4, 4)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(x), model(x))
+    assert torch.equal(traced.double()(x.double()), model.double()(x.double()))
+    resnet = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
+    extractor = create_feature_extractor(resnet, ["layer1"])
+    assert extractor(torch.randn(1, 3, 32, 32))["layer1"].shape == (1, 64, 8, 8)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.filterwarnings("ignore")  # the exporters' own, of which there are many
+def test_onnx_export_computes_the_same(dynamo, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    reference = pytest.importorskip("onnx.reference")
+    pytest.importorskip("onnxscript")
+    layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d))
+    x = torch.randn(2, 6, 4, 4)
+    model = nn.Sequential(layer, nn.ReLU()).eval()
+    path = tmp_path / "layer.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=dynamo)
+    exported = onnx.load(path)
+    feed = {exported.graph.input[0].name: x.numpy()}
+    (out,) = reference.ReferenceEvaluator(exported).run(None, feed)
+    assert torch.allclose(torch.from_numpy(out), model(x), atol=1e-5)
