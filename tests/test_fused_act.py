@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its customary name
 from torchvision.ops import StochasticDepth
 
-from bnfreeze import PolicyError, freeze, functional, unfreeze
+from bnfreeze import PolicyError, freeze, functional, layers, unfreeze
 
 from .absorb import lively, same_as_fused
 from .helpers import moved, state
@@ -53,6 +53,7 @@ def calls(monkeypatch):
         return real(x, norm, residual, branch, activation)
 
     monkeypatch.setattr(functional, "_apply", spy)
+    monkeypatch.setattr(layers, "_apply", spy)
     return seen
 
 
