@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn import functional as F  # noqa: N812 - its customary name
 from torch.nn.modules.conv import _ConvNd
 
+from bnfreeze.aten import FROM_OUTPUT
 from bnfreeze.fused import ACTIVATION_MODULES, has_hooks
 from bnfreeze.sums import is_drop, norm_add
 from bnfreeze.tracing import IN_PLACE_ADD
@@ -29,6 +30,8 @@ _ACTIVATION_FUNCTIONS: dict[Any, str] = {
     F.hardswish: "hardswish",
 }
 _ACTIVATION_METHODS = {"relu": "relu", "relu_": "relu"}
+# What reads its input only, and makes a new tensor.
+_COPIES = (_ConvNd, nn.Linear)
 _SUMS = (operator.add, torch.add, IN_PLACE_ADD)
 
 
@@ -107,13 +110,34 @@ class _View:
     def check_later(self, norm: fx.Node, total: fx.Node) -> None:
         """Refuse to compute a norm layer later than it was, if its input may change until then."""
         start, end = self.order[norm], self.order[total]
-        source = norm.all_input_nodes[0]
-        # A convolution's output is a tensor of its own; if nobody else has it, it stays.
-        own = isinstance(self.modules.get(source), _ConvNd | nn.Linear) and len(source.users) == 1
+        own = self.is_own(norm.all_input_nodes[0])
         for node, place in self.order.items():
             harmless = node in self.norms or node.op == "get_attr" or self.is_identity(node)
             if start < place < end and not (own or harmless or self.is_drop(node)):
                 raise _End("its input may be changed before the sum is computed")
+
+    def is_own(self, node: fx.Node) -> bool:
+        """Whether the value is a new tensor that nobody but its one user has."""
+        new = node.target is torch.cat or isinstance(self.modules.get(node), _COPIES)
+        return new and len(node.users) == 1
+
+    def check_backward(self, norm: fx.Node | None, node: fx.Node, activation: str) -> None:
+        """Refuse to keep a tensor for backward that may be changed in place until then.
+
+        Args:
+            norm: the call whose input is kept for the activation, if its sum is not.
+            node: the activation's.
+            activation: its name.
+        """
+        if activation in FROM_OUTPUT:
+            # relu by itself keeps its output as well, and relu6 only if it works in place.
+            inplace = node.kwargs.get("inplace") or node.args[1:] == (True,)
+            inplace = inplace or getattr(self.modules.get(node), "inplace", False)
+            read = all(isinstance(self.modules.get(user), _COPIES) for user in node.users)
+            if activation == "relu6" and not (inplace or read):
+                raise _End("the output of relu6, from which it goes backward, may be changed")
+        elif norm is not None and not self.is_own(norm.all_input_nodes[0]):
+            raise _End(f"its input, from which {activation} goes backward, may be changed")
 
     def is_drop(self, node: fx.Node) -> bool:
         return node in self.modules and is_drop(self.modules[node])
@@ -200,6 +224,7 @@ class _Chain:
         if activation is None or node.args[0] is not before:
             return False
         self.view.refuse_hooks(node)
+        self.view.check_backward(self.norm if self.total is None else None, node, activation)
         self.activation = activation
         self.nodes.append(node)
         return True

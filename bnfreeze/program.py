@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from bnfreeze.following import Call
 from bnfreeze.fused import has_hooks
 from bnfreeze.record import layer_class
-from bnfreeze.tracing import Kind, Read, Trace
+from bnfreeze.shadows import Read
+from bnfreeze.tracing import Kind, Trace
 
 __all__ = ["Program", "Programs", "program"]
 

@@ -18,7 +18,8 @@ from bnfreeze.fused import has_hooks, own_activation, takes_more
 from bnfreeze.policy import Policy
 from bnfreeze.program import Program, Programs, program
 from bnfreeze.record import layer_class, record_of
-from bnfreeze.tracing import Untraceable, trace
+from bnfreeze.shadows import Untraceable
+from bnfreeze.tracing import trace
 
 __all__ = ["Absorption", "Survey", "survey"]
 

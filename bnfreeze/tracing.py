@@ -11,14 +11,11 @@ what a module reads elsewhere: global variables and attributes of classes.
 
 from __future__ import annotations
 
-import copy
-import enum
 import functools
 import inspect
 import operator
 import random
 import sys
-import types
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -29,32 +26,13 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfreeze.record import layer_class
+from bnfreeze.shadows import Read, Shadows, Untraceable
 
-__all__ = ["IN_PLACE_ADD", "Kind", "Trace", "Untraceable", "trace"]
+__all__ = ["IN_PLACE_ADD", "Kind", "Trace", "trace"]
 
 # What a forward that asks for the type of its input is told.
 Kind = Literal["tensor", "list"]
 _TYPES: dict[Kind, type] = {"tensor": Tensor, "list": list}
-
-
-class Untraceable(Exception):  # noqa: N818 - an answer, not a failure
-    """Why no graph can stand in for a block's forward: a sentence's end."""
-
-
-@dataclass(frozen=True)
-class Read:
-    """An attribute that the forward read, outside of parameters, buffers and submodules."""
-
-    module: nn.Module
-    name: str
-    value: Any
-    # What a list or a dict held then, for it may be changed without being replaced.
-    content: Any
-
-    def holds(self) -> bool:
-        """Whether reading it would still give the same."""
-        value = self.module.__dict__.get(self.name, self)
-        return value is self.value and (self.content is None or value == self.content)
 
 
 @dataclass(frozen=True)
@@ -105,11 +83,11 @@ def trace(block: nn.Module, inlined: Collection[nn.Module] = (), kind: Kind = "t
         raise Untraceable("it draws random numbers outside of torch")
     if _modes() != modes:
         raise Untraceable("it leaves another autograd or autocast mode behind")
-    for read in tracer.reads:
+    for read in tracer.shadows.reads:
         if not read.holds():
             raise Untraceable(f"it changes self.{read.name}")
     inside = tuple({id(m): m for m in [block, *inlined]}.values())
-    return Trace(graph, arguments, frozenset(tracer.asked), tuple(tracer.reads), inside)
+    return Trace(graph, arguments, frozenset(tracer.asked), tuple(tracer.shadows.reads), inside)
 
 
 def _required_arguments(base: type[nn.Module]) -> int:
@@ -126,6 +104,12 @@ def _required_arguments(base: type[nn.Module]) -> int:
 class _Value(fx.Proxy):
     """A value in the making, which notices that somebody asks for its type or writes to it."""
 
+    def __getattr__(self, name: str) -> Any:
+        # torch.fx says yes to whatever hasattr asks for.
+        if not hasattr(Tensor, name):
+            raise Untraceable(f"it looks for the attribute {name} of a value")
+        return super().__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
             raise Untraceable(f"it sets the attribute {name} of a value")
@@ -133,9 +117,9 @@ class _Value(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        # isinstance comes here. torch itself may ask whether this is a proxy.
+        # isinstance comes here. torch.fx may ask whether this is a proxy.
         asking = sys._getframe(1).f_globals.get("__name__", "")
-        if asking.partition(".")[0] == "torch" or asking == __name__:
+        if asking.startswith("torch.fx.") or asking == __name__:
             return _Value
         return cast("_Tracer", self.tracer).type_of(self.node)
 
@@ -172,57 +156,19 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, inside: list[nn.Module], kind: Kind) -> None:
         super().__init__()
-        self.inside = {id(module) for module in inside}
+        self.shadows = Shadows(inside, self.training_of)
         self.kind = kind
         self.asked: set[int] = set()
-        self.reads: list[Read] = []
         self.modes = _modes()
-        # By identity of the module its shadow, and the other way round.
-        self.shadows: dict[int, nn.Module] = {}
-        self.originals: dict[int, nn.Module] = {}
 
     def shadow_root(self, block: nn.Module, arguments: int) -> nn.Module:
         own = layer_class(block).forward
         forward = _SIGNATURES[arguments - 1](functools.partial(_told, self, own))
-        return self.shadow(block, forward)
+        return self.shadows.make(block, forward)
 
-    def shadow(self, module: nn.Module, forward: Callable[..., Any] | None = None) -> nn.Module:
-        """A module that shares all that this one has, and whose attributes are watched."""
-        if id(module) in self.shadows:
-            return self.shadows[id(module)]
-        base: Any = layer_class(module)
-        if isinstance(module, torch.jit.ScriptModule):
-            # Its attributes are not Python's; it can be called, and no more.
-            self.originals[id(module)] = module
-            return module
-        if id(module) in self.inside and "forward" in module.__dict__:
-            raise Untraceable("its forward is overridden on the instance")
-        kind = _shadow_class(base)
-        if forward is not None:
-            body = {"forward": forward}
-            kind = cast(
-                "type[nn.Module]",
-                types.new_class(base.__name__, (kind,), exec_body=lambda made: made.update(body)),
-            )
-        shadow = object.__new__(kind)
-        shadow.__dict__.update(module.__dict__, _bnfreeze_tracer=self)
-        self.shadows[id(module)], self.originals[id(shadow)] = shadow, module
-        shadow.__dict__["_modules"] = {
-            name: None if child is None else self.shadow(child)
-            for name, child in module._modules.items()
-        }
-        return shadow
-
-    def read(self, shadow: nn.Module, name: str, value: Any) -> Any:
-        module = self.originals[id(shadow)]
-        if name == "training":
-            path = self.path_of_module(shadow) if shadow is not self.root else ""
-            return self.create_proxy("get_attr", f"{path}.training".lstrip("."), (), {})
-        if not _is_plain(value):
-            raise Untraceable(f"it reads self.{name}, of the type {type(value).__name__}")
-        content = copy.deepcopy(value) if isinstance(value, _CONTAINERS) else None
-        self.reads.append(Read(module, name, value, content))
-        return value
+    def training_of(self, shadow: nn.Module) -> fx.Proxy:
+        path = self.path_of_module(shadow) if shadow is not self.root else ""
+        return self.create_proxy("get_attr", f"{path}.training".lstrip("."), (), {})
 
     def type_of(self, node: fx.Node) -> type:
         if node.op != "placeholder":
@@ -231,10 +177,10 @@ class _Tracer(fx.Tracer):
         return _TYPES[self.kind]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return id(self.originals[id(m)]) not in self.inside
+        return not self.shadows.is_inside(m)
 
     def path_of_module(self, mod: nn.Module) -> str:
-        if id(mod) not in self.originals:
+        if mod not in self.shadows:
             raise Untraceable(f"it calls a {type(mod).__name__} that is not registered in it")
         return super().path_of_module(mod)
 
@@ -254,40 +200,6 @@ class _Tracer(fx.Tracer):
         if obj.node.op == "get_attr" and str(target).rpartition(".")[2] == "training":
             raise Untraceable("what it does depends on self.training")
         raise Untraceable("what it does depends on the values or shapes of tensors")
-
-
-class _Shadow:
-    """Tells the tracer which attributes are read, and lets none be set."""
-
-    def __getattribute__(self, name: str) -> Any:
-        own = object.__getattribute__(self, "__dict__")
-        if name in own and name not in _MACHINERY:
-            return own["_bnfreeze_tracer"].read(self, name, own[name])
-        return super().__getattribute__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_tensor_constant"):
-            raise Untraceable("it computes with a tensor that is not registered in it")
-        raise Untraceable(f"it sets self.{name}")
-
-    def __delattr__(self, name: str) -> None:
-        raise Untraceable(f"it deletes self.{name}")
-
-
-@functools.cache
-def _shadow_class(base: Any) -> type[nn.Module]:
-    made = types.new_class(base.__name__, (_Shadow, base))
-    if base.__call__ is not nn.Module.__call__:
-        made.__call__ = _refuse_call  # type: ignore[method-assign]
-    return cast("type[nn.Module]", made)
-
-
-def _refuse_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    raise Untraceable(f"a {type(self).__name__} is not called as modules are")
-
-
-# What every module has in its dict.
-_MACHINERY = frozenset(nn.Module().__dict__) - {"training"} | {"_bnfreeze_tracer", "_bnfreeze"}
 
 
 class _Nothing(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -324,28 +236,13 @@ _SIGNATURES: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
     lambda told: lambda self, a, b, c: told(self, a, b, c),
 )
 
-_CONTAINERS = (list, dict, set)
-_PLAIN = (
-    *(type(None), bool, int, float, complex, str, bytes, enum.Enum, type),
-    *(torch.dtype, torch.device, torch.memory_format, torch.Size),
-    *(types.FunctionType, types.BuiltinFunctionType),
-)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether it is still the same as long as it compares the same."""
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, tuple | list | set | frozenset):
-        return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN)
-
 
 def _modes() -> tuple[object, ...]:
     """The modes that change what an operation does without standing in a graph."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
+        torch._C._len_torch_function_stack(),
         *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
         *(torch.get_autocast_dtype(device) for device in ("cpu", "cuda")),
     )

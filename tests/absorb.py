@@ -7,10 +7,14 @@ The quick models run with the tests. The whole table is one command::
 """
 
 import copy
+import sys
 from collections import Counter
 
 import timm
 import torch
+import torchvision
+from rich.console import Console
+from rich.table import Table
 
 from bnfreeze import freeze
 
@@ -105,13 +109,24 @@ def result(model, inputs):
 
 
 def same_as_fused(model, inputs):
-    """Whether outputs and gradients in train mode are those of `fused`, bit for bit."""
+    """Whether outputs and gradients in train mode are those of `fused`, bit for bit.
+
+    What `fused` does not fuse, timm's layers with an activation inside, differentiates in another
+    order: there the gradients agree to 1e-5.
+    """
     other = copy.deepcopy(model)
-    freeze(model, "fused")
+    report = freeze(model, "fused")
     freeze(other, "fused-act")
     (output, gradients), (output2, gradients2) = result(model, inputs), result(other, inputs)
     assert gradients
-    return sweep.equal(*map(flat, (output, output2))) and sweep.equal(gradients, gradients2)
+    if any(row.policy != "fused" for row in report.layers):
+        same = gradients.keys() == gradients2.keys() and all(
+            (gradients2[key] - value).norm() <= 1e-5 * value.norm() + 1e-12
+            for key, value in gradients.items()
+        )
+    else:
+        same = sweep.equal(gradients, gradients2)
+    return same and sweep.equal(flat(output), flat(output2))
 
 
 def flat(output):
@@ -129,3 +144,52 @@ def counts(report):
 def reasons(report):
     """Why layers absorb nothing, or not always, and how many of them."""
     return Counter(row.note for row in report.layers if row.note)
+
+
+KINDS = ("act", "add", "add+act", "affine+add", "affine+add+act", "absorbed")
+
+
+def row(name):
+    """One line of the table, and why layers absorb nothing or not always."""
+    model = lively(build(name))
+    if not any("Norm" in type(m).__name__ and hasattr(m, "running_mean") for m in model.modules()):
+        return [name, "0"], Counter()
+    report = freeze(copy.deepcopy(model), "fused-act")
+    found = Counter()
+    for layer, count in counts(report).items():
+        words = [
+            "act" if w in ("relu", "relu6", "silu", "hardswish") else w for w in layer.split("+")
+        ]
+        found["+".join(words)] += count
+    same = "yes" if same_as_fused(model, batch(name)) else "NO"
+    cells = [name, str(len(report.layers)), *(str(found[k] or "") for k in KINDS), str(found[""])]
+    return [*cells, same], reasons(report)
+
+
+def main(words):
+    console = Console(width=120)
+    table = Table("model", "layers", *KINDS, "nothing", "as fused")
+    chosen = [name for name in MODELS if not words or any(word in name for word in words)]
+    why, failed = {}, 0
+    for name in chosen:
+        print(name, file=sys.stderr, flush=True)
+        cells, why[name] = row(name)
+        table.add_row(*cells)
+        failed += cells[-1] == "NO"
+    console.print(table)
+    console.print("Why layers absorb nothing, or not always:", style="bold")
+    for name, found in why.items():
+        for note, count in found.items():
+            console.print(f"  {name}: {count} × {note}")
+    console.print(
+        "\nact is relu, relu6, silu or hardswish. As fused: outputs and gradients in train mode "
+        "are those of the policy fused, bit for bit. Of timm's layers with an activation inside, "
+        "which that policy does not fuse, the outputs are, and the gradients to 1e-5.\n"
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"timm {timm.__version__}."
+    )
+    return 1 if failed or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

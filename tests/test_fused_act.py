@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its customary name
 from torchvision.ops import StochasticDepth
 
-from bnfreeze import PolicyError, freeze, functional, layers, unfreeze
+from bnfreeze import PolicyError, freeze, functional, guard, layers, unfreeze
 
 from .absorb import lively, same_as_fused
 from .helpers import moved, state
@@ -150,7 +150,7 @@ def test_what_follows_is_found_across_modules_that_hold_the_norm_layer(x, calls)
             self.body = nn.Sequential(nn.Conv2d(C, C, 1), inner)
 
         def forward(self, x):
-            return F.relu6(x + self.body(x))
+            return F.relu6(x + self.body(x), inplace=True)
 
     model = nn.Sequential(lively(Outer()))
     assert same_as_fused(copy.deepcopy(model), (x,))
@@ -294,6 +294,14 @@ REFUSED = {
             lambda self, x: F.relu(z if isinstance(z := self.bn1(x), torch.Tensor) else z[0])
         ),
         "asks for the type of an intermediate",
+    ),
+    "silu's input may change before backward": (
+        lambda: block(lambda self, x: F.silu(self.bn1(x))),
+        "its input, from which silu goes backward, may be changed",
+    ),
+    "relu6's output may change before backward": (
+        lambda: block(lambda self, x: F.relu6(self.bn1(x))),
+        "the output of relu6, from which it goes backward, may be changed",
     ),
     "an autograd mode of its own": (lambda: block(no_grad), "autocast mode of its own"),
     "it sets an attribute": (lambda: block(counts), "it sets self.calls"),
@@ -654,6 +662,43 @@ def test_blocks_go_where_blocks_go(model, x, how, calls):
     assert torch.allclose(other(x), expected, atol=1e-5)
     if how in ("export", "fx"):
         assert "*relu" not in calls
+
+
+def test_a_tensor_that_is_changed_in_place_later_does_not_break_the_backward_pass(x):
+    def forward(self, x):
+        x = self.conv1(x)
+        y = F.relu6(self.bn1(x)) + F.silu(self.bn2(x))
+        z = F.relu6(self.branch(y))
+        z *= 2
+        x += z
+        return x
+
+    assert same_as_fused(block(forward), (x,))
+
+
+@pytest.mark.parametrize("forward", [residual, lambda self, x: F.silu(self.bn1(self.conv1(x)))])
+def test_in_half_precision_it_rounds_no_more_than_fused(forward, x):
+    model = block(forward)
+    exact = copy.deepcopy(model).eval()(x.bfloat16().float())
+    errors = []
+    for policy in ("fused", "fused-act"):
+        twin = copy.deepcopy(model)
+        freeze(twin, policy)
+        for convolution in (twin.conv1, twin.conv2, twin.branch[0]):
+            convolution.bfloat16()
+        out = twin(x.bfloat16())
+        assert out.dtype == torch.bfloat16
+        errors.append((out - exact).norm() / exact.norm())
+    assert errors[1] < 1.2 * errors[0]
+
+
+def test_the_proof_holds_for_fused_blocks(model, x):
+    freeze(model, "fused-act")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    with guard(model, optimizer=optimizer):
+        for _ in range(2):
+            model.train()(x).sum().backward()
+            optimizer.step()
 
 
 def test_hooks_on_the_block_itself_run_as_before(x, calls):
