@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from bnfreeze.aten import FROM_OUTPUT
 from bnfreeze.fused import ACTIVATION_MODULES, has_hooks
+from bnfreeze.record import layer_class
 from bnfreeze.sums import is_drop, norm_add
 from bnfreeze.tracing import IN_PLACE_ADD
 
@@ -118,7 +119,7 @@ class _View:
 
     def is_own(self, node: fx.Node) -> bool:
         """Whether the value is a new tensor that nobody but its one user has."""
-        new = node.target is torch.cat or isinstance(self.modules.get(node), _COPIES)
+        new = node.target is torch.cat or _is_new(self.modules.get(node))
         return new and len(node.users) == 1
 
     def check_backward(self, norm: fx.Node | None, node: fx.Node, activation: str) -> None:
@@ -145,8 +146,7 @@ class _View:
     def name(self, node: fx.Node) -> str:
         """How a person calls what the node does."""
         if node in self.modules:
-            kind = type(self.modules[node])
-            return str(getattr(kind, "_bnfreeze_base", kind).__name__)
+            return layer_class(self.modules[node]).__name__
         return node.target if isinstance(node.target, str) else node.target.__name__
 
     def activation(self, node: fx.Node) -> str | None:
@@ -232,7 +232,7 @@ class _Chain:
     def _take_sum(self, node: fx.Node, before: fx.Node) -> None:
         method = node.op == "call_method" and node.target in ("add", "add_")
         if not method and not (node.op == "call_function" and node.target in _SUMS):
-            raise _End(f"{self.view.name(node)} follows")
+            raise _End(f"{self.view.name(self.drop or node)} follows")
         if len(node.args) != 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
             raise _End("what is added to it is no tensor, or is scaled")
         left, right = node.args
@@ -293,6 +293,15 @@ class _Chain:
         nodes[-1].replace_all_uses_with(new)
         for node in reversed(nodes):
             graph.erase_node(node)
+
+
+def _is_new(module: nn.Module | None) -> bool:
+    """Whether the module's output is a new tensor, which it keeps no hold of."""
+    while isinstance(module, nn.Sequential) and len(module):
+        if layer_class(module).forward is not nn.Sequential.forward:
+            return False
+        module = module[-1]
+    return isinstance(module, _COPIES)
 
 
 def _sole_user(node: fx.Node) -> fx.Node:

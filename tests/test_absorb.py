@@ -49,7 +49,7 @@ def test_a_resnet_50_absorbs_everything():
 def test_other_models_absorb_too_and_compute_the_same(name):
     model = absorb.lively(absorb.build(name))
     report = freeze(copy.deepcopy(model), "fused-act")
-    assert absorb.counts(report)[""] <= 7
+    assert absorb.counts(report)[""] == (7 if name == "timm/efficientnet_b0" else 0)
     assert absorb.same_as_fused(model, absorb.batch(name))
 
 

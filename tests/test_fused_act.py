@@ -248,6 +248,10 @@ REFUSED = {
         lambda: block(lambda self, x: self.act(self.bn1(x)), type("Mine", (nn.ReLU,), {})()),
         "Mine follows",
     ),
+    "something drops before the activation": (
+        lambda: block(lambda self, x: F.relu(self.act(self.bn1(x))), nn.Dropout(0.5)),
+        "Dropout follows",
+    ),
     "the intermediate is used elsewhere": (
         lambda: block(lambda self, x: (z := self.bn1(x)) * F.relu(z)),
         "its output is used elsewhere too",
