@@ -99,8 +99,11 @@ def own_activation(layer: nn.Module) -> str | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook of its own runs when the module is called."""
-    return bool(
+    """Whether a hook runs when the module is called, or a forward set on the instance.
+
+    Accelerate, for one, puts its hooks on modules in that way.
+    """
+    return "forward" in module.__dict__ or bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

@@ -100,7 +100,10 @@ class _Walk:
             absorbing = {id(call.layer) for call in calls if call.absorbs}
             needed = [m for m in inner if id(self.open[id(m)]) in absorbing]
             if absorbing and len(needed) < len(inner):
-                _, programs = self.attempt(block, needed)
+                final, programs = self.attempt(block, needed)
+                told = {id(call.layer) for call in final}
+                calls = [*final, *(call for call in calls if id(call.layer) not in told)]
+                absorbing = {id(call.layer) for call in final if call.absorbs}
         except Untraceable as error:
             self.settle(pending - self.settled, _cannot(block, error))
             return

@@ -388,6 +388,20 @@ def test_a_hook_that_is_put_on_later_runs_and_sees_what_it_always_saw(where, x):
         assert torch.equal(mine[1], theirs[1])
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_forward_that_is_set_on_an_instance_is_run(first, x):
+    model = block(residual)
+    twin = copy.deepcopy(model)
+    freeze(twin, "fused")
+    for each in (model, twin):
+        if not first:
+            freeze(model, "fused-act")
+        each.act.forward = torch.tanh
+    report = freeze(model, "fused-act") if first else None
+    assert torch.equal(model(x), twin(x))
+    assert report is None or absorbed(report)["bn2"] == "affine+add"
+
+
 def test_a_global_hook_sees_every_module(x):
     model = block(residual)
     freeze(model, "fused-act")
