@@ -1,4 +1,4 @@
-"""The policy ``fused``: a norm layer becomes a `FrozenBatchNorm1d/2d/3d`, in place.
+"""The policies ``fused`` and ``fused-act``: a layer becomes a `FrozenBatchNorm1d/2d/3d`, in place.
 
 As with every policy the layer stays the very object it was, and its class is swapped; only that the
 new class is no subclass of the old one: its forward takes the old one's place. So only layers whose
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfreeze.held import ForceEval, Held, make_class
@@ -18,7 +18,15 @@ from bnfreeze.layers import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNor
 from bnfreeze.norms import is_lookalike
 from bnfreeze.record import layer_class
 
-__all__ = ["fused_class"]
+__all__ = ["ACTIVATION_MODULES", "fused_class", "has_hooks", "own_activation", "takes_more"]
+
+# The activations that a frozen layer can compute along.
+ACTIVATION_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
 
 
 class _Fused1d(ForceEval, FrozenBatchNorm1d):
@@ -59,6 +67,56 @@ class _FusedLookalike(_Fused2d):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class _FusedAct(_Fused2d):
+    """timm's BatchNormAct2d: a norm layer, a module that drops, and an activation."""
+
+    act: nn.Module
+    drop: nn.Module
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        """As in `FrozenBatchNorm2d`; then the layer's own activation."""
+        own = own_activation(self)
+        if own is None:
+            # A hook stands on one of the two, or they have been replaced since.
+            return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return]
+        return super().forward(x, residual, own or activation)
+
+
+def own_activation(layer: nn.Module) -> str | None:
+    """The activation that a fused layer computes as its own: empty if it has none.
+
+    None where it must call modules of its own for it: they are no longer the identity and one of
+    the four activations, or a hook stands on one.
+    """
+    if not isinstance(layer, _FusedAct):
+        return ""
+    act, drop = layer.act, layer.drop
+    if type(drop) is not nn.Identity or has_hooks(act) or has_hooks(drop):
+        return None
+    return "" if type(act) is nn.Identity else ACTIVATION_MODULES.get(type(act))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook runs when the module is called, or a forward set on the instance.
+
+    Accelerate, for one, puts its hooks on modules in that way.
+    """
+    return "forward" in module.__dict__ or bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def takes_more(module: nn.Module) -> bool:
+    """Whether the module is a fused layer that can compute a sum and an activation along."""
+    fused = isinstance(module, FrozenBatchNorm1d | FrozenBatchNorm2d | FrozenBatchNorm3d)
+    return fused and own_activation(module) == ""
+
+
 _EXACT: dict[type[nn.Module], type[Held]] = {
     nn.BatchNorm1d: _Fused1d,
     nn.BatchNorm2d: _Fused2d,
@@ -70,19 +128,39 @@ _PLAIN_LOOKALIKE = re.compile(r"\w*FrozenBatchNorm2d", re.ASCII)
 _LIBRARIES = ("torchvision", "detectron2", "timm", "transformers")
 
 
-def fused_class(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
-    """The class that makes a fused layer of `module`, or None and the reason why there is none."""
+def fused_class(
+    module: nn.Module, *, activations: bool = False
+) -> tuple[type[nn.Module] | None, str]:
+    """The class that makes a fused layer of `module`, or None and the reason why there is none.
+
+    Args:
+        module: a norm layer, frozen already or not.
+        activations: whether a layer may compute an activation of its own, as timm's do.
+    """
     base = layer_class(module)
     if "forward" in module.__dict__:
         return None, "its forward is overridden on the instance"
     behaviour = _EXACT.get(base)
     if is_lookalike(module, base):
         behaviour = _FusedLookalike if _is_plain(base) else None
+    if activations and _is_timms(base):
+        act, drop = type(module.act), type(module.drop)
+        if drop is not nn.Identity:
+            return None, f"it drops ({drop.__name__}) before its activation"
+        if act is not nn.Identity and act not in ACTIVATION_MODULES:
+            return None, f"its activation {act.__name__} is none of those that are fused"
+        behaviour = _FusedAct
     if behaviour is not None:
         return make_class(base, behaviour), ""
     if issubclass(base, _BatchNorm) or is_lookalike(module, base):
         return None, f"{base.__name__} is a class of its own, whose forward is kept"
     return None, f"there is no fused layer for {base.__name__}"
+
+
+def _is_timms(base: type[nn.Module]) -> bool:
+    """Whether a layer's forward is that of timm's BatchNormAct2d."""
+    owner = next(kind for kind in base.__mro__ if "forward" in vars(kind))
+    return owner.__name__ == "BatchNormAct2d" and owner.__module__.partition(".")[0] == "timm"
 
 
 def _is_plain(base: type[nn.Module]) -> bool:

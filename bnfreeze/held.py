@@ -27,21 +27,21 @@ from bnfreeze.norms import STATISTICS
 from bnfreeze.policy import Policy
 from bnfreeze.record import layer_class, record_of, set_record
 
-__all__ = ["ForceEval", "Held", "held_class", "make_class"]
+__all__ = ["ForceEval", "Held", "Swapped", "held_class", "make_class"]
 
 
-class Held(nn.Module):
-    """What every held norm layer does: it prints readably, is copied and pickled as itself."""
+class Swapped(nn.Module):
+    """What every module does whose class was swapped: it is copied and pickled as itself."""
 
-    # The class whose forward takes the place of the layer's own; None where that stays.
+    # The class whose forward takes the place of the module's own; None where that stays.
     replaces: ClassVar[type[nn.Module] | None] = None
+    # What a class made of the module's own is called by, in front of that one's name.
+    prefix: ClassVar[str] = "Held"
 
-    def extra_repr(self) -> str:
-        """As before, and the policy."""
-        record = record_of(self)
-        return ", ".join(
-            filter(None, [super().extra_repr(), f"held={record.policy}" if record else ""])
-        )
+    @classmethod
+    def members(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """What a class made of the class `base` has beyond those two."""
+        return {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle cannot find it by name. Let the layer's own
@@ -51,6 +51,17 @@ class Held(nn.Module):
         make, args, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         args = tuple(base if arg is kind else arg for arg in args)
         return (_rebuild, (base, behaviour, make, args), *rest)
+
+
+class Held(Swapped):
+    """What every held norm layer does: it prints readably, and keeps what its policy holds."""
+
+    def extra_repr(self) -> str:
+        """As before, and the policy."""
+        record = record_of(self)
+        return ", ".join(
+            filter(None, [super().extra_repr(), f"held={record.policy}" if record else ""])
+        )
 
     def reset_running_stats(self) -> None:
         """As before, unless the statistics are held."""
@@ -152,17 +163,18 @@ def held_class(base: type[nn.Module], policy: Policy) -> type[nn.Module]:
 _made: dict[tuple[type, type], type[nn.Module]] = {}
 
 
-def make_class(base: type[nn.Module], behaviour: type[Held]) -> type[nn.Module]:
-    """The class that a layer of the class `base` gets to behave so; one for each pair."""
+def make_class(base: type[nn.Module], behaviour: type[Swapped]) -> type[nn.Module]:
+    """The class that a module of the class `base` gets to behave so; one for each pair."""
     if (base, behaviour) not in _made:
         fused = behaviour.replaces
-        name = fused.__name__ if fused else f"Held{base.__name__}"
+        name = fused.__name__ if fused else f"{behaviour.prefix}{base.__name__}"
         namespace = {
             # torch.fx and others take a layer for a leaf by the module that its class stands in.
             "__module__": base.__module__,
             "__doc__": fused.__doc__ if fused else base.__doc__,
             "_bnfreeze_base": base,
             "_bnfreeze_behaviour": behaviour,
+            **behaviour.members(base),
         }
         bases = (behaviour,) if fused else (behaviour, base)
         made = types.new_class(name, bases, exec_body=lambda body: body.update(namespace))
@@ -173,7 +185,7 @@ def make_class(base: type[nn.Module], behaviour: type[Held]) -> type[nn.Module]:
 
 def _rebuild(
     base: type[nn.Module],
-    behaviour: type[Held],
+    behaviour: type[Swapped],
     make: Callable[..., nn.Module],
     args: tuple[Any, ...],
 ) -> nn.Module:

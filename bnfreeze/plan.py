@@ -139,18 +139,13 @@ def _check_promise(name: str, module: nn.Module, policy: Policy) -> None:
 def _kind(name: str, module: nn.Module, policy: Policy) -> tuple[type[nn.Module], Policy, str]:
     """The class that the layer gets, the policy that this keeps, and what to say of it."""
     base, note = layer_class(module), ""
-    if Policy.FUSED_ACT in policy:
-        raise PolicyError(
-            f"{name}: policy 'fused-act' is not in this version of bnfreeze. 'fused' computes the "
-            f"same, and leaves the activation and the residual add to their own kernels."
-        )
-    if Policy.FUSED in policy:
-        kind, why = fused_class(module)
+    if policy & (Policy.FUSED | Policy.FUSED_ACT):
+        kind, why = fused_class(module, activations=Policy.FUSED_ACT in policy)
         if kind is not None:
             return kind, policy, ""
         if not was_lookalike(module):
             # The strongest policy that does not change what the layer computes.
-            policy = policy & ~Policy.FUSED | Policy.EVAL | Policy.AFFINE
+            policy = policy & ~(Policy.FUSED | Policy.FUSED_ACT) | Policy.EVAL | Policy.AFFINE
             note = f"not fused: {why}"
     if was_lookalike(module):
         return base, policy, "frozen already, by its own class"

@@ -22,7 +22,9 @@ class LayerRow:
         name: the dotted name; of a shared layer the first; empty for the model itself.
         kind: the class, as it was before freezing.
         policy: the policy that holds it now, ``"none"`` where it is left alone.
-        absorbs: what the layer computes along: always ``""`` but for ``fused-act``.
+        absorbs: what the layer computes along under ``fused-act``: an activation (``"relu"``),
+            ``"add"``, ``"add+relu"``, or with another norm layer that it is added to
+            ``"affine+add+relu"``; that other one says ``"absorbed"``.
         actions: what was changed, as stable words: ``fuse``, ``force-eval``, ``hold-statistics``,
             ``hold-weight``, ``hold-bias`` (or another parameter's name), ``clear-grad``,
             ``restore``; empty where nothing had to be.

@@ -17,6 +17,7 @@ from bnfreeze.policy import Policy
 from bnfreeze.record import layer_class, policy_name, record_of
 from bnfreeze.report import FreezeReport, LayerRow
 from bnfreeze.selection import matching, select
+from bnfreeze.survey import Absorption
 from bnfreeze.transaction import carry_out, thaw
 
 __all__ = ["freeze", "unfreeze"]
@@ -60,12 +61,12 @@ def freeze(
     optimizers_by_id(optimizer)  # what is no optimizer is refused before anything is changed
     modules = named_modules(model)
     changes = plan(modules, select(modules, rules))
-    actions = carry_out(modules, changes)
+    actions, absorbed = carry_out(modules, changes)
     done = {
         id(change.module): (did, change.note) for change, did in zip(changes, actions, strict=True)
     }
     return FreezeReport(
-        _rows(modules, done),
+        _rows(modules, done, absorbed),
         _findings(model, {change.entry.name for change in changes}, optimizer),
         _norm_names(modules),
         lambda: thaw(named_modules(model), [change.module for change in changes]),
@@ -99,13 +100,15 @@ def unfreeze(model: nn.Module, match: str | Iterable[str] | None = None) -> Free
             modules, [t if isinstance(t, Pattern) else Pattern.parse(t) for t in texts]
         )
     frozen = [entry.module for entry in chosen if record_of(entry.module) is not None]
-    thaw(modules, frozen)
+    absorbed = thaw(modules, frozen)
     done = {id(module): (("restore",), "") for module in frozen}
-    return FreezeReport(_rows(modules, done), norm_names=_norm_names(modules))
+    return FreezeReport(_rows(modules, done, absorbed), norm_names=_norm_names(modules))
 
 
 def _rows(
-    modules: Sequence[NamedModule], done: Mapping[int, tuple[tuple[str, ...], str]]
+    modules: Sequence[NamedModule],
+    done: Mapping[int, tuple[tuple[str, ...], str]],
+    absorbed: Mapping[int, Absorption],
 ) -> tuple[LayerRow, ...]:
     """A row for each norm layer and for each other module that something was done to."""
     rows = []
@@ -114,13 +117,15 @@ def _rows(
         actions, note = done.get(id(module), ((), ""))
         if id(module) not in done and not is_norm(module):
             continue
+        found = absorbed.get(id(module), Absorption("", ""))
         rows.append(
             LayerRow(
                 entry.name,
                 layer_class(module).__name__,
                 policy_name(module),
-                actions=actions,
-                note=note,
+                found.absorbs,
+                actions,
+                "; ".join(filter(None, [note, found.note])),
             )
         )
     return tuple(rows)

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from bnfreeze.blocks import PROGRAMS, absorb_in, release
 from bnfreeze.norms import NamedModule, is_norm, keeps_statistics
 from bnfreeze.plan import Change, check_class
 from bnfreeze.policy import Policy
 from bnfreeze.record import Record, layer_class, record_of, set_record, was_lookalike
+from bnfreeze.survey import Absorption
 
 __all__ = ["carry_out", "thaw"]
 
 
-def carry_out(modules: Sequence[NamedModule], changes: Sequence[Change]) -> list[tuple[str, ...]]:
+def carry_out(
+    modules: Sequence[NamedModule], changes: Sequence[Change]
+) -> tuple[list[tuple[str, ...]], dict[int, Absorption]]:
     """Take every layer back to its original state, then hold it; on an error, undo it all.
 
     Args:
@@ -23,20 +27,23 @@ def carry_out(modules: Sequence[NamedModule], changes: Sequence[Change]) -> list
         changes: what is to become of some of them.
 
     Returns:
-        For each change the actions that were needed, in the words of `LayerRow.actions`.
+        For each change the actions that were needed, in the words of `LayerRow.actions`; and by
+        identity of each norm layer under the policy ``fused-act`` what it absorbs.
     """
-    before = [_State.of(change.module) for change in changes]
+    before = [_State.of(entry.module) for entry in modules]
     records = [record_of(change.module) for change in changes]
     try:
+        release(modules)
         for change in changes:
             _restore(change.module)
         done = [_hold(change, old) for change, old in zip(changes, records, strict=True)]
         _hold_tied(modules)
+        absorbed = absorb_in(modules)
     except BaseException:
         for state in before:
             state.put_back()
         raise
-    return done
+    return done, absorbed
 
 
 def _hold(change: Change, old: Record | None) -> tuple[str, ...]:
@@ -61,7 +68,7 @@ def _hold(change: Change, old: Record | None) -> tuple[str, ...]:
     if old is not None and old.policy == record.policy:
         return tuple(dict.fromkeys(cleared))
     done = ["restore"] if old is not None else []
-    done += ["fuse"] if Policy.FUSED in record.policy else []
+    done += ["fuse"] if record.policy & (Policy.FUSED | Policy.FUSED_ACT) else []
     if is_norm(module) and not was_lookalike(module) and keeps_statistics(module):
         done += ["force-eval"] if record.policy.forces_eval else []
         done += ["hold-statistics"] if record.policy.holds_statistics else []
@@ -86,8 +93,11 @@ def _restore(module: nn.Module) -> None:
     set_record(module, None)
 
 
-def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> None:
+def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[int, Absorption]:
     """Take the chosen among a model's modules back to what they were.
+
+    Returns:
+        By identity of each norm layer under the policy ``fused-act`` what it absorbs from now on.
 
     Raises:
         PolicyError: a layer whose class something else has changed since; none is changed then.
@@ -96,9 +106,11 @@ def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> None:
     thawed = [e for e in modules if id(e.module) in wanted and record_of(e.module) is not None]
     for entry in thawed:
         check_class(entry)
+    release(modules)
     for entry in thawed:
         _restore(entry.module)
     _hold_tied(modules)
+    return absorb_in(modules)
 
 
 def _hold_tied(modules: Sequence[NamedModule]) -> None:
@@ -123,7 +135,9 @@ class _State:
     @classmethod
     def of(cls, module: nn.Module) -> _State:
         attributes: dict[str, object] = {
-            key: module.__dict__[key] for key in ("training", "_bnfreeze") if key in module.__dict__
+            key: module.__dict__[key]
+            for key in ("training", "_bnfreeze", PROGRAMS)
+            if key in module.__dict__
         }
         parameters = [
             (p, p.requires_grad, p.grad) for p in module._parameters.values() if p is not None
@@ -131,8 +145,10 @@ class _State:
         return cls(module, type(module), attributes, parameters)
 
     def put_back(self) -> None:
-        self.module.__class__ = self.kind
+        if type(self.module) is not self.kind:
+            self.module.__class__ = self.kind
         set_record(self.module, None)
+        self.module.__dict__.pop(PROGRAMS, None)
         self.module.__dict__.update(self.attributes)
         for parameter, flag, grad in self.parameters:
             parameter.requires_grad_(flag)

@@ -387,13 +387,6 @@ def test_what_is_no_optimizer_is_refused_before_anything_changes(model):
     assert description(model) == before
 
 
-def test_a_policy_of_a_later_version_is_refused_and_changes_nothing(model):
-    before = description(model)
-    with pytest.raises(PolicyError, match="not in this version"):
-        freeze(model, "fused-act")
-    assert description(model) == before
-
-
 def test_an_error_half_way_leaves_nothing_half_frozen(model, monkeypatch):
     model.stem[1].weight.grad = torch.ones(4)
     before = description(model)

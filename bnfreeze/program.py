@@ -1,0 +1,104 @@
+"""A generated forward of a block, and all that it was made for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from bnfreeze.following import Call
+from bnfreeze.fused import has_hooks
+from bnfreeze.record import layer_class
+from bnfreeze.shadows import Read
+from bnfreeze.tracing import Kind, Trace
+
+__all__ = ["Program", "Programs", "program"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A generated forward, and what it was made for.
+
+    Attributes:
+        run: the forward; the block and its arguments go in.
+        block: the block.
+        arguments: how many of them there must be.
+        asked: which of them must be of the kind `kind`.
+        kind: tensors or lists.
+        reads: the attributes that must still be what they were.
+        children: the modules that must still have the very submodules that they had.
+        passed: the modules that must still be of their class, with no hooks on them.
+    """
+
+    run: Callable[..., Any]
+    block: nn.Module
+    arguments: int
+    asked: frozenset[int]
+    kind: Kind
+    reads: tuple[Read, ...]
+    children: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
+    passed: tuple[tuple[nn.Module, type[nn.Module]], ...]
+
+    def holds(self) -> bool:
+        """Whether the block still is what it was when this was made."""
+        for module, kind in self.passed:
+            if type(module) is not kind or has_hooks(module):
+                return False
+        for module, children in self.children:
+            if module._modules != children:
+                return False
+        return all(read.holds() for read in self.reads)
+
+    def takes(self, args: tuple[Any, ...]) -> bool:
+        """Whether it was made for such arguments."""
+        if len(args) != self.arguments:
+            return False
+        for index, arg in enumerate(args):
+            if index in self.asked:
+                if not (isinstance(arg, Tensor) if self.kind == "tensor" else type(arg) is list):
+                    return False
+            elif arg is None or isinstance(arg, fx.Proxy):
+                return False
+        return True
+
+
+class Programs(tuple[Program, ...]):
+    """A block's generated forwards, one for each kind of argument.
+
+    A deepcopy of them belongs to the copied block. They are not pickled: whoever reads the file
+    makes them anew, with the versions that are there then.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
+        return Programs(copy.deepcopy(tuple(self), memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return (_nothing, ())
+
+
+def _nothing() -> None:
+    return None
+
+
+def program(block: nn.Module, traced: Trace, kind: Kind, calls: Sequence[Call]) -> Program:
+    """Make a forward of a graph in which norm layers absorb what follows them."""
+    code = traced.graph.python_code("self")
+    namespace = dict(code.globals)
+    where = f"<generated forward of {layer_class(block).__name__}>"
+    exec(compile(code.src, where, "exec"), namespace)
+    # The layers that absorb, what they absorb, and what was inlined.
+    absorbing = [module for call in calls if call.absorbs for module in call.passed]
+    passed = {id(module): module for module in (*absorbing, *traced.inside[1:])}
+    return Program(
+        namespace["forward"],
+        block,
+        traced.arguments,
+        traced.asked,
+        kind,
+        traced.reads,
+        tuple((module, dict(module._modules)) for module in traced.inside),
+        tuple((module, type(module)) for module in passed.values()),
+    )

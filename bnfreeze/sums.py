@@ -1,0 +1,77 @@
+"""A frozen norm layer and the sum that follows it, as one call of a generated forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfreeze.aten import ACTIVATIONS, Affine
+from bnfreeze.functional import _frozen_batch_norm_add
+
+__all__ = ["is_drop", "norm_add"]
+
+# Modules that drop at random, by class name (their libraries need not be there), and what holds
+# their probability. In eval mode, or where that is 0, they give back what they are given.
+_DROPS = {
+    "Dropout": "p",
+    "Dropout1d": "p",
+    "Dropout2d": "p",
+    "Dropout3d": "p",
+    "StochasticDepth": "p",
+    "DropPath": "drop_prob",
+}
+_LIBRARIES = ("torch", "torchvision", "timm")
+
+
+def is_drop(module: nn.Module) -> bool:
+    """Whether the module drops at random, and otherwise does nothing."""
+    kind = type(module)
+    return kind.__name__ in _DROPS and kind.__module__.partition(".")[0] in _LIBRARIES
+
+
+def norm_add(
+    layer: Any,
+    x: Tensor,
+    residual: Tensor,
+    activation: str | None,
+    branch: Any,
+    drop: Any,
+    in_place: bool,
+) -> Tensor:
+    """``activation(drop(layer(x)) + branch(residual))``, in one kernel where that is the same.
+
+    Args:
+        layer: a frozen norm layer.
+        x: its input.
+        residual: what is added.
+        activation: its name, or None.
+        branch: the norm layer that `residual` goes through first, or None.
+        drop: a module for which `is_drop` holds, or None.
+        in_place: whether the sum was written over its left side, and so has its dtype.
+    """
+    if (
+        isinstance(residual, Tensor)
+        # Neither broadcast nor promoted.
+        and residual.shape == x.shape
+        and residual.dtype is x.dtype
+        and residual.device == x.device
+        and (drop is None or not (drop.training and getattr(drop, _DROPS[type(drop).__name__])))
+    ):
+        if branch is None:
+            return layer(x, residual, activation)  # type: ignore[no-any-return]
+        ranks = x.dim() in layer._ranks and x.dim() in branch._ranks
+        if ranks and branch.running_mean.shape == layer.running_mean.shape:
+            return _frozen_batch_norm_add(x, _affine(layer), residual, _affine(branch), activation)
+        # What does not fit is told by the layers.
+    out = layer(x)
+    if drop is not None:
+        out = drop(out)
+    other = residual if branch is None else branch(residual)
+    out = torch.Tensor.add_(out, other) if in_place else out + other
+    return ACTIVATIONS[activation](out)
+
+
+def _affine(layer: Any) -> Affine:
+    return Affine(layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps)

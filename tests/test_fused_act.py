@@ -1,0 +1,791 @@
+"""The policy `fused-act`: what is absorbed, what is not and why, and that nothing else changes."""
+
+import copy
+import io
+import operator
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - its customary name
+from torchvision.ops import StochasticDepth
+
+from bnfreeze import PolicyError, freeze, functional, guard, layers, unfreeze
+
+from .absorb import lively, same_as_fused
+from .helpers import moved, state
+
+C = 4
+
+
+class Block(nn.Module):
+    """A block to be given a forward: two convolutions, their norm layers, and a branch."""
+
+    def __init__(self, act=None):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)
+        self.conv2, self.bn2 = nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)
+        self.act = act or nn.ReLU(inplace=True)
+        self.branch = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C))
+
+
+def block(forward, act=None):
+    """A block with this forward; a class of its own, so that it can be found and pickled."""
+    kind = type("Own", (Block,), {"forward": forward, "__module__": __name__})
+    return lively(kind(act))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, C, 5, 5)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the frozen layers compute, a line each: "+" for a residual, "*" for a branch."""
+    seen, real = [], functional._apply
+
+    def spy(x, norm, residual, branch, activation):
+        sign = "" if residual is None else "+" if branch is None else "*"
+        seen.append(sign + (activation or ""))
+        return real(x, norm, residual, branch, activation)
+
+    monkeypatch.setattr(functional, "_apply", spy)
+    monkeypatch.setattr(layers, "_apply", spy)
+    return seen
+
+
+def absorbed(report):
+    return {row.name: row.absorbs for row in report.layers if row.absorbs}
+
+
+def notes(report):
+    return {row.name: row.note for row in report.layers}
+
+
+ACTIVATIONS = {
+    "nn.ReLU": (nn.ReLU(), lambda self, z: self.act(z), "relu"),
+    "nn.ReLU in place": (nn.ReLU(inplace=True), lambda self, z: self.act(z), "relu"),
+    "nn.ReLU6": (nn.ReLU6(), lambda self, z: self.act(z), "relu6"),
+    "nn.SiLU": (nn.SiLU(inplace=True), lambda self, z: self.act(z), "silu"),
+    "nn.Hardswish": (nn.Hardswish(), lambda self, z: self.act(z), "hardswish"),
+    "F.relu": (None, lambda self, z: F.relu(z), "relu"),
+    "F.relu in place": (None, lambda self, z: F.relu(z, inplace=True), "relu"),
+    "F.relu positional": (None, lambda self, z: F.relu(z, True), "relu"),
+    "torch.relu": (None, lambda self, z: torch.relu(z), "relu"),
+    "torch.relu_": (None, lambda self, z: torch.relu_(z), "relu"),
+    "the method": (None, lambda self, z: z.relu(), "relu"),
+    "the method in place": (None, lambda self, z: z.relu_(), "relu"),
+    "F.relu6": (None, lambda self, z: F.relu6(z), "relu6"),
+    "F.silu": (None, lambda self, z: F.silu(z, inplace=True), "silu"),
+    "F.hardswish": (None, lambda self, z: F.hardswish(z), "hardswish"),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_form_of_an_activation_is_absorbed(name, x, calls):
+    act, apply, absorbs = ACTIVATIONS[name]
+    model = block(lambda self, x: self.conv2(apply(self, self.bn1(self.conv1(x)))), act)
+    assert same_as_fused(copy.deepcopy(model), (x,))
+    del calls[:]
+    report = freeze(model, "fused-act")
+    assert absorbed(report) == {"bn1": absorbs}
+    model(x)
+    assert calls == [absorbs]
+
+
+SUMS = {
+    "norm + x": lambda x, z: z + x,
+    "x + norm": lambda x, z: x + z,
+    "norm += x": lambda x, z: operator.iadd(z, x),
+    "torch.add": lambda x, z: torch.add(x, z),
+    "add": lambda x, z: z.add(x),
+    "add_": lambda x, z: z.add_(x),
+}
+
+
+@pytest.mark.parametrize("activation", ["", "relu", "silu"])
+@pytest.mark.parametrize("name", SUMS)
+def test_every_form_of_a_sum_is_absorbed_with_what_follows_it(name, activation, x, calls):
+    act = getattr(F, activation) if activation else lambda z: z
+    total = SUMS[name]
+    model = block(lambda self, x: self.conv2(act(total(x, self.bn1(self.conv1(x))))))
+    assert same_as_fused(copy.deepcopy(model), (x,))
+    del calls[:]
+    report = freeze(model, "fused-act")
+    assert absorbed(report) == {"bn1": "add" + (f"+{activation}" if activation else "")}
+    model(x)
+    assert calls == ["+" + activation]
+
+
+def residual(self, x):
+    out = self.act(self.bn1(self.conv1(x)))
+    out = self.bn2(self.conv2(out))
+    out += self.branch(x)
+    return self.act(out)
+
+
+def test_a_branch_that_ends_in_a_norm_layer_meets_the_other_in_one_kernel(x, calls):
+    model = block(residual)
+    assert same_as_fused(copy.deepcopy(model), (x,))
+    del calls[:]
+    report = freeze(model, "fused-act")
+    # The one activation module is used twice.
+    assert absorbed(report) == {
+        "bn1": "relu",
+        "bn2": "affine+add+relu",
+        "branch.1": "absorbed",
+    }
+    model(x)
+    assert calls == ["relu", "*relu"]
+
+
+def test_what_follows_is_found_across_modules_that_hold_the_norm_layer(x, calls):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            inner = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.Identity())
+            self.body = nn.Sequential(nn.Conv2d(C, C, 1), inner)
+
+        def forward(self, x):
+            return F.relu6(x + self.body(x), inplace=True)
+
+    model = nn.Sequential(lively(Outer()))
+    assert same_as_fused(copy.deepcopy(model), (x,))
+    del calls[:]
+    report = freeze(model, "fused-act")
+    assert absorbed(report) == {"0.body.1.1": "add+relu6"}
+    model(x)
+    assert calls == ["+relu6"]
+    assert type(model) is nn.Sequential  # only the block around the sum is changed
+    assert type(model[0]).__name__ == "FusedOuter"
+    assert type(model[0].body) is nn.Sequential
+
+
+def test_several_sums_in_a_row_are_absorbed_each_by_its_own_layer(x, calls):
+    def forward(self, x):
+        return self.bn1(self.conv1(x)) + self.branch(x) + self.bn2(self.conv2(x))
+
+    model = block(forward)
+    assert same_as_fused(copy.deepcopy(model), (x,))
+    del calls[:]
+    report = freeze(model, "fused-act")
+    assert absorbed(report) == {"bn1": "affine+add", "branch.1": "absorbed", "bn2": "add"}
+    model(x)
+    assert calls == ["*", "+"]
+
+
+@pytest.mark.parametrize("drop", [StochasticDepth(0.5, "row"), timm.layers.DropPath(0.5)])
+def test_a_sum_behind_a_module_that_drops_is_absorbed_in_eval_mode_only(drop, x, calls):
+    model = block(lambda self, x: F.relu(self.act(self.bn1(self.conv1(x))) + x), drop)
+    assert same_as_fused(copy.deepcopy(model), (x,))
+    del calls[:]
+    report = freeze(model, "fused-act")
+    assert absorbed(report) == {"bn1": "add+relu"}
+    assert "in train mode" in notes(report)["bn1"]
+    model.train()(x)
+    model.eval()(x)
+    assert calls == ["", "+relu"]
+
+
+class Listens:
+    """A hook that a module may carry along when it is copied."""
+
+    def __call__(self, module, *args):
+        return None
+
+
+def hooked(name, register="register_forward_hook"):
+    def make():
+        model = block(residual)
+        getattr(model.get_submodule(name), register)(Listens())
+        return model
+
+    return make
+
+
+def no_grad(self, x):
+    with torch.no_grad():
+        out = self.bn1(self.conv1(x))
+    return F.relu(out)
+
+
+def changed_meanwhile(self, x):
+    kept = F.relu(x)
+    z = self.bn1(kept)
+    kept.mul_(2)
+    return z + kept
+
+
+def counts(self, x):
+    self.calls = getattr(self, "calls", 0) + 1
+    return F.relu(self.bn1(x))
+
+
+def collects(self, x):
+    self.__dict__.setdefault("seen", [])
+    z = F.relu(self.bn1(x))
+    self.seen.append(1)
+    return z
+
+
+def many(self, *xs):
+    return F.relu(self.bn1(xs[0]))
+
+
+REFUSED = {
+    "another activation": (
+        lambda: block(lambda self, x: F.gelu(self.bn1(x))),
+        "gelu follows",
+    ),
+    "another activation module": (
+        lambda: block(lambda self, x: self.act(self.bn1(x)), nn.LeakyReLU(0.1)),
+        "LeakyReLU follows",
+    ),
+    "a subclass of an activation": (
+        lambda: block(lambda self, x: self.act(self.bn1(x)), type("Mine", (nn.ReLU,), {})()),
+        "Mine follows",
+    ),
+    "something drops before the activation": (
+        lambda: block(lambda self, x: F.relu(self.act(self.bn1(x))), nn.Dropout(0.5)),
+        "Dropout follows",
+    ),
+    "the intermediate is used elsewhere": (
+        lambda: block(lambda self, x: (z := self.bn1(x)) * F.relu(z)),
+        "its output is used elsewhere too",
+    ),
+    "the intermediate is returned": (
+        lambda: block(lambda self, x: [z := self.bn1(x), F.relu(z)][1] + z),
+        "its output is used elsewhere too",
+    ),
+    "it is added to itself": (
+        lambda: block(lambda self, x: [z := self.bn1(x), z + z][1]),
+        "it is added to itself",
+    ),
+    "a scaled sum": (
+        lambda: block(lambda self, x: torch.add(self.bn1(x), x, alpha=2)),
+        "no tensor, or is scaled",
+    ),
+    "a number is added": (
+        lambda: block(lambda self, x: self.bn1(x) + 1),
+        "no tensor, or is scaled",
+    ),
+    "in place onto another tensor": (
+        lambda: block(lambda self, x: (x * 2).add_(self.bn1(x))),
+        "in place onto another",
+    ),
+    "its input changes meanwhile": (lambda: block(changed_meanwhile), "may be changed"),
+    "train mode does something else": (
+        lambda: block(lambda self, x: F.relu(self.bn1(x)) if self.training else self.bn1(x)),
+        "cannot be traced: what it does depends on self.training",
+    ),
+    "values decide": (
+        lambda: block(lambda self, x: F.relu(self.bn1(x)) if x.sum() > 0 else x),
+        "depends on the values or shapes",
+    ),
+    "shapes decide": (
+        lambda: block(lambda self, x: F.relu(self.bn1(x)) if x.shape[0] > 1 else x),
+        "depends on the values or shapes",
+    ),
+    "a loop over a tensor": (
+        lambda: block(lambda self, x: F.relu(self.bn1(torch.stack(list(x))))),
+        "TraceError",
+    ),
+    "an intermediate's type is asked for": (
+        lambda: block(
+            lambda self, x: F.relu(z if isinstance(z := self.bn1(x), torch.Tensor) else z[0])
+        ),
+        "asks for the type of an intermediate",
+    ),
+    "silu's input may change before backward": (
+        lambda: block(lambda self, x: F.silu(self.bn1(x))),
+        "its input, from which silu goes backward, may be changed",
+    ),
+    "relu6's output may change before backward": (
+        lambda: block(lambda self, x: F.relu6(self.bn1(x))),
+        "the output of relu6, from which it goes backward, may be changed",
+    ),
+    "an autograd mode of its own": (lambda: block(no_grad), "autocast mode of its own"),
+    "it sets an attribute": (lambda: block(counts), "it sets self.calls"),
+    "it changes a list": (lambda: block(collects), "it changes self.seen"),
+    "it draws": (
+        lambda: block(lambda self, x: F.relu(self.bn1(x + torch.rand(1)))),
+        "tensors that do not depend on its input",
+    ),
+    "it takes any number of arguments": (lambda: block(many), "takes *args"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_may_not_be_absorbed_is_only_fused_and_the_report_says_why(name, x, calls):
+    make, why = REFUSED[name]
+    model = make()
+    model.requires_grad_(False)
+    twin = copy.deepcopy(model)
+    freeze(twin, "fused")
+    torch.manual_seed(0)
+    expected = twin(x.clone())
+    del calls[:]
+    report = freeze(model, "fused-act")
+    (row,) = (row for row in report.layers if row.name == "bn1")
+    assert (row.policy, row.absorbs) == ("fused-act", "")
+    assert row.note.startswith("absorbs nothing: ")
+    assert why in row.note
+    torch.manual_seed(0)
+    assert torch.equal(model(x.clone()), expected)
+    assert set(calls) <= {""}
+
+
+HOOKED = {
+    "the activation": ("act", {"bn1": "", "bn2": "affine+add", "branch.1": "absorbed"}),
+    "a norm layer": ("bn1", {"bn1": "", "bn2": "affine+add+relu", "branch.1": "absorbed"}),
+    "the module around the branch": (
+        "branch",
+        {"bn1": "relu", "bn2": "add+relu", "branch.1": ""},
+    ),
+    "the branch's norm layer": (
+        "branch.1",
+        {"bn1": "relu", "bn2": "add+relu", "branch.1": ""},
+    ),
+    "a convolution, which is called as before": (
+        "conv1",
+        {"bn1": "relu", "bn2": "affine+add+relu", "branch.1": "absorbed"},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"],
+)
+@pytest.mark.parametrize("name", HOOKED)
+def test_a_module_with_a_hook_is_not_passed_by(name, register, x):
+    where, expected = HOOKED[name]
+    model = hooked(where, register)()
+    model.act.inplace = False  # a backward hook forbids it
+    report = freeze(model, "fused-act")
+    assert {row.name: row.absorbs for row in report.layers} == expected
+    assert all(row.absorbs or "a hook stands on" in row.note for row in report.layers)
+
+
+@pytest.mark.parametrize("where", ["act", "bn1", "bn2", "branch", "branch.1", "branch.0", ""])
+def test_a_hook_that_is_put_on_later_runs_and_sees_what_it_always_saw(where, x):
+    model = block(residual)
+    twin = copy.deepcopy(model)
+    freeze(twin, "fused")
+    freeze(model, "fused-act")
+    seen, expected = [], []
+    for each, into in ((model, seen), (twin, expected)):
+        hook = lambda m, args, out, into=into: into.append((args[0].clone(), out.clone()))  # noqa: E731
+        handle = each.get_submodule(where).register_forward_hook(hook)
+        each(x)
+        handle.remove()
+    assert len(seen) == len(expected) > 0
+    for mine, theirs in zip(seen, expected, strict=True):
+        assert torch.equal(mine[0], theirs[0])
+        assert torch.equal(mine[1], theirs[1])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_forward_that_is_set_on_an_instance_is_run(first, x):
+    model = block(residual)
+    twin = copy.deepcopy(model)
+    freeze(twin, "fused")
+    for each in (model, twin):
+        if not first:
+            freeze(model, "fused-act")
+        each.act.forward = torch.tanh
+    report = freeze(model, "fused-act") if first else None
+    assert torch.equal(model(x), twin(x))
+    assert report is None or absorbed(report)["bn2"] == "affine+add"
+
+
+def test_a_global_hook_sees_every_module(x):
+    model = block(residual)
+    freeze(model, "fused-act")
+    seen = []
+    register = nn.modules.module.register_module_forward_hook
+    handle = register(lambda module, args, out: seen.append(module))
+    model(x)
+    handle.remove()
+    assert seen.count(model.act) == 2
+
+
+def test_what_is_changed_later_takes_effect(x, calls):
+    model = block(residual)
+    freeze(model, "fused-act")
+    model.act = nn.Tanh()
+    model(x)
+    assert calls == ["", "", ""]
+    freeze(model, "fused-act")
+    assert freeze(model, "fused-act").layers[0].note == "absorbs nothing: Tanh follows"
+
+
+def test_an_attribute_that_decides_is_read_anew(x, calls):
+    class Optional(Block):
+        scale, options = 1.0, None
+
+        def forward(self, x):
+            z = F.relu(self.bn1(x)) if self.wants else self.bn1(x)
+            return z * self.options["scale"]
+
+    model = lively(Optional())
+    model.wants, model.options = True, {"scale": 2.0}
+    freeze(model, "fused-act")
+    once = model(x)
+    assert calls == ["relu"]
+    model.options["scale"] = 4.0
+    assert torch.equal(model(x), once * 2)
+    model.options["scale"] = 2.0
+    assert torch.equal(model(x), once)
+    assert calls == ["relu", "", "relu"]
+    model.wants = False
+    assert model(x).min() < 0
+
+
+def test_the_mode_is_no_part_of_the_generated_forward(x, calls):
+    model = block(lambda self, x: F.dropout(F.relu(self.bn1(x)), 0.5, self.training))
+    assert same_as_fused(copy.deepcopy(model), (x,))
+    freeze(model, "fused-act")
+    del calls[:]
+    assert torch.equal(model.eval()(x), model.eval()(x))
+    assert (model.train()(x) == 0).sum() > (model.eval()(x) == 0).sum()
+    assert set(calls) == {"relu"}
+
+
+def test_a_summand_that_must_be_broadcast_or_promoted_is_added_as_before(x, calls):
+    class Two(Block):
+        def forward(self, x, other):
+            return F.relu(self.bn1(x) + other)
+
+    model = lively(Two())
+    twin = copy.deepcopy(model)
+    freeze(model, "fused-act")
+    freeze(twin, "fused")
+    for other in (torch.randn(1, C, 1, 1), x.double(), torch.tensor(2.0), 3, x):
+        expected, out = twin(x, other), model(x, other)
+        assert out.dtype == expected.dtype
+        assert torch.equal(out, expected)
+    assert [call for call in calls if call] == ["+relu"]
+
+
+def test_other_arguments_than_it_was_made_for_take_the_blocks_own_forward(x, calls):
+    class Optional(Block):
+        def forward(self, x, skip=None):
+            x = x if isinstance(x, torch.Tensor) else torch.cat(x)
+            z = F.relu(self.bn1(x))
+            return z if skip is None else z + skip
+
+    model = lively(Optional())
+    twin = copy.deepcopy(model)
+    freeze(model, "fused-act")
+    freeze(twin, "fused")
+    for args, kwargs in [((x,), {}), ([[x, x]], {}), ((x, x), {}), ((x,), {"skip": x})]:
+        assert torch.equal(model(*args, **kwargs), twin(*args, **kwargs))
+    assert torch.equal(model((x, x)), twin((x, x)))
+    assert [call for call in calls if call] == ["relu", "relu"]
+
+
+def test_writing_to_the_input_is_still_writing_to_it(x):
+    def forward(self, x):
+        kept = x
+        kept += 1
+        count = x.shape[0]
+        more = count
+        more += 1
+        return F.relu(self.bn1(kept)) * count / more
+
+    model = block(forward)
+    freeze(model, "fused-act")
+    twin = copy.deepcopy(model)
+    unfreeze(twin)
+    mine, theirs = x.clone(), x.clone()
+    out = model.eval()(mine)
+    assert torch.equal(out, twin.eval()(theirs))
+    assert torch.equal(mine, x + 1)
+
+
+# In place, by identity.
+
+
+class Residual(Block):
+    forward = residual
+
+
+@pytest.fixture
+def model():
+    return lively(nn.Sequential(Residual(), nn.BatchNorm2d(C), nn.ReLU(), Residual()))
+
+
+def description(model):
+    return [
+        (name, type(m), m.training, {k for k in vars(m) if k.startswith("_bnfreeze")})
+        for name, m in model.named_modules()
+    ] + [(name, p.requires_grad, id(p)) for name, p in model.named_parameters()]
+
+
+def test_blocks_stay_the_very_objects_and_unfreeze_gives_them_back_exactly(model, x):
+    before, modules = description(model), list(model.modules())
+    values, keys = state(model), list(model.state_dict())
+    expected = copy.deepcopy(model).eval()(x)
+    freeze(model, "fused-act")
+    assert list(map(id, model.modules())) == list(map(id, modules))
+    assert list(model.state_dict()) == keys
+    assert isinstance(model[0], Residual)
+    assert isinstance(model, nn.Sequential)
+    assert torch.equal(model.train()(x), expected)
+    unfreeze(model)
+    assert description(model) == before
+    assert moved(values, model) == set()
+
+
+def test_freezing_twice_changes_nothing(model):
+    first = freeze(model, "fused-act")
+    before = description(model)
+    again = freeze(model, "fused-act")
+    assert description(model) == before
+    assert absorbed(again) == absorbed(first)
+    assert {row.actions for row in again.layers} == {()}
+
+
+@pytest.mark.parametrize("policy", ["eval", "fused", "stats", "fused-act+weights"])
+def test_from_one_policy_to_another_and_back(model, x, policy):
+    before = description(model)
+    freeze(model, policy)
+    other = description(model)
+    first = freeze(copy.deepcopy(model), "fused-act")
+    assert absorbed(freeze(model, "fused-act")) == absorbed(first)
+    freeze(model, policy)
+    assert description(model) == other
+    unfreeze(model)
+    assert description(model) == before
+
+
+def test_with_weights_all_parameters_are_held_too(model, x, calls):
+    freeze(model, "fused-act+weights")
+    assert not any(p.requires_grad for p in model.parameters())
+    model(x)
+    assert calls == ["relu", "*relu", "relu", "relu", "*relu"]
+
+
+def test_only_what_is_selected_is_changed_or_absorbs(model, x, calls):
+    rules = {"0": "fused-act", "0.branch": "none", "3": "fused-act", "3.bn2": "eval"}
+    report = freeze(model, rules)
+    assert absorbed(report) == {"0.bn1": "relu", "0.bn2": "add+relu", "3.bn1": "relu"}
+    assert "in place onto another" in notes(report)["3.branch.1"]
+    assert type(model) is nn.Sequential
+    assert type(model[1]) is type(model[0].branch[1]) is nn.BatchNorm2d
+    before = state(model)
+    model.train()(x)
+    assert {n for n in moved(before, model) if "num" in n} == {
+        "0.branch.1.num_batches_tracked",
+        "1.num_batches_tracked",
+    }
+
+
+def test_giving_one_layer_back_leaves_the_others_what_they_can_absorb(model, x):
+    freeze(model, "fused-act")
+    rows = absorbed(unfreeze(model, "0.bn2"))
+    assert rows["0.bn1"] == "relu"
+    assert rows["3.bn2"] == "affine+add+relu"
+    assert not {"0.bn2", "0.branch.1"} & rows.keys()
+    assert type(model[0].bn2) is nn.BatchNorm2d
+
+
+def test_a_layer_given_back_behind_the_blocks_back_is_computed_as_it_is(model, x):
+    freeze(model, "fused-act")
+    unfreeze(model[0].bn2)
+    twin = copy.deepcopy(model)
+    unfreeze(twin)
+    assert torch.equal(model.eval()(x), twin.eval()(x))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_absorbs_too_and_belongs_to_itself(model, x, how, calls):
+    before = [type(module) for module in model.modules()]
+    freeze(model, "fused-act")
+    expected = model(x)
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    del calls[:]
+    assert torch.equal(twin(x), expected)
+    assert calls == ["relu", "*relu", "relu", "relu", "*relu"]
+    with torch.no_grad():
+        twin[0].bn1.weight.zero_()
+    assert torch.equal(model(x), expected)
+    unfreeze(model)
+    del calls[:]
+    twin(x)
+    assert "*relu" in calls
+    unfreeze(twin)
+    assert [type(module) for module in twin.modules()] == before
+
+
+def test_a_shallow_copy_takes_its_own_forward(model, x, calls):
+    freeze(model, "fused-act")
+    twin = copy.copy(model[0])
+    assert torch.equal(twin(x), model[0](x))
+    assert calls == ["", "", "", "relu", "*relu"]
+
+
+def test_an_error_leaves_nothing_half_changed(model, monkeypatch):
+    from bnfreeze import blocks
+
+    freeze(model, "fused")
+    before = description(model)
+
+    def fail(base, behaviour):
+        raise RuntimeError("half-way")
+
+    monkeypatch.setattr(blocks, "make_class", fail)
+    with pytest.raises(RuntimeError, match="half-way"):
+        freeze(model, "fused-act")
+    assert description(model) == before
+    monkeypatch.undo()
+    freeze(model, "fused-act")
+    absorbing = description(model)
+    with pytest.raises(PolicyError):
+        freeze(model, {"0": "eval", "nothing": "eval"})
+    assert description(model) == absorbing
+
+
+@pytest.mark.parametrize("how", ["compile", "export", "trace", "fx", "functional_call", "vmap"])
+def test_blocks_go_where_blocks_go(model, x, how, calls):
+    freeze(model, "fused-act")
+    expected = model.train()(x)
+    del calls[:]
+    if how == "compile":
+        other = torch.compile(model, backend="eager", fullgraph=True)
+    elif how == "export":
+        other = torch.export.export(model, (x,)).module()
+    elif how == "trace":
+        other = torch.jit.trace(model, x)
+    elif how == "fx":
+        other = torch.fx.symbolic_trace(model)
+        assert any("act" in str(node.target) for node in other.graph.nodes)
+    elif how == "functional_call":
+        values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        other = lambda x: torch.func.functional_call(model, values, (x,))  # noqa: E731
+    else:
+        other = lambda x: torch.vmap(model)(x[None])[0]  # noqa: E731
+    assert torch.allclose(other(x), expected, atol=1e-5)
+    if how in ("export", "fx"):
+        assert "*relu" not in calls
+
+
+def test_a_tensor_that_is_changed_in_place_later_does_not_break_the_backward_pass(x):
+    def forward(self, x):
+        x = self.conv1(x)
+        y = F.relu6(self.bn1(x)) + F.silu(self.bn2(x))
+        z = F.relu6(self.branch(y))
+        z *= 2
+        x += z
+        return x
+
+    assert same_as_fused(block(forward), (x,))
+
+
+@pytest.mark.parametrize("forward", [residual, lambda self, x: F.silu(self.bn1(self.conv1(x)))])
+def test_in_half_precision_it_rounds_no_more_than_fused(forward, x):
+    model = block(forward)
+    exact = copy.deepcopy(model).eval()(x.bfloat16().float())
+    errors = []
+    for policy in ("fused", "fused-act"):
+        twin = copy.deepcopy(model)
+        freeze(twin, policy)
+        for convolution in (twin.conv1, twin.conv2, twin.branch[0]):
+            convolution.bfloat16()
+        out = twin(x.bfloat16())
+        assert out.dtype == torch.bfloat16
+        errors.append((out - exact).norm() / exact.norm())
+    assert errors[1] < 1.2 * errors[0]
+
+
+def test_the_proof_holds_for_fused_blocks(model, x):
+    freeze(model, "fused-act")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    with guard(model, optimizer=optimizer):
+        for _ in range(2):
+            model.train()(x).sum().backward()
+            optimizer.step()
+
+
+def test_hooks_on_the_block_itself_run_as_before(x, calls):
+    model = block(residual)
+    seen = []
+    model.register_forward_hook(lambda module, args, out: seen.append(out))
+    freeze(model, "fused-act")
+    out = model(x)
+    assert seen == [out]
+    assert calls == ["relu", "*relu"]
+
+
+# timm's layer with an activation inside.
+
+
+def timms(act, drop=None, **options):
+    return lively(
+        nn.Sequential(
+            nn.Conv2d(C, C, 1),
+            timm.layers.BatchNormAct2d(C, act_layer=act, drop_layer=drop, **options),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("act", "absorbs"),
+    [(nn.ReLU, "relu"), (nn.ReLU6, "relu6"), (nn.SiLU, "silu"), (nn.Hardswish, "hardswish")],
+)
+def test_timms_layer_becomes_one_layer_with_its_activation(act, absorbs, x, calls):
+    model = timms(act)
+    kind, expected = type(model[1]), copy.deepcopy(model).eval()(x)
+    (row,) = freeze(model, "fused-act").layers
+    assert (row.policy, row.absorbs, row.note) == ("fused-act", absorbs, "")
+    assert torch.equal(model.train()(x), expected)
+    assert calls == [absorbs]
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    handle = model[1].act.register_forward_hook(lambda module, args, out: out + 1)
+    assert torch.equal(model(x), expected + 1)
+    handle.remove()
+    unfreeze(model)
+    assert type(model[1]) is kind
+    assert torch.equal(model.eval()(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: timms(nn.GELU), "its activation GELU is none of those"),
+        (lambda: timms(nn.ReLU, nn.Dropout2d), "it drops"),
+    ],
+)
+def test_timms_layer_keeps_its_own_forward_where_it_does_more(make, says, x):
+    model = make()
+    (row,) = freeze(model, "fused-act").layers
+    assert (row.policy, row.absorbs) == ("eval+affine", "")
+    assert says in row.note
+
+
+def test_timms_layer_without_an_activation_absorbs_what_follows(x, calls):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = timms(nn.ReLU, apply_act=False)
+
+        def forward(self, x):
+            return F.silu(self.body(x) + x)
+
+    model = lively(Around())
+    expected = copy.deepcopy(model).eval()(x)
+    assert absorbed(freeze(model, "fused-act")) == {"body.1": "add+silu"}
+    assert torch.equal(model(x), expected)
+    assert calls == ["+silu"]
