@@ -95,10 +95,8 @@ def unfreeze(model: nn.Module, match: str | Iterable[str] | None = None) -> Free
     modules = named_modules(model)
     chosen = modules
     if match is not None:
-        texts = [match] if isinstance(match, str | Pattern) else list(match)
-        chosen = matching(
-            modules, [t if isinstance(t, Pattern) else Pattern.parse(t) for t in texts]
-        )
+        texts = [match] if isinstance(match, str) else match
+        chosen = matching(modules, [Pattern.parse(text) for text in texts])
     frozen = [entry.module for entry in chosen if record_of(entry.module) is not None]
     absorbed = thaw(modules, frozen)
     done = {id(module): (("restore",), "") for module in frozen}
