@@ -28,7 +28,7 @@ __all__ = ["main"]
 _EXAMPLES: Final = """\
 examples:
   bnfreeze inspect resnet50.pth                    the norm layers, as a tree
-  bnfreeze inspect run/*.ckpt --plain | grep nan   one line a layer, of several files
+  bnfreeze inspect run/*.ckpt --plain | grep var-  one line a layer, of several files
   bnfreeze inspect last.pt --key model_ema         another state_dict of the same file
   bnfreeze inspect model.safetensors --sort dead   the layers with most dead channels first
   bnfreeze diff start.pt end.pt                    did the backbone really stay frozen?

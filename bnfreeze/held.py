@@ -38,6 +38,9 @@ class Swapped(nn.Module):
     # What a class made of the module's own is called by, in front of that one's name.
     prefix: ClassVar[str] = "Held"
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """End here: a registry that the user's class keeps of its subclasses is not for ours."""
+
     @classmethod
     def members(cls, base: type[nn.Module]) -> dict[str, Any]:
         """What a class made of the class `base` has beyond those two."""

@@ -22,7 +22,8 @@ from bnfreeze.norms import (
     keeps_unknown_statistics,
     named_modules,
 )
-from bnfreeze.record import held_names, record_of
+from bnfreeze.policy import Policy
+from bnfreeze.record import held_names, policy_name, record_of
 from bnfreeze.render import Sheet, told_kinds
 from bnfreeze.train_mode import training_flags
 
@@ -123,7 +124,26 @@ def inspect(
         findings.append(
             Finding("note", "no-norm-layer", "", "The model has no norm layer.", "Nothing to do.")
         )
+    if _all_held(modules):
+        findings.append(
+            Finding(
+                "warning",
+                "nothing-trains",
+                "",
+                "Every parameter of the model is held: there is nothing left to train, and "
+                "backward() fails.",
+                "Leave out what shall train, the head, say: {'**': 'eval+weights', 'fc': 'none'}.",
+            )
+        )
     return ModelInspection(tuple(layers), by_gravity(findings))
+
+
+def _all_held(modules: Iterable[NamedModule]) -> bool:
+    records = [record_of(entry.module) for entry in modules]
+    if not any(record is not None and Policy.WEIGHTS in record.policy for record in records):
+        return False
+    parameters = [p for entry in modules for p in entry.module._parameters.values()]
+    return not any(p is not None and p.requires_grad for p in parameters)
 
 
 def _layer_findings(
@@ -223,11 +243,25 @@ def _gradient_findings(
             "warning",
             "grad-left",
             name,
-            f"{' and '.join(left)} has requires_grad=False but a .grad is left: "
+            f"{_and(left)} requires_grad=False but a .grad is left: "
             f"the next optimizer step moves it.",
             "Use freeze(model, 'affine'), which clears it, or set .grad = None.",
         )
     optimized = optimized or {}
+    record = record_of(layer)
+    moving = [
+        name
+        for name in (record.requires_grad if record else ())
+        if (parameter := layer._parameters.get(name)) is not None and parameter.requires_grad
+    ]
+    if moving:
+        yield Finding(
+            "warning",
+            "held-trains",
+            name,
+            f"{_and(moving)} requires_grad=True again, though policy {policy_name(layer)} holds.",
+            "Something set the flag since, requires_grad_() on the whole model, say: freeze again.",
+        )
     listed = [n for n in held_names(layer) if n in own and id(own[n]) in optimized]
     if listed and not left:
         names = " and ".join(listed)
@@ -250,6 +284,10 @@ def _gradient_findings(
                 f".grad is None.",
                 f"Harmless; to be tidy, {tidy}",
             )
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join(names) + (" has" if len(names) == 1 else " have")
 
 
 def _unknown(entry: NamedModule) -> Finding:

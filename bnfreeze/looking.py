@@ -130,10 +130,19 @@ def selected(tensors: Mapping[str, StoredTensor], select: Sequence[str]) -> dict
         pattern = Pattern.parse(text)
         matching = {module for module in set(modules.values()) if pattern.matches(module)}
         if not matching:
-            close = nearest(text, dict.fromkeys(modules.values()))
+            close = nearest(text, _with_parents(modules.values()))
             raise PolicyError(
                 f"Pattern {text!r} matches nothing in it."
                 + (f" Did you mean {' or '.join(map(repr, close))}?" if close else "")
             )
         wanted |= matching
     return {name: tensors[name] for name, module in modules.items() if module in wanted}
+
+
+def _with_parents(names: Iterable[str]) -> dict[str, None]:
+    found: dict[str, None] = {}
+    for name in names:
+        while name and name not in found:
+            found[name] = None
+            name = name.rpartition(".")[0]
+    return found

@@ -85,7 +85,7 @@ def _plan_one(choice: Selected, flags: Mapping[int, bool]) -> Change:
     notes = ["also " + ", ".join(entry.names[1:])] if len(entry.names) > 1 else []
     if not norm:
         policy = Policy.WEIGHTS
-    _check_promise(name, module, policy)
+    _check_promise(entry, policy)
     kind = base
     if norm:
         kind, policy, note = _kind(name, module, policy)
@@ -103,7 +103,7 @@ def _plan_one(choice: Selected, flags: Mapping[int, bool]) -> Change:
     old = record_of(module)
     record = Record(
         policy=policy,
-        training=old.training if old else module.training,
+        training=old.training if old and old.policy.forces_eval else module.training,
         requires_grad={key: flags.get(id(p), p.requires_grad) for key, p in held.items()},
     )
     return Change(entry, kind, record, held, "; ".join(filter(None, notes)))
@@ -122,7 +122,8 @@ def check_class(entry: NamedModule) -> None:
         )
 
 
-def _check_promise(name: str, module: nn.Module, policy: Policy) -> None:
+def _check_promise(entry: NamedModule, policy: Policy) -> None:
+    module, name = entry.module, entry.name or "The model"
     if is_lazy(module):
         raise PolicyError(
             f"{name} is a {type(module).__name__} that has not seen an input yet, so there is "
@@ -131,8 +132,9 @@ def _check_promise(name: str, module: nn.Module, policy: Policy) -> None:
     if policy.forces_eval and is_norm(module) and not keeps_statistics(module):
         raise PolicyError(
             f"{name} was built with track_running_stats=False: it has no running statistics to "
-            f"normalise with, so policy '{policy}' cannot be kept. Leave it out with the rule "
-            f"{{{name!r}: 'none'}}, or build it with track_running_stats=True."
+            f"normalise with, so policy '{policy}' cannot be kept. Leave it out"
+            + (f" with the rule {{{entry.name!r}: 'none'}}" if entry.name else "")
+            + ", or build it with track_running_stats=True."
         )
 
 

@@ -188,15 +188,17 @@ def _table(sheet: Sheet, width: int) -> Table:
         padding=(0, 1, 0, 0),
     )
     # Short words stay whole; the name takes what they leave, and folds rather than loses its end.
-    room = width - sum(2 + min(longest[i], _PROSE) for i in shown[1:]) - 2
+    # Where there is no room for that, everything folds: a figure cut short is another figure.
+    room = width - 2 * len(shown) - 2 - sum(min(longest[i], _PROSE) for i in shown[1:])
+    tight = room < min(12, longest[0])
     for i in shown:
         numeric = all(cell.isdigit() for cell in cells[i] if cell)
         table.add_column(
             sheet.columns[i],
             justify="right" if numeric else "left",
             overflow="fold",
-            min_width=max(12, min(room, longest[i])) if i == 0 else None,
-            no_wrap=i > 0 and longest[i] < _PROSE,
+            width=min(room, longest[i]) if i == 0 and not tight else None,
+            no_wrap=i > 0 and longest[i] < _PROSE and not tight,
         )
     for row in rows:
         heading = len(row) > 1 and not any(row[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -74,6 +75,8 @@ class FreezeReport(Printable):
             done, count = "given back", sum("restore" in row.actions for row in norms)
         else:
             done, count = "frozen", sum(row.policy != "none" for row in norms)
+        tally = Counter(row.absorbs for row in norms if row.absorbs)
+        absorbed = ", ".join(f"{number} {what}" for what, number in tally.most_common())
         title, further = told_kinds(f"Norm layers {done}", [row.kind for row in norms])
         return Sheet(
             title=title,
@@ -90,7 +93,8 @@ class FreezeReport(Printable):
             rows=[_cells(row) for row in norms],
             findings=self.findings,
             verdict=f"{count} of {len(norms)} norm layers {done}"
-            + (f", and the weights of {others} other modules." if others else "."),
+            + (f", and the weights of {others} other modules." if others else ".")
+            + (f" They absorb: {absorbed}." if absorbed else ""),
             further=further,
         )
 

@@ -112,6 +112,8 @@ def _nothing_found(modules: Sequence[NamedModule], rule: Rule, wanted: Policy) -
     if reached:
         more = f" and {len(reached) - 1} more modules" if len(reached) > 1 else ""
         problem = f"matches {reached[0].name!r}{more}, but no {what}."
+    if set("[]{}()|") & set(text):
+        problem += " Only *, ? and ** are special in a pattern."
     return f"Pattern {text!r} {problem}" + _suggest(
         text, modules, lambda module: _eligible(module, wanted), skip=reached
     )

@@ -123,7 +123,7 @@ def look_at(
                 "note",
                 "no-norm-layer",
                 "",
-                "No tensor is named running_mean or running_var: there is no norm layer in it.",
+                "No tensor looked at is named running_mean or running_var: there is no norm layer.",
                 "Nothing to freeze.",
             )
         )

@@ -77,7 +77,9 @@ def unfreeze(model: nn.Module, match: str | Iterable[str] | None = None) -> Free
     """Give frozen layers back exactly as they were: class, forward and requires_grad.
 
     The training flag becomes the one last asked for by ``train()`` or ``eval()``, as if the layer
-    had never been frozen. Values are left as they are. Where nothing is frozen, nothing is done.
+    had never been frozen. Values are left as they are; only the statistics of a fused layer, which
+    stayed in fp32 while the model was cast to a half precision, follow it. Where nothing is
+    frozen, nothing is done.
 
     Args:
         model: the model that was frozen, or a copy of it, or one loaded from a file.
@@ -142,5 +144,5 @@ def _findings(
     return tuple(
         finding
         for finding in inspect(model, optimizer=optimizer).findings
-        if finding.layer in frozen or finding.code == "unknown-norm"
+        if finding.layer in frozen or finding.code in ("unknown-norm", "nothing-trains")
     )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+
+from bnfreeze.norms import is_norm
 
 __all__ = ["training_flags"]
 
@@ -15,7 +18,8 @@ def training_flags(model: nn.Module) -> dict[int, bool]:
 
     The model is asked by calling it, because any module may override ``train`` (mmdetection's
     ``norm_eval`` backbones do, and set requires_grad there as well). The flags that the call
-    changed are put back. A model that refuses to be switched keeps the flags that it has.
+    changed are put back. Where there is no norm layer inside, an override is passed by: a LoRA
+    layer, say, merges its weights there. A model that refuses to be switched keeps its flags.
     """
     modules = list(model.modules())
     # Of a frozen layer, the record remembers the mode last asked for.
@@ -24,12 +28,33 @@ def training_flags(model: nn.Module) -> dict[int, bool]:
         for m in modules
     ]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with contextlib.suppress(NotImplementedError):  # what torch.export gives back refuses
-        model.train()
-    flags = {id(module): module.training for module in modules}
-    for module, attributes in zip(modules, kept, strict=True):
-        module.__dict__.update(attributes)
-    for parameter, flag in required:
-        if parameter.requires_grad is not flag:
-            parameter.requires_grad_(flag)
-    return flags
+    try:
+        # Whatever it raises is raised again by the loop that calls it, and is no business here.
+        with _passing_by(modules), contextlib.suppress(Exception):
+            model.train()
+        return {id(module): module.training for module in modules}
+    finally:
+        for module, attributes in zip(modules, kept, strict=True):
+            module.__dict__.update(attributes)
+        for parameter, flag in required:
+            if parameter.requires_grad is not flag:
+                parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _passing_by(modules: list[nn.Module]) -> Iterator[None]:
+    """Let no module's own ``train`` run that has no norm layer inside."""
+    passed = [
+        module
+        for module in modules
+        if type(module).train is not nn.Module.train
+        and "train" not in module.__dict__
+        and not any(is_norm(inner) for inner in module.modules())
+    ]
+    for module in passed:
+        module.__dict__["train"] = lambda mode=True, module=module: module
+    try:
+        yield
+    finally:
+        for module in passed:
+            del module.__dict__["train"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from bnfreeze.blocks import PROGRAMS, absorb_in, release
-from bnfreeze.norms import NamedModule, is_norm, keeps_statistics
+from bnfreeze.norms import STATISTICS, NamedModule, is_norm, keeps_statistics
 from bnfreeze.plan import Change, check_class
 from bnfreeze.policy import Policy
 from bnfreeze.record import Record, layer_class, record_of, set_record, was_lookalike
@@ -90,7 +91,19 @@ def _restore(module: nn.Module) -> None:
         module.__class__ = base
         if record.policy.forces_eval:
             module.__dict__["training"] = record.training
+        if record.policy & (Policy.FUSED | Policy.FUSED_ACT):
+            _cast_along(module)
     set_record(module, None)
+
+
+def _cast_along(module: nn.Module) -> None:
+    """Let statistics that a fused layer kept in fp32 follow a cast of the model, as they would."""
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.dtype.itemsize < 4 and weight.is_floating_point():
+        for name in STATISTICS[:2]:
+            buffer = module._buffers.get(name)
+            if buffer is not None and buffer.dtype is torch.float32:
+                buffer.data = buffer.data.to(weight.dtype)
 
 
 def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[int, Absorption]:
@@ -107,10 +120,30 @@ def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[in
     for entry in thawed:
         check_class(entry)
     release(modules)
+    flags = _flags(thawed)
     for entry in thawed:
         _restore(entry.module)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
     _hold_tied(modules)
     return absorb_in(modules)
+
+
+def _flags(thawed: Sequence[NamedModule]) -> list[tuple[nn.Parameter, bool]]:
+    """The flag that each parameter gets back.
+
+    A tied one has several records. Where its layers were frozen by themselves, the later of these
+    saw it held already; so it required a gradient if any says so.
+    """
+    found: dict[int, tuple[nn.Parameter, bool]] = {}
+    for entry in thawed:
+        record = record_of(entry.module)
+        for name, flag in record.requires_grad.items() if record else ():
+            parameter = entry.module._parameters.get(name)
+            if parameter is not None:
+                before = found.get(id(parameter), (parameter, False))[1]
+                found[id(parameter)] = (parameter, flag or before)
+    return list(found.values())
 
 
 def _hold_tied(modules: Sequence[NamedModule]) -> None:

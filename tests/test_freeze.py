@@ -207,6 +207,7 @@ def test_an_exception_to_weights_may_stand_for_a_module_without_norm_layers(mode
         ({"head.1": "eval"}, "matches 'head.1', but no norm layer"),
         ({"head.0": "eval+weights"}, "no norm layer and no parameter"),
         ({"layer1": "none"}, "matches no module"),
+        ({"layer[12]": "eval"}, "Only *, ? and ** are special"),
         ({"": "eval", "Stem": "affine"}, "Did you mean 'stem'"),
     ],
 )
@@ -423,3 +424,37 @@ def test_two_models_do_not_know_of_each_other(model, images):
     before = state(other)
     other.train()(images)
     assert statistics(moved(before, other)) == statistics(before)
+
+
+@pytest.mark.parametrize("first", ["stats", "affine", "eval"])
+@pytest.mark.parametrize("second", ["stats", "eval", "fused"])
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_flag_last_asked_for_survives_a_change_of_policy(model, first, second, mode):
+    model.train(not mode)
+    freeze(model, first)
+    model.train(mode)
+    freeze(model, second)
+    unfreeze(model)
+    assert {layer.training for layer in norms(model).values()} == {mode}
+
+
+def test_tied_layers_frozen_by_themselves_are_given_back_together():
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    model = nn.ModuleDict({"first": first, "second": second})
+    freeze(first, "weights")
+    freeze(second, "weights")
+    unfreeze(model)
+    assert first.weight.requires_grad
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_layer_fused_while_the_model_went_to_half_precision_works_when_given_back(
+    model, images, half
+):
+    plain = copy.deepcopy(model).to(half)
+    freeze(model, "fused")
+    buffers = {name: id(buffer) for name, buffer in model.to(half).named_buffers()}
+    unfreeze(model)
+    assert torch.equal(model.eval()(images.to(half)), plain.eval()(images.to(half)))
+    assert {name: id(buffer) for name, buffer in model.named_buffers()} == buffers

@@ -104,6 +104,49 @@ def test_the_dict_is_plain_json_with_stable_keys(model):
     }
 
 
+def test_a_train_of_the_users_own_that_does_more_is_not_run_where_it_need_not_be(model, images):
+    class Lora(nn.Linear):
+        # Merges and unmerges, as such layers do.
+        def train(self, mode=True):
+            self.weight.data += 1
+            return super().train(mode)
+
+    model.head[1] = Lora(6 * 8 * 8, 5)
+    before = state(model)
+    freeze(model, "eval+affine")
+    inspect(model)
+    assert moved(before, model) == set()
+    assert "train" not in vars(model.head[1])
+
+
+def test_a_train_that_raises_leaves_no_trace(model):
+    class Refuses(Small):
+        def train(self, mode=True):
+            super().train(mode)
+            raise RuntimeError("not now")
+
+    refuses = Refuses()
+    refuses.stem[1].__dict__["training"] = False
+    report = freeze(refuses, {"head": "eval"})
+    assert {row.policy for row in report.layers} == {"none", "eval"}
+    assert not refuses.stem[1].training
+
+
+def test_a_flag_set_again_on_what_is_held_is_told(model):
+    freeze(model, "eval+affine")
+    model.requires_grad_(True)
+    found = {f.layer: f.message for f in inspect(model).findings if f.code == "held-trains"}
+    assert len(found) == 4
+    assert "weight and bias have requires_grad=True again" in found["stem.1"]
+
+
+def test_a_model_in_which_nothing_is_left_to_train_is_told(model):
+    report = freeze(model, "eval+weights")
+    assert [f.layer for f in report.findings if f.code == "nothing-trains"] == [""]
+    freeze(model, "eval+affine")
+    assert "nothing-trains" not in {f.code for f in inspect(model).findings}
+
+
 def test_errors_come_first(model):
     model.head[2].running_var[0] = -1
     model.stem[1].reset_running_stats()

@@ -47,11 +47,6 @@ class WithArguments(nn.BatchNorm2d):
         return super().forward(x) * self.scale + shift
 
 
-class Sealed(nn.BatchNorm2d):
-    def __init_subclass__(cls):
-        raise RuntimeError("no children")
-
-
 LAYERS = {
     "1d": (lambda: nn.BatchNorm1d(6), (5, 6)),
     "1d over a sequence": (lambda: nn.BatchNorm1d(6), (5, 6, 7)),
@@ -212,6 +207,11 @@ def test_a_batch_norm_without_statistics_cannot_be_held_in_eval(policy):
     assert not model.train()[0].training
 
 
+def test_the_advice_for_a_root_without_statistics_is_no_rule_that_cannot_match():
+    with pytest.raises(PolicyError, match=r"cannot be kept. Leave it out, or build it"):
+        freeze(nn.BatchNorm1d(4, track_running_stats=False), "eval")
+
+
 def test_a_batch_norm_without_statistics_has_none_to_hold_and_its_affine_can_be():
     layer = nn.BatchNorm2d(3, track_running_stats=False)
     (row,) = freeze(layer, "stats+affine").layers
@@ -243,12 +243,37 @@ def test_all_that_cannot_be_frozen_is_told_at_once():
     assert lines[5] == "… and 2 more layers."
 
 
-def test_a_class_that_refuses_to_be_subclassed_is_a_policy_error():
-    sealed = nn.BatchNorm2d(3)
-    sealed.__class__ = type("Sealed", (nn.BatchNorm2d,), {})
-    type(sealed).__init_subclass__ = classmethod(Sealed.__init_subclass__.__func__)
+@pytest.mark.parametrize("policy", ["stats", "affine", "eval"])
+def test_a_class_that_registers_or_refuses_its_subclasses_does_not_see_ours(policy):
+    seen = []
+
+    class Registered(nn.BatchNorm2d):
+        def __init_subclass__(cls, **kwargs):
+            seen.append(cls)
+            raise RuntimeError("no children")
+
+    layer = Registered(3)
+    freeze(layer, policy)
+    assert seen == []
+    assert isinstance(layer, Registered)
+    unfreeze(layer)
+    assert type(layer) is Registered
+
+
+def test_a_class_whose_metaclass_refuses_a_subclass_is_a_policy_error():
+    class Final(type):
+        def __new__(mcs, name, bases, namespace):
+            if name.startswith("Held"):
+                raise TypeError("final")
+            return super().__new__(mcs, name, bases, namespace)
+
+    class Sealed(nn.BatchNorm2d, metaclass=Final):
+        pass
+
+    model = nn.Sequential(nn.BatchNorm2d(3), Sealed(3))
     with pytest.raises(PolicyError, match="does not let itself be subclassed"):
-        freeze(nn.Sequential(nn.BatchNorm2d(3), sealed), "eval")
+        freeze(model, "eval")
+    assert type(model[0]) is nn.BatchNorm2d
 
 
 def test_a_layer_on_the_meta_device_is_frozen_too():

@@ -43,6 +43,7 @@ def save(state: State, path: Path) -> None:
     header = {"format": _FORMAT, "schema": _SCHEMA, "facts": state.facts.to_dict()}
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        fresh.touch()  # where that cannot be, the error is Python's own
         if state.digests:
             text = json.dumps({**header, "sha256": dict(state.digests)}, indent=1)
             fresh.write_text(text, encoding="utf-8")

@@ -92,7 +92,7 @@ def test_tracing_names_the_very_line(mutant):
     if "checkpoint(" in mutant.writes:
         # An exception out of a checkpointed forward leaves torch's saved-tensor hooks in place
         # until its traceback is collected, and then they meet the next test's tensors.
-        del caught
+        del caught, drift, watch
         gc.collect()
 
 

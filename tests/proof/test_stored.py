@@ -106,6 +106,7 @@ def test_what_no_checkpoint_can_hold_is_unverified(model, tmp_path, capsys):
         (["verify", "end.pt", "start.pt"], "is no snapshot"),
         (["snapshot", "start.pt", "-o", "end.pt"], "is there already, and is no snapshot"),
         (["snapshot", "linear.pt", "-o", "held"], "holds no norm layer"),
+        (["snapshot", "start.pt", "-o", "no/where"], "cannot be written"),
     ],
 )
 def test_what_cannot_be_done_is_told_with_exit_code_2(files, capsys, monkeypatch, arguments, says):
