@@ -149,7 +149,9 @@ def verify(
     ``guard(trace=True)``.
 
     Args:
-        model: the model of which the snapshot was taken, or one that should be equal to it.
+        model: the very model of which the snapshot was taken: a copy of it has other parameter
+            objects, which is a drift, for optimizers would not see them. With a snapshot from
+            `Snapshot.load`, any model that should be equal to it.
         snapshot: from `snapshot`, or `Snapshot.load`.
         process_group: with it, every rank of the group checks its own tensors, all learn what
             the others found, and what is not sharded must be equal on all ranks. Every rank has
