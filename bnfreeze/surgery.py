@@ -82,7 +82,8 @@ def unfreeze(model: nn.Module, match: str | Iterable[str] | None = None) -> Free
     frozen, nothing is done.
 
     Args:
-        model: the model that was frozen, or a copy of it, or one loaded from a file.
+        model: the model that was frozen, or a copy of it, or one loaded from a file. Of a part of
+            it, only what that part holds is known: a parameter tied to one elsewhere thaws.
         match: a pattern of dotted module names, or several; None for all.
 
     Returns:
