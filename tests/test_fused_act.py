@@ -12,12 +12,20 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its customary name
 from torchvision.ops import StochasticDepth
 
-from bnfreeze import PolicyError, freeze, functional, guard, layers, unfreeze
+from bnfreeze import PolicyError, freeze, functional, guard, layers, survey, unfreeze
 
 from .absorb import lively, same_as_fused
 from .helpers import moved, state
 
 C = 4
+
+
+@pytest.fixture(autouse=True)
+def known(request, monkeypatch):
+    """Take the blocks of this file for a known library's."""
+    if "strangers" not in request.keywords:
+        package = __name__.partition(".")[0]
+        monkeypatch.setattr(survey, "KNOWN_PACKAGES", survey.KNOWN_PACKAGES | {package})
 
 
 class Block(nn.Module):
@@ -789,3 +797,30 @@ def test_timms_layer_without_an_activation_absorbs_what_follows(x, calls):
     assert absorbed(freeze(model, "fused-act")) == {"body.1": "add+silu"}
     assert torch.equal(model(x), expected)
     assert calls == ["+silu"]
+
+
+class OfUnknownOrigin(nn.Module):
+    """Its forward depends on what no module holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()
+
+    def forward(self, x):
+        out = self.relu(self.bn(self.conv(x)))
+        return out if torch.is_grad_enabled() else out * 2
+
+
+@pytest.mark.strangers
+def test_a_block_of_unknown_origin_keeps_its_own_forward_and_the_report_says_so():
+    block, x = OfUnknownOrigin(), torch.randn(2, C, 3, 3)
+    model = nn.Sequential(block, nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()))
+    report = freeze(model, "fused-act")
+    rows = {row.name: row for row in report.layers}
+    assert rows["0.bn"].absorbs == ""
+    assert "OfUnknownOrigin is of none of the libraries" in rows["0.bn"].note
+    assert rows["1.1"].absorbs == "relu"
+    assert type(block) is OfUnknownOrigin
+    with torch.no_grad():
+        outside = block(x)
+    assert torch.equal(outside, block(x) * 2)
