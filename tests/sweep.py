@@ -117,7 +117,7 @@ def batch(name):
             one["keypoints"] = torch.tensor([[[20.0, 20.0, 1.0]] * 17])
         return images, [copy.deepcopy(one) for _ in images]
     if kind(name) == "video":
-        size = 224 if name.startswith(("mvit", "swin")) else 64
+        size = 224 if name.startswith(("mvit", "swin", "s3d")) else 64
         return (torch.randn(2, 3, 16 if name.startswith(("mvit", "s3d")) else 4, size, size),)
     if name == "inception_v3":
         return (torch.randn(2, 3, 299, 299),)
