@@ -1,5 +1,9 @@
 """What many tests need: a state to compare with, bit for bit, and a training step."""
 
+import copy
+import io
+import pickle
+
 import torch
 
 
@@ -35,3 +39,16 @@ STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 
 def statistics(names):
     return {name for name in names if name.rpartition(".")[2] in STATISTICS}
+
+
+def copied(model, how):
+    """The model copied by ``"deepcopy"``, ``"pickle"`` or, whole into a file, ``"save"``."""
+    if how == "deepcopy":
+        return copy.deepcopy(model)
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(model))
+    assert how == "save"
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)

@@ -1,7 +1,6 @@
 """freeze and unfreeze: what they change, what they leave, and that the way back is exact."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -12,7 +11,7 @@ import bnfreeze
 from bnfreeze import Policy, PolicyError, freeze, unfreeze
 
 from .conftest import Small
-from .helpers import moved, state, statistics, step
+from .helpers import copied, moved, state, statistics, step
 
 POLICIES = [
     "stats",
@@ -249,15 +248,7 @@ def test_a_shared_layer_is_frozen_once_under_all_its_names(images):
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
 def test_a_copy_is_frozen_too_and_unfreezes_by_itself(model, images, policy, how):
     freeze(model, policy)
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
+    twin = copied(model, how)
     before = state(twin)
     step(twin, images)
     if Policy.parse(policy).holds_statistics:

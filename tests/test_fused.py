@@ -1,7 +1,6 @@
 """The policy `fused`: what becomes a FrozenBatchNorm, what it computes, and the way back."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -25,7 +24,7 @@ from bnfreeze import (
     unfreeze,
 )
 
-from .helpers import moved, state, step
+from .helpers import copied, moved, state, step
 
 
 def made(layer):
@@ -208,10 +207,7 @@ def test_weight_and_bias_train_when_told_to(model, images):
 
 def test_a_model_saved_whole_comes_back_fused(model, images):
     freeze(model, "fused")
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    twin = torch.load(file, weights_only=False)
+    twin = copied(model, "save")
     assert torch.equal(twin.train()(images), model(images))
     unfreeze(twin)
     assert type(twin.stem[1]) is nn.BatchNorm2d

@@ -1,7 +1,6 @@
 """The policy `fused-act`: what is absorbed, what is not and why, and that nothing else changes."""
 
 import copy
-import io
 import operator
 import pickle
 
@@ -15,7 +14,7 @@ from torchvision.ops import StochasticDepth
 from bnfreeze import PolicyError, freeze, functional, guard, layers, survey, unfreeze
 
 from .absorb import lively, same_as_fused
-from .helpers import moved, state
+from .helpers import copied, moved, state
 
 C = 4
 
@@ -610,20 +609,12 @@ def test_a_layer_given_back_behind_the_blocks_back_is_computed_as_it_is(model, x
     assert torch.equal(model.eval()(x), twin.eval()(x))
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
 def test_a_copy_absorbs_too_and_belongs_to_itself(model, x, how, calls):
     before = [type(module) for module in model.modules()]
     freeze(model, "fused-act")
     expected = model(x)
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
+    twin = copied(model, how)
     del calls[:]
     assert torch.equal(twin(x), expected)
     assert calls == ["relu", "*relu", "relu", "relu", "*relu"]
