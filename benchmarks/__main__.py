@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for peer, why in absent.items():
         tell(f"{peer} is {why}")
     commit = runs.commit()  # of what is measured, and not of what is edited meanwhile
-    records, failed = _measured(options.works or WORKS, setting)
+    records, failed = measured(options.works or WORKS, setting)
     tell("done")
     words = sys.argv[1:] if arguments is None else arguments
     run = Run(
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
-def _measured(works: Iterable[str], setting: Setting) -> tuple[list[Record], bool]:
+def measured(works: Iterable[str], setting: Setting) -> tuple[list[Record], bool]:
     """Return the records of some works and whether one failed, which does not cost the others."""
     records: list[Record] = []
     failed = False

@@ -8,7 +8,9 @@ is always the same. Not yet run on a GPU.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +18,7 @@ import torch
 from benchmarks.measure import Effort, Sampler, in_turns, seconds
 
 if TYPE_CHECKING:
+    from benchmarks.setting import Setting
     from benchmarks.work_layer import Call
 
 Times = dict[str, list[float]]
@@ -36,15 +39,22 @@ def copies_past_l2(nbytes: int, device: torch.device) -> int:
     return max(2, -(-2 * l2 // nbytes))
 
 
-def peak_mib(step: Callable[[], object], device: torch.device) -> float:
-    """Return the most memory that is allocated at once during one step, after a first one."""
+def peak_mib(make: Callable[[], Callable[[], object]], device: torch.device) -> float:
+    """Return the most memory that a step has allocated at once, its model included.
+
+    Args:
+        make: makes the step, with all that it holds. The second call of what it returns counts.
+        device: a CUDA device.
+    """
+    gc.collect()
+    before = torch.cuda.memory_allocated(device)
+    step = make()
     step()
     torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     step()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / 2**20
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def graph(work: Callable[[], object], pool: object) -> Callable[[], None]:
@@ -62,26 +72,25 @@ def graph(work: Callable[[], object], pool: object) -> Callable[[], None]:
 
 
 def layer_times(
-    calls: Mapping[str, Call], device: torch.device, effort: Effort
+    calls: Mapping[str, Call], setting: Setting, effort: Effort
 ) -> Iterator[tuple[dict[str, str], Times]]:
     """Yield the times of one call: forward and backward; eager and replayed; cold and warm."""
     copies = len(next(iter(calls.values())).inputs)
     many, same = list(range(copies)), [0] * copies
     pool = torch.cuda.graph_pool_handle()
     for launch, l2 in (("eager", "cold"), ("graph", "cold"), ("graph", "warm")):
-        make = _eager if launch == "eager" else _replayed
-        pairs = {
-            arm: make(call, many if l2 == "cold" else same, pool, device)
-            for arm, call in calls.items()
-        }
+        make = _eager if launch == "eager" else partial(_replayed, pool=pool)
+        numbers = many if l2 == "cold" else same
+        pairs = setting.prepared(
+            {arm: partial(make, call, numbers, setting.device) for arm, call in calls.items()},
+            f"({launch}, {l2} L2)",
+        )
         for index, pass_ in enumerate(("forward", "backward")):
             times = in_turns({arm: pair[index] for arm, pair in pairs.items()}, effort)
             yield {"pass": pass_, "launch": launch, "L2": l2}, times
 
 
-def _eager(
-    call: Call, numbers: list[int], pool: object, device: torch.device
-) -> tuple[Sampler, Sampler]:
+def _eager(call: Call, numbers: list[int], device: torch.device) -> tuple[Sampler, Sampler]:
     def forward() -> float:
         return seconds(lambda: [call.forward(n) for n in numbers], device) / len(numbers)
 
@@ -98,7 +107,7 @@ def _eager(
 
 
 def _replayed(
-    call: Call, numbers: list[int], pool: object, device: torch.device
+    call: Call, numbers: list[int], device: torch.device, pool: object
 ) -> tuple[Sampler, Sampler]:
     """Capture the forwards in one graph and the backwards in another."""
     warm = len(set(numbers)) == 1

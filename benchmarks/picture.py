@@ -33,6 +33,7 @@ def draw(records: Sequence[Record], title: str, footer: str) -> str:
     for panel, precision in enumerate(PRECISIONS):
         left = _LABELS + panel * (_PANEL + _GAP)
         parts.append(_text(left, _TOP - 10, precision, weight=600))
+        labels = []  # above the line at 1
         for row, name in enumerate(arms):
             for place, layout in enumerate(LAYOUTS):
                 one = found.get((name, precision, layout))
@@ -40,11 +41,13 @@ def draw(records: Sequence[Record], title: str, footer: str) -> str:
                     y = _TOP + _ROW * row + 4 + place * (_BAR + 1)
                     colour = _COLOURS[name.startswith("bnfreeze")][place]
                     parts += _bar(one, left, y, _PANEL / most, colour)
+                    labels += _label(one, left, y, _PANEL / most)
         one_at = left + _PANEL / most
         parts.append(
             f'<line x1="{one_at:.1f}" x2="{one_at:.1f}" y1="{_TOP}" y2="{bottom}" '
             'stroke="#b91c1c" stroke-dasharray="3 3"/>'
         )
+        parts += labels
         parts.append(_text(one_at, bottom + 14, "1", anchor="middle", size=11))
     for place, layout in enumerate(LAYOUTS):
         x = width - 190 + 70 * place
@@ -69,7 +72,12 @@ def _bar(one: Record, left: float, y: float, scale: float, colour: str) -> Itera
             f'<line x1="{left + one.low * scale:.1f}" x2="{left + one.high * scale:.1f}" '
             f'y1="{middle}" y2="{middle}" stroke="#111827"/>'
         )
-    yield _text(left + one.high * scale + 4, y + _BAR - 1, f"{one.median:.2f}", size=9)
+
+
+def _label(one: Record, left: float, y: float, scale: float) -> Iterable[str]:
+    x = left + one.high * scale + 4
+    yield _rectangle(x - 1, y, 22, _BAR, "#ffffff")
+    yield _text(x, y + _BAR - 1, f"{one.median:.2f}", size=9)
 
 
 def _rectangle(x: float, y: float, width: float, height: float, colour: str) -> str:

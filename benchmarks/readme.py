@@ -61,7 +61,7 @@ def drawn(run: Run) -> str:
     case = records[0].case
     images = case["batch"].replace(" at ", " images of ")
     title = f"A training step of a ResNet-50, {images} × {images.rpartition(' ')[2]}"
-    footer = f"Time as a ratio to {BASE}; the lines are the quartiles. {report.about(run)[0]}"
+    footer = f"Time as a ratio to {BASE}; the lines are the quartiles. {_machine(run)}."
     return picture.draw(records, title, footer)
 
 
@@ -88,9 +88,7 @@ def _table(records: Sequence[Record]) -> str:
 
 
 def _machine(run: Run) -> str:
-    threads = run.device.get("threads")
-    many = f", {threads} {'thread' if threads == '1' else 'threads'}" if threads else ""
-    return f"{run.device['name']}{many}, torch {run.versions['torch'].partition('+')[0]}"
+    return f"{report.machine(run)}, torch {run.versions['torch'].partition('+')[0]}"
 
 
 def _guard(run: Run) -> str:
@@ -149,11 +147,12 @@ def _verdict(run: Run) -> str:
             below += here[ours].median < 1
         name = ours.removeprefix("bnfreeze ")
         told.append(
-            f"A step with `{name}` is as fast as with the fastest of the others, or faster, in "
-            f"{level} of {len(cases)} combinations of precision and layout (by the quartiles), and "
-            f"faster than `BatchNorm2d.eval()` in {below}."
+            f"with `{name}` in {level} as fast as with the fastest of the others or faster (the "
+            f"quartiles overlap), and in {below} faster than with `BatchNorm2d.eval()`"
         )
-    return " ".join(told)
+    return (
+        f"Of {len(cases)} combinations of precision and layout a step is " + "; ".join(told) + "."
+    )
 
 
 MARKS: dict[str, Callable[[Run], str]] = {

@@ -110,14 +110,20 @@ def _that_fit(grid: Grid, width: int) -> Iterable[range]:
 
 def about(run: Run) -> list[str]:
     """Say on what a run was made, and what was left out."""
-    device = ", ".join(f"{value} {key}" if key == "threads" else value
-                       for key, value in run.device.items() if key != "kind")  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
-    lines = [f"On {device}; {versions}; commit {run.commit}."]
+    lines = [f"On {machine(run)}; {versions}; commit {run.commit}."]
     lines += [f"{peer} is {why}" for peer, why in run.absent.items()]
     if run.device["kind"] != "cuda":
         lines.append("Not yet measured on a GPU.")
     return [*lines, *run.notes]
+
+
+def machine(run: Run) -> str:
+    """Name the device, and its driver or the number of threads."""
+    threads, driver = run.device.get("threads"), run.device.get("driver")
+    if driver:
+        return f"{run.device['name']}, driver {driver}"
+    return f"{run.device['name']}, {threads} {'thread' if threads == '1' else 'threads'}"
 
 
 def _table(record: Record) -> tuple[str, ...]:

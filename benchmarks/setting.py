@@ -55,18 +55,17 @@ class Setting:
             gpu=Effort(20, gpu, least=5),
         )
 
-    def usable(self, works: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
-        """Call each arm once; return those that do not fail, and note the others."""
-        good = {}
-        for arm, work in works.items():
+    def prepared(self, makers: Mapping[str, Callable[[], _T]], what: str = "") -> dict[str, _T]:
+        """Call each arm's maker; return what those make that do not fail, and note the others."""
+        made = {}
+        for arm, make in makers.items():
             try:
-                work()
+                made[arm] = make()
             except Exception as error:  # of a peer, a compiler or a driver: of any kind
                 reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-                self.notes.append(f"{arm} failed and was left out: {reason}")
-            else:
-                good[arm] = work
-        return good
+                where = f" {what}" if what else ""
+                self.notes.append(f"{arm} failed{where} and was left out: {reason}")
+        return made
 
 
 def in_precision(module: nn.Module, precision: str, layout: str, device: torch.device) -> nn.Module:

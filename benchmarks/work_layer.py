@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import torch
@@ -113,30 +113,37 @@ def _compare(
 ) -> Iterator[tuple[dict[str, str], Times]]:
     """Yield the times of forward and of backward, on a GPU eager and replayed, cold and warm."""
     precision, follow = case["precision"], case["then"]
-    torch.manual_seed(0)
-    size = torch.empty(shape, dtype=torch.bfloat16 if precision != "fp32" else None, device="meta")
-    copies = cuda.copies_past_l2(size.nbytes, setting.device) if setting.on_gpu else 1
-    inputs = []
-    for _ in range(copies):
-        x, residual = (
-            activations(shape, precision, case["layout"], setting.device) for _ in range(2)
-        )
-        inputs.append((x.requires_grad_(), residual.requires_grad_(follow == "add+relu")))
+    inputs = _inputs(setting, case, shape)
     live = trained_norm(shape[1])
-    calls = {}
-    for arm in arms:
+
+    def make(arm: Arm) -> Call:
         layer = in_precision(arm.layer(live, follow), precision, case["layout"], setting.device)
         wanted = [p for p in layer.parameters() if p.requires_grad]
         call = Call(arm.ready(layer), inputs, wanted, precision)
-        if setting.usable({arm.name: lambda call=call: call.backward(call.forward())}):
-            calls[arm.name] = call
+        call.backward(call.forward())  # which also compiles
+        return call
+
+    calls = setting.prepared({arm.name: partial(make, arm) for arm in arms})
     effort = setting.effort(quick=0.3, full=2.0, gpu=0.15)
     if setting.on_gpu:
-        yield from cuda.layer_times(calls, setting.device, effort)
+        yield from cuda.layer_times(calls, setting, effort)
         return
-    for pass_, make in (("forward", _forward), ("backward", _backward)):
-        times = _times(calls, make, setting, effort)
-        yield {"pass": pass_}, times
+    for pass_, sampler in (("forward", _forward), ("backward", _backward)):
+        yield {"pass": pass_}, _times(calls, sampler, setting, effort)
+
+
+def _inputs(
+    setting: Setting, case: dict[str, str], shape: tuple[int, ...]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return an input and a residual; on a GPU so many of them that the L2 cache forgets."""
+    torch.manual_seed(0)
+
+    def one() -> Tensor:
+        return activations(shape, case["precision"], case["layout"], setting.device)
+
+    copies = cuda.copies_past_l2(one().nbytes, setting.device) if setting.on_gpu else 1
+    added = case["then"] == "add+relu"
+    return [(one().requires_grad_(), one().requires_grad_(added)) for _ in range(copies)]
 
 
 def _times(

@@ -6,13 +6,13 @@ copies of them left out. They do not depend on the device, so one pass is enough
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 
 from benchmarks import cuda
-from benchmarks.arms import FEW_COMPILED, choose
+from benchmarks.arms import FEW_COMPILED, Arm, choose
 from benchmarks.facts import Record
 from benchmarks.setting import LAYOUTS, PRECISIONS, Setting
 from benchmarks.work_model import Step, resnet50
@@ -39,15 +39,28 @@ def measure(setting: Setting) -> Iterable[Record]:
 
 def _peaks(setting: Setting, live: torch.nn.Module, precision: str) -> Iterable[Record]:
     """Yield the peak of one step for each arm, which has the device to itself."""
-    batch, layout = 64, "channels_last"
-    images = torch.randn(batch, 3, 224, 224, device=setting.device)
+    layout = "channels_last"
+    batch, height = setting.pick(tiny=(2, 64), quick=(64, 224), full=(64, 224))
+    images = torch.randn(batch, 3, height, height, device=setting.device)
     images = images.contiguous(memory_format=LAYOUTS[layout])
     labels = torch.randint(1000, (batch,), device=setting.device)
     case = {"what": f"peak of a step, batch {batch}", "precision": precision}
-    for arm in choose(setting.arms):
-        if arm.holds_weights or (arm.compiled is not None and arm.name not in FEW_COMPILED):
-            continue
-        step = Step(arm, live, precision, layout, setting.device)
-        mib = cuda.peak_mib(partial(step, images, labels), setting.device)
-        del step
-        yield Record("memory", case, arm.name, "MiB", mib, mib, mib, 1)
+
+    def peak(arm: Arm) -> float:
+        def make() -> Callable[[], object]:
+            return partial(Step(arm, live, precision, layout, setting.device), images, labels)
+
+        mib = cuda.peak_mib(make, setting.device)
+        if arm.compiled is not None:
+            torch._dynamo.reset()  # its caches hold the model
+        return mib
+
+    compiled = FEW_COMPILED if precision == "autocast" else ()
+    arms = [
+        arm
+        for arm in choose(setting.arms)
+        if not arm.holds_weights and (arm.compiled is None or arm.name in compiled)
+    ]
+    peaks = setting.prepared({arm.name: partial(peak, arm) for arm in arms}, "(peak memory)")
+    for arm, mib in peaks.items():
+        yield Record("memory", case, arm, "MiB", mib, mib, mib, 1)

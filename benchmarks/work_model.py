@@ -217,20 +217,12 @@ def _compared(
     effort = setting.effort(*seconds)
     for way in ("eager", "graph") if setting.on_gpu else ("",):
         if way == "graph":
-            pool, replays = torch.cuda.graph_pool_handle(), {}
-            for arm, one in works.items():
-                capture = partial(_capture, replays, arm, one, pool)
-                setting.usable({f"{arm}, captured in a CUDA graph,": capture})
-            works = replays
+            pool = torch.cuda.graph_pool_handle()
+            captures = {arm: partial(cuda.graph, one, pool) for arm, one in works.items()}
+            works = setting.prepared(captures, "in a CUDA graph")
         # This also compiles, chooses algorithms and allocates the optimizer's state.
-        works = setting.usable(works)
+        works = {arm: works[arm] for arm in setting.prepared(works)}
         times = repeats(works[BASE], setting.device, effort)
         samplers = {arm: repeated(one, times, setting.device) for arm, one in works.items()}
         here = {**case, "launch": way} if way else case
         yield from ratios(work, here, in_turns(samplers, effort), BASE)
-
-
-def _capture(
-    replays: dict[str, Callable[[], object]], arm: str, work: Callable[[], object], pool: object
-) -> None:
-    replays[arm] = cuda.graph(work, pool)
