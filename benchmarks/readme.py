@@ -50,7 +50,7 @@ def page(run: Run) -> str:
     ]
     for grid in report.grids(run.records):
         parts.append(f"## {grid.title}")
-        parts += [f"{grid.what.capitalize()}."] if grid.what else []
+        parts += [f"{grid.what[0].upper()}{grid.what[1:]}."] if grid.what else []
         parts.append(report.as_markdown(grid))
     return "\n\n".join(parts) + "\n"
 

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,12 +20,12 @@ SCHEMA = 1
 
 
 def save(run: Run, path: Path) -> None:
-    """Write a run, one record on a line."""
-    facts = {"schema": SCHEMA, **dataclasses.asdict(run)}
-    records = facts.pop("records")
+    """Write a run; a line for each comparison, with each arm's median, quartiles and rounds."""
+    facts = {"schema": SCHEMA, **dataclasses.asdict(dataclasses.replace(run, records=()))}
+    del facts["records"]
     head = json.dumps(facts, indent=1, ensure_ascii=False).removesuffix("\n}")
-    lines = ",\n".join("  " + json.dumps(_rounded(one), ensure_ascii=False) for one in records)
-    path.write_text(f'{head},\n "records": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    lines = ",\n".join("  " + json.dumps(one, ensure_ascii=False) for one in _tables(run.records))
+    path.write_text(f'{head},\n "tables": [\n{lines}\n ]\n}}\n', encoding="utf-8")
 
 
 def load(path: Path) -> Run:
@@ -32,14 +33,23 @@ def load(path: Path) -> Run:
     facts = json.loads(path.read_text(encoding="utf-8"))
     if facts.pop("schema") != SCHEMA:
         raise ValueError(f"{path} is of another schema than {SCHEMA}.")
-    return Run(**{**facts, "records": [Record(**one) for one in facts["records"]]})
+    records = [
+        Record(one["work"], one["case"], arm, one["unit"], *figures, base=one["base"])
+        for one in facts.pop("tables")
+        for arm, figures in one["arms"].items()
+    ]
+    return Run(**facts, records=records)
 
 
-def _rounded(record: Mapping[str, object]) -> dict[str, object]:
-    return {
-        name: float(f"{value:.4g}") if isinstance(value, float) else value
-        for name, value in record.items()
-    }
+def _tables(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """Put the arms of each comparison together."""
+    tables: dict[tuple[object, ...], dict[str, Any]] = {}
+    for one in records:
+        key = one.work, tuple(one.case.items()), one.unit, one.base
+        facts = {"work": one.work, "case": one.case, "unit": one.unit, "base": one.base, "arms": {}}
+        figures = [float(f"{value:.4g}") for value in (one.median, one.low, one.high)]
+        tables.setdefault(key, facts)["arms"][one.arm] = [*figures, one.rounds]
+    return list(tables.values())
 
 
 def device_facts(device: torch.device) -> dict[str, str]:

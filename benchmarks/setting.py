@@ -51,7 +51,7 @@ class Setting:
         return self.pick(
             tiny=Effort(1, 0.0, least=1, sample=0.0),
             quick=Effort(9, quick, least=3),
-            full=Effort(20, full, least=5),
+            full=Effort(20, full, least=4),
             gpu=Effort(20, gpu, least=5),
         )
 

@@ -66,6 +66,8 @@ class Call:
 def measure(setting: Setting) -> Iterable[Record]:
     """Yield each shape's ratios, and those of all layers together, as often as each occurs."""
     ceiling = cuda.copy_rate(setting.device) if setting.on_gpu else None
+    if setting.size == "quick":
+        setting.notes.append("The layer alone: two of the twelve shapes, those of the first stage.")
     if setting.on_gpu:
         # A warm backward is run several times on one forward.
         torch._functorch.config.donated_buffer = False
@@ -124,7 +126,7 @@ def _compare(
         return call
 
     calls = setting.prepared({arm.name: partial(make, arm) for arm in arms})
-    effort = setting.effort(quick=0.3, full=2.0, gpu=0.15)
+    effort = setting.effort(quick=0.3, full=1.2, gpu=0.15)
     if setting.on_gpu:
         yield from cuda.layer_times(calls, setting, effort)
         return

@@ -79,7 +79,7 @@ def step(setting: Setting) -> Iterable[Record]:
                 "batch": f"{batch} at {height}",
             }
             works = {arm: partial(steps[arm], images, labels) for arm in steps}
-            yield from _compared(setting, "step", case, works, (3.0, 60.0, 6.0))
+            yield from _compared(setting, "step", case, works, (3.0, 40.0, 6.0))
 
 
 def backbone(setting: Setting) -> Iterable[Record]:
@@ -100,7 +100,7 @@ def backbone(setting: Setting) -> Iterable[Record]:
                     Step(arm, live, precision, layout, setting.device, part="body"), images, None
                 )
         case = {"precision": precision, "layout": layout, "images": f"{batch} × {height} × {width}"}
-        yield from _compared(setting, "detection", case, works, (8.0, 60.0, 6.0))
+        yield from _compared(setting, "detection", case, works, (8.0, 40.0, 6.0))
 
 
 def resnet50(setting: Setting) -> resnet.ResNet:
@@ -176,7 +176,7 @@ def _cases(setting: Setting) -> Iterator[tuple[str, str]]:
 
 def _batches(setting: Setting, precision: str, layout: str) -> tuple[int, ...]:
     largest = (256,) if precision != "fp32" and layout == "channels_last" else ()
-    return setting.pick(tiny=(2,), quick=(2,), full=(1, 8), gpu=(8, 64, *largest))
+    return setting.pick(tiny=(2,), quick=(2,), full=(1, 4), gpu=(8, 64, *largest))
 
 
 def _chosen(setting: Setting, precision: str, layout: str, compiled: bool) -> list[Arm]:
