@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 __all__ = ["LOOKUPS", "Code", "Untraceable"]
 
 
@@ -38,11 +40,8 @@ _DOES = {
     **dict.fromkeys(("GEN_START", "RETURN_GENERATOR"), "is a generator"),
 }
 LOOKUPS = ("LOAD_ATTR", "LOAD_METHOD")
-# They lead to tensors without a trace.
-_HIDDEN = frozenset(
-    {"parameters", "named_parameters", "_parameters", "buffers", "named_buffers", "_buffers"}
-    | {"state_dict"}
-)
+# What may be None, or one of a few objects, where it is a tensor's: ``x.dtype``, ``x.grad_fn``.
+_OF_TENSORS = frozenset(name for name in dir(Tensor) if not callable(getattr(Tensor, name)))
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Code:
         code: the code.
         names: the global names.
         cells: the variables of the functions around it.
-        kind: the class of the module that it is a method of.
+        kind: the class of the module that its first argument is, if it is a method.
         whole: whether its arguments are those of the whole trace, and so tensors.
     """
 
@@ -73,7 +72,7 @@ class Code:
         """Lambdas and comprehensions."""
         for constant in self.code.co_consts:
             if isinstance(constant, types.CodeType):
-                yield Code(constant, self.names, self.cells, self.kind, False)
+                yield Code(constant, self.names, self.cells, None, False)
 
     def check(self, place: int) -> None:
         """Refuse what does more than compute."""
@@ -88,24 +87,34 @@ class Code:
             raise Untraceable("it is a coroutine")
         if name == "STORE_DEREF" and argument in self.cells:
             raise Untraceable(f"it sets {argument}, a variable of the function around it")
-        if name in LOOKUPS and (argument in _HIDDEN or str(argument).startswith("__")):
+        if name in LOOKUPS and str(argument).startswith("__"):
             raise Untraceable(f"it looks at {argument}")
         if name == "IS_OP":
-            if not self._is_from_outside(place - 1):
-                self._check_none_test(place - 2, self.steps[place - 1].argval)
+            start = self._start(place - 1)
+            step = self.steps[start]
+            none = step.opname == "LOAD_CONST" and step.argval is None
+            self._check_identity(start - 1, none or step.opname == "LOAD_GLOBAL")
         elif name.startswith("POP_JUMP") and name.endswith("NONE"):
-            self._check_none_test(place - 1)
+            self._check_identity(place - 1, True)
 
-    def _is_from_outside(self, place: int) -> bool:
+    def _start(self, place: int) -> int:
+        """Where what ends in lookups begins."""
         while self.steps[place].opname in LOOKUPS:
             place -= 1
-        return self.steps[place].opname == "LOAD_GLOBAL"
+        return place
 
-    def _check_none_test(self, place: int, other: Any = None) -> None:
+    def _check_identity(self, place: int, fixed: bool) -> None:
         # A proxy is not None, though what it stands for may be; nor is it the same as another.
-        source = self.steps[place]
-        given = source.opname.startswith("LOAD_FAST") and self._is_given(_names(source.argval)[-1])
-        if other is not None or not (given or source.opname in LOOKUPS):
+        source, owner = self.steps[place], self.steps[place - 1]
+        if source.opname in LOOKUPS:
+            own = owner.opname.startswith("LOAD_FAST") and (
+                _names(owner.argval)[-1] in self.code.co_varnames[: self.kind is not None]
+            )
+            known = source.argval != "training" and (own or source.argval not in _OF_TENSORS)
+        else:
+            given = source.opname.startswith("LOAD_FAST")
+            known = given and self._is_given(_names(source.argval)[-1])
+        if not (known and fixed):
             raise Untraceable("it asks whether an intermediate value is None, or another one")
 
     def _is_given(self, name: str) -> bool:

@@ -17,10 +17,11 @@ from torch.nn import functional as F  # noqa: N812 - its customary name
 from torch.nn.modules.conv import _ConvNd
 
 from bnfreeze.aten import FROM_OUTPUT
-from bnfreeze.fused import ACTIVATION_MODULES, has_hooks
+from bnfreeze.fused import activation_of, has_hooks
 from bnfreeze.record import layer_class
 from bnfreeze.sums import is_drop, norm_add
 from bnfreeze.tracing import IN_PLACE_ADD
+from bnfreeze.vouching import is_known
 
 __all__ = ["Call", "absorb"]
 
@@ -31,7 +32,6 @@ _ACTIVATION_FUNCTIONS: dict[Any, str] = {
     F.hardswish: "hardswish",
 }
 _ACTIVATION_METHODS = {"relu": "relu", "relu_": "relu"}
-# What reads its input only, and makes a new tensor.
 _COPIES = (_ConvNd, nn.Linear)
 _SUMS = (operator.add, torch.add, IN_PLACE_ADD)
 
@@ -141,7 +141,7 @@ class _View:
             # relu by itself keeps its output as well, and relu6 only if it works in place.
             inplace = node.kwargs.get("inplace") or node.args[1:] == (True,)
             inplace = inplace or getattr(self.modules.get(node), "inplace", False)
-            read = all(isinstance(self.modules.get(user), _COPIES) for user in node.users)
+            read = all(_copies(self.modules.get(user)) for user in node.users)
             if activation == "relu6" and not (inplace or read):
                 raise _End("the output of relu6, from which it goes backward, may be changed")
         elif norm is not None and not self.is_own(norm.all_input_nodes[0]):
@@ -161,7 +161,7 @@ class _View:
         if set(node.kwargs) - {"inplace"}:
             return None
         if node.op == "call_module" and len(node.args) == 1:
-            return ACTIVATION_MODULES.get(type(self.modules[node]))
+            return activation_of(self.modules[node])
         if node.op == "call_function" and len(node.args) <= 2:  # the second one is inplace
             return _ACTIVATION_FUNCTIONS.get(node.target)
         if node.op == "call_method" and len(node.args) == 1:
@@ -297,7 +297,8 @@ class _Chain:
                 )
                 residual = self._other() if self.branch is None else self.branch.args[0]
                 in_place = _is_in_place(self.total)
-                args = (layer, x, residual, self.activation, branch, drop, in_place)
+                swapped = self.total.args[0] is not self.before
+                args = (layer, x, residual, self.activation, branch, drop, in_place, swapped)
                 new = graph.call_function(norm_add, args)
         nodes[-1].replace_all_uses_with(new)
         for node in reversed(nodes):
@@ -310,7 +311,14 @@ def _is_new(module: nn.Module | None) -> bool:
         if layer_class(module).forward is not nn.Sequential.forward:
             return False
         module = module[-1]
-    return isinstance(module, _COPIES)
+    return _copies(module)
+
+
+def _copies(module: nn.Module | None) -> bool:
+    """Whether the module reads its input only, and makes a new tensor."""
+    # A subclass of one's own may pass its input on.
+    owner = next((kind for kind in type(module).__mro__ if "forward" in vars(kind)), object)
+    return isinstance(module, _COPIES) and is_known(owner)
 
 
 def _sole_user(node: fx.Node) -> fx.Node:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import keyword
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from bnfreeze.bytecode import Untraceable
 from bnfreeze.following import Call
 from bnfreeze.fused import has_hooks
 from bnfreeze.record import layer_class
@@ -39,7 +42,7 @@ class Program:
     asked: frozenset[int]
     kind: Kind
     reads: tuple[Read | Name, ...]
-    children: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
+    children: tuple[tuple[nn.Module, list[tuple[str, nn.Module | None]]], ...]
     passed: tuple[tuple[nn.Module, type[nn.Module]], ...]
 
     def holds(self) -> bool:
@@ -48,7 +51,8 @@ class Program:
             if type(module) is not kind or has_hooks(module):
                 return False
         for module, children in self.children:
-            if module._modules != children:
+            # Their order matters too, in a loop over them.
+            if [*module._modules.items()] != children:
                 return False
         return all(read.holds() for read in self.reads)
 
@@ -84,14 +88,31 @@ def _nothing() -> None:
     return None
 
 
+# torch.fx quotes a segment that is no identifier, and takes a keyword for one.
+_SEGMENT = rf"(?!(?:{'|'.join(keyword.kwlist)})(?:\.|$))[ -!#-\-/-\[\]-~]+"
+_WRITABLE = re.compile(rf"{_SEGMENT}(?:\.{_SEGMENT})*")
+
+
 def program(block: nn.Module, traced: Trace, kind: Kind, calls: Sequence[Call]) -> Program:
     """Make a forward of a graph in which norm layers absorb what follows them."""
+    for node in traced.graph.nodes:
+        if node.op in ("call_module", "get_attr") and not _WRITABLE.fullmatch(node.target):
+            raise Untraceable(f"{node.target} is a name that cannot be written in code")
     code = traced.graph.python_code("self")
     namespace = dict(code.globals)
     where = f"<generated forward of {layer_class(block).__name__}>"
-    exec(compile(code.src, where, "exec"), namespace)
+    try:
+        exec(compile(code.src, where, "exec"), namespace)
+    except SyntaxError as error:
+        raise Untraceable("torch.fx cannot write down what it does") from error
     # The layers that absorb, what they absorb, and what was inlined.
     absorbing = [module for call in calls if call.absorbs for module in call.passed]
+    bounds = [
+        Read.of(module, name)
+        for module in absorbing
+        if isinstance(module, nn.ReLU6)
+        for name in ("min_val", "max_val")
+    ]
     passed = {id(module): module for module in (*absorbing, *traced.inside[1:])}
     return Program(
         namespace["forward"],
@@ -99,7 +120,7 @@ def program(block: nn.Module, traced: Trace, kind: Kind, calls: Sequence[Call]) 
         traced.arguments,
         traced.asked,
         kind,
-        traced.reads,
-        tuple((module, dict(module._modules)) for module in traced.touched),
+        (*traced.reads, *bounds),
+        tuple((module, [*module._modules.items()]) for module in traced.touched),
         tuple((module, type(module)) for module in passed.values()),
     )

@@ -15,7 +15,7 @@ from torch import nn
 
 from bnfreeze.bytecode import Untraceable
 from bnfreeze.record import layer_class
-from bnfreeze.vouching import Voucher, is_known
+from bnfreeze.vouching import KNOWN_PACKAGES, Voucher, is_known
 from bnfreeze.watched import ABSENT, Read, content_of, find
 
 __all__ = ["Shadows"]
@@ -25,7 +25,7 @@ class Shadows:
     """The shadows of a block and of all modules below it.
 
     Args:
-        inside: the modules whose own forward is going to run.
+        inside: the modules whose own forward is going to run, the block first.
         training: what the attribute ``training`` of a shadow is to be.
 
     Attributes:
@@ -40,6 +40,7 @@ class Shadows:
         self.reads: dict[tuple[int, str], Read] = {}
         self.touched: dict[int, nn.Module] = {id(module): module for module in inside}
         self.voucher = Voucher()
+        self._block = next(iter(inside))
         self._inside = {id(module) for module in inside}
         self._training = training
         # By identity of the module its shadow, and the other way round.
@@ -71,6 +72,7 @@ class Shadows:
             if "forward" in module.__dict__:
                 raise Untraceable("its forward is overridden on the instance")
             self.voucher.function(base.forward, base, trusted=True, whole=forward is not None)
+            self.voucher.note(base, "forward")
         kind = _shadow_class(base)
         if forward is not None:
             body = {"forward": forward}
@@ -87,8 +89,14 @@ class Shadows:
         }
         return shadow
 
-    def look(self, shadow: nn.Module, name: str) -> None:
-        """Note that a forward reads an attribute, and vouch for what that gives or runs."""
+    def look(self, shadow: nn.Module, name: str, internal: bool) -> None:
+        """Note that a forward reads an attribute, and vouch for what that gives or runs.
+
+        Args:
+            shadow: of a module.
+            name: the attribute's.
+            internal: whether it is nn.Module's own code that reads it.
+        """
         if not self.watching:
             return
         module = self.original(shadow)
@@ -98,7 +106,10 @@ class Shadows:
             return
         if (id(module), name) in self.reads or name in module._modules:
             return
-        if name in shadow.__dict__:
+        tensors = {**module._parameters, **module._buffers}
+        if name in tensors:
+            self._check_untied(tensors[name], name)
+        elif name in shadow.__dict__:
             value = shadow.__dict__[name]
             self._vouch(value, f"self.{name}")
             if isinstance(value, _CONTAINERS):
@@ -110,6 +121,8 @@ class Shadows:
             if name.startswith("__") or (name == "forward" and inside):
                 return  # the forward of a module inside has been vouched for
             if getattr(kind, name, ABSENT) is getattr(nn.Module, name, None):
+                if not internal and name not in _HARMLESS:
+                    raise Untraceable(f"it looks at {name}")
                 return
             for base in kind.__mro__:
                 if name in base.__dict__:
@@ -117,11 +130,19 @@ class Shadows:
                     break
         self.reads[id(module), name] = Read.of(module, name)
 
+    def touch(self, path: str) -> None:
+        """Note that a graph goes by the name of something below the block, and so by this path."""
+        module = self._block
+        for segment in path.split(".")[:-1]:
+            module = cast("nn.Module", module._modules[segment])
+            self.touched[id(module)] = module
+
     def check(self) -> None:
         """Refuse a forward that has changed something."""
         for module in self.touched.values():
             shadow = self._shadows[id(module)].__dict__
-            children = {name: child and self.make(child) for name, child in module._modules.items()}
+            # An empty Sequential is falsy.
+            children = {n: None if m is None else self.make(m) for n, m in module._modules.items()}
             for table in _TABLES & set(module.__dict__):
                 if shadow[table] != module.__dict__[table]:
                     raise Untraceable("it registers something")
@@ -137,10 +158,19 @@ class Shadows:
         """What the attribute ``training`` of a shadow is."""
         return self._training(shadow)
 
+    def _check_untied(self, tensor: torch.Tensor | None, name: str) -> None:
+        # The graph knows it by one name, and would not notice another being given away.
+        tables = (table for m in self._originals.values() for table in (m._parameters, m._buffers))
+        if tensor is not None and sum(t is tensor for ts in tables for t in ts.values()) > 1:
+            raise Untraceable(f"it uses self.{name}, a tensor that is registered twice")
+
     def _vouch(self, value: Any, called: str) -> None:
         if type(value) in (dict, OrderedDict):
             value = [*value.keys(), *value.values()]
         if type(value) in (tuple, list, set, frozenset):
+            if not value and type(value) in (list, set):
+                # A hook may fill it between the block's beginning and here.
+                raise Untraceable(f"it uses {called}, which is empty")
             for each in value:
                 self._vouch(each, called)
         else:
@@ -159,9 +189,11 @@ class _Shadow:
         if name == "training" and name in own:
             return own["_bnfreeze_shadows"].training(self)
         # torch.fx looks at each module that it calls.
-        caller = sys._getframe(1).f_globals.get("__name__", "")
+        caller = str(sys._getframe(1).f_globals.get("__name__"))
+        if name in _HIDDEN and caller.partition(".")[0] not in KNOWN_PACKAGES:
+            raise Untraceable(f"it looks at {name}")
         if name not in _MACHINERY and not caller.startswith("torch.fx."):
-            own["_bnfreeze_shadows"].look(self, name)
+            own["_bnfreeze_shadows"].look(self, name, caller == nn.Module.__module__)
         return super().__getattribute__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -201,6 +233,10 @@ def _refuse(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 _CONTAINERS = (tuple, list, dict, set)
+# What every module can do, and that does no more than find modules: not requires_grad_ or half.
+_HARMLESS = frozenset({"children", "named_children", "modules", "named_modules", "get_submodule"})
+# They lead to tensors and flags without a trace.
+_HIDDEN = frozenset({"_parameters", "_buffers", "__dict__"})
 # Where a module registers parameters, buffers and hooks; its submodules are shadows of their own.
 _TABLES = frozenset(k for k, v in vars(nn.Module()).items() if isinstance(v, dict)) - {"_modules"}
 # What every module has in its dict.

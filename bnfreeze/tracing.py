@@ -11,8 +11,11 @@ is refused before, by the look of the code (`bnfreeze.vouching`).
 
 from __future__ import annotations
 
+import dis
+import enum
 import functools
 import inspect
+import itertools
 import operator
 import random
 import sys
@@ -70,6 +73,8 @@ def trace(block: nn.Module, inlined: Collection[nn.Module] = (), kind: Kind = "t
     Raises:
         Untraceable: its forward cannot be told by a graph.
     """
+    if isinstance(block, fx.GraphModule):
+        raise Untraceable("it is a GraphModule of torch.fx, which sets its forward on its class")
     tracer = _Tracer([block, *inlined], kind)
     chance, modes = _chance(), _modes()
     try:
@@ -88,6 +93,9 @@ def trace(block: nn.Module, inlined: Collection[nn.Module] = (), kind: Kind = "t
     if _modes() != modes:
         raise Untraceable("it leaves another autograd or autocast mode behind")
     shadows = tracer.shadows
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            shadows.touch(node.target)
     shadows.check()
     return Trace(
         graph,
@@ -114,26 +122,39 @@ class _Value(fx.Proxy):
     """A value in the making, which notices that somebody asks for its type or writes to it."""
 
     def __getattr__(self, name: str) -> Any:
-        # torch.fx says yes to whatever hasattr asks for.
-        if not hasattr(Tensor, name):
+        # torch.fx says yes to whatever hasattr asks for, and reads it only once it is used.
+        attribute = getattr(Tensor, name, None)
+        if attribute is None or name.startswith("_") or name in _OF_AUTOGRAD:
             raise Untraceable(f"it looks for the attribute {name} of a value")
-        return super().__getattr__(name)
+        if callable(attribute):
+            return _Method(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node"):
+        if name not in ("tracer", "node", "root", "attr", "_node"):
             raise Untraceable(f"it sets the attribute {name} of a value")
         super().__setattr__(name, value)
 
     def __iter__(self) -> Any:
-        # What a module gives may be an iterator, or a dict.
-        if self.node.op != "call_function" and self.node.op != "call_method":
-            raise Untraceable("it unpacks a value of which nothing is known")
-        return super().__iter__()
+        # An assignment says how many values it wants.
+        frame = sys._getframe(1)
+        steps = dis.get_instructions(frame.f_code)
+        step = next(s for s in steps if s.offset == frame.f_lasti)
+        if step.opname != "UNPACK_SEQUENCE":
+            raise Untraceable("it loops over a value of which nothing is known")
+        values = self.tracer.create_proxy("call_function", _unpack, (self, step.argval), {})
+        return iter([values[index] for index in range(step.argval)])  # type: ignore[index]
 
-    def __format__(self, spec: str) -> str:
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", _set_item, (self, key, value), {})
+
+    def __repr__(self, *args: Any) -> str:
         raise Untraceable("it makes a string of a value")
 
-    __str__ = __bytes__ = __format__  # type: ignore[assignment]
+    __str__ = __bytes__ = __format__ = __repr__
+
+    def __hash__(self) -> int:
+        raise Untraceable("it looks a value up")
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -142,6 +163,26 @@ class _Value(fx.Proxy):
         if asking.startswith("torch.fx.") or asking == __name__:
             return _Value
         return cast("_Tracer", self.tracer).type_of(self.node)
+
+
+class _Method(_Value, fx.proxy.Attribute):
+    """What is a method of tensors: called, or else (``x.device.type``) read."""
+
+
+# Of these it would be seen what became of the block, or they may be None.
+_OF_AUTOGRAD = frozenset({"grad", "grad_fn", "is_leaf", "name", "names", "output_nr"})
+
+
+def _unpack(values: Any, count: int) -> list[Any]:
+    found = list(itertools.islice(iter(values), count + 1))
+    if len(found) != count:
+        words = "too many" if len(found) > count else "not enough"
+        raise ValueError(f"{words} values to unpack (expected {count})")
+    return found
+
+
+def _set_item(values: Any, key: Any, value: Any) -> None:
+    values[key] = value
 
 
 def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -155,7 +196,10 @@ def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
 
 _IN_PLACE = {
     name: _in_place(getattr(operator, name))
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul")
+    for name in (
+        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+        *("iand", "ior", "ixor", "ilshift", "irshift"),
+    )
 }
 IN_PLACE_ADD = _IN_PLACE["iadd"]
 
@@ -208,7 +252,12 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if type(a) is _Value else super().create_arg(a)
+        # What torch.fx cannot write down.
+        if isinstance(a, dict) and not all(type(key) in (str, int) for key in a):
+            raise Untraceable("it makes a dict whose keys are neither strings nor integers")
+        if isinstance(a, enum.Enum) and a.name not in type(a).__members__:
+            raise Untraceable("it combines the members of an enumeration")
+        return a.node if type(a) in (_Value, _Method) else super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self.modes:
@@ -265,9 +314,16 @@ def _modes() -> tuple[object, ...]:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch._C._len_torch_function_stack(),
+        _autocast_nesting(),
         *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
         *(torch.get_autocast_dtype(device) for device in ("cpu", "cuda")),
     )
+
+
+def _autocast_nesting() -> int:
+    # To enter a context that changes nothing counts as well.
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 def _chance() -> object:

@@ -14,6 +14,7 @@ The functions of `KNOWN_PACKAGES` are taken to be harmless where a module of the
 from __future__ import annotations
 
 import builtins
+import dis
 import enum
 import functools
 import types
@@ -42,8 +43,10 @@ _TYPES = frozenset(
     | {enumerate, zip, reversed, super, OrderedDict, Tensor, nn.Parameter, torch.Size}
 )
 _BUILTINS = frozenset({abs, all, any, getattr, hasattr, isinstance, len, max, min, round, sum})
-# Builtins that take part in __torch_function__, though they are not listed.
-_UNLISTED = frozenset({F.hardswish, F.relu_, torch.relu_})
+# What takes part in __torch_function__, though it is not listed.
+_UNLISTED = frozenset({F.hardswish, F.hardsigmoid, F.relu_, torch.relu_})
+# A proxy is neither.
+_IDENTITY = frozenset({"is_", "is_not", "is_none", "is_not_none"})
 
 
 @functools.cache
@@ -78,7 +81,7 @@ class Voucher:
 
     def __init__(self) -> None:
         self.names: dict[tuple[int, str], Name] = {}
-        self._seen: set[tuple[types.FunctionType, bool, bool]] = set()
+        self._seen: set[tuple[types.FunctionType, type | None, bool, bool]] = set()
 
     def member(self, value: Any, kind: type[nn.Module]) -> None:
         """Vouch for an attribute of a class; of a method or property, for its function.
@@ -89,8 +92,12 @@ class Voucher:
         """
         if isinstance(value, property):
             value = value.fget
-        elif isinstance(value, staticmethod | classmethod):
+        elif isinstance(value, staticmethod):
+            return self.value(value.__func__, "a static method", trusted=True)
+        elif isinstance(value, classmethod):
             value = value.__func__
+            if not is_known(value):
+                raise Untraceable("it calls a method of its class, of which no trace sees anything")
         if isinstance(value, types.FunctionType):
             self.function(value, kind, trusted=True)
         else:
@@ -112,17 +119,23 @@ class Voucher:
             trusted: whether those of the known libraries are taken to be harmless.
             whole: whether its arguments are those of the whole trace, and so tensors.
         """
-        if (function, trusted, whole) in self._seen:
+        if (function, kind, trusted, whole) in self._seen:
             return
-        self._seen.add((function, trusted, whole))
+        self._seen.add((function, kind, trusted, whole))
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         if trusted and is_known(function):
             # A decorator's, around a function that is not.
             for cell in cells.values():
                 inner = Name.of(cell, "cell_contents").value
                 if isinstance(inner, types.FunctionType):
+                    self._enters_nothing(function)
                     self.function(inner, kind, trusted=True)
             return
+        # Tools that reload code put it into the functions that are there.
+        for name in ("__code__", "__defaults__"):
+            self.note(function, name)
+        for value in vars(function).values():
+            self.value(value, "an attribute of a function")
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.value(value, "a default")
         self._code(Code(function.__code__, function.__globals__, cells, kind, whole))
@@ -137,13 +150,24 @@ class Voucher:
                 self.function(value, trusted=trusted)
         elif isinstance(value, types.BuiltinFunctionType | types.MethodDescriptorType):
             free = getattr(value, "__module__", None) in ("math", "_operator")
+            free = free and value.__name__ not in _IDENTITY
             if not free and value not in _torch_functions() and value not in _BUILTINS:
                 raise Untraceable(f"it uses {called}, which no trace sees")
         elif isinstance(value, type):
             if value not in _TYPES and not issubclass(value, nn.Module | BaseException):
-                raise Untraceable(f"it uses {called}, a class of its own")
+                raise Untraceable(f"it uses {called}, a class that may do anything")
         elif type(value) not in _CONSTANTS and not _is_mere_enum(value):
             raise Untraceable(f"it uses {called}, of the type {type(value).__name__}")
+
+    def note(self, owner: Any, name: str) -> Any:
+        """Note what a name of a `Name.owner` stands for, and give it back."""
+        return self.names.setdefault((id(owner), name), Name.of(owner, name)).value
+
+    def _enters_nothing(self, decorator: types.FunctionType) -> None:
+        # The trace does not show it if the mode is the one that is on anyway.
+        names = {step.opname for step in dis.get_instructions(decorator)}
+        if names & {"SETUP_WITH", "BEFORE_WITH", "LOAD_SPECIAL"}:
+            raise Untraceable("its decorator enters a context")
 
     def _code(self, code: Code) -> None:
         for place, step in enumerate(code.steps):
@@ -154,7 +178,7 @@ class Voucher:
                 self._follow(code, place, self._global(code, step.argval))
             elif "DEREF" in step.opname and step.argval in code.cells:
                 cell = code.cells[step.argval]
-                self._follow(code, place, self._note(cell, "cell_contents", step.argval))
+                self._follow(code, place, self.note(cell, "cell_contents"))
         for inner in code.inner():
             self._code(inner)
 
@@ -166,22 +190,22 @@ class Voucher:
             for base in code.kind.__mro__:
                 if name in base.__dict__ and base not in (nn.Module, object):
                     self.member(base.__dict__[name], code.kind)
-                    self._note(base, name, name)
+                    self.note(base, name)
 
     def _global(self, code: Code, name: str) -> Any:
-        value = self._note(code.names, name, name)
+        value = self.note(code.names, name)
         return getattr(builtins, name, ABSENT) if value is ABSENT else value
-
-    def _note(self, owner: Any, name: str, key: str) -> Any:
-        entry = self.names.setdefault((id(owner), key), Name.of(owner, name))
-        return entry.value
 
     def _follow(self, code: Code, place: int, value: Any) -> None:
         """Vouch for what a name from outside stands for, with the attributes that follow it."""
         called = [str(code.steps[place].argval)]
         for step in code.steps[place + 1 :]:
-            if not isinstance(value, types.ModuleType | type) or step.opname not in LOOKUPS:
+            if step.opname not in LOOKUPS:
+                break
+            if isinstance(value, types.FunctionType):
+                raise Untraceable(f"it looks at {'.'.join([*called, step.argval])}")
+            if not isinstance(value, types.ModuleType | type):
                 break
             called.append(step.argval)
-            value = self._note(value, step.argval, step.argval)
+            value = self.note(value, step.argval)
         self.value(value, ".".join(called))

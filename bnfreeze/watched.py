@@ -26,7 +26,11 @@ class Name:
     @classmethod
     def of(cls, owner: Any, name: str) -> Name:
         """What the name stands for now."""
-        return cls(owner, name, cls(owner, name, ABSENT).now())
+        value = cls(owner, name, ABSENT).now()
+        if getattr(value, "__globals__", {}).get("__name__") == "torch.fx._symbolic_trace":
+            # While torch.fx traces, it has others stand in for the functions of math.
+            value = value.__wrapped__
+        return cls(owner, name, value)
 
     def now(self) -> Any:
         """What the name stands for at present, or ABSENT."""
@@ -93,7 +97,7 @@ def content_of(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return (type(value), [content_of(each) for each in value])
     if isinstance(value, set | frozenset):
-        return (type(value), {repr(content_of(each)) for each in value})
+        return (type(value), [content_of(each) for each in value])  # one may loop over it
     if isinstance(value, float | complex):
         return (type(value), repr(value))  # 0.0 == -0.0, and nan != nan
     return (type(value), value)

@@ -2,9 +2,11 @@
 
 import copy
 import enum
+import math
 import operator
 import pickle
 import random
+import re
 
 import pytest
 import timm
@@ -301,7 +303,7 @@ REFUSED = {
     ),
     "a loop over a tensor": (
         lambda: block(lambda self, x: F.relu(self.bn1(torch.stack(list(x))))),
-        "it unpacks a value of which nothing is known",
+        "it loops over a value of which nothing is known",
     ),
     "an intermediate's type is asked for": (
         lambda: block(
@@ -326,10 +328,13 @@ REFUSED = {
     ),
     "an autograd mode of its decorator's": (
         lambda: block(torch.no_grad()(lambda self, x: F.relu(self.bn1(x)))),
-        "autocast mode of its own",
+        "its decorator enters a context",
     ),
-    "it changes a list of its own": (lambda: block(appends, seen=[]), "it changes self.seen"),
-    "it takes any number of arguments": (lambda: block(many), "takes *args"),
+    "it changes a list of its own": (lambda: block(appends, seen=[0]), "it changes self.seen"),
+    "an empty list, which a hook may fill": (
+        lambda: block(appends, seen=[]),
+        "it uses self.seen, which is empty",
+    ),
 }
 
 
@@ -830,12 +835,6 @@ def deaf(self, x):
     return F.relu(out)
 
 
-def unpacks(self, x):
-    first, second = self.conv1(x), self.bn1(x)
-    a, b = first
-    return F.relu(second) + a + b
-
-
 def imports(self, x):
     import math
 
@@ -858,6 +857,31 @@ def helped(self, x):
 
 def guess(z):
     return F.relu(z) if torch.is_grad_enabled() else z
+
+
+def memo(z, seen):
+    seen.append(1)
+    return z
+
+
+memo.seen = []
+
+
+def of_a_dtype(self, x):
+    dtype = x.dtype
+    return F.relu(self.bn1(x)) * (2 if dtype is torch.float32 else 3)
+
+
+class Forgets(nn.Module):
+    def forward(self, x):
+        return None
+
+
+NOTHING = None
+
+
+class Mode(str, enum.Enum):
+    POST, PRE = "post", "pre"
 
 
 class Wild(enum.Enum):
@@ -897,12 +921,64 @@ UNSEEN = {
     "an exception": (swallows, "it catches exceptions"),
     "the very type": (
         lambda self, x: F.relu(self.bn1(x[0] if type(x) is tuple else x)),
-        "it uses type, a class of its own",
+        "it uses type, a class that may do anything",
     ),
     "whether it is None": (deaf, "it asks whether an intermediate value is None"),
-    "an unpacking": (unpacks, "it unpacks a value of which nothing is known"),
+    "the very dtype": (
+        lambda self, x: F.relu(self.bn1(x)) * (2 if x.dtype is torch.float32 else 3),
+        "it asks whether an intermediate value is None",
+    ),
+    "the very dtype, of an intermediate": (of_a_dtype, "it asks whether an intermediate value"),
+    "a dtype in a set": (
+        lambda self, x: F.relu(self.bn1(x)) * (2 if x.dtype in {torch.float32} else 3),
+        "it looks a value up",
+    ),
+    "a device in a set": (
+        lambda self, x: F.relu(self.bn1(x)) * (2 if x.device.type in {"cpu"} else 3),
+        "it looks a value up",
+    ),
+    "a size in a dict": (
+        lambda self, x: F.relu(self.bn1(x)) * {C: 2.0}.get(x.shape[1], 3.0),
+        "it looks a value up",
+    ),
+    "a size in a string": (
+        lambda self, x: F.relu(self.bn1(x)) * {f"[{C}]": 2.0}.get(f"{[x.shape[1]]}", 3.0),
+        "it makes a string of a value",
+    ),
+    "the autograd graph": (
+        lambda self, x: F.relu(self.bn1(x)) * (2 if x.grad_fn is None else 3),
+        "it asks whether an intermediate value is None",
+    ),
+    "the autograd graph, by another way": (
+        lambda self, x: F.relu(self.bn1(x)) * (2 if getattr(x, "grad_fn", 1) else 3),
+        "it looks for the attribute grad_fn",
+    ),
+    "None by another name": (
+        lambda self, x: F.relu(self.bn1(x)) * (2 if self.maybe(x) is NOTHING else 3),
+        "it asks whether an intermediate value is None",
+    ),
+    "None by a function": (
+        lambda self, x: F.relu(self.bn1(x)) * (2 if operator.is_(self.maybe(x), None) else 3),
+        "it uses operator.is_",
+    ),
+    "a flag of its parameters": (
+        lambda self, x: [self.conv2.requires_grad_(False), F.relu(self.bn1(x))][1],
+        "it looks at requires_grad_",
+    ),
+    "its dict": (
+        lambda self, x: F.relu(self.bn1(x)) * getattr(self, "__dict__").get("more", 2.0),  # noqa: B009
+        "it looks at __dict__",
+    ),
+    "a memo": (
+        lambda self, x: F.relu(memo(self.bn1(x), memo.seen)),
+        "it uses an attribute of a function",
+    ),
+    "a context that changes nothing now": (
+        torch.autocast("cpu", enabled=False)(lambda self, x: F.relu(self.bn1(self.conv1(x)))),
+        "its decorator enters a context",
+    ),
     "an import": (imports, "it imports math"),
-    "a submodule registered": (grows, "it changes its submodules"),
+    "a submodule registered": (grows, "it looks at add_module"),
     "a hook registered": (hooks, "it uses SEEN"),
     "a function of its own that does so": (helped, "it uses torch.is_grad_enabled"),
     "an enumeration with methods": (
@@ -917,9 +993,8 @@ UNSEEN = {
 @pytest.mark.parametrize("name", UNSEEN)
 def test_what_a_trace_cannot_see_is_refused(name, x):
     forward, why = UNSEEN[name]
-    x = x[:, :, :2] if name == "an unpacking" else x
     model = block(forward)
-    model.layers = nn.ModuleList()
+    model.layers, model.maybe = nn.ModuleList(), Forgets()
     twin = copy.deepcopy(model)
     freeze(twin, "fused")
     count, state = len(SEEN), CHANCE.getstate()
@@ -984,10 +1059,6 @@ def test_all_that_was_looked_at_is_watched(name, x, calls):
     del calls[:]
     assert torch.equal(model(x), expected)
     assert calls == ["relu" if name == "nothing" else ""]
-
-
-class Mode(str, enum.Enum):
-    POST, PRE = "post", "pre"
 
 
 class Base(Block):
@@ -1094,3 +1165,242 @@ def test_a_class_that_keeps_a_list_of_its_subclasses_sees_none_but_its_own(x):
     assert absorbed(freeze(model, "fused-act")) == {"bn1": "relu"}
     model(x)
     assert not listed
+
+
+def test_what_cannot_be_written_in_code_is_refused(x):
+    model = block(lambda self, x: {Mode.POST: F.relu(self.parts["global"](x))})
+    model.parts = lively(nn.ModuleDict({"global": nn.BatchNorm2d(C), 'a"\\n': nn.BatchNorm2d(C)}))
+    twin = copy.deepcopy(model)
+    report = freeze(model, "fused-act")
+    assert "it makes a dict whose keys are neither" in notes(report)["parts.global"]
+    for name in model.parts:
+        forward = lambda self, x, name=name: F.relu(self.parts[name](x))  # noqa: E731
+        type(twin).forward = forward
+        other = copy.deepcopy(twin)
+        assert "a name that cannot be written" in notes(freeze(other, "fused-act"))[f"parts.{name}"]
+        assert torch.equal(other(x), twin.eval()(x))
+
+
+def test_a_value_is_unpacked_as_it_would_be(x):
+    def forward(self, x):
+        n, c, h, w = x.shape
+        left, right = F.relu(self.bn1(self.conv1(x))).chunk(2, dim=1)
+        first, second = self.conv2(x)
+        return torch.cat([left, right], 1).view(n, c, h * w).mean() + first + second
+
+    model = block(forward)
+    assert same_as_fused(copy.deepcopy(model), (x,))
+    assert absorbed(freeze(model, "fused-act"))["bn1"] == "relu"
+    for wrong in (x[0], torch.cat([x, x])):
+        with pytest.raises(ValueError, match="values to unpack"):
+            model(wrong)
+
+
+def test_whatever_is_written_in_place_is_written(x):
+    def forward(self, x, mask):
+        mask &= x > 0
+        x[:, :2] += 1
+        view = x.data
+        view *= 2
+        return F.relu(self.bn1(self.conv1(x))) * mask
+
+    model = block(forward)
+    twin = copy.deepcopy(model)
+    assert absorbed(freeze(model, "fused-act")) == {"bn1": "relu"}
+    freeze(twin, "fused")
+    mine, theirs = ((x.clone(), torch.ones(x.shape, dtype=torch.bool)) for _ in range(2))
+    assert torch.equal(model(*mine), twin(*theirs))
+    assert all(map(torch.equal, mine, theirs))
+    assert not mine[1].all()
+
+
+def test_a_shape_is_that_of_the_moment_when_it_is_asked_for(x):
+    def forward(self, x):
+        shape = x.shape
+        x.unsqueeze_(0)
+        return F.relu(self.bn1(self.conv1(x.view(shape))))
+
+    model = block(forward)
+    freeze(model, "fused-act")
+    assert model(x.clone()).shape == x.shape
+
+
+def doubled(z):
+    return z * 2
+
+
+@pytest.mark.parametrize("change", ["forward", "its code", "a helper's code"])
+def test_a_forward_that_is_changed_later_is_the_one_that_runs(change, x, monkeypatch):
+    def forward(self, x):
+        return doubled(F.relu(self.bn1(self.conv1(x))))
+
+    def other(self, x):
+        return torch.tanh(self.bn1(self.conv1(x)))
+
+    model = block(forward)
+    twin = copy.deepcopy(model)
+    assert absorbed(freeze(model, "fused-act")) == {"bn1": "relu"}
+    freeze(twin, "fused")
+    assert torch.equal(model(x), twin(x))
+    if change == "forward":
+        type(twin).forward = other
+    elif change == "its code":  # which is what IPython's autoreload does
+        forward.__code__ = other.__code__
+    else:
+        monkeypatch.setattr(doubled, "__code__", (lambda z: z * 3).__code__)
+    assert torch.equal(model(x), twin(x))
+    later = lively(type(twin)())
+    expected = copy.deepcopy(later).eval()(x)
+    freeze(later, "fused-act")
+    assert torch.equal(later(x), expected)
+
+
+class Aliases(nn.Module):
+    """A block whose parts have two names each."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU6()])
+        self.heads = nn.ModuleDict({"one": nn.Tanh(), "two": nn.Sigmoid()})
+        self.conv, self.bn, self.act = self.parts
+        self.out = nn.Conv2d(C, C, 1)
+
+    def forward(self, x):
+        x = self.out(self.act(self.bn(self.conv(x)))) * 9
+        for head in self.heads.values():
+            x = head(x)
+        return x
+
+
+LATER = {
+    "an order": lambda m: m.heads.update({"one": m.heads.pop("one")}),
+    "what a name leads through": lambda m: m.parts.__setitem__(0, nn.Tanh()),
+    "what an activation is": lambda m: setattr(m.act, "max_val", 0.1),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_names_orders_and_bounds_are_watched(name, x):
+    model = lively(Aliases())
+    twin = copy.deepcopy(model)
+    assert "relu6" in absorbed(freeze(model, "fused-act")).values()
+    freeze(twin, "fused")
+    once = twin(x)
+    assert torch.equal(model(x), once)
+    LATER[name](model)
+    LATER[name](twin)
+    assert torch.equal(model(x), twin(x))
+    assert torch.equal(twin(x), once) == (name == "what a name leads through")
+
+
+def test_a_tensor_that_is_registered_twice_may_become_two(x):
+    model = block(lambda self, x: F.relu(self.bn1(self.conv1(x))) * self.one + self.two)
+    model.one = model.two = nn.Parameter(torch.ones(1))
+    freeze(model, "fused-act")
+    twin = copy.deepcopy(model)
+    twin.two = nn.Parameter(torch.zeros(1))
+    assert torch.equal(model(x), twin(x) + 1)
+
+
+def test_a_convolution_of_ones_own_may_pass_its_input_on(x):
+    class Skips(nn.Conv2d):
+        def forward(self, x):
+            return x
+
+    def forward(self, x):
+        z, y = self.bn1(self.act(x)), F.relu_(x)
+        return z + y
+
+    model = block(forward, Skips(C, C, 1))
+    twin = copy.deepcopy(model)
+    freeze(model, "fused-act")
+    freeze(twin, "fused")
+    assert torch.equal(model(x.clone()), twin(x.clone()))
+
+
+def test_a_method_of_a_class_is_not_traced(x):
+    class Counts(Block):
+        calls = 0
+
+        @classmethod
+        def count(cls, z):
+            cls.calls += 1
+            return z
+
+        def forward(self, x):
+            return self.count(F.relu(self.bn1(x)))
+
+    model = lively(Counts())
+    assert not absorbed(freeze(model, "fused-act"))
+    assert Counts.calls == 0
+
+
+def test_functions_of_math_are_what_they_were_while_torch_fx_replaces_them(x, calls):
+    class Scales(Block):
+        def scaled(self, z):
+            return z / math.sqrt(z.shape[1]) * math.sqrt(2)
+
+        def forward(self, x):
+            return self.scaled(F.relu(self.bn1(x)))
+
+    model = lively(Scales())
+    assert same_as_fused(copy.deepcopy(model), (x,))
+    freeze(model, "fused-act")
+    del calls[:]
+    model(x)
+    assert calls == ["relu"]
+
+
+def test_a_graph_module_writes_to_its_class_and_is_left_alone(x):
+    model = nn.Sequential(torch.fx.symbolic_trace(block(residual)))
+    twin = copy.deepcopy(model)
+    report = freeze(model, "fused-act")
+    freeze(twin, "fused")
+    assert "it is a GraphModule" in notes(report)["0.bn1"]
+    for each in (model, twin):
+        each[0].recompile()
+    assert torch.equal(model(x), twin(x))
+
+
+class Left(torch.Tensor):
+    def __add__(self, other):
+        return super().__add__(other) * 2
+
+
+class Odd:
+    def __init__(self, x):
+        self.x = x
+
+    def __add__(self, other):
+        return self.x - other
+
+
+@pytest.mark.parametrize("kind", [Left, Odd, lambda x: x[:, :2], lambda x: [x]])
+def test_what_is_added_is_added_in_its_own_way_and_on_its_side(kind, x):
+    class Makes(nn.Module):
+        def forward(self, x):
+            return x.as_subclass(kind) if kind is Left else kind(x)
+
+    model = block(lambda self, x: self.act(x) + self.bn1(self.conv1(x)), Makes())
+    twin = copy.deepcopy(model)
+    assert absorbed(freeze(model, "fused-act")) == {"bn1": "add"}
+    freeze(twin, "fused")
+    try:
+        expected = twin(x)
+    except (RuntimeError, TypeError) as error:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            model(x)
+    else:
+        assert torch.equal(model(x), expected)
+
+
+def test_a_shortcut_that_is_an_empty_sequential_is_added(x, calls):
+    def forward(self, x):
+        out = self.bn1(self.conv1(x))
+        out += self.shortcut(x)
+        return F.relu(out)
+
+    model = block(forward)
+    model.shortcut = nn.Sequential()
+    assert same_as_fused(copy.deepcopy(model), (x,))
+    assert absorbed(freeze(model, "fused-act")) == {"bn1": "add+relu"}
