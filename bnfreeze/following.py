@@ -110,6 +110,8 @@ class _View:
 
     def check_later(self, norm: fx.Node, total: fx.Node) -> None:
         """Refuse to compute a norm layer later than it was, if its input may change until then."""
+        if any(n.op == "get_attr" and _owner(n) == norm.target for n in self.order):
+            raise _End("its own tensors are used besides")
         start, end = self.order[norm], self.order[total]
         own = self.is_own(norm.all_input_nodes[0])
         for node, place in self.order.items():
@@ -319,6 +321,10 @@ def _copies(module: nn.Module | None) -> bool:
     # A subclass of one's own may pass its input on.
     owner = next((kind for kind in type(module).__mro__ if "forward" in vars(kind)), object)
     return isinstance(module, _COPIES) and is_known(owner)
+
+
+def _owner(node: fx.Node) -> str:
+    return str(node.target).rpartition(".")[0]
 
 
 def _sole_user(node: fx.Node) -> fx.Node:

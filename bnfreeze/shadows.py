@@ -43,6 +43,7 @@ class Shadows:
         self._block = next(iter(inside))
         self._inside = {id(module) for module in inside}
         self._training = training
+        self._called: set[int] = set()
         # By identity of the module its shadow, and the other way round.
         self._shadows: dict[int, nn.Module] = {}
         self._originals: dict[int, nn.Module] = {}
@@ -53,6 +54,10 @@ class Shadows:
     def is_inside(self, shadow: nn.Module) -> bool:
         """Whether the shadow is that of a module whose own forward is going to run."""
         return id(self.original(shadow)) in self._inside
+
+    def call(self, shadow: nn.Module) -> None:
+        """Note that a module is called whose own forward does not run now, and may set anything."""
+        self._called.update(id(module) for module in self.original(shadow).modules())
 
     def original(self, shadow: nn.Module) -> nn.Module:
         """The module that it is the shadow of."""
@@ -109,6 +114,8 @@ class Shadows:
         tensors = {**module._parameters, **module._buffers}
         if name in tensors:
             self._check_untied(tensors[name], name)
+        elif self._may_have_set(module, name):
+            raise Untraceable(f"it reads {name} of a {type(module).__name__} that it has called")
         elif name in shadow.__dict__:
             value = shadow.__dict__[name]
             self._vouch(value, f"self.{name}")
@@ -157,6 +164,10 @@ class Shadows:
     def training(self, shadow: nn.Module) -> Any:
         """What the attribute ``training`` of a shadow is."""
         return self._training(shadow)
+
+    def _may_have_set(self, module: nn.Module, name: str) -> bool:
+        called = id(module) in self._called and not is_known(type(module))
+        return called and not callable(getattr(type(module), name, None))
 
     def _check_untied(self, tensor: torch.Tensor | None, name: str) -> None:
         # The graph knows it by one name, and would not notice another being given away.

@@ -139,8 +139,8 @@ class _Value(fx.Proxy):
         # An assignment says how many values it wants.
         frame = sys._getframe(1)
         steps = dis.get_instructions(frame.f_code)
-        step = next(s for s in steps if s.offset == frame.f_lasti)
-        if step.opname != "UNPACK_SEQUENCE":
+        step = next((s for s in steps if s.offset == frame.f_lasti), None)
+        if step is None or step.opname != "UNPACK_SEQUENCE":
             raise Untraceable("it loops over a value of which nothing is known")
         values = self.tracer.create_proxy("call_function", _unpack, (self, step.argval), {})
         return iter([values[index] for index in range(step.argval)])  # type: ignore[index]
@@ -241,7 +241,14 @@ class _Tracer(fx.Tracer):
         return _TYPES[self.kind]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not self.shadows.is_inside(m)
+        if self.shadows.is_inside(m):
+            return False
+        self.shadows.call(m)
+        return True
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # Nothing from the cache: a module that is called in between may set another tensor.
+        return super().getattr(attr, attr_val, {})
 
     def path_of_module(self, mod: nn.Module) -> str:
         if mod not in self.shadows:

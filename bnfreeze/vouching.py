@@ -154,7 +154,8 @@ class Voucher:
             if not free and value not in _torch_functions() and value not in _BUILTINS:
                 raise Untraceable(f"it uses {called}, which no trace sees")
         elif isinstance(value, type):
-            if value not in _TYPES and not issubclass(value, nn.Module | BaseException):
+            known = is_known(value) or value.__module__ == "builtins"
+            if value not in _TYPES and not (known and issubclass(value, nn.Module | Exception)):
                 raise Untraceable(f"it uses {called}, a class that may do anything")
         elif type(value) not in _CONSTANTS and not _is_mere_enum(value):
             raise Untraceable(f"it uses {called}, of the type {type(value).__name__}")
@@ -198,14 +199,28 @@ class Voucher:
 
     def _follow(self, code: Code, place: int, value: Any) -> None:
         """Vouch for what a name from outside stands for, with the attributes that follow it."""
-        called = [str(code.steps[place].argval)]
-        for step in code.steps[place + 1 :]:
-            if step.opname not in LOOKUPS:
-                break
+        called, end = [str(code.steps[place].argval)], place + 1
+        while end < len(code.steps) and code.steps[end].opname in LOOKUPS:
+            name = code.steps[end].argval
             if isinstance(value, types.FunctionType):
-                raise Untraceable(f"it looks at {'.'.join([*called, step.argval])}")
+                raise Untraceable(f"it looks at {'.'.join([*called, name])}")
             if not isinstance(value, types.ModuleType | type):
                 break
-            called.append(step.argval)
-            value = self.note(value, step.argval)
-        self.value(value, ".".join(called))
+            called.append(name)
+            value = self.note(value, name)
+            end += 1
+        if not (isinstance(value, type) and self._is_only_named(code, place, end)):
+            self.value(value, ".".join(called))
+
+    def _is_only_named(self, code: Code, place: int, end: int) -> bool:
+        """Whether a class is no more than an argument of isinstance or super."""
+        if place and code.steps[place - 1].argval == "super":
+            return True
+        for step in code.steps[end:]:
+            if step.opname == "LOAD_GLOBAL":
+                if not isinstance(self._global(code, step.argval), types.ModuleType | type):
+                    return False
+            elif step.opname not in (*LOOKUPS, "BUILD_TUPLE", "PRECALL"):
+                # The last of two, so not what getattr looks at.
+                return step.opname.startswith("CALL") and step.argval == 2
+        return False

@@ -877,6 +877,14 @@ class Forgets(nn.Module):
         return None
 
 
+class Remembers(nn.Module):
+    seen = 0
+
+    def forward(self, x):
+        self.seen = 1
+        return x
+
+
 NOTHING = None
 
 
@@ -969,6 +977,18 @@ UNSEEN = {
         lambda self, x: F.relu(self.bn1(x)) * getattr(self, "__dict__").get("more", 2.0),  # noqa: B009
         "it looks at __dict__",
     ),
+    "a class by another name": (
+        lambda self, x: [kind := Remembers, F.relu(self.bn1(x)) * kind.seen][1],
+        "it uses Remembers, a class that may do anything",
+    ),
+    "a module that it makes": (
+        lambda self, x: Remembers()(F.relu(self.bn1(x))),
+        "it uses Remembers, a class that may do anything",
+    ),
+    "what a child sets meanwhile": (
+        lambda self, x: F.relu(self.bn1(self.child(x))) * (2 + self.child.seen),
+        "it reads seen of a Remembers that it has called",
+    ),
     "a memo": (
         lambda self, x: F.relu(memo(self.bn1(x), memo.seen)),
         "it uses an attribute of a function",
@@ -994,7 +1014,7 @@ UNSEEN = {
 def test_what_a_trace_cannot_see_is_refused(name, x):
     forward, why = UNSEEN[name]
     model = block(forward)
-    model.layers, model.maybe = nn.ModuleList(), Forgets()
+    model.layers, model.maybe, model.child = nn.ModuleList(), Forgets(), Remembers()
     twin = copy.deepcopy(model)
     freeze(twin, "fused")
     count, state = len(SEEN), CHANCE.getstate()
@@ -1077,6 +1097,10 @@ class Base(Block):
         return self.post(self.bn1(self.conv1(x)))
 
 
+class Head(nn.Conv2d):
+    pass
+
+
 class Derived(Base):
     """Ordinary code, in the forms that it comes in."""
 
@@ -1088,9 +1112,10 @@ class Derived(Base):
         self.layers = nn.ModuleList([nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()])
 
     def forward(self, x, scale=2.0):
-        out = super().forward(x)
+        out = super(Derived, self).forward(x)  # noqa: UP008
         for layer in self.layers:
-            out = layer(out)
+            if isinstance(layer, (Head, nn.Module)) and not isinstance(layer, Head):
+                out = layer(out)
         for name in self.names:
             out = getattr(self, f"{name}")(out)
         if self.wide and self.mode is Mode.POST and not hasattr(self, "missing"):
@@ -1404,3 +1429,16 @@ def test_a_shortcut_that_is_an_empty_sequential_is_added(x, calls):
     model.shortcut = nn.Sequential()
     assert same_as_fused(copy.deepcopy(model), (x,))
     assert absorbed(freeze(model, "fused-act")) == {"bn1": "add+relu"}
+
+
+def test_a_layer_whose_own_tensors_change_before_the_sum_is_computed_in_its_place(x):
+    def forward(self, x):
+        z = self.bn1(self.conv1(x))
+        self.bn1.running_mean.add_(1)
+        return z + x
+
+    model = block(forward)
+    twin = copy.deepcopy(model)
+    assert "its own tensors are used besides" in notes(freeze(model, "fused-act"))["bn1"]
+    freeze(twin, "fused")
+    assert torch.equal(model(x), twin(x))
