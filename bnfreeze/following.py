@@ -45,7 +45,8 @@ class Call:
         absorbs: what it computes along, in the words of `LayerRow.absorbs`.
         note: why it absorbs nothing, or not always, as a sentence's end.
         last: whether its output is the block's output, so that something may follow outside.
-        passed: the modules that are not called any more, or give other tensors than before.
+        passed: the modules that are not called any more, that give other tensors than before, or
+            of which it matters that they give new ones.
     """
 
     layer: nn.Module
@@ -100,6 +101,8 @@ class _View:
     def __init__(self, order: dict[fx.Node, int], modules: dict[fx.Node, nn.Module]) -> None:
         self.order, self.modules = order, modules
         self.norms: set[fx.Node] = set()
+        # The modules that were taken to make new tensors, and must go on doing so.
+        self.makers: list[nn.Module] = []
 
     def refuse_hooks(self, node: fx.Node) -> None:
         if node in self.modules and any(map(has_hooks, self.modules[node].modules())):
@@ -113,10 +116,11 @@ class _View:
         if any(n.op == "get_attr" and _owner(n) == norm.target for n in self.order):
             raise _End("its own tensors are used besides")
         start, end = self.order[norm], self.order[total]
-        own = self.is_own(norm.all_input_nodes[0])
         for node, place in self.order.items():
             harmless = node in self.norms or node.op == "get_attr" or self.is_identity(node)
-            if start < place < end and not (own or harmless or self.is_drop(node)):
+            if start < place < end and not (harmless or self.is_drop(node)):
+                if self.is_own(norm.all_input_nodes[0]):
+                    break
                 raise _End("its input may be changed before the sum is computed")
 
     def check_draws(self, drop: fx.Node, total: fx.Node) -> None:
@@ -128,8 +132,12 @@ class _View:
 
     def is_own(self, node: fx.Node) -> bool:
         """Whether the value is a new tensor that nobody but its one user has."""
-        new = node.target is torch.cat or _is_new(self.modules.get(node))
-        return new and len(node.users) == 1
+        module = self.modules.get(node)
+        if len(node.users) != 1 or not (node.target is torch.cat or _is_new(module)):
+            return False
+        if module is not None:
+            self.makers.extend(module.modules())
+        return True
 
     def check_backward(self, norm: fx.Node | None, node: fx.Node, activation: str) -> None:
         """Refuse to keep a tensor for backward that may be changed in place until then.
@@ -176,6 +184,7 @@ class _Chain:
 
     def __init__(self, view: _View, norm: fx.Node) -> None:
         self.view, self.norm = view, norm
+        view.makers.clear()
         self.nodes = [norm]  # what one new node takes the place of
         self.drop: fx.Node | None = None
         self.total: fx.Node | None = None
@@ -189,7 +198,8 @@ class _Chain:
             self.call = Call(layer, note=str(end), last=end.last)
         else:
             passed = [view.modules[node].modules() for node in self.nodes if node in view.modules]
-            self.call = Call(layer, absorbs, note, passed=tuple(concat.from_iterable(passed)))
+            rests = (*concat.from_iterable(passed), *view.makers)
+            self.call = Call(layer, absorbs, note, passed=rests)
 
     def _follow(self) -> tuple[str, str]:
         if len(self.norm.args) != 1 or self.norm.kwargs:
@@ -307,13 +317,13 @@ class _Chain:
             graph.erase_node(node)
 
 
-def _is_new(module: nn.Module | None) -> bool:
+def _is_new(module: Any) -> bool:
     """Whether the module's output is a new tensor, which it keeps no hold of."""
-    while isinstance(module, nn.Sequential) and len(module):
+    while isinstance(module, nn.Sequential) and len(module) and not has_hooks(module):
         if layer_class(module).forward is not nn.Sequential.forward:
             return False
         module = module[-1]
-    return _copies(module)
+    return _copies(module) and not has_hooks(module)
 
 
 def _copies(module: nn.Module | None) -> bool:

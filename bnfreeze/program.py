@@ -114,6 +114,8 @@ def program(block: nn.Module, traced: Trace, kind: Kind, calls: Sequence[Call]) 
         for name in ("min_val", "max_val")
     ]
     passed = {id(module): module for module in (*absorbing, *traced.inside[1:])}
+    holders = (*traced.touched, *(module for module in passed.values() if module._modules))
+    holding = {id(module): module for module in holders}
     return Program(
         namespace["forward"],
         block,
@@ -121,6 +123,6 @@ def program(block: nn.Module, traced: Trace, kind: Kind, calls: Sequence[Call]) 
         traced.asked,
         kind,
         (*traced.reads, *bounds),
-        tuple((module, [*module._modules.items()]) for module in traced.touched),
+        tuple((module, [*module._modules.items()]) for module in holding.values()),
         tuple((module, type(module)) for module in passed.values()),
     )

@@ -1442,3 +1442,29 @@ def test_a_layer_whose_own_tensors_change_before_the_sum_is_computed_in_its_plac
     assert "its own tensors are used besides" in notes(freeze(model, "fused-act"))["bn1"]
     freeze(twin, "fused")
     assert torch.equal(model(x), twin(x))
+
+
+CONVOLUTIONS = {
+    "a hook": lambda c: c.register_forward_hook(lambda module, args, out: args[0]),
+    "a forward": lambda c: setattr(c, "forward", torch.ops.aten.alias.default),
+    "a class": lambda c: setattr(c, "__class__", nn.Identity),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_that_comes_to_pass_its_input_on_is_noticed(name, first, x):
+    def forward(self, x):
+        z, y = self.bn1(self.conv1(x)), F.relu_(x)
+        return z + y
+
+    model = block(forward)
+    twin = copy.deepcopy(model)
+    for each, policy in ((model, "fused-act"), (twin, "fused")):
+        if first:
+            CONVOLUTIONS[name](each.conv1)
+        report = freeze(each, policy)
+        if not first:
+            CONVOLUTIONS[name](each.conv1)
+            assert ("bn1" in absorbed(report)) == (policy == "fused-act")
+    assert torch.equal(model(x.clone()), twin(x.clone()))
