@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-__all__ = ["ACTIVATIONS", "FROM_OUTPUT", "Affine", "backward", "forward"]
+__all__ = ["ACTIVATIONS", "FROM_OUTPUT", "Affine", "backward", "forward", "scaled"]
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
@@ -129,10 +129,10 @@ def backward(
             z = kept.to(math)
             z = _normalise(z, norm, math) if kept_is_input else z
             grad = _GRADIENT[activation](grad.to(math), z)
-    grad_x = _scaled(grad, norm, math, mixed).to(dtype) if needs[0] else None
+    grad_x = scaled(grad, norm, mixed=mixed).to(dtype) if needs[0] else None
     grad_residual = None
     if needs[1]:
-        grad_residual = (grad if branch is None else _scaled(grad, branch, math, mixed)).to(dtype)
+        grad_residual = (grad if branch is None else scaled(grad, branch, mixed=mixed)).to(dtype)
     grad_weight = grad_bias = None
     if needs[2] and norm.weight is not None:
         assert x is not None
@@ -143,6 +143,21 @@ def backward(
     if needs[3] and norm.bias is not None:
         grad_bias = grad.to(math).sum(_others(grad)).to(norm.bias.dtype)
     return grad_x, grad_residual, grad_weight, grad_bias
+
+
+def scaled(grad: Tensor, norm: Affine, *, mixed: bool = False) -> Tensor:
+    """Return ``grad`` times the scale of each channel, in its dtype.
+
+    It is the gradient of x where nothing follows the norm. Computed in fp32 where ``grad`` is a
+    half; ``mixed`` as in `forward`.
+    """
+    math = _math_dtype(grad.dtype)
+    if mixed and grad.dtype in _HALVES and grad.device.type in _MIXES:
+        # A norm layer without mean and bias is just that product, in one pass without an fp32
+        # copy: three times as fast on CPU as type promotion.
+        linear = norm._replace(mean=torch.zeros_like(norm.mean), bias=None)
+        return _normalise(grad, linear, math)
+    return (grad * _over(norm.scale(math), grad)).to(grad.dtype)
 
 
 def _silu_gradient(grad: Tensor, z: Tensor) -> Tensor:
@@ -172,16 +187,6 @@ def _normalise(x: Tensor, norm: Affine, math: torch.dtype) -> Tensor:
     # Not F.batch_norm, which in some versions of torch refuses an eps of 0 in evaluation too.
     enabled = torch.backends.cudnn.enabled
     return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, norm.eps, enabled)
-
-
-def _scaled(grad: Tensor, norm: Affine, math: torch.dtype, mixed: bool) -> Tensor:
-    """``grad`` times the scale of each channel, in fp32 where ``grad`` is a half."""
-    if mixed and grad.dtype in _HALVES and grad.device.type in _MIXES:
-        # A norm layer without mean and bias is just that product, in one pass without an fp32
-        # copy: three times as fast on CPU as type promotion.
-        linear = norm._replace(mean=torch.zeros_like(norm.mean), bias=None)
-        return _normalise(grad, linear, math)
-    return grad * _over(norm.scale(math), grad)
 
 
 def _over(per_channel: Tensor, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ __all__ = ["FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3d"]
 
 # To torch.fx.symbolic_trace, which has no sizes to ask for, the layer is one call.
 torch.fx.wrap("_apply")
+_Proxy = torch.fx.Proxy
 
 _Self = TypeVar("_Self", bound="_FrozenBatchNorm")
 
@@ -131,7 +132,7 @@ class _FrozenBatchNorm(nn.Module):
         Raises:
             ValueError: the rank or the number of channels is not this layer's.
         """
-        if not isinstance(x, torch.fx.Proxy) and x.dim() not in self._ranks:
+        if not isinstance(x, _Proxy) and x.dim() not in self._ranks:
             ranks = " or ".join(f"{rank}D" for rank in self._ranks)
             raise ValueError(
                 f"{type(self).__name__} takes a {ranks} input with {self.num_features} channels; "

@@ -159,6 +159,18 @@ def test_with_relu_it_is_the_output_that_is_saved():
         out.mul_(2).sum().backward()
 
 
+@pytest.mark.parametrize("which", ["var", "weight"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_what_backward_reads_may_not_change_in_between(which, activation):
+    x, _, norm, _ = tensors((4, 3, 5, 5), grad=True)
+    out = frozen_batch_norm(x, *norm, activation=activation)
+    norm.mean.add_(1)  # backward does without
+    out.sum().backward(retain_graph=True)
+    getattr(norm, which).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_input_and_residual_are_left_alone_and_may_be_one_tensor():
     x, _, norm, _ = tensors((4, 3, 5, 5), grad=True)
     before = x.detach().clone()
