@@ -125,7 +125,7 @@ def backend(
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-class _Alone(torch.autograd.Function):
+class _FrozenBatchNormAlone(torch.autograd.Function):
     """A norm layer by itself with weight and bias held: by far the most frequent case.
 
     It saves nothing. What `_FrozenBatchNorm` does besides costs an eighth of the host's time for
@@ -158,7 +158,7 @@ class _Alone(torch.autograd.Function):
                 return launcher.scaled(grad, norm), None
             except KernelError as error:
                 _kernel.give_up(error)
-        return aten.scaled(grad, norm, mixed=True), None
+        return aten.scaled(grad, norm, eager=True), None
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
@@ -218,7 +218,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
                 return *launcher.backward(grad, *rest), None
             except KernelError as error:
                 _kernel.give_up(error)
-        return *aten.backward(grad, *rest, mixed=True), None
+        return *aten.backward(grad, *rest, eager=True), None
 
 
 _FROM_INPUT = frozenset(ACTIVATIONS) - FROM_OUTPUT - {None}
@@ -254,7 +254,7 @@ def _apply(
     )
     if not trained and activation is None and residual is None:
         if x.requires_grad:
-            return _Alone.apply(x, norm)  # type: ignore[no-any-return]
+            return _FrozenBatchNormAlone.apply(x, norm)  # type: ignore[no-any-return]
     elif trained or x.requires_grad or (residual is not None and residual.requires_grad):
         out: Any = _FrozenBatchNorm.apply(x, residual, weight, bias, (norm, branch, activation))
         return out[0] if type(out) is tuple else out  # type: ignore[no-any-return]
@@ -280,7 +280,7 @@ def _computed(
             except KernelError as error:
                 _kernel.give_up(error)
     _check_shapes(x, norm, residual)
-    return *aten.forward(x, norm, residual, branch, activation, keep_sum=keep_sum, mixed=True), None
+    return *aten.forward(x, norm, residual, branch, activation, keep_sum=keep_sum, eager=True), None
 
 
 def _check_shapes(x: Tensor, norm: Affine, residual: Tensor | None) -> None:
