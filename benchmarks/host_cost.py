@@ -4,9 +4,9 @@ Our eager CUDA path runs here on CPU tensors and against a stub driver whose lau
 `nn.BatchNorm2d.eval()` runs on CPU, where on a tensor of eight elements it is all overhead as
 well. On a machine with a GPU the same is measured on it, with the real driver.
 
-What counts is the ratio. The machine may be shared, so the two take turns after a few milliseconds
-and, without a GPU, on one core: what else runs then slows both. The range leaves
-out the tenth of the rounds that lie lowest and the tenth that lie highest.
+What counts is the ratio. The two take turns after twenty calls, without a GPU on one core. What
+else runs on the machine can only add to a round; so of each hundred rounds the fastest counts, on
+either side. Shown are the medians of twenty times that, and the range of their ratios.
 
     python benchmarks/host_cost.py
 """
@@ -65,7 +65,7 @@ def install_stub() -> None:
     functional._kernel.launcher = Launcher(host)
 
 
-def microseconds(call: Callable[[], object], times: int = 100) -> float:
+def microseconds(call: Callable[[], object], times: int = 20) -> float:
     """Wall time of one call."""
     begin = time.perf_counter()
     for _ in range(times):
@@ -107,11 +107,16 @@ def main() -> None:
         ("forward and backward", and_backward),
     ):
         ours, theirs = make(frozen), make(live)
-        rounds = [(microseconds(ours), microseconds(theirs)) for _ in range(620)][20:]
-        ratios = [a / b for a, b in rounds]
-        a, b = (statistics.median(column) for column in zip(*rounds, strict=True))
-        middle, tenths = statistics.median(ratios), statistics.quantiles(ratios, n=10)
-        print(f"{name:22}{a:10.1f}{b:16.1f}{middle:8.2f}  {tenths[0]:.2f} to {tenths[-1]:.2f}")
+        for _ in range(500):  # to warm up
+            ours(), theirs()
+        fastest = []
+        for _ in range(20):
+            rounds = [(microseconds(ours), microseconds(theirs)) for _ in range(100)]
+            fastest.append([min(column) for column in zip(*rounds, strict=True)])
+        ratios = sorted(a / b for a, b in fastest)
+        a, b = (statistics.median(column) for column in zip(*fastest, strict=True))
+        middle = statistics.median(ratios)
+        print(f"{name:22}{a:10.1f}{b:16.1f}{middle:8.2f}  {ratios[0]:.2f} to {ratios[-1]:.2f}")
 
 
 if __name__ == "__main__":
