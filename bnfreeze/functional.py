@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bnfreeze import aten
-from bnfreeze.aten import ACTIVATIONS, FROM_OUTPUT, Affine
+from bnfreeze.aten import ACTIVATIONS, FROM_OUTPUT, Norm
 from bnfreeze.kernels.build import KernelError
 from bnfreeze.kernels.launch import Launcher
 from bnfreeze.kernels.load import kernel as _kernel
@@ -62,12 +62,12 @@ def frozen_batch_norm(
             ``residual`` has another shape; ``activation`` is unknown.
         TypeError: ``x`` is not of a floating dtype.
     """
-    norm = Affine(running_mean, running_var, weight, bias, eps)
+    norm = running_mean, running_var, weight, bias, eps
     return _apply(x, norm, residual, None, activation)
 
 
 def _frozen_batch_norm_add(
-    x: Tensor, norm: Affine, residual: Tensor, branch: Affine, activation: str | None = None
+    x: Tensor, norm: Norm, residual: Tensor, branch: Norm, activation: str | None = None
 ) -> Tensor:
     """``activation(norm(x) + branch(residual))``: two frozen norm layers that meet in one sum.
 
@@ -112,7 +112,7 @@ def backend(
         running_mean = torch.empty(x.shape[1], device=x.device)
     if running_var is None:
         running_var = running_mean
-    norm = Affine(running_mean, running_var, weight, bias, 1e-5)
+    norm = running_mean, running_var, weight, bias, 1e-5
     why = why_formula(x, norm, residual, None)
     if why:
         return Backend("formula", why)
@@ -133,7 +133,7 @@ class _FrozenBatchNormAlone(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Affine) -> Tensor:
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
         y, _, launcher = _computed(x, norm, None, None, None)
         _, var, weight, _, _ = norm
         # Autograd would watch over them if they were saved, for twice the time.
@@ -171,9 +171,10 @@ class _FrozenBatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        how: tuple[Affine, Affine | None, str | None],
+        how: tuple[Norm, Norm | None, str | None],
     ) -> Any:
         norm, branch, activation = how
+        mean, var, *_ = norm
         # With a residual the sum cannot be had from x alone; it becomes a second output, so that
         # a double backward finds its way through it.
         from_input = activation in _FROM_INPUT
@@ -188,9 +189,9 @@ class _FrozenBatchNorm(torch.autograd.Function):
         # Backward takes the parameters from ctx.how; that they are saved as well makes autograd
         # complain where one of those it reads was changed in between.
         if kept is x or needs_x is not None:
-            ctx.save_for_backward(kept, needs_x, norm.var, weight, norm.mean, bias)
+            ctx.save_for_backward(kept, needs_x, var, weight, mean, bias)
         else:
-            ctx.save_for_backward(kept, needs_x, norm.var, weight)
+            ctx.save_for_backward(kept, needs_x, var, weight)
         if not keeps_sum:
             return y
         ctx.set_materialize_grads(False)
@@ -230,9 +231,9 @@ def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 def _apply(
     x: Tensor,
-    norm: Affine,
+    norm: Norm,
     residual: Tensor | None,
-    branch: Affine | None,
+    branch: Norm | None,
     activation: str | None,
 ) -> Tensor:
     """Compute ``activation(norm(x) + branch(residual))``, as `frozen_batch_norm` describes it."""
@@ -263,9 +264,9 @@ def _apply(
 
 def _computed(
     x: Tensor,
-    norm: Affine,
+    norm: Norm,
     residual: Tensor | None,
-    branch: Affine | None,
+    branch: Norm | None,
     activation: str | None,
     keep_sum: bool = False,
 ) -> tuple[Tensor, Tensor | None, Launcher | None]:
@@ -283,9 +284,9 @@ def _computed(
     return *aten.forward(x, norm, residual, branch, activation, keep_sum=keep_sum, eager=True), None
 
 
-def _check_shapes(x: Tensor, norm: Affine, residual: Tensor | None) -> None:
+def _check_shapes(x: Tensor, norm: Norm, residual: Tensor | None) -> None:
     """Raise what is wrong with the shapes; what the kernel takes needs no second look."""
-    shape, channels = x.shape, norm.mean.numel()
+    shape, channels = x.shape, norm[0].numel()
     if len(shape) < 2 or shape[1] != channels:
         raise ValueError(
             f"The input has the shape {tuple(shape)}; it must be (N, C, *) with "
@@ -298,7 +299,7 @@ def _check_shapes(x: Tensor, norm: Affine, residual: Tensor | None) -> None:
         )
 
 
-def _why_aten(x: Tensor, norm: Affine, residual: Tensor | None) -> str:
+def _why_aten(x: Tensor, norm: Norm, residual: Tensor | None) -> str:
     """Why plain eager tensors do not go to the kernel, as a sentence; empty if they do."""
     if not _on_cuda(x):
         return "The input is not on a CUDA device."

@@ -15,7 +15,6 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfreeze.aten import Affine
 from bnfreeze.errors import PolicyError
 from bnfreeze.functional import _apply
 
@@ -147,7 +146,7 @@ class _FrozenBatchNorm(nn.Module):
         except KeyError:
             # Parametrized, or a replica: they are there under other names.
             mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        return _apply(x, Affine(mean, var, weight, bias, self.eps), residual, None, activation)
+        return _apply(x, (mean, var, weight, bias, self.eps), residual, None, activation)
 
     @property
     def training(self) -> bool:

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling as _is_compiling
 from torch.overrides import _get_current_function_mode_stack as _function_mode_stack
 from torch.utils._device import DeviceContext
 
-from bnfreeze.aten import Affine
+from bnfreeze.aten import Norm
 
 __all__ = ["TRACING", "must_show", "why_formula"]
 
@@ -28,7 +28,7 @@ _COMPILING = "torch.compile or torch.export is at work, which fuses plain ATen b
 TRACING = "torch.jit.trace is at work."
 
 
-def why_formula(x: Tensor, norm: Affine, residual: Tensor | None, branch: Affine | None) -> str:
+def why_formula(x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | None) -> str:
     """Why a call must be plain differentiable ATen, as a sentence; empty if it need not be."""
     # First, for torch.compile follows only this branch and sees nothing of the rest.
     if _is_compiling():

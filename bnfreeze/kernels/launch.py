@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnfreeze.aten import FROM_OUTPUT, Affine
+from bnfreeze.aten import FROM_OUTPUT, Norm
 from bnfreeze.kernels import plan as plans
 from bnfreeze.kernels.build import KernelError
 from bnfreeze.kernels.host import Host
@@ -66,9 +66,7 @@ class Launcher:
         self._stream = host.stream
         self._cu_launch = host.driver.cuLaunchKernel
 
-    def refusal(
-        self, x: Tensor, norm: Affine, residual: Tensor | None, branch: Affine | None
-    ) -> str:
+    def refusal(self, x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | None) -> str:
         """Return why these tensors are not for the kernel, as a sentence; empty if they are."""
         shape, device = x.shape, x.get_device()
         channels = shape[1] if len(shape) > 1 else 0
@@ -99,9 +97,9 @@ class Launcher:
     def forward(
         self,
         x: Tensor,
-        norm: Affine,
+        norm: Norm,
         residual: Tensor | None = None,
-        branch: Affine | None = None,
+        branch: Norm | None = None,
         activation: str | None = None,
         keep_sum: bool = False,
     ) -> tuple[Tensor, Tensor | None] | None:
@@ -115,7 +113,8 @@ class Launcher:
             in1 = residual.data_ptr()
         aligned = not (in0 | in1) & 15  # torch's own allocators align the output to more
         # All that `refusal` asks of the input: a plan that is there is an input not refused.
-        key = shape, x.stride(), dtype, x.is_neg(), device, aligned, activation, kind
+        layout = x.is_contiguous() or x.stride()
+        key = shape, layout, dtype, x.is_neg(), device, aligned, activation, kind
         loaded = self._plans.get(key)
         if loaded is None:
             if self.refusal(x, norm, residual, branch):
@@ -137,7 +136,7 @@ class Launcher:
             self._launch(device, loaded, in0, in1, 0, out0, out1, 0, norm, branch)
         return y, z
 
-    def scaled(self, grad: Tensor, norm: Affine) -> Tensor:
+    def scaled(self, grad: Tensor, norm: Norm) -> Tensor:
         """Compute as `bnfreeze.aten.scaled`; nothing but what that takes, for it runs most."""
         if grad.is_neg():
             grad = grad.resolve_neg()
@@ -157,8 +156,8 @@ class Launcher:
     def backward(
         self,
         grad: Tensor,
-        norm: Affine,
-        branch: Affine | None,
+        norm: Norm,
+        branch: Norm | None,
         activation: str | None,
         kept: Tensor | None,
         kept_is_input: bool,
@@ -186,8 +185,9 @@ class Launcher:
         grad_r = None
         if needs_residual:
             grad_r = grad if passes_on else torch.empty_like(grad)
-        grad_w = torch.empty_like(norm.weight) if needs_weight and norm.weight is not None else None
-        grad_b = torch.empty_like(norm.bias) if needs_bias and norm.bias is not None else None
+        _, _, weight, bias, _ = norm
+        grad_w = torch.empty_like(weight) if needs_weight and weight is not None else None
+        grad_b = torch.empty_like(bias) if needs_bias and bias is not None else None
         if not grad.numel():
             for total in (grad_w, grad_b):
                 if total is not None:
@@ -260,8 +260,8 @@ class Launcher:
         out0: int,
         out1: int,
         partial: int,
-        norm: Affine,
-        branch: Affine | None,
+        norm: Norm,
+        branch: Norm | None,
     ) -> None:
         arguments, address, bound = self._frame.room
         if self._current_device() != device:
@@ -280,11 +280,11 @@ class Launcher:
         elif bias is not None:
             kind = KINDS[bias.dtype]
         if branch is not None:
-            mean_r, var_r = branch.mean.data_ptr(), branch.var.data_ptr()
-            weight_r, bias_r = pointer(branch.weight), pointer(branch.bias)
-            parameter = branch.weight if branch.weight is not None else branch.bias
+            other_mean, other_var, other_weight, other_bias, eps_r = branch
+            mean_r, var_r = other_mean.data_ptr(), other_var.data_ptr()
+            weight_r, bias_r = pointer(other_weight), pointer(other_bias)
+            parameter = other_weight if other_weight is not None else other_bias
             kind_r = 0 if parameter is None else KINDS[parameter.dtype]
-            eps_r = branch.eps
         _pack(
             arguments, 0,
             in0, in1, in2, out0, out1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bnfreeze.aten import Affine
+from bnfreeze.aten import Norm
 from bnfreeze.kernels.plan import Dtype
 
 __all__ = ["DTYPES", "KINDS", "is_dense", "joins", "like", "pointer", "serves"]
@@ -49,7 +49,7 @@ def joins(residual: Tensor, x: Tensor) -> bool:
     )
 
 
-def serves(norm: Affine, channels: int, device: int) -> bool:
+def serves(norm: Norm, channels: int, device: int) -> bool:
     """Whether a norm layer's tensors are of (C,), side by side in memory, on the device."""
     # Written out, for a call costs as much as three of these questions.
     mean, var, weight, bias, _ = norm
