@@ -136,21 +136,42 @@ class Launcher:
             self._launch(device, loaded, in0, in1, 0, out0, out1, 0, norm, branch)
         return y, z
 
+    def alone(self, x: Tensor, norm: Norm) -> Tensor | None:
+        """Compute as `forward` of the two; nothing but what that takes, for it runs most."""
+        shape, device, in0 = x.shape, x.get_device(), x.data_ptr()
+        layout = x.is_contiguous() or x.stride()
+        key = shape, layout, x.dtype, x.is_neg(), device, not in0 & 15
+        loaded = self._plans.get(key)
+        if loaded is None:
+            done = self.forward(x, norm)
+            if done is None:
+                return None
+            if x.numel():
+                self._plans[key] = self._plan(x, device, (None, 0, "forward"), not in0 & 15)
+            return done[0]
+        if not serves(norm, shape[1], device):
+            return None
+        y = torch.empty_like(x)
+        self._launch(device, loaded, in0, 0, 0, y.data_ptr(), 0, 0, norm, None)
+        return y
+
     def scaled(self, grad: Tensor, norm: Norm) -> Tensor:
         """Compute as `bnfreeze.aten.scaled`; nothing but what that takes, for it runs most."""
         if grad.is_neg():
             grad = grad.resolve_neg()
-        if not is_dense(grad):
-            grad = grad.contiguous()
+        contiguous = grad.is_contiguous()
+        if not (contiguous or is_dense(grad)):
+            grad, contiguous = grad.contiguous(), True
         out = torch.empty_like(grad)
-        if grad.numel():
-            in0, out0, device = grad.data_ptr(), out.data_ptr(), grad.get_device()
-            key = grad.shape, grad.dtype, grad.is_contiguous(), not (in0 | out0) & 15, device
-            loaded = self._plans.get(key)
-            if loaded is None:
-                loaded = self._plan(grad, device, (None, 0, "backward"), not (in0 | out0) & 15)
-                self._plans[key] = loaded
-            self._launch(device, loaded, in0, 0, 0, out0, 0, 0, norm, None)
+        in0, device = grad.data_ptr(), grad.get_device()
+        key = grad.shape, grad.dtype, contiguous, not in0 & 15, device
+        loaded = self._plans.get(key)
+        if loaded is None:
+            if not grad.numel():
+                return out
+            loaded = self._plan(grad, device, (None, 0, "backward"), not in0 & 15)
+            self._plans[key] = loaded
+        self._launch(device, loaded, in0, 0, 0, out.data_ptr(), 0, 0, norm, None)
         return out
 
     def backward(
