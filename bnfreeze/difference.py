@@ -33,7 +33,7 @@ class TensorChange:
         role: ``"statistics"``, ``"weight"``, ``"bias"`` or ``"other"``, by its name.
         status: ``"identical"`` (every bit), ``"moved"``, another ``"dtype"`` or ``"shape"``,
             ``"added"`` (in the second alone), ``"removed"`` (in the first alone), ``"unread"``
-            (saved without values).
+            (no values that can be compared: sparse, quantised, saved without any).
         total: how many elements.
         changed: how many of them differ in any bit.
         max_abs: the largest difference; None where nothing finite can be said.
@@ -169,9 +169,10 @@ def _told(changes: list[TensorChange]) -> str:
     if not changes:
         return ""
     for statuses, word in (
-        ({"dtype", "shape", "unread"}, "differ"),
+        ({"dtype", "shape"}, "differ"),
         ({"added", "removed"}, "missing"),
         ({"moved"}, "moved"),
+        ({"unread"}, "unread"),
     ):
         count = sum(change.status in statuses for change in changes)
         if count:

@@ -20,6 +20,7 @@ class _TensorInMemory(StoredTensor):
         self.dtype = str(tensor.dtype).removeprefix("torch.")
         self.shape = tuple(tensor.shape)
         self.has_values = not tensor.is_meta
+        self.why = "it is on the meta device" if tensor.is_meta else ""
         self._tensor = tensor
 
     def storage(self) -> tuple[object, int]:

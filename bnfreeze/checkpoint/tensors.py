@@ -77,11 +77,13 @@ class StoredTensor(ABC):
         dtype: torch's name of it, such as ``"float32"``.
         shape: the sizes.
         has_values: whether there is more than the description.
+        why: why there is not; empty where there is.
     """
 
     dtype: str
     shape: tuple[int, ...]
     has_values: bool = True
+    why: str = ""
 
     @property
     def numel(self) -> int:

@@ -104,10 +104,9 @@ def verify_stored(
 
 
 def _facts(name: str, tensor: StoredTensor, noted: TensorFacts | None) -> TensorFacts:
-    unreadable = "" if tensor.has_values else "it was saved without values"
     if noted is None:
         noted = TensorFacts("", "", (), "cpu", None, False, None, name.rpartition(".")[0], name)
-    return noted._replace(dtype=tensor.dtype, shape=tensor.shape, unreadable=unreadable)
+    return noted._replace(dtype=tensor.dtype, shape=tensor.shape, unreadable=tensor.why)
 
 
 def _values(
