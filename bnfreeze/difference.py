@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bnfreeze.checkpoint.tensors import ITEM_SIZES, StoredTensor, Words, decoded
-from bnfreeze.errors import CheckpointError, UnsafeCheckpoint
+from bnfreeze.checkpoint.tensors import StoredTensor, Words, check_claims, decoded
+from bnfreeze.errors import CheckpointError
 from bnfreeze.findings import Finding
 from bnfreeze.origin import Origin
 from bnfreeze.outline import grouped
@@ -199,7 +199,10 @@ def compare(
         CheckpointError: a tensor cannot be read.
     """
     for state, origin in zip((first, second), origins, strict=True):
-        _check_claims(state, origin)
+        try:
+            check_claims(state.values())
+        except CheckpointError as error:
+            raise type(error)(f"{origin.path}: {error}") from None
     names = [*first, *(name for name in second if name not in first)]
     changes = []
     for done, name in enumerate(names):
@@ -210,20 +213,6 @@ def compare(
             raise type(error)(f"{name}: {error}") from None
     progress(len(names), len(names))
     return Difference(*origins, tuple(changes), tuple(_leaks(changes)))
-
-
-def _check_claims(state: Mapping[str, StoredTensor], origin: Origin) -> None:
-    """Refuse what would have the same bytes compared again and again.
-
-    Raises:
-        UnsafeCheckpoint: the tensors claim far more bytes than their storages have.
-    """
-    claimed = sum(tensor.numel * ITEM_SIZES.get(tensor.dtype, 1) for tensor in state.values())
-    if claimed > 16 * origin.bytes + (1 << 30):
-        raise UnsafeCheckpoint(
-            f"{origin.path}: Refused: its tensors claim {claimed:,} bytes, and their storages have "
-            f"{origin.bytes:,}."
-        )
 
 
 def _change(name: str, a: StoredTensor | None, b: StoredTensor | None) -> TensorChange:

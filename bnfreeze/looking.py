@@ -29,6 +29,9 @@ SORTS: Final[dict[str, Callable[[StoredLayer], Any]]] = {
     "dead": lambda layer: -layer.near_dead / (layer.num_features or 1),
 }
 
+# Of a file's module names: a suggestion is looked for among the first.
+_SUGGESTED_FROM: Final = 20_000
+
 
 def inspect(
     what: object,
@@ -140,9 +143,10 @@ def selected(tensors: Mapping[str, StoredTensor], select: Sequence[str]) -> dict
 
 
 def _with_parents(names: Iterable[str]) -> dict[str, None]:
+    """The names and those above them, as many as a suggestion is worth."""
     found: dict[str, None] = {}
     for name in names:
-        while name and name not in found:
+        while name and name not in found and len(found) < _SUGGESTED_FROM:
             found[name] = None
             name = name.rpartition(".")[0]
     return found

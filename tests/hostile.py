@@ -338,6 +338,21 @@ def a_variance_whose_sign_is_turned_by_a_flag(folder):
     return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", FOUR)])
 
 
+@hostile(2, r"Refused: 64 dimensions of a tensor")
+def as_many_dimensions_as_numpy_has_and_two_halves(folder):
+    where = p.storage("1", 4, "ComplexDoubleStorage")
+    pairs = [*p.batch_norm(), ("x", p.tensor(where, [1] * 62 + [2, 2], [1] * 63 + [2]))]
+    records = [("0", FOUR), ("1", bytes(64))]
+    return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), records)
+
+
+@hostile(2, r"shape, stride and offset do not make sense")
+def an_empty_tensor_whose_other_sizes_overflow(folder):
+    empty = p.tensor(p.storage("0", 4), [2**62, 2**62, 0], [0, 0, 1])
+    pairs = [*p.batch_norm(), ("x", empty)]
+    return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", FOUR)])
+
+
 # Zip files that two readers could see in two ways.
 
 

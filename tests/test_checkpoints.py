@@ -483,3 +483,11 @@ def test_what_cannot_be_read_is_described_and_never_called_identical(kind, tmp_p
         difference = compare(found, found, (origin, origin))
     assert {change.status for change in difference.tensors} == {"unread"}
     assert not difference.identical
+
+
+def test_a_negative_variance_is_an_error_and_no_near_dead_channel():
+    layer = torch.nn.BatchNorm2d(3)
+    layer.running_var.copy_(torch.tensor([-1.0, 1e-8, 1.0]))
+    found = inspect(layer.state_dict())
+    assert found.layers[0].near_dead == 1
+    assert not found.ok

@@ -10,6 +10,7 @@ from bnfreeze.checkpoint.limits import (
     MAX_OPCODES,
     MAX_TENSORS,
     check_limit,
+    is_shape,
     is_size,
 )
 from bnfreeze.checkpoint.pickles import (
@@ -262,7 +263,7 @@ def _described(dtype: Any, shape: Any, why: str) -> DescribedTensor:
 
 def _sizes(shape: Any) -> tuple[int, ...]:
     check_limit(len(shape), MAX_DIMENSIONS, "dimensions of a tensor")
-    if not all(map(is_size, shape)):
+    if not is_shape(shape):
         raise ValueError
     return tuple(shape)
 
