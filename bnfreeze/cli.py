@@ -213,6 +213,8 @@ def _snapshot(options: argparse.Namespace) -> int:
     from bnfreeze.proof.snapshot import Snapshot
     from bnfreeze.proof.stored import snapshot_of
 
+    if not options.output:
+        raise BnfreezeError("-o: the name of a file is empty.")
     if os.path.exists(options.output):
         try:
             Snapshot.load(options.output)  # an earlier one may be written over, and nothing else

@@ -143,13 +143,20 @@ def _values(
             if _digest(name, before) != _digest(name, after):
                 yield Drift(name, "value", total=total)
         return
-    pairs = [(_value(name, before), _value(name, after)) for name in names]
-    pairs = [(old.to(new.device), new) for old, new in pairs]
+    pairs, compared = [], []
+    for name in names:
+        old, new = _value(name, before), _value(name, after)
+        if old.shape == new.shape:
+            pairs.append((old.to(new.device), new))
+            compared.append(name)
+        else:  # shards: the shape that is noted is that of the whole
+            sizes = f"{tuple(old.shape)} → {tuple(new.shape)}"
+            yield Drift(name, "unverified", after=f"its shard has another shape: {sizes}")
     for index in bits.unequal(pairs, later):
         found = bits.locate(*pairs[index])
         if found is not None:
             yield Drift(
-                names[index],
+                compared[index],
                 "value",
                 changed=found.changed,
                 total=pairs[index][0].numel(),
