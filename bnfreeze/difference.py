@@ -149,7 +149,9 @@ class Difference(Printable):
         for name, changes in self.modules().items():
             same = all(change.status == "identical" for change in changes)
             (kept if same else changed).append(name)
-        if not kept:
+        if {change.status for change in self.tensors} <= {"added", "removed"}:
+            parts = ["No name is in both: these are different models, or their names differ."]
+        elif not kept:
             parts = ["Changed in every part."]
         elif len(changed) < len(kept):
             parts = [f"Bit-identical but for {_listed(changed)}."]

@@ -491,3 +491,13 @@ def test_a_negative_variance_is_an_error_and_no_near_dead_channel():
     found = inspect(layer.state_dict())
     assert found.layers[0].near_dead == 1
     assert not found.ok
+
+
+def test_a_state_dict_with_tensors_that_cannot_be_read_is_looked_at():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    two = TwoTensor(torch.ones(4), torch.ones(4))
+    layer = torch.nn.BatchNorm2d(4).state_dict()
+    found = inspect({**unreadable(), **layer, "weight": two})
+    assert [finding.code for finding in found.findings] == ["never-trained"]
+    assert inspect({**layer, "running_var": two}).findings[0].code == "stats-unread"

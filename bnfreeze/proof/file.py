@@ -64,8 +64,8 @@ def load(path: Path) -> State:
     if len(start) == 9 and start[8:] == b"{":
         return _load_values(path)
     raise UnsupportedFormat(
-        f"{path} is no snapshot: neither safetensors nor JSON. Snapshot.save writes one; a "
-        f"checkpoint is loaded into a model first."
+        f"{path} is no snapshot: neither safetensors nor JSON. Snapshot.save writes one of a "
+        f"model, and `bnfreeze snapshot` one of a checkpoint."
     )
 
 
@@ -96,7 +96,7 @@ def _load_values(path: Path) -> State:
     if text is None:
         raise UnsupportedFormat(
             f"{path} is a safetensors file, but no snapshot: it lacks the facts that "
-            f"Snapshot.save writes. Load it into a model, and take a snapshot of that."
+            f"Snapshot.save writes. `bnfreeze snapshot` makes one of a checkpoint."
         )
     try:
         header = json.loads(text)

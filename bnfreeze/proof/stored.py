@@ -12,7 +12,7 @@ from bnfreeze.checkpoint.tensors import check_claims
 from bnfreeze.errors import CheckpointError, PolicyError
 from bnfreeze.patterns import Pattern
 from bnfreeze.proof import bits
-from bnfreeze.proof.compare import compare
+from bnfreeze.proof.compare import DIGESTED, compare
 from bnfreeze.proof.drift import Drift
 from bnfreeze.proof.facts import LISTED, Facts, OwnerFacts, TensorFacts
 from bnfreeze.proof.report import DriftReport
@@ -23,8 +23,34 @@ from bnfreeze.state_dict_tensors import in_memory
 __all__ = ["snapshot_of", "verify_stored"]
 
 _UNSAVED = frozenset({"non-persistent buffer", "attribute"})
-_CAUSE = "When and why cannot be told from two files."
-_REMEDY = "bnfreeze.guard(model) in the training run names the step, and the line with trace=True."
+_MOVED = (
+    "When and why cannot be told from two files.",
+    "bnfreeze.guard(model) in the training run names the step, and the line with trace=True.",
+)
+_CAUSES = {
+    "dtype": (
+        "The checkpoint was saved in another dtype, as after model.half().",
+        "Compare with the checkpoint before it was converted.",
+    ),
+    "shape": (
+        "A layer of another size: the checkpoint is of another model.",
+        "Compare checkpoints of one model.",
+    ),
+    "removed": (
+        "The checkpoint has no tensor of this name.",
+        "Compare checkpoints of one model, saved alike.",
+    ),
+    "unverified": (
+        "What cannot be read is not counted as unchanged.",
+        "Leave it out with --select, or hold the live model against the snapshot.",
+    ),
+}
+_STRANGER = (
+    "None of the {} names is in the checkpoint: it is of another model, or its names begin "
+    "otherwise.",
+    "Compare checkpoints of one model; where the file has several state_dicts, name one with "
+    "--key.",
+)
 
 
 def snapshot_of(
@@ -50,7 +76,7 @@ def snapshot_of(
     }
     if not chosen:
         raise PolicyError(
-            "It holds no norm layer, so there is nothing to take; ask for all of its tensors."
+            "It holds no norm layer, so there is nothing to take; --all takes every tensor."
         )
     check_claims(chosen.values())
     facts = {name: _facts(name, tensor, _UNKNOWN) for name, tensor in chosen.items()}
@@ -99,10 +125,18 @@ def verify_stored(
     # What a file cannot show is taken to be as it was.
     after = State(replace(before.facts, tensors=facts), _Values(found))
     report = compare(old, after, gathered=True)
-    told = [replace(drift, cause=_CAUSE, remedy=_REMEDY) for drift in report.drifts]
+    drifts = list(report.drifts)
     for name in unsaved:
-        told.append(Drift(name, "unverified", after=f"a checkpoint holds no {noted[name].kind}"))
-    return replace(report, drifts=tuple(told))
+        drifts.append(Drift(name, "unverified", after=f"a checkpoint holds no {noted[name].kind}"))
+    causes = _CAUSES
+    if kept and not found:
+        causes = {**_CAUSES, "removed": (_STRANGER[0].format(len(kept)), _STRANGER[1])}
+    told = []
+    for drift in drifts:
+        cause, remedy = causes.get(drift.kind, _MOVED)
+        told.append(replace(drift, cause=cause, remedy=remedy))
+    # The other notes are about a live model.
+    return replace(report, drifts=tuple(told), notes=(DIGESTED,) if before.digests else ())
 
 
 _UNKNOWN = TensorFacts("", "", (), "cpu", None, False, None, "", "")

@@ -176,3 +176,24 @@ def test_an_earlier_snapshot_may_be_written_over(files):
     for name in ("start.pt", "end.pt"):
         assert main(["snapshot", str(files / name), "-o", str(files / "held")]) == 0
     assert main(["verify", str(files / "end.pt"), str(files / "held")]) == 0
+
+
+def test_a_checkpoint_of_another_model_is_told_so(files, capsys):
+    torch.save({f"student.{k}": v for k, v in torch.load(files / "end.pt").items()}, files / "o.pt")
+    assert main(["verify", str(files / "o.pt"), str(files / "live.safetensors"), "--json"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert {drift["kind"] for drift in data["drifts"]} == {"removed"}
+    assert all("of another model" in drift["cause"] for drift in data["drifts"])
+
+
+@pytest.mark.parametrize("more", [[], ["--digest"]])
+def test_of_files_nothing_is_said_about_live_models(files, capsys, more):
+    held = str(files / "held")
+    main(["snapshot", str(files / "start.pt"), "-o", held, *more])
+    capsys.readouterr()
+    assert main(["verify", str(files / "start.pt"), held]) == 0
+    out = capsys.readouterr().out
+    assert "unchanged, bit for bit." in out
+    assert "guard" not in out
+    assert "optimizers" not in out
+    assert ("SHA-256" in out) == bool(more)
