@@ -1025,6 +1025,11 @@ def a_sign_turned_by_a_flag_in_a_counter(folder):
     return with_variance(folder, four(metadata=flags))
 
 
+@hostile(2, r"Ambiguous: a storage is said to hold float32 here and int32 there")
+def a_storage_of_two_dtypes(folder):
+    return with_variance(folder, p.tensor(p.storage("0", 4, "IntStorage"), [4], [1]))
+
+
 @hostile(2, r"is called with arguments that it does not take")
 def a_tensor_made_by_its_constructor(folder):
     return with_variance(folder, p.name("torch", "Tensor") + p.numbers([7, 8]) + b"\x85R")

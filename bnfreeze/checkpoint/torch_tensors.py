@@ -97,6 +97,7 @@ class _Reader:
         self._find = find
         self._tensors = 0
         self._copied = 0
+        self._dtypes: dict[str, str] = {}
         self._builders: Mapping[str, Callable[[tuple[Any, ...]], object]] = {
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
@@ -143,6 +144,12 @@ class _Reader:
             raise CorruptCheckpoint("Damaged: a storage without kind, key or size.")
         if len(key) > 5 and key[5] is not None:
             raise UnsupportedFormat("Storages that are views of others, as torch 0.1 wrote them.")
+        # torch 2.10 takes the first for all, 2.15 does not; several are written of empty ones.
+        first = self._dtypes.setdefault(name, dtype) if count else dtype
+        if first != dtype:
+            raise CorruptCheckpoint(
+                f"Ambiguous: a storage is said to hold {first} here and {dtype} there."
+            )
         return Storage(self._find(name, count * ITEM_SIZES[dtype], ITEM_SIZES[dtype]), dtype)
 
     def _tensor(self, arguments: tuple[Any, ...]) -> StoredTensor:
