@@ -415,6 +415,28 @@ def test_after_ddp_that_finds_unused_parameters_weights_can_be_held(model, image
     assert "stem.0.weight" in moved(before, model)
 
 
+def test_under_ddp_nothing_is_given_back_that_it_would_not_average(model, images, one_rank):
+    freeze(model, {"backbone": "eval+affine", "head": "eval"})
+    wrapped = DistributedDataParallel(model)
+    told = r"backbone\.0\.1: its weights cannot train again.*Unfreeze its \.module and wrap that"
+    for change in (unfreeze, lambda model: freeze(model, "eval")):
+        with pytest.raises(PolicyError, match=told):
+            change(wrapped)
+        assert not model.backbone[0][1].weight.requires_grad
+        assert not model.train().head[2].training
+    freeze(wrapped, {"backbone": "stats+affine"})
+    unfreeze(wrapped, "head")
+    assert model.train().head[2].training
+    unfreeze(wrapped.module)
+    again = DistributedDataParallel(model, find_unused_parameters=True)
+    freeze(again, "fused")
+    step(again, images)
+    unfreeze(again)  # it has known them from the start
+    before = state(model)
+    step(again, images)
+    assert moved(before, model) == set(before)
+
+
 def test_compiled_before_freezing_follows_the_policy(model, images):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     compiled.train()(images)
