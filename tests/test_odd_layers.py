@@ -437,29 +437,6 @@ def test_under_ddp_nothing_is_given_back_that_it_would_not_average(model, images
     assert moved(before, model) == set(before)
 
 
-def test_compiled_before_freezing_follows_the_policy(model, images):
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    compiled.train()(images)
-    reference = copy.deepcopy(model).eval()(images)
-    freeze(compiled, "eval")
-    before = state(model)
-    assert torch.equal(compiled.train()(images), reference)
-    assert moved(before, model) == set()
-    unfreeze(compiled)
-    compiled.train()(images)
-    assert statistics(moved(before, model)) == statistics(before)
-
-
-@pytest.mark.parametrize("policy", ["stats", "affine", "eval", "eval+affine", "eval+weights"])
-def test_compiled_after_freezing_has_no_graph_break(model, images, policy):
-    freeze(model, policy)
-    before, expected = state(model), copy.deepcopy(model).train()(images)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.equal(compiled.train()(images), expected)
-    if policy != "affine":
-        assert moved(before, model) == set()
-
-
 @pytest.mark.parametrize("policy", ["stats", "affine", "eval"])
 def test_traced_by_fx_the_layer_is_a_leaf_as_before(model, images, policy):
     freeze(model, policy)
