@@ -48,8 +48,6 @@ def result(report, told):
             if verdict in told:
                 return Result(verdict, told[verdict])
         return Result("works", told.get("remark", ""))
-    if hasattr(report, "wasxfail"):
-        return Result("fails", report.wasxfail)
     return Result(NOT_RUN) if report.skipped and told["gpu"] else None
 
 
