@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from bnfreeze import Policy, freeze, unfreeze
+from bnfreeze import Policy, freeze, snapshot, unfreeze, verify
 
 from .helpers import statistics
 
@@ -164,9 +164,11 @@ def check(model, inputs, policy):
     report = freeze(model, policy)
     if not owners <= {row.name for row in report.layers}:
         wrong.append("a norm layer is not in the report")
-    before = state(model)
+    before, noted = state(model), snapshot(model)
     received = two_steps(model, inputs)
     changed = moved(before, model)
+    verified = verify(model, noted)
+    wrong += [] if verified.ok else [f"verify: {verified.message}"]
     mine = {name for name in before if name.rpartition(".")[0] in owners}
     stats = statistics(mine)
     held = set()
@@ -203,11 +205,11 @@ def acts_alike_in_both_modes(name, model):
     )
 
 
-def same_function(model, inputs):
+def same_function(model, inputs, policies=("eval", "fused")):
     """Whether train mode, frozen, gives the output of a plain copy's eval mode, bit for bit."""
     with torch.no_grad():
         expected = copy.deepcopy(model).eval()(*inputs)
-        for policy in ("eval", "fused"):
+        for policy in policies:
             freeze(model, policy)
             output = model.train()(*inputs)
             unfreeze(model)
@@ -217,8 +219,11 @@ def same_function(model, inputs):
 
 
 def equal(left, right):
+    """Whether two outputs hold the same numbers in the same places."""
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(equal, left, right))
     return torch.equal(left, right)
 
 
