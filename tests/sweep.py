@@ -156,12 +156,15 @@ def two_steps(model, inputs):
     return received
 
 
-def check(model, inputs, policy):
-    """Freeze, train, compare, undo; a line for each broken promise."""
+def check(model, inputs, policy, head=None):
+    """Freeze, train, compare, undo; a line for each broken promise.
+
+    The policy is that of every module, but for those named by the pattern `head`, if any.
+    """
     wrong = []
     flags = Policy.parse(policy)
     original, owners = description(model), set(norm_layers(model))
-    report = freeze(model, policy)
+    report = freeze(model, {"**": policy, head: "none"} if head else policy)
     if not owners <= {row.name for row in report.layers}:
         wrong.append("a norm layer is not in the report")
     before, noted = state(model), snapshot(model)
@@ -175,6 +178,7 @@ def check(model, inputs, policy):
     held |= stats if flags.holds_statistics else set()
     held |= mine - stats if flags.holds_affine else set()
     held |= {n for n, _ in model.named_parameters()} if Policy.WEIGHTS in flags else set()
+    held -= {name for name in held if head and name.startswith(f"{head}.")}
     wrong += [f"{name} is held and moved" for name in sorted(held & changed)]
     # A parameter whose gradient is exactly 0 has weight decay to move it, unless it is 0 itself.
     still = {n for n in received - held - changed if dict(model.named_parameters())[n].any()}
