@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from bnfreeze.errors import DriftError, PolicyError
 from bnfreeze.inspection import inspect
 from bnfreeze.policy import Policy
+from bnfreeze.proof.bits import shard
 from bnfreeze.proof.watch import Guard, guard
 from bnfreeze.report import FreezeReport
 from bnfreeze.surgery import freeze
@@ -88,7 +89,11 @@ class Keeper:
         """
         self.close(DriftError())
         if self._guarded:
-            self._guard = guard(model, optimizer=optimizer, **self._options).__enter__()
+            # Each rank sees its own shard alone, so they have to check together.
+            sharded = any(shard(parameter) is not None for parameter in model.parameters())
+            group = distributed.group.WORLD if sharded else None
+            watch = guard(model, optimizer=optimizer, process_group=group, **self._options)
+            self._guard = watch.__enter__()
 
     def close(self, error: BaseException | None = None) -> None:
         """Compare for the last time, and end the watch.
