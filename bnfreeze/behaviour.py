@@ -12,7 +12,15 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 
-from bnfreeze.norms import AFFINE, NamedModule, eps_of, is_lazy, is_lookalike, keeps_statistics
+from bnfreeze.norms import (
+    AFFINE,
+    NamedModule,
+    computed_affine,
+    eps_of,
+    is_lazy,
+    is_lookalike,
+    keeps_statistics,
+)
 from bnfreeze.record import layer_class, policy_name, record_of
 
 __all__ = ["LayerFacts", "affine_parameters", "layer_facts", "optimizers_by_id"]
@@ -161,8 +169,9 @@ def _why_eval(layer: nn.Module) -> str:
 
 
 def affine_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """Weight and bias, as far as the layer has them as parameters."""
-    return {n: p for n in AFFINE if isinstance(p := layer._parameters.get(n), nn.Parameter)}
+    """Weight and bias, as far as the layer has them as parameters, or what they come from."""
+    own = {n: p for n in AFFINE if isinstance(p := layer._parameters.get(n), nn.Parameter)}
+    return dict(layer.named_parameters()) if computed_affine(layer) else own
 
 
 def _trains_affine(layer: nn.Module, optimized: Mapping[int, str] | None) -> tuple[bool, str]:

@@ -18,11 +18,12 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from bnfreeze.errors import PolicyError
 from bnfreeze.norms import STATISTICS
 from bnfreeze.policy import Policy
 from bnfreeze.record import layer_class, record_of, set_record
@@ -108,6 +109,17 @@ class _OnCopies(Held):
     That holds them whatever this forward does with them: write in place, assign, pass over
     ``track_running_stats``. Not meant for several threads that run one and the same layer at once.
     """
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse, for torch.jit.script, which asks here, cannot compile such a forward.
+
+        Raises:
+            PolicyError: what to do instead.
+        """
+        raise PolicyError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script. Use torch.jit.trace or "
+            f"torch.export.export; or unfreeze first, for what is scripted is not frozen anyway."
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As before, with the statistics out of reach."""

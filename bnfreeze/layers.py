@@ -8,7 +8,7 @@ is replaced by a subclass of `FrozenBatchNorm2d` works as it stands.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
 import torch
 import torch.fx
@@ -191,6 +191,17 @@ class _FrozenBatchNorm(nn.Module):
                 if isinstance(value, Tensor) and value.dtype.itemsize < 4:
                     state_dict[prefix + name] = value.float()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse, for torch.jit.script, which asks here, cannot compile what `forward` chooses.
+
+        Raises:
+            PolicyError: what to do instead.
+        """
+        raise PolicyError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script. Use torch.jit.trace or "
+            f"torch.export.export; or freeze with 'eval+affine' in place of 'fused'."
+        )
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, affine={self.affine}"

@@ -17,6 +17,7 @@ __all__ = [
     "STATISTICS",
     "NamedModule",
     "check_model",
+    "computed_affine",
     "eps_of",
     "is_lazy",
     "is_lookalike",
@@ -53,6 +54,20 @@ def eps_of(module: nn.Module) -> float:
 def keeps_statistics(module: nn.Module) -> bool:
     """Whether the layer has running statistics now."""
     return isinstance(getattr(module, "running_mean", None), Tensor)
+
+
+def computed_affine(module: nn.Module) -> list[str]:
+    """Which of weight and bias are no tensors of the module's own.
+
+    A parametrization computes them from others; so does pruning, or what flattens parameters.
+    """
+    return [
+        name
+        for name in AFFINE
+        if name not in module._parameters
+        and name not in module._buffers
+        and isinstance(getattr(module, name, None), Tensor)
+    ]
 
 
 def is_lazy(module: nn.Module) -> bool:

@@ -11,7 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 from bnfreeze.errors import PolicyError
 from bnfreeze.fused import fused_class
 from bnfreeze.held import held_class
-from bnfreeze.norms import AFFINE, NamedModule, is_lazy, is_norm, keeps_statistics
+from bnfreeze.norms import (
+    AFFINE,
+    NamedModule,
+    computed_affine,
+    is_lazy,
+    is_norm,
+    keeps_statistics,
+)
 from bnfreeze.policy import Policy
 from bnfreeze.record import Record, class_changed_since, layer_class, record_of, was_lookalike
 from bnfreeze.selection import Selected
@@ -135,6 +142,13 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
             f"normalise with, so policy '{policy}' cannot be kept. Leave it out"
             + (f" with the rule {{{entry.name!r}: 'none'}}" if entry.name else "")
             + ", or build it with track_running_stats=True."
+        )
+    computed = computed_affine(module) if is_norm(module) else []
+    if computed and policy.holds_affine and Policy.WEIGHTS not in policy:
+        raise PolicyError(
+            f"{name}: its {' and '.join(computed)} is computed from other parameters (by a "
+            f"parametrization, say), which policy '{policy}' would not hold. Undo that first, "
+            f"or hold them too: '{policy}+weights'."
         )
 
 

@@ -93,5 +93,8 @@ def was_lookalike(module: nn.Module) -> bool:
 
 def class_changed_since(module: nn.Module) -> bool:
     """Whether a frozen norm layer has been given yet another class since (a parametrization)."""
-    swapped = is_norm(module) and not is_lookalike(module)
-    return swapped and record_of(module) is not None and layer_class(module) is type(module)
+    if record_of(module) is None or layer_class(module) is not type(module):
+        return False
+    # A class derived from one that freezing had made; or a live one in its place.
+    derived = any("_bnfreeze_base" in kind.__dict__ for kind in type(module).__mro__)
+    return derived or (is_norm(module) and not is_lookalike(module))

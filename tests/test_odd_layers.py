@@ -11,6 +11,7 @@ from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from timm.layers import freeze_batch_norm_2d as timm_freeze
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
 from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
@@ -482,14 +483,60 @@ def test_a_scripted_model_is_refused_and_a_scripted_layer_can_be_left_out(model)
     assert not mixed["a"].train()[1].training
 
 
-def test_a_class_changed_since_by_something_else_is_told(model):
-    freeze(model, "eval")
+@pytest.mark.parametrize("policy", ["eval", "fused"])
+def test_a_class_changed_since_by_something_else_is_told(model, policy):
+    freeze(model, policy)
     nn.utils.parametrize.register_parametrization(model.stem[1], "weight", nn.Identity())
     for function in (freeze, unfreeze):
         with pytest.raises(PolicyError, match="something has changed its class"):
             function(model)
     nn.utils.parametrize.remove_parametrizations(model.stem[1], "weight")
     unfreeze(model)
+    assert type(model.stem[1]) is nn.BatchNorm2d
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def by_a_parametrization(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+
+
+def by_pruning(layer):
+    prune.random_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.parametrize("compute", [by_a_parametrization, by_pruning])
+@pytest.mark.parametrize("policy", ["affine", "eval+affine", "fused", "fused-act"])
+def test_a_weight_computed_from_others_is_held_with_these_or_not_at_all(
+    model, images, compute, policy
+):
+    compute(model.stem[1])
+    with pytest.raises(
+        PolicyError, match=r"stem.1: its weight is computed from other param.*\+wei"
+    ):
+        freeze(model, policy)
+    assert model.head[2].training
+    freeze(model, f"{policy}+weights")
+    before = state(model)
+    step(model, images)
+    assert not {n for n in moved(before, model) - statistics(before) if n.startswith("stem.1")}
+    freeze(model, "eval")
+    assert inspect(model).layers[0].trains_affine
+    before = state(model)
+    step(model, images)
+    assert {n for n in moved(before, model) if n.startswith("stem.1.") and "weight" in n}
+
+
+@pytest.mark.parametrize("compute", [by_a_parametrization, by_pruning])
+def test_inspect_sees_that_a_computed_weight_trains(model, compute):
+    compute(model.stem[1])
+    model.stem[1].bias.requires_grad_(False)
+    assert inspect(model).layers[0].trains_affine
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    assert not inspect(model, optimizer=optimizer).layers[0].trains_affine
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenetv3_small_050", "resnet18d"])

@@ -44,9 +44,12 @@ class Recorder:
 def result(report, told):
     """What a test's report says of its cell; None where it says nothing."""
     if report.passed:
-        if "refused" in told:
-            return Result("refused", told["refused"])
+        for verdict in ("refused", "thaws"):
+            if verdict in told:
+                return Result(verdict, told[verdict])
         return Result("works", told.get("remark", ""))
+    if hasattr(report, "wasxfail"):
+        return Result("fails", report.wasxfail)
     return Result(NOT_RUN) if report.skipped and told["gpu"] else None
 
 

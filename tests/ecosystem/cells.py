@@ -26,6 +26,7 @@ _Test = Callable[..., object]
 RECORDED = Path(__file__).parent / "recorded"
 
 NOT_RUN = "not yet run (needs a GPU)"
+VERDICTS = ("works", "refused", "thaws", "fails", NOT_RUN)
 
 
 def cell(item: str, *marks: pytest.MarkDecorator) -> Callable[[_Test], _Test]:
@@ -76,7 +77,7 @@ class Result:
     """What a cell's test gave.
 
     Attributes:
-        verdict: ``"works"``, ``"refused"`` or `NOT_RUN`.
+        verdict: one of `VERDICTS`.
         note: of a refusal what the error said; else what a person should know, if anything.
     """
 

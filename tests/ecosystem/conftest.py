@@ -11,7 +11,11 @@ from .cells import cell_of, section_of
 
 
 def pytest_itemcollected(item):
-    """Tell whoever writes the table, of each report, which cell it is."""
+    """Note on the test which cell it is, for whoever writes the table."""
+    # What other packages do that is deprecated is theirs to mend.
+    item.add_marker(
+        pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+    )
     cell = cell_of(item)
     if cell is not None:
         section = section_of(item)
@@ -20,6 +24,13 @@ def pytest_itemcollected(item):
             ("section", (section.title, section.versions)),
             ("gpu", item.get_closest_marker("gpu") is not None),
         ]
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """Skip what is marked ``gpu`` where there is none."""
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 class SmallResNet(nn.Module):
@@ -73,6 +84,22 @@ def refused(record_property):
         record_property("refused", f"{error.__name__}: “{says}”")
 
     return refused
+
+
+@pytest.fixture
+def thaws(record_property):
+    """``thaws(text)``: it makes live layers of frozen ones, as `text` says; the test shows how."""
+    return lambda text: record_property("thaws", text)
+
+
+@pytest.fixture
+def fails(request):
+    """``fails(reason, error)``: a cell that is still to be mended; once it is, the test fails."""
+
+    def fails(reason, error):
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=error, strict=True))
+
+    return fails
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ _HEAD = """\
 
 Each cell is a test: a small model was frozen by the policy and taken there, and its bits compared.
 *Works*: what is held has not moved, what is not held has, and the layers are still frozen.
-*Refused*: a clear error, quoted below the table. `fused+weights` holds all but the head.
+*Refused*: a clear error, quoted below the table. *Thaws*: it builds live layers out of frozen ones,
+and `inspect` and `verify` say so; do it first, then freeze. `fused+weights` holds all but the head.
 
 Made from the tests by `python -m tests.ecosystem`.
 """

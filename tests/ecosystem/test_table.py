@@ -6,7 +6,7 @@ import io
 import pytest
 
 from .__main__ import HERE, Recorder, merged, recorded, result
-from .cells import NOT_RUN, POLICIES, Cell, Result, Section, cell_of
+from .cells import NOT_RUN, POLICIES, VERDICTS, Cell, Result, Section, cell_of
 from .table import TABLE, render
 
 
@@ -47,7 +47,7 @@ def test_every_row_answers_for_every_policy():
     for section in recorded().values():
         for item, row in section.results.items():
             assert tuple(row) == POLICIES, item
-            assert {one.verdict for one in row.values()} <= {"works", "refused", NOT_RUN}, item
+            assert {one.verdict for one in row.values()} <= set(VERDICTS), item
 
 
 def test_the_page_is_what_is_recorded():
@@ -57,8 +57,11 @@ def test_the_page_is_what_is_recorded():
 # How it is made.
 
 
+_CELL = ("fruit", "an apple", "eval")
+
+
 class Report:
-    def __init__(self, outcome, *told, gpu=False, cell=("fruit", "an apple", "eval")):
+    def __init__(self, outcome, *told, gpu=False, xfail=None, cell=_CELL):
         self.when = "call"
         self.passed, self.skipped = outcome == "passed", outcome == "skipped"
         self.user_properties = [
@@ -67,6 +70,8 @@ class Report:
             ("gpu", gpu),
             *told,
         ]
+        if xfail:
+            self.wasxfail = xfail
 
 
 @pytest.mark.parametrize(
@@ -75,7 +80,9 @@ class Report:
         (Report("passed"), Result("works")),
         (Report("passed", ("remark", "left alone")), Result("works", "left alone")),
         (Report("passed", ("refused", "no")), Result("refused", "no")),
+        (Report("passed", ("thaws", "rebuilt")), Result("thaws", "rebuilt")),
         (Report("skipped", gpu=True), Result(NOT_RUN)),
+        (Report("skipped", xfail="a bug"), Result("fails", "a bug")),
         (Report("skipped"), None),
         (Report("failed"), None),
     ],
