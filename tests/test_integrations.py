@@ -8,7 +8,7 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 import bnfreeze
-from bnfreeze import DriftError
+from bnfreeze import DriftError, PolicyError
 from bnfreeze.integrations.keeper import Keeper
 
 from .helpers import step
@@ -31,6 +31,12 @@ def test_sharded_parameters_are_watched_by_all_ranks_together(model, images, gro
     with pytest.raises(DriftError, match=r"stem.1.running_mean drifted at step 2"):
         step(model, images, optimizer)
     keeper.close(DriftError())
+
+
+def test_an_unknown_policy_is_told_at_once():
+    for policy in ("eval+afine", {"backbone": "evil"}):
+        with pytest.raises(PolicyError, match="policy"):
+            Keeper(policy)
 
 
 def test_what_has_been_thawed_is_held_again(model):

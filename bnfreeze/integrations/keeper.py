@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from bnfreeze.errors import DriftError, PolicyError
 from bnfreeze.inspection import inspect
+from bnfreeze.patterns import parse_rules
 from bnfreeze.policy import Policy
 from bnfreeze.proof.bits import shard
 from bnfreeze.proof.watch import Guard, guard
@@ -29,6 +30,9 @@ class Keeper:
 
     Attributes:
         report: what the last freezing did; None before.
+
+    Raises:
+        PolicyError: an unknown policy.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Keeper:
         trace: bool = False,
     ) -> None:
         super().__init__()
+        parse_rules(policy)  # a slip is told here, and not hours later in a queue
         self.report: FreezeReport | None = None
         self._policy, self._guarded = policy, guard
         self._options: dict[str, Any] = {"every": every, "tensors": tensors, "trace": trace}

@@ -25,12 +25,6 @@ def afresh():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture
-def loader():
-    data = torch.utils.data.TensorDataset(torch.randn(8, 3, 16, 16), torch.arange(8) % 4)
-    return torch.utils.data.DataLoader(data, 4)
-
-
 def train(accelerator, model, loader):
     """A loop as Accelerate's guide has it, with a guard around it."""
     training = [p for p in model.parameters() if p.requires_grad]

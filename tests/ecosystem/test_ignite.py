@@ -17,12 +17,6 @@ PACKAGES = ("pytorch-ignite",)
 pytestmark = pytest.mark.filterwarnings("ignore", "error::bnfreeze.BnfreezeWarning")
 
 
-@pytest.fixture
-def loader():
-    data = torch.utils.data.TensorDataset(torch.randn(8, 3, 16, 16), torch.arange(8) % 4)
-    return torch.utils.data.DataLoader(data, 4)
-
-
 def engine(model):
     """A supervised trainer, which puts the model into train mode before every step."""
     training = [p for p in model.parameters() if p.requires_grad]

@@ -59,12 +59,6 @@ class Classifier(lightning.LightningModule):
 
 
 @pytest.fixture
-def loader():
-    data = torch.utils.data.TensorDataset(torch.randn(8, 3, 16, 16), torch.arange(8) % 4)
-    return torch.utils.data.DataLoader(data, 4)
-
-
-@pytest.fixture
 def trainer(tmp_path):
     """A trainer of two epochs on the CPU that writes nothing but what it is asked to."""
 
