@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from bnfreeze import Policy, freeze, snapshot, unfreeze, verify
+from bnfreeze import Policy, PolicyError, freeze, snapshot, unfreeze, verify
 
 from .helpers import statistics
 
@@ -167,11 +167,16 @@ def check(model, inputs, policy, head=None):
     report = freeze(model, {"**": policy, head: "none"} if head else policy)
     if not owners <= {row.name for row in report.layers}:
         wrong.append("a norm layer is not in the report")
-    before, noted = state(model), snapshot(model)
+    before = state(model)
+    try:
+        noted = snapshot(model)
+    except PolicyError as error:
+        noted = None
+        wrong.append(f"snapshot: {error}")
     received = two_steps(model, inputs)
     changed = moved(before, model)
-    verified = verify(model, noted)
-    wrong += [] if verified.ok else [f"verify: {verified.message}"]
+    if noted is not None and not (verified := verify(model, noted)).ok:
+        wrong.append(f"verify: {verified.message}")
     mine = {name for name in before if name.rpartition(".")[0] in owners}
     stats = statistics(mine)
     held = set()

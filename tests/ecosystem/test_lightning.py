@@ -216,6 +216,35 @@ def test_nothing_is_frozen_but_for_fit(model, policy, trainer, loader):
     assert bnfreeze.snapshot(model, tensors="all") == before
 
 
+# Fabric leaves the loop to its user.
+
+
+@cell("`Fabric.setup`, and a guard on what it gives")
+def test_fabric_keeps_the_promise(model, policy, loader):
+    freeze_by(model, policy)
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    training = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(training, lr=0.01, weight_decay=0.1)
+    prepared, optimizer = fabric.setup(model, optimizer)
+    with (
+        keeps_its_promise(model, policy),
+        bnfreeze.guard(prepared, optimizer=optimizer) as watch,
+    ):
+        for images, labels in fabric.setup_dataloaders(loader):
+            prepared.train()
+            optimizer.zero_grad()
+            fabric.backward(F.cross_entropy(prepared(images), labels))
+            optimizer.step()
+    assert watch.step == 2
+    assert_frozen_as(model, policy)
+
+
+def test_patterns_match_through_fabric(model):
+    prepared = lightning.Fabric(accelerator="cpu", devices=1).setup(model)
+    report = bnfreeze.freeze(prepared, {"layer1": "eval"})
+    assert sum(row.policy == "eval" for row in report.layers) == 2
+
+
 # What goes wrong is said.
 
 
