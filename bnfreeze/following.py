@@ -117,6 +117,13 @@ class _View:
             if start < place < end and not (own or harmless or self.is_drop(node)):
                 raise _End("its input may be changed before the sum is computed")
 
+    def check_draws(self, drop: fx.Node, total: fx.Node) -> None:
+        """Refuse to drop later than it was, if random numbers may be drawn until then."""
+        for node, place in self.order.items():
+            harmless = node in self.norms or node.op == "get_attr" or self.is_identity(node)
+            if self.order[drop] < place < self.order[total] and not harmless:
+                raise _End(f"{self.name(drop)} follows, and what may draw random numbers too")
+
     def is_own(self, node: fx.Node) -> bool:
         """Whether the value is a new tensor that nobody but its one user has."""
         new = node.target is torch.cat or _is_new(self.modules.get(node))
@@ -241,6 +248,8 @@ class _Chain:
         if _is_in_place(node) and left is not before:
             raise _End("it is added in place onto another tensor")
         self.view.check_later(self.norm, node)
+        if self.drop is not None:
+            self.view.check_draws(self.drop, node)
         self.total, self.before = node, before
         self.nodes.append(node)
         self._take_branch()

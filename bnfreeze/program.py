@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from bnfreeze.following import Call
 from bnfreeze.fused import has_hooks
 from bnfreeze.record import layer_class
-from bnfreeze.shadows import Read
 from bnfreeze.tracing import Kind, Trace
+from bnfreeze.watched import Name, Read
 
 __all__ = ["Program", "Programs", "program"]
 
@@ -28,7 +28,7 @@ class Program:
         arguments: how many of them there must be.
         asked: which of them must be of the kind `kind`.
         kind: tensors or lists.
-        reads: the attributes that must still be what they were.
+        reads: the attributes and names that must still be what they were.
         children: the modules that must still have the very submodules that they had.
         passed: the modules that must still be of their class, with no hooks on them.
     """
@@ -38,7 +38,7 @@ class Program:
     arguments: int
     asked: frozenset[int]
     kind: Kind
-    reads: tuple[Read, ...]
+    reads: tuple[Read | Name, ...]
     children: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
     passed: tuple[tuple[nn.Module, type[nn.Module]], ...]
 
@@ -57,10 +57,11 @@ class Program:
         if len(args) != self.arguments:
             return False
         for index, arg in enumerate(args):
-            if index in self.asked:
-                if not (isinstance(arg, Tensor) if self.kind == "tensor" else type(arg) is list):
+            # The very class: a subclass may be told from it, and do other things.
+            if index in self.asked and self.kind == "list":
+                if type(arg) is not list or any(type(each) is not Tensor for each in arg):
                     return False
-            elif arg is None or isinstance(arg, fx.Proxy):
+            elif type(arg) is not Tensor:
                 return False
         return True
 
@@ -99,6 +100,6 @@ def program(block: nn.Module, traced: Trace, kind: Kind, calls: Sequence[Call]) 
         traced.asked,
         kind,
         traced.reads,
-        tuple((module, dict(module._modules)) for module in traced.inside),
+        tuple((module, dict(module._modules)) for module in traced.touched),
         tuple((module, type(module)) for module in passed.values()),
     )

@@ -14,6 +14,7 @@ __all__ = [
     "Record",
     "class_changed_since",
     "held_names",
+    "held_parameters",
     "layer_class",
     "policy_name",
     "record_of",
@@ -76,6 +77,16 @@ def held_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(
         name for name in dict.fromkeys(names) if isinstance(getattr(module, name, None), Tensor)
     )
+
+
+def held_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The module's own parameters that are held, and trained before."""
+    record = record_of(module)
+    return [
+        parameter
+        for name, flag in (record.requires_grad.items() if record else ())
+        if flag and (parameter := module._parameters.get(name)) is not None
+    ]
 
 
 def policy_name(module: nn.Module) -> str:

@@ -5,8 +5,8 @@ bakes in what a forward reads on the way (a flag, ``self.training``, the type of
 passes over what it does besides (an attribute set, a context entered, a random number drawn). So a
 shadow of the block is traced: modules that share the block's tensors and children, whose attributes
 are watched. What is read becomes a condition under which the graph holds (`Trace.reads`),
-``training`` a value of the graph, and what a graph cannot say is refused. What remains baked in is
-what a module reads elsewhere: global variables and attributes of classes.
+``training`` a value of the graph, and what a graph cannot say is refused; what no trace could show
+is refused before, by the look of the code (`bnfreeze.vouching`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnfreeze.bytecode import Untraceable
 from bnfreeze.record import layer_class
-from bnfreeze.shadows import Read, Shadows, Untraceable
+from bnfreeze.shadows import Shadows
+from bnfreeze.watched import Name, Read
 
 __all__ = ["IN_PLACE_ADD", "Kind", "Trace", "trace"]
 
@@ -44,15 +46,17 @@ class Trace:
         arguments: how many there are.
         asked: which of them were asked for their type, and so are taken to be of the kind asked
             for in `trace`.
-        reads: what else the graph rests on.
+        reads: what else the graph rests on: attributes of modules, names outside of them.
         inside: the modules whose forward is part of the graph: the block, and what was inlined.
+        touched: those of which it matters which submodules they have.
     """
 
     graph: fx.Graph
     arguments: int
     asked: frozenset[int]
-    reads: tuple[Read, ...]
+    reads: tuple[Read | Name, ...]
     inside: tuple[nn.Module, ...]
+    touched: tuple[nn.Module, ...]
 
 
 def trace(block: nn.Module, inlined: Collection[nn.Module] = (), kind: Kind = "tensor") -> Trace:
@@ -83,11 +87,16 @@ def trace(block: nn.Module, inlined: Collection[nn.Module] = (), kind: Kind = "t
         raise Untraceable("it draws random numbers outside of torch")
     if _modes() != modes:
         raise Untraceable("it leaves another autograd or autocast mode behind")
-    for read in tracer.shadows.reads:
-        if not read.holds():
-            raise Untraceable(f"it changes self.{read.name}")
-    inside = tuple({id(m): m for m in [block, *inlined]}.values())
-    return Trace(graph, arguments, frozenset(tracer.asked), tuple(tracer.shadows.reads), inside)
+    shadows = tracer.shadows
+    shadows.check()
+    return Trace(
+        graph,
+        arguments,
+        frozenset(tracer.asked),
+        (*shadows.reads.values(), *shadows.voucher.names.values()),
+        tuple({id(m): m for m in [block, *inlined]}.values()),
+        tuple(shadows.touched.values()),
+    )
 
 
 def _required_arguments(base: type[nn.Module]) -> int:
@@ -114,6 +123,17 @@ class _Value(fx.Proxy):
         if name not in ("tracer", "node"):
             raise Untraceable(f"it sets the attribute {name} of a value")
         super().__setattr__(name, value)
+
+    def __iter__(self) -> Any:
+        # What a module gives may be an iterator, or a dict.
+        if self.node.op != "call_function" and self.node.op != "call_method":
+            raise Untraceable("it unpacks a value of which nothing is known")
+        return super().__iter__()
+
+    def __format__(self, spec: str) -> str:
+        raise Untraceable("it makes a string of a value")
+
+    __str__ = __bytes__ = __format__  # type: ignore[assignment]
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -211,7 +231,9 @@ class _Nothing(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _told(tracer: _Tracer, own: Callable[..., Any], *args: Any) -> Any:
     """Run the forward; what it returns must come out of the graph as it is."""
+    tracer.shadows.watching = True
     out = own(*args)
+    tracer.shadows.watching = False
     if type(out) is OrderedDict:
         # torch.fx would return a dict.
         return tracer.create_proxy("call_function", OrderedDict, (list(out.items()),), {})

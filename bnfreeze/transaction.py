@@ -9,10 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from bnfreeze.blocks import PROGRAMS, absorb_in, release
+from bnfreeze.ddp import refuse_giving_back
 from bnfreeze.norms import STATISTICS, NamedModule, is_norm, keeps_statistics
 from bnfreeze.plan import Change, check_class
 from bnfreeze.policy import Policy
-from bnfreeze.record import Record, layer_class, record_of, set_record, was_lookalike
+from bnfreeze.record import (
+    Record,
+    held_parameters,
+    layer_class,
+    record_of,
+    set_record,
+    was_lookalike,
+)
 from bnfreeze.survey import Absorption
 
 __all__ = ["carry_out", "thaw"]
@@ -120,12 +128,14 @@ def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[in
         By identity of each norm layer under the policy ``fused-act`` what it absorbs from now on.
 
     Raises:
-        PolicyError: a layer whose class something else has changed since; none is changed then.
+        PolicyError: a layer whose class something else has changed since, or one that must not
+            train again as it is wrapped; none is changed then.
     """
     wanted = {id(module) for module in chosen}
     thawed = [e for e in modules if id(e.module) in wanted and record_of(e.module) is not None]
     for entry in thawed:
         check_class(entry)
+    refuse_giving_back(modules, [(entry, held_parameters(entry.module)) for entry in thawed])
     release(modules)
     flags = _flags(thawed)
     for entry in thawed:

@@ -10,6 +10,7 @@ adds a line to a file, and those that stand in it are passed over::
 import copy
 import sys
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 
 import timm
@@ -35,10 +36,9 @@ QUICK = [
 
 
 def families():
-    """All architectures: of each family (a module of timm) first one, then all others."""
+    """All architectures: one of each family (a module of timm), then another of each, and so on."""
     several = [timm.list_models(module=module) for module in timm.list_modules()]
-    firsts = [names[0] for names in several if names]
-    return firsts + [name for names in several for name in names[1:]]
+    return [name for one in zip_longest(*several) for name in one if name is not None]
 
 
 def size(name):

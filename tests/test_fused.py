@@ -226,24 +226,6 @@ def test_a_model_saved_whole_comes_back_fused(model, images):
     assert type(model.stem[1]) is not nn.BatchNorm2d
 
 
-@pytest.mark.parametrize("how", ["compile", "export", "trace", "fx", "functional_call"])
-def test_fused_models_go_where_models_go(model, images, how):
-    freeze(model, "fused")
-    expected = model.train()(images)
-    if how == "compile":
-        other = torch.compile(model, backend="eager", fullgraph=True)
-    elif how == "export":
-        other = torch.export.export(model, (images,)).module()
-    elif how == "trace":
-        other = torch.jit.trace(model, images)
-    elif how == "fx":
-        other = torch.fx.symbolic_trace(model)
-    else:
-        values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        other = lambda x: torch.func.functional_call(model, values, (x,))  # noqa: E731
-    assert torch.allclose(other(images), expected, atol=1e-5)
-
-
 def test_torchvisions_feature_extractor_takes_a_fused_model():
     model = torchvision.models.resnet18()
     freeze(model, "fused")

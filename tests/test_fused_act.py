@@ -1,30 +1,26 @@
 """The policy `fused-act`: what is absorbed, what is not and why, and that nothing else changes."""
 
 import copy
+import enum
 import operator
 import pickle
+import random
 
 import pytest
 import timm
 import torch
+import torch.utils.checkpoint
+import torch.utils.dlpack
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its customary name
 from torchvision.ops import StochasticDepth
 
-from bnfreeze import PolicyError, freeze, functional, guard, layers, survey, unfreeze
+from bnfreeze import PolicyError, freeze, functional, guard, layers, unfreeze
 
 from .absorb import lively, same_as_fused
 from .helpers import copied, moved, state
 
 C = 4
-
-
-@pytest.fixture(autouse=True)
-def known(request, monkeypatch):
-    """Take the blocks of this file for a known library's."""
-    if "strangers" not in request.keywords:
-        package = __name__.partition(".")[0]
-        monkeypatch.setattr(survey, "KNOWN_PACKAGES", survey.KNOWN_PACKAGES | {package})
 
 
 class Block(nn.Module):
@@ -38,10 +34,12 @@ class Block(nn.Module):
         self.branch = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C))
 
 
-def block(forward, act=None):
+def block(forward, act=None, **attributes):
     """A block with this forward; a class of its own, so that it can be found and pickled."""
     kind = type("Own", (Block,), {"forward": forward, "__module__": __name__})
-    return lively(kind(act))
+    model = lively(kind(act))
+    model.__dict__.update(attributes)
+    return model
 
 
 @pytest.fixture
@@ -238,6 +236,11 @@ def collects(self, x):
     return z
 
 
+def appends(self, x):
+    self.seen.append(1)
+    return F.relu(self.bn1(x))
+
+
 def many(self, *xs):
     return F.relu(self.bn1(xs[0]))
 
@@ -298,7 +301,7 @@ REFUSED = {
     ),
     "a loop over a tensor": (
         lambda: block(lambda self, x: F.relu(self.bn1(torch.stack(list(x))))),
-        "TraceError",
+        "it unpacks a value of which nothing is known",
     ),
     "an intermediate's type is asked for": (
         lambda: block(
@@ -314,13 +317,18 @@ REFUSED = {
         lambda: block(lambda self, x: F.relu6(self.bn1(x))),
         "the output of relu6, from which it goes backward, may be changed",
     ),
-    "an autograd mode of its own": (lambda: block(no_grad), "autocast mode of its own"),
-    "it sets an attribute": (lambda: block(counts), "it sets self.calls"),
-    "it changes a list": (lambda: block(collects), "it changes self.seen"),
+    "an autograd mode of its own": (lambda: block(no_grad), "it uses torch.no_grad"),
+    "it sets an attribute": (lambda: block(counts), "it sets the attribute calls"),
+    "it changes a list": (lambda: block(collects), "it looks at __dict__"),
     "it draws": (
         lambda: block(lambda self, x: F.relu(self.bn1(x + torch.rand(1)))),
-        "tensors that do not depend on its input",
+        "it uses torch.rand, which no trace sees",
     ),
+    "an autograd mode of its decorator's": (
+        lambda: block(torch.no_grad()(lambda self, x: F.relu(self.bn1(x)))),
+        "autocast mode of its own",
+    ),
+    "it changes a list of its own": (lambda: block(appends, seen=[]), "it changes self.seen"),
     "it takes any number of arguments": (lambda: block(many), "takes *args"),
 }
 
@@ -790,28 +798,299 @@ def test_timms_layer_without_an_activation_absorbs_what_follows(x, calls):
     assert calls == ["+silu"]
 
 
-class OfUnknownOrigin(nn.Module):
-    """Its forward depends on what no module holds."""
+# What a trace cannot see is refused, or watched.
+
+SEEN, CHANCE, FACTOR = [], random.Random(0), 2.0
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+def swallows(self, x):
+    out = self.bn1(x)
+    try:
+        if out.sum() > 0:
+            out = out * 2
+    except Exception:
+        return F.relu(out)
+    return F.relu(out)
+
+
+def deaf(self, x):
+    out = self.conv1(x)
+    if out is not None:
+        out = self.bn1(out)
+    return F.relu(out)
+
+
+def unpacks(self, x):
+    first, second = self.conv1(x), self.bn1(x)
+    a, b = first
+    return F.relu(second) + a + b
+
+
+def imports(self, x):
+    import math
+
+    return F.relu(self.bn1(x)) * math.pi
+
+
+def grows(self, x):
+    self.layers.append(self.act)
+    return F.relu(self.bn1(x))
+
+
+def hooks(self, x):
+    self.act.register_forward_hook(SEEN)
+    return F.relu(self.bn1(x))
+
+
+def helped(self, x):
+    return guess(self.bn1(x))
+
+
+def guess(z):
+    return F.relu(z) if torch.is_grad_enabled() else z
+
+
+class Wild(enum.Enum):
+    ON = 1
+
+    def __bool__(self):
+        return CHANCE.random() < 0.5
+
+
+UNSEEN = {
+    "an autograd function": (
+        lambda self, x: F.relu(self.bn1(Twice.apply(x))),
+        "it uses Twice",
+    ),
+    "a checkpoint": (
+        lambda self, x: F.relu(
+            self.bn1(torch.utils.checkpoint.checkpoint(self.conv1, x, use_reentrant=True))
+        ),
+        "it ",
+    ),
+    "C code": (
+        lambda self, x: F.relu(self.bn1(x)) if torch.utils.dlpack.to_dlpack(x) else x,
+        "it uses torch.utils.dlpack.to_dlpack, which no trace sees",
+    ),
+    "the autograd mode": (
+        lambda self, x: F.relu(self.bn1(x)) * (1 + torch.is_grad_enabled()),
+        "it uses torch.is_grad_enabled, which no trace sees",
+    ),
+    "chance": (
+        lambda self, x: F.relu(self.bn1(x)) * (1 + (CHANCE.random() < 0.5)),
+        "it uses CHANCE, of the type Random",
+    ),
+    "an effect": (
+        lambda self, x: [F.relu(self.bn1(x)), SEEN.append(1)][0],
+        "it uses SEEN, of the type list",
+    ),
+    "an exception": (swallows, "it catches exceptions"),
+    "the very type": (
+        lambda self, x: F.relu(self.bn1(x[0] if type(x) is tuple else x)),
+        "it uses type, a class of its own",
+    ),
+    "whether it is None": (deaf, "it asks whether an intermediate value is None"),
+    "an unpacking": (unpacks, "it unpacks a value of which nothing is known"),
+    "an import": (imports, "it imports math"),
+    "a submodule registered": (grows, "it changes its submodules"),
+    "a hook registered": (hooks, "it uses SEEN"),
+    "a function of its own that does so": (helped, "it uses torch.is_grad_enabled"),
+    "an enumeration with methods": (
+        lambda self, x: F.relu(self.bn1(x)) if Wild.ON else x,
+        "it uses Wild.ON, of the type Wild",
+    ),
+    "a print": (lambda self, x: (print(), F.relu(self.bn1(x)))[1], "it uses print"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_a_trace_cannot_see_is_refused(name, x):
+    forward, why = UNSEEN[name]
+    x = x[:, :, :2] if name == "an unpacking" else x
+    model = block(forward)
+    model.layers = nn.ModuleList()
+    twin = copy.deepcopy(model)
+    freeze(twin, "fused")
+    count, state = len(SEEN), CHANCE.getstate()
+    report = freeze(model, "fused-act")
+    assert (len(SEEN), CHANCE.getstate()) == (count, state)
+    assert not absorbed(report)
+    assert f"Own cannot be traced: {why}" in notes(report)["bn1"]
+    for mode in (True, False):
+        with torch.set_grad_enabled(mode):
+            CHANCE.setstate(state)
+            expected = twin(x.clone().requires_grad_())
+            CHANCE.setstate(state)
+            assert torch.equal(model(x.clone().requires_grad_()), expected)
+
+
+class Reads(Block):
+    scale, kept = 1.0, ({"by": [1.0]},)
 
     def __init__(self):
         super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()
+        self.register_parameter("gamma", None)
+        self.delta = nn.Parameter(torch.full((1,), 2.0))
+        self.nested = ([1.0],)
+
+    def post(self, z):
+        return z * self.scale * self.nested[0][0]
 
     def forward(self, x):
-        out = self.relu(self.bn(self.conv(x)))
-        return out if torch.is_grad_enabled() else out * 2
+        z = F.relu(self.bn1(x)) * getattr(self, "more", 1.0)
+        z = z if self.gamma is None else z * self.gamma
+        z = z if self.delta is None else z * self.delta
+        return self.post(z) * (2.0 if self.act.inplace else 1.0) * (3.0 if self.act.on else 1.0)
 
 
-@pytest.mark.strangers
-def test_a_block_of_unknown_origin_keeps_its_own_forward_and_the_report_says_so():
-    block, x = OfUnknownOrigin(), torch.randn(2, C, 3, 3)
-    model = nn.Sequential(block, nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()))
+class Switch(nn.ReLU):
+    on = False
+
+
+CHANGES = {
+    "nothing": lambda m: None,
+    "an absent attribute": lambda m: setattr(m, "more", 3.0),
+    "a class's default": lambda m: setattr(m, "scale", 3.0),
+    "a method": lambda m: setattr(m, "post", lambda z: z * 3),
+    "a child's class's default": lambda m: setattr(m.act, "on", True),
+    "a parameter that was None": lambda m: setattr(m, "gamma", nn.Parameter(torch.ones(1) * 3)),
+    "a parameter that becomes None": lambda m: setattr(m, "delta", None),
+    "a list in a tuple": lambda m: m.nested[0].__setitem__(0, 3.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_all_that_was_looked_at_is_watched(name, x, calls):
+    model = Reads()
+    model.act = Switch()
+    lively(model)
+    twin = copy.deepcopy(model)
+    freeze(twin, "fused")
+    assert absorbed(freeze(model, "fused-act"))["bn1"] == "relu"
+    CHANGES[name](model)
+    CHANGES[name](twin)
+    expected = twin(x)
+    del calls[:]
+    assert torch.equal(model(x), expected)
+    assert calls == ["relu" if name == "nothing" else ""]
+
+
+class Mode(str, enum.Enum):
+    POST, PRE = "post", "pre"
+
+
+class Base(Block):
+    def post(self, z):
+        return F.relu(z)
+
+    @property
+    def wide(self):
+        return self.width > 1
+
+    @staticmethod
+    def twice(z):
+        return z * 2
+
+    def forward(self, x):
+        return self.post(self.bn1(self.conv1(x)))
+
+
+class Derived(Base):
+    """Ordinary code, in the forms that it comes in."""
+
+    mode = Mode.POST
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.names, self.fn = 2, ("conv2", "bn2"), F.relu
+        self.layers = nn.ModuleList([nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()])
+
+    def forward(self, x, scale=2.0):
+        out = super().forward(x)
+        for layer in self.layers:
+            out = layer(out)
+        for name in self.names:
+            out = getattr(self, f"{name}")(out)
+        if self.wide and self.mode is Mode.POST and not hasattr(self, "missing"):
+            out = self.fn(out)
+        return self.twice(out) * scale * sum([i * i for i in range(3)])
+
+
+def test_ordinary_code_is_traced(x, calls):
+    model = lively(Derived())
+    assert same_as_fused(copy.deepcopy(model), (x,))
     report = freeze(model, "fused-act")
-    rows = {row.name: row for row in report.layers}
-    assert rows["0.bn"].absorbs == ""
-    assert "OfUnknownOrigin is of none of the libraries" in rows["0.bn"].note
-    assert rows["1.1"].absorbs == "relu"
-    assert type(block) is OfUnknownOrigin
-    with torch.no_grad():
-        outside = block(x)
-    assert torch.equal(outside, block(x) * 2)
+    assert absorbed(report) == {"bn1": "relu", "layers.1": "relu", "bn2": "relu"}
+    twin = copy.deepcopy(model)
+    freeze(twin, "fused")
+    del calls[:]
+    assert torch.equal(model(x), twin(x))
+    assert calls == ["relu"] * 3 + [""] * 3
+    model.layers.append(nn.Tanh())
+    twin.layers.append(nn.Tanh())
+    assert torch.equal(model(x), twin(x))
+
+
+def test_a_class_that_is_changed_is_noticed(x, monkeypatch):
+    model = Reads()
+    model.act = Switch()
+    freeze(lively(model), "fused-act")
+    once = model(x)
+    monkeypatch.setattr(Reads, "scale", 3.0)
+    assert torch.equal(model(x), once * 3)
+    monkeypatch.setattr(Switch, "on", True)
+    assert torch.equal(model(x), once * 3 * 3)
+    monkeypatch.setattr(Reads, "post", lambda self, z: z)
+    assert torch.equal(model(x), once / 1 * 3)
+
+
+def test_a_global_name_that_is_changed_is_noticed(x, calls, monkeypatch):
+    model = block(lambda self, x: F.relu(self.bn1(x)) * FACTOR)
+    assert absorbed(freeze(model, "fused-act")) == {"bn1": "relu"}
+    once = model(x)
+    monkeypatch.setitem(globals(), "FACTOR", 4.0)
+    assert torch.equal(model(x), once * 2)
+    assert calls == ["relu", ""]
+
+
+def test_arguments_of_another_kind_take_the_blocks_own_forward(x):
+    model = block(lambda self, x, y: F.relu(self.bn1(x)) + y[0])
+    freeze(model, "fused-act")
+    assert torch.equal(model(x, (x,)), model(x, [x]))
+
+
+def test_random_numbers_are_drawn_in_the_same_order(x):
+    def forward(self, x):
+        out = self.act(self.bn1(self.conv1(x)))
+        return F.relu(out + self.other(self.conv2(x)))
+
+    model = block(forward, nn.Dropout(0.5))
+    model.other = nn.Dropout(0.5)
+    assert same_as_fused(model, (x,))
+
+
+def test_a_class_that_keeps_a_list_of_its_subclasses_sees_none_but_its_own(x):
+    listed = []
+
+    class Base(Block):
+        def __init_subclass__(cls, **kwargs):
+            listed.append(cls)
+
+        def forward(self, x):
+            return F.relu(self.bn1(x))
+
+    model = lively(Base())
+    assert absorbed(freeze(model, "fused-act")) == {"bn1": "relu"}
+    model(x)
+    assert not listed

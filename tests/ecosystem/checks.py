@@ -31,7 +31,7 @@ def assert_frozen_as(model, policy):
 
 
 @contextlib.contextmanager
-def keeps_its_promise(model, policy, head="fc", apart=()):
+def keeps_its_promise(model, policy, head="fc", apart=(), process_group=None):
     """What is held must not move within, in a bit; and all that is not held must.
 
     Args:
@@ -39,13 +39,14 @@ def keeps_its_promise(model, policy, head="fc", apart=()):
         policy: the one of `freeze_by`; ``"none"`` for a model that is not frozen.
         head: the name of what trains, whatever is frozen.
         apart: the last part of names that are no parameters, and of which nothing is promised.
+        process_group: of the ranks that must agree.
     """
     flags = Policy.parse(policy)
     norms = {layer.name for layer in bnfreeze.inspect(model).layers}
     snapshot, before = bnfreeze.snapshot(model) if flags else None, state(model)
     yield
     if snapshot is not None:
-        report = bnfreeze.verify(model, snapshot)
+        report = bnfreeze.verify(model, snapshot, process_group=process_group)
         assert report.ok, str(report)
     of_norms = {name for name in before if name.startswith(tuple(f"{norm}." for norm in norms))}
     held = set()

@@ -4,10 +4,9 @@ from dataclasses import astuple
 
 import pytest
 import torch
-from torch import nn
-from torchvision.models.resnet import BasicBlock
 
 from .cells import cell_of, section_of
+from .models import prepared
 
 
 def pytest_itemcollected(item):
@@ -33,24 +32,6 @@ def device(request):
         pytest.skip("needs a CUDA device")
 
 
-class SmallResNet(nn.Module):
-    """Two of torchvision's blocks, the second one with a downsample branch, and a head."""
-
-    def __init__(self, width=8, classes=4):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.layer1 = BasicBlock(width, width)
-        shorter = nn.Sequential(nn.Conv2d(width, width, 1, 2, bias=False), nn.BatchNorm2d(width))
-        self.layer2 = BasicBlock(width, width, stride=2, downsample=shorter)
-        self.fc = nn.Linear(width, classes)
-
-    def forward(self, x):
-        x = self.relu(self.bn1(self.conv1(x)))
-        return self.fc(self.layer2(self.layer1(x)).mean((2, 3)))
-
-
 @pytest.fixture
 def images():
     return torch.randn(4, 3, 16, 16)
@@ -64,17 +45,8 @@ def loader():
 
 
 @pytest.fixture
-def model(images):
-    """A SmallResNet with statistics, weights and biases that are not those of a new layer."""
-    model = SmallResNet()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 2)
-                module.bias.normal_()
-        for _ in range(3):
-            model(images + torch.randn_like(images))
-    return model
+def model():
+    return prepared()
 
 
 @pytest.fixture
@@ -91,6 +63,18 @@ def refused(record_property):
         record_property("refused", f"{error.__name__}: “{says}”")
 
     return refused
+
+
+@pytest.fixture
+def needs_gpu(record_property):
+    """``needs_gpu()``: skip what is left of a test for some policies only."""
+
+    def needs_gpu():
+        if not torch.cuda.is_available():
+            record_property("gpu", True)
+            pytest.skip("needs a CUDA device")
+
+    return needs_gpu
 
 
 @pytest.fixture

@@ -42,11 +42,8 @@ def test_it_exports_in_evaluation(model, images, policy, how):
 
 @cell("`torch.export.export`, {how}, train mode")
 @pytest.mark.parametrize("how", ["strict", "not strict"])
-@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
-def test_what_is_exported_in_train_mode_holds_the_same(model, images, policy, how, remark):
+def test_what_is_exported_in_train_mode_holds_the_same(model, images, policy, how):
     freeze_by(model, policy)
-    if (policy, how) == ("stats", "strict"):
-        remark("torch warns of side effects: the layers run on copies of their statistics.")
     expected = copy.deepcopy(model).train()(images)
     exported = torch.export.export(model.train(), (images,), strict=how == "strict").module()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from bnfreeze import Policy, PolicyError, unfreeze
+from bnfreeze import Policy, PolicyError, freeze, unfreeze
 
 from ..helpers import moved, state, statistics
 from .cells import cell
@@ -114,6 +114,7 @@ def test_an_average_is_frozen_too(model, images, policy, how):
         for _ in range(3):
             train(model, images, steps=1)
             averaged.update_parameters(model)
+    assert {row.actions for row in freeze(averaged, {"layer1": policy}).layers} == {()}
     assert_frozen_as(averaged, policy)
 
 
