@@ -56,14 +56,18 @@ class Keeper:
         # A trainer may be pickled, to be sent to other processes: neither can go along.
         return self.__dict__ | {"report": None, "_guard": None}
 
-    def hold(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    def hold(self, model: nn.Module) -> bool:
         """Freeze, or hold again what something has thawed since.
+
+        Returns:
+            Whether anything had to be done.
 
         Raises:
             PolicyError: the policy cannot be kept, or the model has no norm layer.
         """
-        self.report = freeze(model, self._policy, optimizer=optimizer)
+        self.report = freeze(model, self._policy)
         self._frozen = _frozen(model)
+        return any(row.actions for row in self.report.layers)
 
     def looks_live(self, model: nn.Module) -> bool:
         """Whether a tool that looks for torch's batch norm takes a held layer for a live one."""

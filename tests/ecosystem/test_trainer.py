@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F  # noqa: N812 - its customary name
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -177,6 +177,21 @@ def test_a_callback_added_later_freezes_as_training_begins(model, trainer):
     one.add_callback(FreezeBatchNorm("fused"))
     one.train()
     assert_frozen_as(model, "fused")
+
+
+def test_freezing_as_training_begins_is_refused_where_ddp_wraps_the_model_already(model):
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        late = FreezeBatchNorm()
+        with pytest.raises(PolicyError, match="give FreezeBatchNorm to the Trainer as it is built"):
+            late.on_train_begin(None, None, None, model=model, optimizer=None)
+        unfreeze(model)
+        early = FreezeBatchNorm()
+        early.on_init_end(None, None, None, model=model)
+        early.on_train_begin(None, None, None, model=model, optimizer=None)
+        early.on_train_end(None, None, None)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_what_cannot_be_kept_is_refused_before_training(trainer, model):
