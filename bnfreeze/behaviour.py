@@ -139,7 +139,7 @@ def _updates_statistics(layer: nn.Module, training: bool) -> tuple[bool, str]:
         if _instance_norm_writes_in_eval():
             return True, "this torch writes an instance norm's statistics back rounded, in eval too"
     elif training and not layer.track_running_stats:
-        return False, "track_running_stats is False"
+        return False, "track_running_stats is False, as Lightning's BaseFinetuning sets it"
     elif training:
         zero = layer.momentum == 0
         return True, "momentum is 0, and the count still rises" if zero else "train mode"

@@ -40,6 +40,7 @@ _WRAPPERS = {
     "DataParallel": "module",
     "DistributedDataParallel": "module",
     "AveragedModel": "module",
+    "_FabricModule": "_forward_module",
     "OptimizedModule": "_orig_mod",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
@@ -108,9 +109,12 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def keeps_unknown_statistics(module: nn.Module) -> bool:
-    """Whether a module that is no norm layer to bnfreeze nevertheless keeps such statistics."""
+    """Whether a module that is no norm layer to bnfreeze nevertheless keeps such statistics.
+
+    One of them will do: EvoNorm-B0 keeps a variance alone.
+    """
     buffers = {name for name, _ in module.named_buffers(recurse=False)}
-    return not is_norm(module) and buffers.issuperset(STATISTICS[:2])
+    return not is_norm(module) and not buffers.isdisjoint(STATISTICS[:2])
 
 
 @dataclass(frozen=True)

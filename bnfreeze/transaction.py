@@ -25,6 +25,8 @@ from bnfreeze.survey import Absorption
 
 __all__ = ["carry_out", "thaw"]
 
+_FUSED = Policy.FUSED | Policy.FUSED_ACT
+
 
 def carry_out(
     modules: Sequence[NamedModule], changes: Sequence[Change]
@@ -44,7 +46,7 @@ def carry_out(
     try:
         release(modules)
         for change in changes:
-            _restore(change.module)
+            _restore(change.module, change.record)
         done = [_hold(change, old) for change, old in zip(changes, records, strict=True)]
         _hold_tied(modules)
         absorbed = absorb_in(modules)
@@ -77,7 +79,7 @@ def _hold(change: Change, old: Record | None) -> tuple[str, ...]:
     if old is not None and old.policy == record.policy:
         return tuple(dict.fromkeys(cleared))
     done = ["restore"] if old is not None else []
-    done += ["fuse"] if record.policy & (Policy.FUSED | Policy.FUSED_ACT) else []
+    done += ["fuse"] if record.policy & _FUSED else []
     if is_norm(module) and not was_lookalike(module) and keeps_statistics(module):
         done += ["force-eval"] if record.policy.forces_eval else []
         done += ["hold-statistics"] if record.policy.holds_statistics else []
@@ -85,8 +87,13 @@ def _hold(change: Change, old: Record | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*done, *cleared]))
 
 
-def _restore(module: nn.Module) -> None:
-    """Take one module back to what its record says; nothing if it has none."""
+def _restore(module: nn.Module, following: Record | None = None) -> None:
+    """Take one module back to what its record says; nothing if it has none.
+
+    Args:
+        module: the module.
+        following: what it is held by from then on, if anything.
+    """
     record = record_of(module)
     if record is None:
         return
@@ -99,7 +106,7 @@ def _restore(module: nn.Module) -> None:
         module.__class__ = base
         if record.policy.forces_eval:
             module.__dict__["training"] = record.training
-        if record.policy & (Policy.FUSED | Policy.FUSED_ACT):
+        if record.policy & _FUSED and not (following and following.policy & _FUSED):
             _cast_along(module)
     set_record(module, None)
 

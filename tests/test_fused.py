@@ -176,6 +176,18 @@ def test_statistics_stay_in_fp32_when_the_model_goes_to_half_precision(model, im
     assert model.stem[1].running_var.dtype == torch.float64
 
 
+@pytest.mark.parametrize("again", ["fused", "fused-act"])
+def test_freezing_once_more_leaves_the_statistics_in_fp32(model, again):
+    freeze(model, "fused")
+    model.bfloat16()
+    before = state(model)
+    freeze(model, again)
+    assert model.stem[1].running_mean.dtype == torch.float32
+    assert moved(before, model) == set()
+    freeze(model, "eval")
+    assert model.stem[1].running_mean.dtype == torch.bfloat16
+
+
 def test_under_autocast_the_output_has_the_inputs_dtype():
     layer = made(nn.BatchNorm2d(4))
     freeze(layer, "fused")

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from timm.layers import freeze_batch_norm_2d as timm_freeze
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -353,6 +353,15 @@ def test_statistics_in_an_unknown_module_are_told():
         assert [(f.layer, f.level) for f in findings if f.code == "unknown-norm"] == [
             ("1", "warning")
         ]
+
+
+def test_a_variance_alone_is_told_too():
+    model = nn.Sequential(nn.BatchNorm2d(2), EvoNorm2dB0(2))
+    assert ("1", "unknown-norm") in [(f.layer, f.code) for f in inspect(model).findings]
+    freeze(model, "eval+affine")
+    before = state(model)
+    step(model, torch.randn(2, 2, 4, 4))
+    assert "1.running_var" in moved(before, model)
 
 
 # What wraps a model.

@@ -132,10 +132,15 @@ def _was_reset(case: _Case) -> Reason | None:
         return None
     if bool(mean.any()) or bool((var != 1).any()) or (count is not None and bool(count.any())):
         return None
+    text = "Every mean of its layer is 0 and every variance 1: the statistics were reset, by "
+    if case.was is None or case.lets_statistics_move:
+        return (
+            text + "reset_running_stats() or a new initialisation.",
+            "Freeze the layer, which then refuses reset_running_stats().",
+        )
     return (
-        "Every mean of its layer is 0 and every variance 1: the statistics were reset, by "
-        "reset_running_stats() or a new initialisation.",
-        "Freeze the layer, which then refuses reset_running_stats().",
+        text + "a tool that assigns new ones (Lightning's StochasticWeightAveraging does).",
+        "Such tools look for torch's own batch norm: use freeze(model, 'fused'), which is none.",
     )
 
 

@@ -38,6 +38,13 @@ def images():
 
 
 @pytest.fixture
+def loader():
+    """Two batches of images, each with its class."""
+    data = torch.utils.data.TensorDataset(torch.randn(8, 3, 16, 16), torch.arange(8) % 4)
+    return torch.utils.data.DataLoader(data, 4)
+
+
+@pytest.fixture
 def model():
     return prepared()
 

@@ -31,6 +31,11 @@ def ran(model):
     model(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
 
 
+def assign_new_statistics(model):
+    model.bn.running_mean, model.bn.running_var = torch.zeros(2), torch.ones(2)
+    model.bn.num_batches_tracked *= 0
+
+
 def test_the_message_says_where_what_why_and_how_to_mend_it():
     report = told(layer().eval(), ran, tensors="bn.running_mean")
     assert report.message == (
@@ -83,6 +88,12 @@ CAUSES = {
         lambda m: m.bn.reset_running_stats(),
         "norm",
         "the statistics were reset",
+    ),
+    "new statistics, assigned": (
+        lambda m: (ran(m), bnfreeze.freeze(m)),
+        assign_new_statistics,
+        "held",
+        "Lightning's StochasticWeightAveraging does",
     ),
     "unfrozen and run": (
         lambda m: bnfreeze.freeze(m, "eval"),
