@@ -14,13 +14,14 @@ with an addition and an activation behind it::
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-__all__ = ["ACTIVATIONS", "FROM_OUTPUT", "Affine", "backward", "forward"]
+__all__ = ["ACTIVATIONS", "FROM_OUTPUT", "Affine", "Norm", "backward", "forward", "scaled"]
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
@@ -30,20 +31,26 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
 }
 
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "relu6": partial(F.relu6, inplace=True),
+    "silu": partial(F.silu, inplace=True),
+    "hardswish": partial(F.hardswish, inplace=True),
+}
+
 # What the backward of an activation needs: its output, or (silu, hardswish) what went into it.
 FROM_OUTPUT = frozenset({"relu", "relu6"})
 
 # Rounding commutes with these, so that rounding before them is rounding once.
 _EXACT = frozenset({None, "relu", "relu6"})
 
-_HALVES = frozenset({torch.float16, torch.bfloat16})
-
-# Where F.batch_norm takes a half input together with fp32 statistics, and computes in fp32.
-_MIXES = frozenset({"cpu", "cuda"})
-
 
 class Affine(NamedTuple):
-    """The tensors and the eps of one frozen norm layer; each tensor has the shape (C,)."""
+    """The tensors and the eps of one frozen norm layer; each tensor has the shape (C,).
+
+    Taken apart wherever it is used, so that a plain tuple does as well: to make one of these costs
+    a twentieth of a call's time on the host.
+    """
 
     mean: Tensor
     var: Tensor
@@ -51,21 +58,19 @@ class Affine(NamedTuple):
     bias: Tensor | None
     eps: float
 
-    def scale(self, dtype: torch.dtype) -> Tensor:
-        """``weight / sqrt(var + eps)`` in ``dtype``, of shape (C,)."""
-        scale = (self.var.to(dtype) + self.eps).rsqrt()
-        return scale if self.weight is None else scale * self.weight.to(dtype)
+
+Norm = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]
 
 
 def forward(
     x: Tensor,
-    norm: Affine,
+    norm: Norm,
     residual: Tensor | None,
-    branch: Affine | None,
+    branch: Norm | None,
     activation: str | None,
     *,
     keep_sum: bool = False,
-    mixed: bool = False,
+    eager: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output and, with ``keep_sum``, what goes into the activation.
 
@@ -76,33 +81,39 @@ def forward(
         branch: applied to ``residual`` first.
         activation: a key of `ACTIVATIONS`.
         keep_sum: wanted where there is a residual and the backward needs its sum.
-        mixed: let F.batch_norm read a half input as it is. One pass less; but only eager mode
-            on some devices knows how.
+        eager: the tensors are plain and nobody looks on. Then what is made on the way is changed
+            in place, and a half input is read as it is.
 
     Both results have the dtype of ``x``, and are rounded once from fp32 (fp64 for fp64).
     """
     math = _math_dtype(x.dtype)
-    if mixed and residual is None and activation in _EXACT and x.device.type in _MIXES:
-        return ACTIVATIONS[activation](_normalise(x, norm, math)), None
-    z = _normalise(x.to(math), norm, math)
-    if residual is None:
-        return ACTIVATIONS[activation](z).to(x.dtype), None
-    other = residual.to(math)
-    z = z + (other if branch is None else _normalise(other, branch, math))
-    return ACTIVATIONS[activation](z).to(x.dtype), z.to(x.dtype) if keep_sum else None
+    if eager and residual is None and activation in _EXACT and _mixes(x):
+        return _activated(_normalise(x, norm, math), activation, True), None
+    wide = _cast(x, math)
+    z = _normalise(wide, norm, math)
+    if residual is not None:
+        # New memory costs a CPU as much as a pass over it; the copy of x is not needed any more.
+        reuse = eager and wide is not x
+        other = wide.copy_(residual) if reuse else _cast(residual, math)
+        other = other if branch is None else _normalise(other, branch, math)
+        z = z.add_(other) if eager else z + other
+    total = z.to(x.dtype) if keep_sum else None
+    if eager and activation in _EXACT:
+        z = z.to(x.dtype)  # first, for there are less bytes behind it
+    return _activated(z, activation, eager and z is not total).to(x.dtype), total
 
 
 def backward(
     grad: Tensor,
-    norm: Affine,
-    branch: Affine | None,
+    norm: Norm,
+    branch: Norm | None,
     activation: str | None,
     kept: Tensor | None,
     kept_is_input: bool,
     x: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
     *,
-    mixed: bool = False,
+    eager: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, residual, weight and bias; None where ``needs`` says so.
 
@@ -116,7 +127,7 @@ def backward(
         kept_is_input: which of the two ``kept`` is.
         x: the input; only the gradient of weight needs it.
         needs: which of the four are wanted.
-        mixed: as in `forward`.
+        eager: as in `forward`.
 
     In ordinary differentiable operations, so that a double backward may go through it.
     """
@@ -129,20 +140,44 @@ def backward(
             z = kept.to(math)
             z = _normalise(z, norm, math) if kept_is_input else z
             grad = _GRADIENT[activation](grad.to(math), z)
-    grad_x = _scaled(grad, norm, math, mixed).to(dtype) if needs[0] else None
     grad_residual = None
     if needs[1]:
-        grad_residual = (grad if branch is None else _scaled(grad, branch, math, mixed)).to(dtype)
+        grad_residual = (grad if branch is None else scaled(grad, branch, eager=eager)).to(dtype)
     grad_weight = grad_bias = None
-    if needs[2] and norm.weight is not None:
+    mean, var, weight, bias, eps = norm
+    if needs[2] and weight is not None:
         assert x is not None
         # Never sum(g·x) - mean·sum(g): the difference of two large numbers.
-        centred = x.to(math) - _over(norm.mean.to(math), x)
-        invstd = (norm.var.to(math) + norm.eps).rsqrt()
-        grad_weight = ((grad.to(math) * centred).sum(_others(x)) * invstd).to(norm.weight.dtype)
-    if needs[3] and norm.bias is not None:
-        grad_bias = grad.to(math).sum(_others(grad)).to(norm.bias.dtype)
+        centred = x.to(math) - _over(mean.to(math), x)
+        invstd = (var.to(math) + eps).rsqrt()
+        grad_weight = ((grad.to(math) * centred).sum(_others(x)) * invstd).to(weight.dtype)
+    if needs[3] and bias is not None:
+        grad_bias = grad.to(math).sum(_others(grad)).to(bias.dtype)
+    grad_x = None
+    if needs[0]:
+        # Past an activation it is a tensor of our own, unless the residual gets the same one.
+        own = activation is not None and grad_residual is not grad
+        if eager and own and grad.dtype is math:
+            grad_x = grad.mul_(_over(_scale(norm, math), grad)).to(dtype)
+        else:
+            grad_x = scaled(grad, norm, eager=eager).to(dtype)
     return grad_x, grad_residual, grad_weight, grad_bias
+
+
+def scaled(grad: Tensor, norm: Norm, *, eager: bool = False) -> Tensor:
+    """Return ``grad`` times the scale of each channel, in its dtype.
+
+    It is the gradient of x where nothing follows the norm. Computed in fp32 where ``grad`` is a
+    half; ``eager`` as in `forward`.
+    """
+    math = _math_dtype(grad.dtype)
+    if eager and grad.dtype is not math and _mixes(grad):
+        # A norm layer without mean and bias is just that product, in one pass without an fp32
+        # copy: three times as fast on CPU as type promotion.
+        _, var, weight, _, eps = norm
+        linear = torch.zeros_like(var), var, weight, None, eps
+        return _normalise(grad, linear, math)
+    return _cast(grad * _over(_scale(norm, math), grad), grad.dtype)
 
 
 def _silu_gradient(grad: Tensor, z: Tensor) -> Tensor:
@@ -165,23 +200,37 @@ def _math_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _normalise(x: Tensor, norm: Affine, math: torch.dtype) -> Tensor:
-    weight = None if norm.weight is None else norm.weight.to(math)
-    bias = None if norm.bias is None else norm.bias.to(math)
-    mean, var = norm.mean.to(math), norm.var.to(math)
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # to() takes a microsecond to find that there is nothing to do.
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _mixes(x: Tensor) -> bool:
+    """Whether F.batch_norm takes halves with fp32 statistics there, and computes in fp32."""
+    return x.is_cpu or x.is_cuda
+
+
+def _scale(norm: Norm, dtype: torch.dtype) -> Tensor:
+    """``weight / sqrt(var + eps)`` in ``dtype``, of shape (C,)."""
+    _, var, weight, _, eps = norm
+    scale = (_cast(var, dtype) + eps).rsqrt()
+    return scale if weight is None else scale * _cast(weight, dtype)
+
+
+def _normalise(x: Tensor, norm: Norm, math: torch.dtype) -> Tensor:
+    mean, var, weight, bias, eps = norm
+    mean, var = _cast(mean, math), _cast(var, math)
+    weight = None if weight is None else _cast(weight, math)
+    bias = None if bias is None else _cast(bias, math)
     # Not F.batch_norm, which in some versions of torch refuses an eps of 0 in evaluation too.
     enabled = torch.backends.cudnn.enabled
-    return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, norm.eps, enabled)
+    return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, enabled)
 
 
-def _scaled(grad: Tensor, norm: Affine, math: torch.dtype, mixed: bool) -> Tensor:
-    """``grad`` times the scale of each channel, in fp32 where ``grad`` is a half."""
-    if mixed and grad.dtype in _HALVES and grad.device.type in _MIXES:
-        # A norm layer without mean and bias is just that product, in one pass without an fp32
-        # copy: three times as fast on CPU as type promotion.
-        linear = norm._replace(mean=torch.zeros_like(norm.mean), bias=None)
-        return _normalise(grad, linear, math)
-    return grad * _over(norm.scale(math), grad)
+def _activated(z: Tensor, activation: str | None, in_place: bool) -> Tensor:
+    if activation is None or not in_place:
+        return ACTIVATIONS[activation](z)
+    return _IN_PLACE[activation](z)
 
 
 def _over(per_channel: Tensor, x: Tensor) -> Tensor:

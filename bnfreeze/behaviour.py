@@ -12,7 +12,15 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 
-from bnfreeze.norms import AFFINE, NamedModule, eps_of, is_lazy, is_lookalike, keeps_statistics
+from bnfreeze.norms import (
+    AFFINE,
+    NamedModule,
+    computed_affine,
+    eps_of,
+    is_lazy,
+    is_lookalike,
+    keeps_statistics,
+)
 from bnfreeze.record import layer_class, policy_name, record_of
 
 __all__ = ["LayerFacts", "affine_parameters", "layer_facts", "optimizers_by_id"]
@@ -131,7 +139,7 @@ def _updates_statistics(layer: nn.Module, training: bool) -> tuple[bool, str]:
         if _instance_norm_writes_in_eval():
             return True, "this torch writes an instance norm's statistics back rounded, in eval too"
     elif training and not layer.track_running_stats:
-        return False, "track_running_stats is False"
+        return False, "track_running_stats is False, as Lightning's BaseFinetuning sets it"
     elif training:
         zero = layer.momentum == 0
         return True, "momentum is 0, and the count still rises" if zero else "train mode"
@@ -161,8 +169,9 @@ def _why_eval(layer: nn.Module) -> str:
 
 
 def affine_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """Weight and bias, as far as the layer has them as parameters."""
-    return {n: p for n in AFFINE if isinstance(p := layer._parameters.get(n), nn.Parameter)}
+    """Weight and bias, as far as the layer has them as parameters, or what they come from."""
+    own = {n: p for n in AFFINE if isinstance(p := layer._parameters.get(n), nn.Parameter)}
+    return dict(layer.named_parameters()) if computed_affine(layer) else own
 
 
 def _trains_affine(layer: nn.Module, optimized: Mapping[int, str] | None) -> tuple[bool, str]:

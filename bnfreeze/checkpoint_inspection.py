@@ -129,7 +129,7 @@ def _verdict(inspection: CheckpointInspection, shared: set[str]) -> str:
     if not layers:
         return "No norm layer."
     kinds = {layer.kind for layer in layers}
-    told = f"{len(layers)} norm layers"
+    told = f"{len(layers)} norm layer{'s' if len(layers) > 1 else ''}"
     told += f", all {kinds.pop()}" if len(kinds) == 1 and kinds != {BATCH_NORM} else ""
     told += f" in {layers[0].dtype}" if "dtype" in shared else ""
     if "batches" in shared and layers[0].batches is not None:

@@ -75,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(f"{error.filename or 'stdout'}: cannot be written: {error.strerror}.")
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        return _complain_of_defect()
     finally:
         if collecting:
             gc.enable()
@@ -213,6 +215,8 @@ def _snapshot(options: argparse.Namespace) -> int:
     from bnfreeze.proof.snapshot import Snapshot
     from bnfreeze.proof.stored import snapshot_of
 
+    if not options.output:
+        raise BnfreezeError("-o: the name of a file is empty.")
     if os.path.exists(options.output):
         try:
             Snapshot.load(options.output)  # an earlier one may be written over, and nothing else
@@ -323,6 +327,17 @@ def _complain(message: str) -> int:
 
     sys.stderr.write(f"bnfreeze: {escaped(message)}\n")
     return 2
+
+
+def _complain_of_defect() -> int:
+    """Show the traceback of an error that nobody foresaw; 1 would say that something differs."""
+    import traceback
+
+    from bnfreeze.render import escaped
+
+    for line in traceback.format_exc().splitlines():
+        sys.stderr.write(f"{escaped(line)}\n")
+    return _complain("This is a defect of bnfreeze: please report it with the lines above.")
 
 
 class _Progress:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bnfreeze.checkpoint.tensors import ITEM_SIZES, StoredTensor, Words, decoded
-from bnfreeze.errors import CheckpointError, UnsafeCheckpoint
+from bnfreeze.checkpoint.tensors import StoredTensor, Words, check_claims, decoded
+from bnfreeze.errors import CheckpointError
 from bnfreeze.findings import Finding
 from bnfreeze.origin import Origin
 from bnfreeze.outline import grouped
@@ -33,7 +33,7 @@ class TensorChange:
         role: ``"statistics"``, ``"weight"``, ``"bias"`` or ``"other"``, by its name.
         status: ``"identical"`` (every bit), ``"moved"``, another ``"dtype"`` or ``"shape"``,
             ``"added"`` (in the second alone), ``"removed"`` (in the first alone), ``"unread"``
-            (saved without values).
+            (no values that can be compared: sparse, quantised, saved without any).
         total: how many elements.
         changed: how many of them differ in any bit.
         max_abs: the largest difference; None where nothing finite can be said.
@@ -149,7 +149,9 @@ class Difference(Printable):
         for name, changes in self.modules().items():
             same = all(change.status == "identical" for change in changes)
             (kept if same else changed).append(name)
-        if not kept:
+        if {change.status for change in self.tensors} <= {"added", "removed"}:
+            parts = ["No name is in both: these are different models, or their names differ."]
+        elif not kept:
             parts = ["Changed in every part."]
         elif len(changed) < len(kept):
             parts = [f"Bit-identical but for {_listed(changed)}."]
@@ -169,9 +171,10 @@ def _told(changes: list[TensorChange]) -> str:
     if not changes:
         return ""
     for statuses, word in (
-        ({"dtype", "shape", "unread"}, "differ"),
+        ({"dtype", "shape"}, "differ"),
         ({"added", "removed"}, "missing"),
         ({"moved"}, "moved"),
+        ({"unread"}, "unread"),
     ):
         count = sum(change.status in statuses for change in changes)
         if count:
@@ -198,7 +201,10 @@ def compare(
         CheckpointError: a tensor cannot be read.
     """
     for state, origin in zip((first, second), origins, strict=True):
-        _check_claims(state, origin)
+        try:
+            check_claims(state.values())
+        except CheckpointError as error:
+            raise type(error)(f"{origin.path}: {error}") from None
     names = [*first, *(name for name in second if name not in first)]
     changes = []
     for done, name in enumerate(names):
@@ -209,20 +215,6 @@ def compare(
             raise type(error)(f"{name}: {error}") from None
     progress(len(names), len(names))
     return Difference(*origins, tuple(changes), tuple(_leaks(changes)))
-
-
-def _check_claims(state: Mapping[str, StoredTensor], origin: Origin) -> None:
-    """Refuse what would have the same bytes compared again and again.
-
-    Raises:
-        UnsafeCheckpoint: the tensors claim far more bytes than their storages have.
-    """
-    claimed = sum(tensor.numel * ITEM_SIZES.get(tensor.dtype, 1) for tensor in state.values())
-    if claimed > 16 * origin.bytes + (1 << 30):
-        raise UnsafeCheckpoint(
-            f"{origin.path}: Refused: its tensors claim {claimed:,} bytes, and their storages have "
-            f"{origin.bytes:,}."
-        )
 
 
 def _change(name: str, a: StoredTensor | None, b: StoredTensor | None) -> TensorChange:

@@ -17,10 +17,11 @@ from torch.nn import functional as F  # noqa: N812 - its customary name
 from torch.nn.modules.conv import _ConvNd
 
 from bnfreeze.aten import FROM_OUTPUT
-from bnfreeze.fused import ACTIVATION_MODULES, has_hooks
+from bnfreeze.fused import activation_of, has_hooks
 from bnfreeze.record import layer_class
 from bnfreeze.sums import is_drop, norm_add
 from bnfreeze.tracing import IN_PLACE_ADD
+from bnfreeze.vouching import is_known
 
 __all__ = ["Call", "absorb"]
 
@@ -31,7 +32,6 @@ _ACTIVATION_FUNCTIONS: dict[Any, str] = {
     F.hardswish: "hardswish",
 }
 _ACTIVATION_METHODS = {"relu": "relu", "relu_": "relu"}
-# What reads its input only, and makes a new tensor.
 _COPIES = (_ConvNd, nn.Linear)
 _SUMS = (operator.add, torch.add, IN_PLACE_ADD)
 
@@ -45,7 +45,8 @@ class Call:
         absorbs: what it computes along, in the words of `LayerRow.absorbs`.
         note: why it absorbs nothing, or not always, as a sentence's end.
         last: whether its output is the block's output, so that something may follow outside.
-        passed: the modules that are not called any more, or give other tensors than before.
+        passed: the modules that are not called any more, that give other tensors than before, or
+            of which it matters that they give new ones.
     """
 
     layer: nn.Module
@@ -100,6 +101,8 @@ class _View:
     def __init__(self, order: dict[fx.Node, int], modules: dict[fx.Node, nn.Module]) -> None:
         self.order, self.modules = order, modules
         self.norms: set[fx.Node] = set()
+        # The modules that were taken to make new tensors, and must go on doing so.
+        self.makers: list[nn.Module] = []
 
     def refuse_hooks(self, node: fx.Node) -> None:
         if node in self.modules and any(map(has_hooks, self.modules[node].modules())):
@@ -110,17 +113,31 @@ class _View:
 
     def check_later(self, norm: fx.Node, total: fx.Node) -> None:
         """Refuse to compute a norm layer later than it was, if its input may change until then."""
+        if any(n.op == "get_attr" and _owner(n) == norm.target for n in self.order):
+            raise _End("its own tensors are used besides")
         start, end = self.order[norm], self.order[total]
-        own = self.is_own(norm.all_input_nodes[0])
         for node, place in self.order.items():
             harmless = node in self.norms or node.op == "get_attr" or self.is_identity(node)
-            if start < place < end and not (own or harmless or self.is_drop(node)):
+            if start < place < end and not (harmless or self.is_drop(node)):
+                if self.is_own(norm.all_input_nodes[0]):
+                    break
                 raise _End("its input may be changed before the sum is computed")
+
+    def check_draws(self, drop: fx.Node, total: fx.Node) -> None:
+        """Refuse to drop later than it was, if random numbers may be drawn until then."""
+        for node, place in self.order.items():
+            harmless = node in self.norms or node.op == "get_attr" or self.is_identity(node)
+            if self.order[drop] < place < self.order[total] and not harmless:
+                raise _End(f"{self.name(drop)} follows, and what may draw random numbers too")
 
     def is_own(self, node: fx.Node) -> bool:
         """Whether the value is a new tensor that nobody but its one user has."""
-        new = node.target is torch.cat or _is_new(self.modules.get(node))
-        return new and len(node.users) == 1
+        module = self.modules.get(node)
+        if len(node.users) != 1 or not (node.target is torch.cat or _is_new(module)):
+            return False
+        if module is not None:
+            self.makers.extend(module.modules())
+        return True
 
     def check_backward(self, norm: fx.Node | None, node: fx.Node, activation: str) -> None:
         """Refuse to keep a tensor for backward that may be changed in place until then.
@@ -134,7 +151,7 @@ class _View:
             # relu by itself keeps its output as well, and relu6 only if it works in place.
             inplace = node.kwargs.get("inplace") or node.args[1:] == (True,)
             inplace = inplace or getattr(self.modules.get(node), "inplace", False)
-            read = all(isinstance(self.modules.get(user), _COPIES) for user in node.users)
+            read = all(_copies(self.modules.get(user)) for user in node.users)
             if activation == "relu6" and not (inplace or read):
                 raise _End("the output of relu6, from which it goes backward, may be changed")
         elif norm is not None and not self.is_own(norm.all_input_nodes[0]):
@@ -154,7 +171,7 @@ class _View:
         if set(node.kwargs) - {"inplace"}:
             return None
         if node.op == "call_module" and len(node.args) == 1:
-            return ACTIVATION_MODULES.get(type(self.modules[node]))
+            return activation_of(self.modules[node])
         if node.op == "call_function" and len(node.args) <= 2:  # the second one is inplace
             return _ACTIVATION_FUNCTIONS.get(node.target)
         if node.op == "call_method" and len(node.args) == 1:
@@ -167,6 +184,7 @@ class _Chain:
 
     def __init__(self, view: _View, norm: fx.Node) -> None:
         self.view, self.norm = view, norm
+        view.makers.clear()
         self.nodes = [norm]  # what one new node takes the place of
         self.drop: fx.Node | None = None
         self.total: fx.Node | None = None
@@ -180,7 +198,8 @@ class _Chain:
             self.call = Call(layer, note=str(end), last=end.last)
         else:
             passed = [view.modules[node].modules() for node in self.nodes if node in view.modules]
-            self.call = Call(layer, absorbs, note, passed=tuple(concat.from_iterable(passed)))
+            rests = (*concat.from_iterable(passed), *view.makers)
+            self.call = Call(layer, absorbs, note, passed=rests)
 
     def _follow(self) -> tuple[str, str]:
         if len(self.norm.args) != 1 or self.norm.kwargs:
@@ -241,6 +260,8 @@ class _Chain:
         if _is_in_place(node) and left is not before:
             raise _End("it is added in place onto another tensor")
         self.view.check_later(self.norm, node)
+        if self.drop is not None:
+            self.view.check_draws(self.drop, node)
         self.total, self.before = node, before
         self.nodes.append(node)
         self._take_branch()
@@ -288,20 +309,32 @@ class _Chain:
                 )
                 residual = self._other() if self.branch is None else self.branch.args[0]
                 in_place = _is_in_place(self.total)
-                args = (layer, x, residual, self.activation, branch, drop, in_place)
+                swapped = self.total.args[0] is not self.before
+                args = (layer, x, residual, self.activation, branch, drop, in_place, swapped)
                 new = graph.call_function(norm_add, args)
         nodes[-1].replace_all_uses_with(new)
         for node in reversed(nodes):
             graph.erase_node(node)
 
 
-def _is_new(module: nn.Module | None) -> bool:
+def _is_new(module: Any) -> bool:
     """Whether the module's output is a new tensor, which it keeps no hold of."""
-    while isinstance(module, nn.Sequential) and len(module):
+    while isinstance(module, nn.Sequential) and len(module) and not has_hooks(module):
         if layer_class(module).forward is not nn.Sequential.forward:
             return False
         module = module[-1]
-    return isinstance(module, _COPIES)
+    return _copies(module) and not has_hooks(module)
+
+
+def _copies(module: nn.Module | None) -> bool:
+    """Whether the module reads its input only, and makes a new tensor."""
+    # A subclass of one's own may pass its input on.
+    owner = next((kind for kind in type(module).__mro__ if "forward" in vars(kind)), object)
+    return isinstance(module, _COPIES) and is_known(owner)
+
+
+def _owner(node: fx.Node) -> str:
+    return str(node.target).rpartition(".")[0]
 
 
 def _sole_user(node: fx.Node) -> fx.Node:

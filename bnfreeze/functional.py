@@ -7,27 +7,19 @@ with a backward of our own that saves next to nothing, or must it be plain diffe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active as _transforms_active
-from torch._C import _get_tracing_state as _tracing_state
-from torch._C import _len_torch_dispatch_stack as _dispatch_modes
-from torch._C import _len_torch_function_stack as _function_modes
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling as _is_compiling
-from torch.overrides import _get_current_function_mode_stack as _function_mode_stack
-from torch.utils._device import DeviceContext
+from torch import Tensor
 
 from bnfreeze import aten
-from bnfreeze.aten import ACTIVATIONS, FROM_OUTPUT, Affine
+from bnfreeze.aten import ACTIVATIONS, FROM_OUTPUT, Norm
 from bnfreeze.kernels.build import KernelError
+from bnfreeze.kernels.launch import Launcher
 from bnfreeze.kernels.load import kernel as _kernel
+from bnfreeze.onlookers import TRACING, must_show, why_formula
 
 __all__ = ["Backend", "backend", "frozen_batch_norm"]
 
@@ -70,12 +62,12 @@ def frozen_batch_norm(
             ``residual`` has another shape; ``activation`` is unknown.
         TypeError: ``x`` is not of a floating dtype.
     """
-    norm = Affine(running_mean, running_var, weight, bias, eps)
+    norm = running_mean, running_var, weight, bias, eps
     return _apply(x, norm, residual, None, activation)
 
 
 def _frozen_batch_norm_add(
-    x: Tensor, norm: Affine, residual: Tensor, branch: Affine, activation: str | None = None
+    x: Tensor, norm: Norm, residual: Tensor, branch: Norm, activation: str | None = None
 ) -> Tensor:
     """``activation(norm(x) + branch(residual))``: two frozen norm layers that meet in one sum.
 
@@ -120,45 +112,60 @@ def backend(
         running_mean = torch.empty(x.shape[1], device=x.device)
     if running_var is None:
         running_var = running_mean
-    norm = Affine(running_mean, running_var, weight, bias, 1e-5)
-    why = _why_formula(x, norm, residual, None)
+    norm = running_mean, running_var, weight, bias, 1e-5
+    why = why_formula(x, norm, residual, None)
     if why:
         return Backend("formula", why)
-    engine, why = _engine(x, norm, residual, None)
-    if engine is not _ATEN:
-        try:
-            engine.forward(x[:1].detach(), norm, None, None, None)
-        except KernelError as error:
-            _kernel.give_up(error)
-            engine, why = _ATEN, _kernel.trouble
-    return Backend(engine.path, why)
+    why = _why_aten(x, norm, residual)
+    if why:
+        return Backend("aten", why)
+    return Backend("kernel", "Everything suits the CUDA kernel.")
 
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-class _Engine(Protocol):
-    """What computes on plain eager tensors: called as the functions of `bnfreeze.aten`."""
+class _FrozenBatchNormAlone(torch.autograd.Function):
+    """A norm layer by itself with weight and bias held: by far the most frequent case.
 
-    @property
-    def path(self) -> Literal["kernel", "aten"]: ...
+    It saves nothing. What `_FrozenBatchNorm` does besides costs an eighth of the host's time for
+    a forward and backward pass.
+    """
 
-    @property
-    def forward(self) -> Callable[..., tuple[Tensor, Tensor | None]]: ...
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        _, var, weight, _, _ = norm
+        launcher, y = _kernel.launcher, None
+        if launcher is not None and _on_cuda(x):
+            try:
+                y = launcher.alone(x, norm)
+            except KernelError as error:
+                _kernel.give_up(error)
+        if y is None:
+            y, _, launcher = _computed(x, norm, None, None, None)
+        # Autograd would watch over them if they were saved, for twice the time.
+        ctx.how = norm, launcher, var._version, 0 if weight is None else weight._version
+        return y
 
-    @property
-    def backward(self) -> Callable[..., Grads]: ...
-
-
-class _Aten:
-    """ATen, which anything that the kernel cannot do falls back to."""
-
-    path: Literal["kernel", "aten"] = "aten"
-    forward = staticmethod(partial(aten.forward, mixed=True))
-    backward = staticmethod(partial(aten.backward, mixed=True))
-
-
-_ATEN: _Engine = _Aten()
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        norm, launcher, var_version, weight_version = ctx.how
+        _, var, weight, _, _ = norm
+        if var._version != var_version or (
+            weight is not None and weight._version != weight_version
+        ):
+            raise RuntimeError(
+                "running_var or weight of a frozen norm layer has been modified by an inplace "
+                "operation between forward and backward."
+            )
+        if must_show(grad):
+            return aten.scaled(grad, norm), None
+        if launcher is not None:
+            try:
+                return launcher.scaled(grad, norm), None
+            except KernelError as error:
+                _kernel.give_up(error)
+        return aten.scaled(grad, norm, eager=True), None
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
@@ -171,18 +178,16 @@ class _FrozenBatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        how: tuple[Affine, Affine | None, str | None, _Engine],
+        how: tuple[Norm, Norm | None, str | None],
     ) -> Any:
-        norm, branch, activation, engine = ctx.how = how
+        norm, branch, activation = how
+        mean, var, *_ = norm
         # With a residual the sum cannot be had from x alone; it becomes a second output, so that
         # a double backward finds its way through it.
         from_input = activation in _FROM_INPUT
         keeps_sum = from_input and residual is not None
-        try:
-            y, total = engine.forward(x, norm, residual, branch, activation, keep_sum=keeps_sum)
-        except KernelError as error:
-            _kernel.give_up(error)
-            y, total = _ATEN.forward(x, norm, residual, branch, activation, keep_sum=keeps_sum)
+        y, total, launcher = _computed(x, norm, residual, branch, activation, keeps_sum)
+        ctx.how = norm, branch, activation, launcher
         kept = None
         if activation is not None:
             kept = y if not from_input else total if keeps_sum else x
@@ -191,9 +196,9 @@ class _FrozenBatchNorm(torch.autograd.Function):
         # Backward takes the parameters from ctx.how; that they are saved as well makes autograd
         # complain where one of those it reads was changed in between.
         if kept is x or needs_x is not None:
-            ctx.save_for_backward(kept, needs_x, norm.var, weight, norm.mean, bias)
+            ctx.save_for_backward(kept, needs_x, var, weight, mean, bias)
         else:
-            ctx.save_for_backward(kept, needs_x, norm.var, weight)
+            ctx.save_for_backward(kept, needs_x, var, weight)
         if not keeps_sum:
             return y
         ctx.set_materialize_grads(False)
@@ -202,7 +207,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None = None) -> Any:
         kept, x, *_ = ctx.saved_tensors
-        norm, branch, activation, engine = ctx.how
+        norm, branch, activation, launcher = ctx.how
         needs = ctx.needs_input_grad[:4]
         rest = (norm, branch, activation, kept, ctx.kept_is_input, x, needs)
         if grad_sum is not None:
@@ -214,15 +219,14 @@ class _FrozenBatchNorm(torch.autograd.Function):
             return (*(_plus(a, b) for a, b in zip(total, more, strict=True)), None)
         if grad is None:
             return None, None, None, None, None
-        if torch.is_grad_enabled() or _is_compiling() or _listener() or _is_odd(grad):
-            grads = aten.backward(grad, *rest)
-        else:
+        if must_show(grad):
+            return *aten.backward(grad, *rest), None
+        if launcher is not None:
             try:
-                grads = engine.backward(grad, *rest)
+                return *launcher.backward(grad, *rest), None
             except KernelError as error:
                 _kernel.give_up(error)
-                grads = _ATEN.backward(grad, *rest)
-        return (*grads, None)
+        return *aten.backward(grad, *rest, eager=True), None
 
 
 _FROM_INPUT = frozenset(ACTIVATIONS) - FROM_OUTPUT - {None}
@@ -234,126 +238,89 @@ def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 def _apply(
     x: Tensor,
-    norm: Affine,
+    norm: Norm,
     residual: Tensor | None,
-    branch: Affine | None,
+    branch: Norm | None,
     activation: str | None,
 ) -> Tensor:
     """Compute ``activation(norm(x) + branch(residual))``, as `frozen_batch_norm` describes it."""
     if activation not in ACTIVATIONS:
         names = ", ".join(repr(name) for name in ACTIVATIONS if name is not None)
         raise ValueError(f"There is no activation {activation!r}; there are {names} and None.")
-    why = _why_formula(x, norm, residual, branch)
-    # Under jit.trace a size is a traced value, and to compare it a warning.
-    if why is not _TRACING:
-        shape = x.shape
-        if len(shape) < 2 or shape[1] != norm.mean.numel():
-            raise ValueError(
-                f"The input has the shape {tuple(shape)}; it must be (N, C, *) with "
-                f"C = {norm.mean.numel()} channels, as the running statistics have."
-            )
-        if residual is not None and residual.shape != shape:
-            raise ValueError(
-                f"The residual has the shape {tuple(residual.shape)} and the input "
-                f"{tuple(shape)}; they must agree, a residual is not broadcast."
-            )
+    why = why_formula(x, norm, residual, branch)
     if why:
+        if why is not TRACING:  # there a size is a traced value, and to compare it a warning
+            _check_shapes(x, norm, residual)
         if not x.is_floating_point():
             raise TypeError(f"The input must be of a floating dtype; it is {x.dtype}.")
         return aten.forward(x, norm, residual, branch, activation)[0]
-    engine, _ = _engine(x, norm, residual, branch)
+    if not torch.is_grad_enabled():
+        return _computed(x, norm, residual, branch, activation)[0]
     _, _, weight, bias, _ = norm
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        how = norm, branch, activation, engine
-        out: Any = _FrozenBatchNorm.apply(x, residual, weight, bias, how)
+    trained = (weight is not None and weight.requires_grad) or (
+        bias is not None and bias.requires_grad
+    )
+    if not trained and activation is None and residual is None:
+        if x.requires_grad:
+            return _FrozenBatchNormAlone.apply(x, norm)  # type: ignore[no-any-return]
+    elif trained or x.requires_grad or (residual is not None and residual.requires_grad):
+        out: Any = _FrozenBatchNorm.apply(x, residual, weight, bias, (norm, branch, activation))
         return out[0] if type(out) is tuple else out  # type: ignore[no-any-return]
-    try:
-        return engine.forward(x, norm, residual, branch, activation)[0]
-    except KernelError as error:
-        _kernel.give_up(error)
-        return _ATEN.forward(x, norm, residual, branch, activation)[0]
+    return _computed(x, norm, residual, branch, activation)[0]
 
 
-_PLAIN = frozenset({Tensor, nn.Parameter})
-_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
-
-_COMPILING = "torch.compile or torch.export is at work, which fuses plain ATen by itself."
-_TRACING = "torch.jit.trace is at work."
-
-
-def _why_formula(x: Tensor, norm: Affine, residual: Tensor | None, branch: Affine | None) -> str:
-    """Why a call must be plain differentiable ATen, as a sentence; empty if it need not be."""
-    # First, for torch.compile follows only this branch and sees nothing of the rest.
-    if _is_compiling():
-        return _COMPILING
-    if (  # what _listener asks, without the price of a call
-        _transforms_active()
-        or _dispatch_modes()
-        or _function_modes()
-        or forward_ad._current_level >= 0
-        or _tracing_state() is not None
-    ) and (why := _listener()):
-        return why
-    mean, var, weight, bias, _ = norm
-    if (
-        type(x) not in _PLAIN
-        or type(mean) not in _PLAIN
-        or type(var) not in _PLAIN
-        or (weight is not None and type(weight) not in _PLAIN)
-        or (bias is not None and type(bias) not in _PLAIN)
-        or (residual is not None and type(residual) not in _PLAIN)
-    ):
-        return "One of the tensors is of a tensor subclass."
-    if x.dtype not in _FLOATS or x.layout is not torch.strided:
-        return "The input is not a dense tensor of fp16, bf16, fp32 or fp64."
-    if mean.requires_grad or var.requires_grad:
-        return "The statistics require grad."
-    if branch is not None:
-        for tensor in branch[:4]:
-            if tensor is not None and (tensor.requires_grad or type(tensor) not in _PLAIN):
-                return "The branch's norm layer is trained, or is of a tensor subclass."
-    return ""
+def _computed(
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None,
+    branch: Norm | None,
+    activation: str | None,
+    keep_sum: bool = False,
+) -> tuple[Tensor, Tensor | None, Launcher | None]:
+    """Compute as `aten.forward`, by the kernel if it takes these tensors; and tell if it did."""
+    if _on_cuda(x):
+        launcher = _kernel.launcher or _kernel.load()
+        if launcher is not None:
+            try:
+                done = launcher.forward(x, norm, residual, branch, activation, keep_sum)
+                if done is not None:
+                    return *done, launcher
+            except KernelError as error:
+                _kernel.give_up(error)
+    _check_shapes(x, norm, residual)
+    return *aten.forward(x, norm, residual, branch, activation, keep_sum=keep_sum, eager=True), None
 
 
-def _listener() -> str:
-    """Who wants to see every operation for itself, as a sentence; empty if nobody does."""
-    if _transforms_active():
-        return "A torch.func transform (vmap, grad, jvp) is active."
-    if _dispatch_modes():
-        return "A torch dispatch mode is active."
-    if _function_modes() and any(
-        # torch.set_default_device is a mode as well, and concerns factory functions only.
-        type(mode) is not DeviceContext
-        for mode in _function_mode_stack()  # type: ignore[no-untyped-call]
-    ):
-        return "A torch function mode is active."
-    if forward_ad._current_level >= 0:
-        return "Forward-mode differentiation is active."
-    if _tracing_state() is not None:
-        return _TRACING
-    return ""
+def _check_shapes(x: Tensor, norm: Norm, residual: Tensor | None) -> None:
+    """Raise what is wrong with the shapes; what the kernel takes needs no second look."""
+    shape, channels = x.shape, norm[0].numel()
+    if len(shape) < 2 or shape[1] != channels:
+        raise ValueError(
+            f"The input has the shape {tuple(shape)}; it must be (N, C, *) with "
+            f"C = {channels} channels, as the running statistics have."
+        )
+    if residual is not None and residual.shape != shape:
+        raise ValueError(
+            f"The residual has the shape {tuple(residual.shape)} and the input "
+            f"{tuple(shape)}; they must agree, a residual is not broadcast."
+        )
 
 
-def _is_odd(grad: Tensor) -> bool:
-    return type(grad) not in _PLAIN or grad.layout is not torch.strided
-
-
-def _engine(
-    x: Tensor, norm: Affine, residual: Tensor | None, branch: Affine | None
-) -> tuple[_Engine, str]:
-    """Choose what computes on plain eager tensors, and say why."""
+def _why_aten(x: Tensor, norm: Norm, residual: Tensor | None) -> str:
+    """Why plain eager tensors do not go to the kernel, as a sentence; empty if they do."""
     if not _on_cuda(x):
-        return _ATEN, "The input is not on a CUDA device."
+        return "The input is not on a CUDA device."
     launcher = _kernel.launcher or _kernel.load()
     if launcher is None:
-        return _ATEN, _kernel.trouble
-    refusal = launcher.refusal(x, norm, residual, branch)
-    return (_ATEN, refusal) if refusal else (launcher, "Everything suits the CUDA kernel.")
+        return _kernel.trouble
+    why = launcher.refusal(x, norm, residual, None)
+    if not why:
+        try:
+            launcher.forward(x[:1].detach(), norm)
+        except KernelError as error:
+            _kernel.give_up(error)
+            why = _kernel.trouble
+    return why
 
 
 _on_cuda = attrgetter("is_cuda")

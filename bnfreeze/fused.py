@@ -18,7 +18,7 @@ from bnfreeze.layers import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNor
 from bnfreeze.norms import is_lookalike
 from bnfreeze.record import layer_class
 
-__all__ = ["ACTIVATION_MODULES", "fused_class", "has_hooks", "own_activation", "takes_more"]
+__all__ = ["activation_of", "fused_class", "has_hooks", "own_activation", "takes_more"]
 
 # The activations that a frozen layer can compute along.
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
@@ -95,7 +95,14 @@ def own_activation(layer: nn.Module) -> str | None:
     act, drop = layer.act, layer.drop
     if type(drop) is not nn.Identity or has_hooks(act) or has_hooks(drop):
         return None
-    return "" if type(act) is nn.Identity else ACTIVATION_MODULES.get(type(act))
+    return "" if type(act) is nn.Identity else activation_of(act)
+
+
+def activation_of(module: Any) -> str | None:
+    """The name of the activation that the module is, if a frozen layer can compute it along."""
+    if type(module) is nn.ReLU6 and (module.min_val, module.max_val) != (0.0, 6.0):
+        return None
+    return ACTIVATION_MODULES.get(type(module))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -147,7 +154,7 @@ def fused_class(
         act, drop = type(module.act), type(module.drop)
         if drop is not nn.Identity:
             return None, f"it drops ({drop.__name__}) before its activation"
-        if act is not nn.Identity and act not in ACTIVATION_MODULES:
+        if act is not nn.Identity and activation_of(module.act) is None:
             return None, f"its activation {act.__name__} is none of those that are fused"
         behaviour = _FusedAct
     if behaviour is not None:

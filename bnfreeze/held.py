@@ -2,7 +2,7 @@
 
 A held norm layer stays the very object it was; only its class is swapped, for a subclass of its
 own class that cannot leave eval (`ForceEval`) or whose forward cannot write to the running
-statistics (`_KeepStatistics`). Against the alternatives:
+statistics (`_BatchAlone`, `_KeepStatistics`). Against the alternatives:
 
 * forward hooks are dropped by some tools and cannot stop ``model.train()`` from changing the flag;
 * methods patched onto the instance stay bound to the original after a deepcopy, and cannot be
@@ -18,11 +18,13 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from bnfreeze.errors import PolicyError
 from bnfreeze.norms import STATISTICS
 from bnfreeze.policy import Policy
 from bnfreeze.record import layer_class, record_of, set_record
@@ -102,12 +104,37 @@ class ForceEval(Held):
             set_record(self, replace(record, training=mode))
 
 
+class _BatchAlone(Held, _BatchNorm):
+    """Torch's own batch norm, which in train mode is not given its statistics at all."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As before; the statistics are read in eval mode, and never written."""
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        mean = None if self.training else self.running_mean
+        var = None if self.training else self.running_var
+        batch = self.training or (mean is None and var is None)
+        return nn.functional.batch_norm(
+            input, mean, var, self.weight, self.bias, batch, 0.0, self.eps
+        )
+
+
 class _OnCopies(Held):
     """Runs the layer's own forward on copies of its statistics.
 
     That holds them whatever this forward does with them: write in place, assign, pass over
     ``track_running_stats``. Not meant for several threads that run one and the same layer at once.
     """
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse, for torch.jit.script, which asks here, cannot compile such a forward.
+
+        Raises:
+            PolicyError: what to do instead.
+        """
+        raise PolicyError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script. Use torch.jit.trace or "
+            f"torch.export.export; or unfreeze first, for what is scripted is not frozen anyway."
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As before, with the statistics out of reach."""
@@ -159,7 +186,7 @@ def held_class(base: type[nn.Module], policy: Policy) -> type[nn.Module]:
     if policy.forces_eval:
         behaviour = _ForceEvalInstance if issubclass(base, _InstanceNorm) else ForceEval
     elif policy.holds_statistics:
-        behaviour = _KeepStatistics
+        behaviour = _BatchAlone if base.forward is _BatchNorm.forward else _KeepStatistics
     return make_class(base, behaviour)
 
 

@@ -295,7 +295,7 @@ def _unknown(entry: NamedModule) -> Finding:
         "warning",
         "unknown-norm",
         entry.name,
-        f"{type(entry.module).__name__} keeps running_mean and running_var, but is no norm layer "
+        f"{type(entry.module).__name__} keeps running statistics, but is no norm layer "
         f"that bnfreeze knows: it is left alone.",
         "Let it derive from torch's batch norm, or hold it yourself and verify.",
     )

@@ -8,14 +8,13 @@ is replaced by a subclass of `FrozenBatchNorm2d` works as it stands.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfreeze.aten import Affine
 from bnfreeze.errors import PolicyError
 from bnfreeze.functional import _apply
 
@@ -23,6 +22,7 @@ __all__ = ["FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3d"]
 
 # To torch.fx.symbolic_trace, which has no sizes to ask for, the layer is one call.
 torch.fx.wrap("_apply")
+_Proxy = torch.fx.Proxy
 
 _Self = TypeVar("_Self", bound="_FrozenBatchNorm")
 
@@ -131,7 +131,7 @@ class _FrozenBatchNorm(nn.Module):
         Raises:
             ValueError: the rank or the number of channels is not this layer's.
         """
-        if not isinstance(x, torch.fx.Proxy) and x.dim() not in self._ranks:
+        if not isinstance(x, _Proxy) and x.dim() not in self._ranks:
             ranks = " or ".join(f"{rank}D" for rank in self._ranks)
             raise ValueError(
                 f"{type(self).__name__} takes a {ranks} input with {self.num_features} channels; "
@@ -146,7 +146,7 @@ class _FrozenBatchNorm(nn.Module):
         except KeyError:
             # Parametrized, or a replica: they are there under other names.
             mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        return _apply(x, Affine(mean, var, weight, bias, self.eps), residual, None, activation)
+        return _apply(x, (mean, var, weight, bias, self.eps), residual, None, activation)
 
     @property
     def training(self) -> bool:
@@ -191,6 +191,17 @@ class _FrozenBatchNorm(nn.Module):
                 if isinstance(value, Tensor) and value.dtype.itemsize < 4:
                     state_dict[prefix + name] = value.float()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse, for torch.jit.script, which asks here, cannot compile what `forward` chooses.
+
+        Raises:
+            PolicyError: what to do instead.
+        """
+        raise PolicyError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script. Use torch.jit.trace or "
+            f"torch.export.export; or freeze with 'eval+affine' in place of 'fused'."
+        )
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, affine={self.affine}"

@@ -17,6 +17,7 @@ __all__ = [
     "STATISTICS",
     "NamedModule",
     "check_model",
+    "computed_affine",
     "eps_of",
     "is_lazy",
     "is_lookalike",
@@ -39,6 +40,7 @@ _WRAPPERS = {
     "DataParallel": "module",
     "DistributedDataParallel": "module",
     "AveragedModel": "module",
+    "_FabricModule": "_forward_module",
     "OptimizedModule": "_orig_mod",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
@@ -53,6 +55,20 @@ def eps_of(module: nn.Module) -> float:
 def keeps_statistics(module: nn.Module) -> bool:
     """Whether the layer has running statistics now."""
     return isinstance(getattr(module, "running_mean", None), Tensor)
+
+
+def computed_affine(module: nn.Module) -> list[str]:
+    """Which of weight and bias are no tensors of the module's own.
+
+    A parametrization computes them from others; so does pruning, or what flattens parameters.
+    """
+    return [
+        name
+        for name in AFFINE
+        if name not in module._parameters
+        and name not in module._buffers
+        and isinstance(getattr(module, name, None), Tensor)
+    ]
 
 
 def is_lazy(module: nn.Module) -> bool:
@@ -93,9 +109,12 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def keeps_unknown_statistics(module: nn.Module) -> bool:
-    """Whether a module that is no norm layer to bnfreeze nevertheless keeps such statistics."""
+    """Whether a module that is no norm layer to bnfreeze nevertheless keeps such statistics.
+
+    One of them will do: EvoNorm-B0 keeps a variance alone.
+    """
     buffers = {name for name, _ in module.named_buffers(recurse=False)}
-    return not is_norm(module) and buffers.issuperset(STATISTICS[:2])
+    return not is_norm(module) and not buffers.isdisjoint(STATISTICS[:2])
 
 
 @dataclass(frozen=True)

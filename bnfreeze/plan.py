@@ -6,14 +6,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from bnfreeze.ddp import refuse_giving_back, refuse_holding
 from bnfreeze.errors import PolicyError
 from bnfreeze.fused import fused_class
 from bnfreeze.held import held_class
-from bnfreeze.norms import AFFINE, NamedModule, is_lazy, is_norm, keeps_statistics
+from bnfreeze.norms import (
+    AFFINE,
+    NamedModule,
+    computed_affine,
+    is_lazy,
+    is_norm,
+    keeps_statistics,
+)
 from bnfreeze.policy import Policy
-from bnfreeze.record import Record, class_changed_since, layer_class, record_of, was_lookalike
+from bnfreeze.record import (
+    Record,
+    class_changed_since,
+    held_parameters,
+    layer_class,
+    record_of,
+    was_lookalike,
+)
 from bnfreeze.selection import Selected
 
 __all__ = ["Change", "check_class", "plan"]
@@ -56,8 +70,15 @@ def plan(modules: Sequence[NamedModule], selected: Sequence[Selected]) -> list[C
     if problems:
         more = f"\n… and {len(problems) - 5} more layers." if len(problems) > 5 else ""
         raise PolicyError("\n".join(problems[:5]) + more)
-    _refuse_in_ddp(modules, changes)
+    refuse_holding(modules, [(change.entry, list(change.held.values())) for change in changes])
+    refuse_giving_back(modules, [(change.entry, _given_back(change)) for change in changes])
     return changes
+
+
+def _given_back(change: Change) -> list[nn.Parameter]:
+    """What was held, and is not to be any more."""
+    held = {id(parameter) for parameter in change.held.values()}
+    return [p for p in held_parameters(change.module) if id(p) not in held]
 
 
 def _original_flags(modules: Sequence[NamedModule]) -> dict[int, bool]:
@@ -136,6 +157,13 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
             + (f" with the rule {{{entry.name!r}: 'none'}}" if entry.name else "")
             + ", or build it with track_running_stats=True."
         )
+    computed = computed_affine(module) if is_norm(module) else []
+    if computed and policy.holds_affine and Policy.WEIGHTS not in policy:
+        raise PolicyError(
+            f"{name}: its {' and '.join(computed)} is computed from other parameters (by a "
+            f"parametrization, say), which policy '{policy}' would not hold. Undo that first, "
+            f"or hold them too: '{policy}+weights'."
+        )
 
 
 def _kind(name: str, module: nn.Module, policy: Policy) -> tuple[type[nn.Module], Policy, str]:
@@ -159,20 +187,3 @@ def _kind(name: str, module: nn.Module, policy: Policy) -> tuple[type[nn.Module]
             f"{name}: its class {base.__name__} does not let itself be subclassed "
             f"({type(error).__name__}: {error})."
         ) from error
-
-
-def _refuse_in_ddp(modules: Sequence[NamedModule], changes: Sequence[Change]) -> None:
-    """DDP waits for a gradient of each parameter that required one when it was wrapped."""
-    for entry in modules:
-        ddp = entry.module
-        if not isinstance(ddp, DistributedDataParallel) or ddp.find_unused_parameters:
-            continue
-        inside = {id(module) for module in ddp.modules()}
-        for change in changes:
-            if id(change.module) in inside and any(p.requires_grad for p in change.held.values()):
-                raise PolicyError(
-                    f"{change.entry.name}: its weights cannot be held any more, because "
-                    f"DistributedDataParallel, which wraps it already, would wait for their "
-                    f"gradients. Freeze first and wrap then, or wrap with "
-                    f"find_unused_parameters=True."
-                )

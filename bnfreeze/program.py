@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import keyword
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from bnfreeze.bytecode import Untraceable
 from bnfreeze.following import Call
 from bnfreeze.fused import has_hooks
 from bnfreeze.record import layer_class
-from bnfreeze.shadows import Read
 from bnfreeze.tracing import Kind, Trace
+from bnfreeze.watched import Name, Read
 
 __all__ = ["Program", "Programs", "program"]
 
@@ -28,7 +31,7 @@ class Program:
         arguments: how many of them there must be.
         asked: which of them must be of the kind `kind`.
         kind: tensors or lists.
-        reads: the attributes that must still be what they were.
+        reads: the attributes and names that must still be what they were.
         children: the modules that must still have the very submodules that they had.
         passed: the modules that must still be of their class, with no hooks on them.
     """
@@ -38,8 +41,8 @@ class Program:
     arguments: int
     asked: frozenset[int]
     kind: Kind
-    reads: tuple[Read, ...]
-    children: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
+    reads: tuple[Read | Name, ...]
+    children: tuple[tuple[nn.Module, list[tuple[str, nn.Module | None]]], ...]
     passed: tuple[tuple[nn.Module, type[nn.Module]], ...]
 
     def holds(self) -> bool:
@@ -48,7 +51,8 @@ class Program:
             if type(module) is not kind or has_hooks(module):
                 return False
         for module, children in self.children:
-            if module._modules != children:
+            # Their order matters too, in a loop over them.
+            if [*module._modules.items()] != children:
                 return False
         return all(read.holds() for read in self.reads)
 
@@ -57,10 +61,11 @@ class Program:
         if len(args) != self.arguments:
             return False
         for index, arg in enumerate(args):
-            if index in self.asked:
-                if not (isinstance(arg, Tensor) if self.kind == "tensor" else type(arg) is list):
+            # The very class: a subclass may be told from it, and do other things.
+            if index in self.asked and self.kind == "list":
+                if type(arg) is not list or any(type(each) is not Tensor for each in arg):
                     return False
-            elif arg is None or isinstance(arg, fx.Proxy):
+            elif type(arg) is not Tensor:
                 return False
         return True
 
@@ -83,22 +88,41 @@ def _nothing() -> None:
     return None
 
 
+# torch.fx quotes a segment that is no identifier, and takes a keyword for one.
+_SEGMENT = rf"(?!(?:{'|'.join(keyword.kwlist)})(?:\.|$))[ -!#-\-/-\[\]-~]+"
+_WRITABLE = re.compile(rf"{_SEGMENT}(?:\.{_SEGMENT})*")
+
+
 def program(block: nn.Module, traced: Trace, kind: Kind, calls: Sequence[Call]) -> Program:
     """Make a forward of a graph in which norm layers absorb what follows them."""
+    for node in traced.graph.nodes:
+        if node.op in ("call_module", "get_attr") and not _WRITABLE.fullmatch(node.target):
+            raise Untraceable(f"{node.target} is a name that cannot be written in code")
     code = traced.graph.python_code("self")
     namespace = dict(code.globals)
     where = f"<generated forward of {layer_class(block).__name__}>"
-    exec(compile(code.src, where, "exec"), namespace)
+    try:
+        exec(compile(code.src, where, "exec"), namespace)
+    except SyntaxError as error:
+        raise Untraceable("torch.fx cannot write down what it does") from error
     # The layers that absorb, what they absorb, and what was inlined.
     absorbing = [module for call in calls if call.absorbs for module in call.passed]
+    bounds = [
+        Read.of(module, name)
+        for module in absorbing
+        if isinstance(module, nn.ReLU6)
+        for name in ("min_val", "max_val")
+    ]
     passed = {id(module): module for module in (*absorbing, *traced.inside[1:])}
+    holders = (*traced.touched, *(module for module in passed.values() if module._modules))
+    holding = {id(module): module for module in holders}
     return Program(
         namespace["forward"],
         block,
         traced.arguments,
         traced.asked,
         kind,
-        traced.reads,
-        tuple((module, dict(module._modules)) for module in traced.inside),
+        (*traced.reads, *bounds),
+        tuple((module, [*module._modules.items()]) for module in holding.values()),
         tuple((module, type(module)) for module in passed.values()),
     )

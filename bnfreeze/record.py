@@ -14,6 +14,7 @@ __all__ = [
     "Record",
     "class_changed_since",
     "held_names",
+    "held_parameters",
     "layer_class",
     "policy_name",
     "record_of",
@@ -78,6 +79,16 @@ def held_names(module: nn.Module) -> tuple[str, ...]:
     )
 
 
+def held_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The module's own parameters that are held, and trained before."""
+    record = record_of(module)
+    return [
+        parameter
+        for name, flag in (record.requires_grad.items() if record else ())
+        if flag and (parameter := module._parameters.get(name)) is not None
+    ]
+
+
 def policy_name(module: nn.Module) -> str:
     """The policy that holds the module; ``"frozen"`` for another library's frozen layer."""
     record = record_of(module)
@@ -93,5 +104,8 @@ def was_lookalike(module: nn.Module) -> bool:
 
 def class_changed_since(module: nn.Module) -> bool:
     """Whether a frozen norm layer has been given yet another class since (a parametrization)."""
-    swapped = is_norm(module) and not is_lookalike(module)
-    return swapped and record_of(module) is not None and layer_class(module) is type(module)
+    if record_of(module) is None or layer_class(module) is not type(module):
+        return False
+    # A class derived from one that freezing had made; or a live one in its place.
+    derived = any("_bnfreeze_base" in kind.__dict__ for kind in type(module).__mro__)
+    return derived or (is_norm(module) and not is_lookalike(module))

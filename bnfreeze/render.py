@@ -40,6 +40,7 @@ _STYLES = {
     "moved": "yellow",
     "differ": "bold red",
     "missing": "bold red",
+    "unread": "bold red",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -15,18 +15,36 @@ from bnfreeze.checkpoint.tensors import Words
 __all__ = ["in_memory", "state_dict_in"]
 
 
+_META: Final = "it is on the meta device"
+
+
+def _why_unread(tensor: torch.Tensor) -> str:
+    """Why the values cannot be read as plain memory; empty where they can."""
+    if tensor.is_meta:
+        return _META
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return "its class keeps its values in a way of its own"
+    if tensor.layout is not torch.strided:
+        return "it is sparse"
+    return "it is quantised" if tensor.is_quantized else ""
+
+
 class _TensorInMemory(StoredTensor):
     def __init__(self, tensor: torch.Tensor) -> None:
         self.dtype = str(tensor.dtype).removeprefix("torch.")
         self.shape = tuple(tensor.shape)
-        self.has_values = not tensor.is_meta
+        self.why = _why_unread(tensor)
+        self.has_values = not self.why
         self._tensor = tensor
 
     def storage(self) -> tuple[object, int]:
+        if self.why == _META:
+            # There every storage has the same address.
+            return (self._tensor.device, id(self)), self._tensor.untyped_storage().nbytes()
+        if self.why:
+            return self, 0
         storage = self._tensor.untyped_storage()
-        # On the meta device every storage has the same address.
-        key = id(self) if self._tensor.is_meta else storage.data_ptr()
-        return (self._tensor.device, key), storage.nbytes()
+        return (self._tensor.device, storage.data_ptr()), storage.nbytes()
 
     def words(self) -> Words:
         flat = self._tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1).contiguous()
@@ -64,7 +82,7 @@ def _described(saved: Mapping[str, Any]) -> dict[str, Any]:
     while waiting:
         holder = waiting.pop()
         for name, value in holder.items():
-            if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+            if isinstance(value, torch.Tensor):
                 made[id(holder)][name] = _TensorInMemory(value)
             elif isinstance(value, Mapping):
                 if id(value) not in made:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfreeze.checkpoint.limits import MAX_CHANNELS, check_limit
-from bnfreeze.checkpoint.tensors import StoredTensor
+from bnfreeze.checkpoint.tensors import StoredTensor, shown
 from bnfreeze.errors import CheckpointError
 from bnfreeze.findings import Finding, by_gravity
 from bnfreeze.health import statistics_findings
@@ -71,7 +71,8 @@ class StoredLayer:
         mean: the spread of running_mean; None where it has no finite value.
         var: the spread of running_var, likewise.
         near_dead: how many channels give next to nothing: the variance is below 1e-5 (eps
-            outweighs it) or the weight is below 1e-3.
+            outweighs it) or the weight is below 1e-3. A negative variance is none of these: it is
+            an error.
     """
 
     name: str
@@ -148,7 +149,7 @@ def _mismatch(own: Mapping[str, StoredTensor]) -> str:
     if len(own[_STATISTICS[0]].shape) != 1:
         return f"running_mean has {len(own[_STATISTICS[0]].shape)} dimensions, and not one."
     if len(set(shapes.values())) > 1:
-        told = ", ".join(f"{part} {'×'.join(map(str, s)) or '()'}" for part, s in shapes.items())
+        told = ", ".join(f"{part} {shown(s)}" for part, s in shapes.items())
         return f"its tensors differ in shape: {told}."
     count = own.get(_STATISTICS[2])
     if count is not None and count.numel != 1:
@@ -203,6 +204,7 @@ def _near_dead(var: NDArray[Any] | None, weight: NDArray[Any] | None) -> int:
         dead |= var < _USUAL_EPS
         if weight is not None:
             dead |= abs(weight) < _DEAD_WEIGHT
+        dead &= var >= 0
     return int(dead.sum())
 
 

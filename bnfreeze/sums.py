@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bnfreeze.aten import ACTIVATIONS, Affine
@@ -23,6 +22,7 @@ _DROPS = {
     "DropPath": "drop_prob",
 }
 _LIBRARIES = ("torch", "torchvision", "timm")
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def is_drop(module: nn.Module) -> bool:
@@ -39,6 +39,7 @@ def norm_add(
     branch: Any,
     drop: Any,
     in_place: bool,
+    swapped: bool,
 ) -> Tensor:
     """``activation(drop(layer(x)) + branch(residual))``, in one kernel where that is the same.
 
@@ -50,9 +51,12 @@ def norm_add(
         branch: the norm layer that `residual` goes through first, or None.
         drop: a module for which `is_drop` holds, or None.
         in_place: whether the sum was written over its left side, and so has its dtype.
+        swapped: whether the residual is on the left.
     """
     if (
-        isinstance(residual, Tensor)
+        # A subclass may add in another way.
+        type(residual) in _PLAIN
+        and type(x) in _PLAIN
         # Neither broadcast nor promoted.
         and residual.shape == x.shape
         and residual.dtype is x.dtype
@@ -69,7 +73,10 @@ def norm_add(
     if drop is not None:
         out = drop(out)
     other = residual if branch is None else branch(residual)
-    out = torch.Tensor.add_(out, other) if in_place else out + other
+    if in_place:
+        out += other
+    else:
+        out = other + out if swapped else out + other
     return ACTIVATIONS[activation](out)
 
 

@@ -90,8 +90,9 @@ def unfreeze(model: nn.Module, match: str | Iterable[str] | None = None) -> Free
         A `FreezeReport`, with the action ``restore`` on each row that was given back.
 
     Raises:
-        PolicyError: a pattern that matches no module, or a layer whose class something else has
-            changed since. Nothing has been changed then.
+        PolicyError: a pattern that matches no module, a layer whose class something else has
+            changed since, or one whose gradients the DistributedDataParallel that wraps it would
+            not average. Nothing has been changed then.
         TypeError: `model` is no `nn.Module`.
     """
     model = check_model(model)

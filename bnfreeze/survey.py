@@ -13,21 +13,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from bnfreeze.bytecode import Untraceable
 from bnfreeze.following import Call, absorb
 from bnfreeze.fused import has_hooks, own_activation, takes_more
 from bnfreeze.policy import Policy
 from bnfreeze.program import Program, Programs, program
 from bnfreeze.record import layer_class, record_of
-from bnfreeze.shadows import Untraceable
 from bnfreeze.tracing import trace
 
-__all__ = ["KNOWN_PACKAGES", "Absorption", "Survey", "survey"]
-
-
-# A trace shows what a forward did, and not all that it may do: it can depend on what no module
-# holds (a global variable, a random generator of its own, the grad mode), or hand its input to C
-# code. The forwards of these libraries do nothing of the kind.
-KNOWN_PACKAGES = frozenset({"torch", "torchvision", "timm", "transformers"})
+__all__ = ["Absorption", "Survey", "survey"]
 
 
 @dataclass(frozen=True)
@@ -91,10 +85,6 @@ class _Walk:
             self.look(module, pending)
 
     def look(self, block: nn.Module, pending: set[int]) -> None:
-        if layer_class(block).forward.__module__.partition(".")[0] not in KNOWN_PACKAGES:
-            kind = layer_class(block).__name__
-            self.settle(pending, f"{kind} is of none of the libraries whose forwards are known")
-            return
         inner = [
             m for m in block.modules() if id(m) in self.open and id(self.open[id(m)]) in pending
         ]

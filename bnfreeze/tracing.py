@@ -5,14 +5,17 @@ bakes in what a forward reads on the way (a flag, ``self.training``, the type of
 passes over what it does besides (an attribute set, a context entered, a random number drawn). So a
 shadow of the block is traced: modules that share the block's tensors and children, whose attributes
 are watched. What is read becomes a condition under which the graph holds (`Trace.reads`),
-``training`` a value of the graph, and what a graph cannot say is refused. What remains baked in is
-what a module reads elsewhere: global variables and attributes of classes.
+``training`` a value of the graph, and what a graph cannot say is refused; what no trace could show
+is refused before, by the look of the code (`bnfreeze.vouching`).
 """
 
 from __future__ import annotations
 
+import dis
+import enum
 import functools
 import inspect
+import itertools
 import operator
 import random
 import sys
@@ -25,8 +28,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnfreeze.bytecode import Untraceable
 from bnfreeze.record import layer_class
-from bnfreeze.shadows import Read, Shadows, Untraceable
+from bnfreeze.shadows import Shadows
+from bnfreeze.watched import Name, Read
 
 __all__ = ["IN_PLACE_ADD", "Kind", "Trace", "trace"]
 
@@ -44,15 +49,17 @@ class Trace:
         arguments: how many there are.
         asked: which of them were asked for their type, and so are taken to be of the kind asked
             for in `trace`.
-        reads: what else the graph rests on.
+        reads: what else the graph rests on: attributes of modules, names outside of them.
         inside: the modules whose forward is part of the graph: the block, and what was inlined.
+        touched: those of which it matters which submodules they have.
     """
 
     graph: fx.Graph
     arguments: int
     asked: frozenset[int]
-    reads: tuple[Read, ...]
+    reads: tuple[Read | Name, ...]
     inside: tuple[nn.Module, ...]
+    touched: tuple[nn.Module, ...]
 
 
 def trace(block: nn.Module, inlined: Collection[nn.Module] = (), kind: Kind = "tensor") -> Trace:
@@ -66,6 +73,8 @@ def trace(block: nn.Module, inlined: Collection[nn.Module] = (), kind: Kind = "t
     Raises:
         Untraceable: its forward cannot be told by a graph.
     """
+    if isinstance(block, fx.GraphModule):
+        raise Untraceable("it is a GraphModule of torch.fx, which sets its forward on its class")
     tracer = _Tracer([block, *inlined], kind)
     chance, modes = _chance(), _modes()
     try:
@@ -83,11 +92,19 @@ def trace(block: nn.Module, inlined: Collection[nn.Module] = (), kind: Kind = "t
         raise Untraceable("it draws random numbers outside of torch")
     if _modes() != modes:
         raise Untraceable("it leaves another autograd or autocast mode behind")
-    for read in tracer.shadows.reads:
-        if not read.holds():
-            raise Untraceable(f"it changes self.{read.name}")
-    inside = tuple({id(m): m for m in [block, *inlined]}.values())
-    return Trace(graph, arguments, frozenset(tracer.asked), tuple(tracer.shadows.reads), inside)
+    shadows = tracer.shadows
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            shadows.touch(node.target)
+    shadows.check()
+    return Trace(
+        graph,
+        arguments,
+        frozenset(tracer.asked),
+        (*shadows.reads.values(), *shadows.voucher.names.values()),
+        tuple({id(m): m for m in [block, *inlined]}.values()),
+        tuple(shadows.touched.values()),
+    )
 
 
 def _required_arguments(base: type[nn.Module]) -> int:
@@ -105,15 +122,39 @@ class _Value(fx.Proxy):
     """A value in the making, which notices that somebody asks for its type or writes to it."""
 
     def __getattr__(self, name: str) -> Any:
-        # torch.fx says yes to whatever hasattr asks for.
-        if not hasattr(Tensor, name):
+        # torch.fx says yes to whatever hasattr asks for, and reads it only once it is used.
+        attribute = getattr(Tensor, name, None)
+        if attribute is None or name.startswith("_") or name in _OF_AUTOGRAD:
             raise Untraceable(f"it looks for the attribute {name} of a value")
-        return super().__getattr__(name)
+        if callable(attribute):
+            return _Method(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node"):
+        if name not in ("tracer", "node", "root", "attr", "_node"):
             raise Untraceable(f"it sets the attribute {name} of a value")
         super().__setattr__(name, value)
+
+    def __iter__(self) -> Any:
+        # An assignment says how many values it wants.
+        frame = sys._getframe(1)
+        steps = dis.get_instructions(frame.f_code)
+        step = next((s for s in steps if s.offset == frame.f_lasti), None)
+        if step is None or step.opname != "UNPACK_SEQUENCE":
+            raise Untraceable("it loops over a value of which nothing is known")
+        values = self.tracer.create_proxy("call_function", _unpack, (self, step.argval), {})
+        return iter([values[index] for index in range(step.argval)])  # type: ignore[index]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", _set_item, (self, key, value), {})
+
+    def __repr__(self, *args: Any) -> str:
+        raise Untraceable("it makes a string of a value")
+
+    __str__ = __bytes__ = __format__ = __repr__
+
+    def __hash__(self) -> int:
+        raise Untraceable("it looks a value up")
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -122,6 +163,26 @@ class _Value(fx.Proxy):
         if asking.startswith("torch.fx.") or asking == __name__:
             return _Value
         return cast("_Tracer", self.tracer).type_of(self.node)
+
+
+class _Method(_Value, fx.proxy.Attribute):
+    """What is a method of tensors: called, or else (``x.device.type``) read."""
+
+
+# Of these it would be seen what became of the block, or they may be None.
+_OF_AUTOGRAD = frozenset({"grad", "grad_fn", "is_leaf", "name", "names", "output_nr"})
+
+
+def _unpack(values: Any, count: int) -> list[Any]:
+    found = list(itertools.islice(iter(values), count + 1))
+    if len(found) != count:
+        words = "too many" if len(found) > count else "not enough"
+        raise ValueError(f"{words} values to unpack (expected {count})")
+    return found
+
+
+def _set_item(values: Any, key: Any, value: Any) -> None:
+    values[key] = value
 
 
 def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -135,7 +196,10 @@ def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
 
 _IN_PLACE = {
     name: _in_place(getattr(operator, name))
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul")
+    for name in (
+        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+        *("iand", "ior", "ixor", "ilshift", "irshift"),
+    )
 }
 IN_PLACE_ADD = _IN_PLACE["iadd"]
 
@@ -177,7 +241,14 @@ class _Tracer(fx.Tracer):
         return _TYPES[self.kind]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not self.shadows.is_inside(m)
+        if self.shadows.is_inside(m):
+            return False
+        self.shadows.call(m)
+        return True
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # Nothing from the cache: a module that is called in between may set another tensor.
+        return super().getattr(attr, attr_val, {})
 
     def path_of_module(self, mod: nn.Module) -> str:
         if mod not in self.shadows:
@@ -188,7 +259,12 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if type(a) is _Value else super().create_arg(a)
+        # What torch.fx cannot write down.
+        if isinstance(a, dict) and not all(type(key) in (str, int) for key in a):
+            raise Untraceable("it makes a dict whose keys are neither strings nor integers")
+        if isinstance(a, enum.Enum) and a.name not in type(a).__members__:
+            raise Untraceable("it combines the members of an enumeration")
+        return a.node if type(a) in (_Value, _Method) else super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self.modes:
@@ -211,7 +287,9 @@ class _Nothing(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _told(tracer: _Tracer, own: Callable[..., Any], *args: Any) -> Any:
     """Run the forward; what it returns must come out of the graph as it is."""
+    tracer.shadows.watching = True
     out = own(*args)
+    tracer.shadows.watching = False
     if type(out) is OrderedDict:
         # torch.fx would return a dict.
         return tracer.create_proxy("call_function", OrderedDict, (list(out.items()),), {})
@@ -243,9 +321,16 @@ def _modes() -> tuple[object, ...]:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch._C._len_torch_function_stack(),
+        _autocast_nesting(),
         *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
         *(torch.get_autocast_dtype(device) for device in ("cpu", "cuda")),
     )
+
+
+def _autocast_nesting() -> int:
+    # To enter a context that changes nothing counts as well.
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 def _chance() -> object:

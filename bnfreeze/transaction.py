@@ -9,13 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from bnfreeze.blocks import PROGRAMS, absorb_in, release
+from bnfreeze.ddp import refuse_giving_back
 from bnfreeze.norms import STATISTICS, NamedModule, is_norm, keeps_statistics
 from bnfreeze.plan import Change, check_class
 from bnfreeze.policy import Policy
-from bnfreeze.record import Record, layer_class, record_of, set_record, was_lookalike
+from bnfreeze.record import (
+    Record,
+    held_parameters,
+    layer_class,
+    record_of,
+    set_record,
+    was_lookalike,
+)
 from bnfreeze.survey import Absorption
 
 __all__ = ["carry_out", "thaw"]
+
+_FUSED = Policy.FUSED | Policy.FUSED_ACT
 
 
 def carry_out(
@@ -36,7 +46,7 @@ def carry_out(
     try:
         release(modules)
         for change in changes:
-            _restore(change.module)
+            _restore(change.module, change.record)
         done = [_hold(change, old) for change, old in zip(changes, records, strict=True)]
         _hold_tied(modules)
         absorbed = absorb_in(modules)
@@ -69,7 +79,7 @@ def _hold(change: Change, old: Record | None) -> tuple[str, ...]:
     if old is not None and old.policy == record.policy:
         return tuple(dict.fromkeys(cleared))
     done = ["restore"] if old is not None else []
-    done += ["fuse"] if record.policy & (Policy.FUSED | Policy.FUSED_ACT) else []
+    done += ["fuse"] if record.policy & _FUSED else []
     if is_norm(module) and not was_lookalike(module) and keeps_statistics(module):
         done += ["force-eval"] if record.policy.forces_eval else []
         done += ["hold-statistics"] if record.policy.holds_statistics else []
@@ -77,8 +87,13 @@ def _hold(change: Change, old: Record | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*done, *cleared]))
 
 
-def _restore(module: nn.Module) -> None:
-    """Take one module back to what its record says; nothing if it has none."""
+def _restore(module: nn.Module, following: Record | None = None) -> None:
+    """Take one module back to what its record says; nothing if it has none.
+
+    Args:
+        module: the module.
+        following: what it is held by from then on, if anything.
+    """
     record = record_of(module)
     if record is None:
         return
@@ -91,7 +106,7 @@ def _restore(module: nn.Module) -> None:
         module.__class__ = base
         if record.policy.forces_eval:
             module.__dict__["training"] = record.training
-        if record.policy & (Policy.FUSED | Policy.FUSED_ACT):
+        if record.policy & _FUSED and not (following and following.policy & _FUSED):
             _cast_along(module)
     set_record(module, None)
 
@@ -113,12 +128,14 @@ def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[in
         By identity of each norm layer under the policy ``fused-act`` what it absorbs from now on.
 
     Raises:
-        PolicyError: a layer whose class something else has changed since; none is changed then.
+        PolicyError: a layer whose class something else has changed since, or one that must not
+            train again as it is wrapped; none is changed then.
     """
     wanted = {id(module) for module in chosen}
     thawed = [e for e in modules if id(e.module) in wanted and record_of(e.module) is not None]
     for entry in thawed:
         check_class(entry)
+    refuse_giving_back(modules, [(entry, held_parameters(entry.module)) for entry in thawed])
     release(modules)
     flags = _flags(thawed)
     for entry in thawed:

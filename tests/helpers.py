@@ -8,6 +8,8 @@ import torch
 
 
 def bits(tensor):
+    if hasattr(tensor, "to_local"):  # of what is sharded, this rank's part
+        tensor = tensor.to_local()
     return tensor.detach().reshape(-1).contiguous().view(torch.uint8).clone()
 
 

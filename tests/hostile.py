@@ -328,13 +328,28 @@ def a_name_of_a_megabyte(folder):
     return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", FOUR)])
 
 
-@hostile(0, r"unpaired")
+@hostile(0, r"stats-unread")
 def a_variance_whose_sign_is_turned_by_a_flag(folder):
     negated = b"}" + p.text("neg") + b"\x88s"
     pairs = [
         ("bn.running_mean", p.tensor(p.storage("0", 4), [4], [1])),
         ("bn.running_var", p.tensor(p.storage("0", 4), [4], [1], metadata=negated)),
     ]
+    return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", FOUR)])
+
+
+@hostile(2, r"Refused: 64 dimensions of a tensor")
+def as_many_dimensions_as_numpy_has_and_two_halves(folder):
+    where = p.storage("1", 4, "ComplexDoubleStorage")
+    pairs = [*p.batch_norm(), ("x", p.tensor(where, [1] * 62 + [2, 2], [1] * 63 + [2]))]
+    records = [("0", FOUR), ("1", bytes(64))]
+    return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), records)
+
+
+@hostile(2, r"shape, stride and offset do not make sense")
+def an_empty_tensor_whose_other_sizes_overflow(folder):
+    empty = p.tensor(p.storage("0", 4), [2**62, 2**62, 0], [0, 0, 1])
+    pairs = [*p.batch_norm(), ("x", empty)]
     return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", FOUR)])
 
 
@@ -859,7 +874,7 @@ def a_storage_of_ten_thousand_digits(folder):
     return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", FOUR)])
 
 
-@hostile(2, r"no tensors by name")
+@hostile(2, r"is called with arguments that it does not take")
 def a_tensor_type_inside_a_tensor_type_without_end(folder):
     builder = p.name("torch._tensor", "_rebuild_from_type_v2")
     # Each is the arguments of the one around it: (builder, Tensor, those inside, None).
@@ -951,3 +966,106 @@ def a_place_that_is_no_name(folder):
 @hostile(2, r"Cannot be opened: File name too long")
 def a_name_longer_than_any(folder):
     return index(folder, lambda places: places.update({"1.running_var": "x" * 5_000}))
+
+
+# Values that torch would take from elsewhere than from the storage that a tensor names first.
+
+
+def with_variance(folder, variance):
+    """A batch norm whose variance is made in a way of its own; storage 1 has other values."""
+    pairs = [("bn.running_mean", four()), ("bn.running_var", variance)]
+    records = [("0", FOUR), ("1", struct.pack("<4f", -1, -2, -3, -4))]
+    return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), records)
+
+
+def four(key="0", metadata=b""):
+    return p.tensor(p.storage(key, 4), [4], [1], metadata=metadata)
+
+
+def with_attribute(name, value):
+    state = p.mapping([(name, value)])
+    builder = p.name("torch._utils", "_rebuild_parameter_with_state")
+    return builder + b"(" + four() + b"\x89" + p.name("collections", "OrderedDict") + b")R" + state
+
+
+ELSEWHERE = b"(" + p.storage("1", 4) + p.number(0) + p.numbers([4]) + p.numbers([1]) + b"t"
+
+
+@hostile(2, r"changes something after it was made")
+def a_tensor_put_on_another_storage_afterwards(folder):
+    return with_variance(folder, four() + ELSEWHERE + b"b")
+
+
+@hostile(2, r"is called with arguments that it does not take")
+def a_parameter_whose_attribute_is_its_data(folder):
+    return with_variance(folder, with_attribute("data", four("1")) + b"tR")
+
+
+@hostile(2, r"is called with arguments that it does not take")
+def a_parameter_whose_attribute_is_its_real_part(folder):
+    return with_variance(folder, with_attribute("real", p.number(5)) + b"tR")
+
+
+def of_a_type(function, arguments, state):
+    builder = p.name("torch._tensor", "_rebuild_from_type_v2")
+    return builder + b"(" + function + p.name("torch", "Tensor") + arguments + state + b"tR"
+
+
+@hostile(2, r"is called with arguments that it does not take")
+def a_slot_of_a_tensor_that_is_its_data(folder):
+    function = p.name("torch._utils", "_rebuild_tensor_v2")
+    arguments = b"(" + p.storage("0", 4) + p.number(0) + p.numbers([4]) + p.numbers([1]) + b"\x89Nt"
+    state = b"N" + p.mapping([("data", four("1"))]) + b"\x86"
+    return with_variance(folder, of_a_type(function, arguments, state))
+
+
+@hostile(0, r"stats-unread")
+def a_sign_turned_by_a_flag_in_a_counter(folder):
+    flags = p.name("collections", "Counter") + b"}" + p.text("neg") + b"\x88s\x85R"
+    return with_variance(folder, four(metadata=flags))
+
+
+@hostile(2, r"Ambiguous: a storage is said to hold float32 here and int32 there")
+def a_storage_of_two_dtypes(folder):
+    return with_variance(folder, p.tensor(p.storage("0", 4, "IntStorage"), [4], [1]))
+
+
+@hostile(2, r"is called with arguments that it does not take")
+def a_tensor_made_by_its_constructor(folder):
+    return with_variance(folder, p.name("torch", "Tensor") + p.numbers([7, 8]) + b"\x85R")
+
+
+@hostile(2, r"is called with arguments that it does not take")
+def a_size_that_grows_after_it_was_made(folder):
+    size = p.name("torch", "Size") + b"]q\0" + p.number(4) + b"a\x85R"
+    variance = b"(" + size + b"h\0" + p.number(4) + b"at"
+    return with_variance(folder, variance)
+
+
+@hostile(1, r'"key": "state_dict"')
+def a_state_dict_that_is_a_counter(folder):
+    """Its variances are negative; a harmless state_dict stands beside it."""
+    pairs = [(f"bn.running_{part}", four("1")) for part in ("mean", "var")]
+    counter = p.name("collections", "Counter") + p.mapping(pairs) + b"\x85R"
+    body = p.mapping([("model", p.mapping(p.batch_norm())), ("state_dict", counter)])
+    records = [("0", FOUR), ("1", struct.pack("<4f", -1, -2, -3, -4))]
+    return torch_zip(folder / "a.pt", p.whole(body), records)
+
+
+@hostile(2, r"a tensor's storage 'data/├ç' is missing|no text")
+def a_storage_whose_name_is_another_in_another_encoding(folder):
+    """The bytes of one name, read as code page 437, are the other name."""
+    key = "\xc7".encode().decode("cp437")
+    path = torch_zip(folder / "a.pt", p.whole(p.mapping(p.batch_norm(key=key))), [("XX", FOUR)])
+    path.write_bytes(path.read_bytes().replace(b"data/XX", b"data/\xc3\x87"))
+    return path
+
+
+@hostile(2, r"changes something after it was made")
+def a_state_that_changes_after_it_was_set(folder):
+    path = save_distributed(state(), folder / "dcp")
+    information = p.name("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+    fields = b"}q\0" + p.text("relative_path") + p.text("a") + b"s"
+    body = information + b")\x81" + fields + b"b" + b"h\0" + p.text("offset") + p.number(1) + b"s"
+    (path / ".metadata").write_bytes(p.whole(body))
+    return path

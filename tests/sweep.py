@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from bnfreeze import Policy, freeze, unfreeze
+from bnfreeze import Policy, PolicyError, freeze, snapshot, unfreeze, verify
 
 from .helpers import statistics
 
@@ -156,23 +156,34 @@ def two_steps(model, inputs):
     return received
 
 
-def check(model, inputs, policy):
-    """Freeze, train, compare, undo; a line for each broken promise."""
+def check(model, inputs, policy, head=None):
+    """Freeze, train, compare, undo; a line for each broken promise.
+
+    The policy is that of every module, but for those named by the pattern `head`, if any.
+    """
     wrong = []
     flags = Policy.parse(policy)
     original, owners = description(model), set(norm_layers(model))
-    report = freeze(model, policy)
+    report = freeze(model, {"**": policy, head: "none"} if head else policy)
     if not owners <= {row.name for row in report.layers}:
         wrong.append("a norm layer is not in the report")
     before = state(model)
+    try:
+        noted = snapshot(model)
+    except PolicyError as error:
+        noted = None
+        wrong.append(f"snapshot: {error}")
     received = two_steps(model, inputs)
     changed = moved(before, model)
+    if noted is not None and not (verified := verify(model, noted)).ok:
+        wrong.append(f"verify: {verified.message}")
     mine = {name for name in before if name.rpartition(".")[0] in owners}
     stats = statistics(mine)
     held = set()
     held |= stats if flags.holds_statistics else set()
     held |= mine - stats if flags.holds_affine else set()
     held |= {n for n, _ in model.named_parameters()} if Policy.WEIGHTS in flags else set()
+    held -= {name for name in held if head and name.startswith(f"{head}.")}
     wrong += [f"{name} is held and moved" for name in sorted(held & changed)]
     # A parameter whose gradient is exactly 0 has weight decay to move it, unless it is 0 itself.
     still = {n for n in received - held - changed if dict(model.named_parameters())[n].any()}
@@ -203,11 +214,11 @@ def acts_alike_in_both_modes(name, model):
     )
 
 
-def same_function(model, inputs):
+def same_function(model, inputs, policies=("eval", "fused")):
     """Whether train mode, frozen, gives the output of a plain copy's eval mode, bit for bit."""
     with torch.no_grad():
         expected = copy.deepcopy(model).eval()(*inputs)
-        for policy in ("eval", "fused"):
+        for policy in policies:
             freeze(model, policy)
             output = model.train()(*inputs)
             unfreeze(model)
@@ -217,8 +228,11 @@ def same_function(model, inputs):
 
 
 def equal(left, right):
+    """Whether two outputs hold the same numbers in the same places."""
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(equal, left, right))
     return torch.equal(left, right)
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import bnfreeze
 from bnfreeze import UnsupportedFormat, inspect
 from bnfreeze.checkpoint import open_checkpoint
 from bnfreeze.checkpoint.torch_names import ALLOWED, STORAGES
+from bnfreeze.difference import compare
+from bnfreeze.origin import Origin
 from bnfreeze.state_dict_tensors import in_memory
 
 from .checkpoints import FORMATS, save_zip
@@ -449,3 +452,52 @@ def test_what_is_allowed_here_torch_allows_too():
             kind = name.rpartition(".")[2]
             found = torch.storage._get_dtype_from_pickle_storage_type(kind)
             assert str(found) == f"torch.{dtype}"
+
+
+def unreadable():
+    """Tensors of which torch keeps more than a storage and a view of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantised tensors and sparse CSR are on their way out
+        return {
+            "sparse": torch.eye(4).to_sparse(),
+            "compressed": torch.eye(4).to_sparse_csr(),
+            "quantised": torch.quantize_per_tensor(torch.randn(4), 0.1, 0, torch.qint8),
+            "conjugated": torch.randn(4, dtype=torch.complex64).conj(),
+            "negated": torch.randn(4, dtype=torch.complex64).conj().imag,
+            "described": torch.empty(4, device="meta"),
+        }
+
+
+@pytest.mark.parametrize("kind", ["torch zip", "torch legacy"])
+def test_what_cannot_be_read_is_described_and_never_called_identical(kind, tmp_path):
+    tensors = unreadable()
+    path = FORMATS[kind](tensors, tmp_path / "a.pt")
+    with open_checkpoint(path) as checkpoint:
+        found = checkpoint.state_dict().tensors
+        assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
+            name: (str(t.dtype).removeprefix("torch."), tuple(t.shape))
+            for name, t in tensors.items()
+        }
+        assert all(tensor.why and not tensor.has_values for tensor in found.values())
+        origin = Origin.of(checkpoint.state_dict(), str(path), kind)
+        difference = compare(found, found, (origin, origin))
+    assert {change.status for change in difference.tensors} == {"unread"}
+    assert not difference.identical
+
+
+def test_a_negative_variance_is_an_error_and_no_near_dead_channel():
+    layer = torch.nn.BatchNorm2d(3)
+    layer.running_var.copy_(torch.tensor([-1.0, 1e-8, 1.0]))
+    found = inspect(layer.state_dict())
+    assert found.layers[0].near_dead == 1
+    assert not found.ok
+
+
+def test_a_state_dict_with_tensors_that_cannot_be_read_is_looked_at():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    two = TwoTensor(torch.ones(4), torch.ones(4))
+    layer = torch.nn.BatchNorm2d(4).state_dict()
+    found = inspect({**unreadable(), **layer, "weight": two})
+    assert [finding.code for finding in found.findings] == ["never-trained"]
+    assert inspect({**layer, "running_var": two}).findings[0].code == "stats-unread"

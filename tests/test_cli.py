@@ -455,3 +455,35 @@ def test_diff_of_large_tensors_goes_piece_by_piece(command, tmp_path):
         ("moved", 1, 1.0),
         ("identical", 0, None),
     ]
+
+
+def test_an_unforeseen_error_is_no_difference_and_reaches_no_terminal(
+    monkeypatch, tmp_path, capsys
+):
+    torch.save(torch.nn.BatchNorm2d(2).state_dict(), tmp_path / "a.pt")
+
+    def fail(*_, **__):
+        raise RuntimeError("\x1b[31m")
+
+    monkeypatch.setattr("bnfreeze.difference.compare", fail)
+    assert main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "a.pt")]) == 2
+    error = capsys.readouterr().err
+    assert "a defect of bnfreeze" in error
+    assert "Traceback" in error
+    assert "\x1b" not in error
+
+
+def test_checkpoints_without_a_common_name_are_told_to_be_of_different_models(tmp_path, capsys):
+    for name in ("a", "b"):
+        torch.save({f"{name}.{k}": v for k, v in STATISTICS.items()}, tmp_path / f"{name}.pt")
+    assert main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]) == 1
+    assert "No name is in both" in capsys.readouterr().out
+
+
+def test_a_pattern_that_names_a_tensor_is_told_its_module(tmp_path, capsys):
+    torch.save({f"a.{k}": v for k, v in STATISTICS.items()}, tmp_path / "a.pt")
+    assert main(["inspect", str(tmp_path / "a.pt"), "--select", "a.running_mean"]) == 2
+    assert "It is a tensor; patterns name modules: 'a'." in capsys.readouterr().err
+
+
+STATISTICS = {"running_mean": torch.zeros(2), "running_var": torch.ones(2)}

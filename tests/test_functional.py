@@ -115,6 +115,42 @@ def test_gradients_agree_with_fp64(activation, mode, dtype, trained):
         assert (actual.double() - right).norm() <= tolerance * right.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
+def test_the_gradient_of_a_half_is_within_one_rounding_of_fp64(dtype, layout, activation):
+    x, grad, norm, _ = tensors((4, 3, 8, 7), dtype)
+    x, grad = x.to(memory_format=layout).requires_grad_(), grad.to(memory_format=layout)
+    out = frozen_batch_norm(x, *norm, activation=activation)
+    (got,) = torch.autograd.grad(out, x, grad)
+    scale = norm.weight.double() / (norm.var.double() + norm.eps).sqrt()
+    exact = grad.double() * scale.view(-1, 1, 1)
+    if activation is not None:
+        exact[(out <= 0) | (out >= (6 if activation == "relu6" else float("inf")))] = 0
+    assert got.is_contiguous(memory_format=layout)
+    unit = torch.finfo(dtype).eps * exact.abs() / 2 + torch.finfo(dtype).smallest_normal
+    assert ((got.double() - exact).abs() <= unit * 1.01).all()
+
+
+@pytest.mark.parametrize(("activation", "mode"), COMBINATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", [(0,), (0, 1)])
+def test_nothing_that_is_handed_in_is_written_to(activation, mode, dtype, which):
+    x, residual, norm, branch = tensors((4, 3, 5, 5), dtype)
+    grad = torch.randn(4, 3, 5, 5).to(dtype)
+    handed = (x, residual, grad, *norm[:4], *branch[:4])
+    before = [tensor.clone() for tensor in handed]
+    wanted = [(x, residual)[n].requires_grad_() for n in which if mode or n == 0]
+    out = call(x, residual, norm, branch, activation, mode)
+    kept = out.detach().clone()
+    # Twice, for what is saved must not be used up either.
+    first = torch.autograd.grad(out, wanted, grad, retain_graph=True)
+    again = torch.autograd.grad(out, wanted, grad)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(out, kept)
+    assert all(torch.equal(a, b) for a, b in zip(handed, before, strict=True))
+
+
 @pytest.mark.parametrize(("activation", "mode"), COMBINATIONS)
 @pytest.mark.parametrize("trained", [False, True])
 def test_gradcheck_and_gradgradcheck(activation, mode, trained):
@@ -157,6 +193,18 @@ def test_with_relu_it_is_the_output_that_is_saved():
     out = frozen_batch_norm(x, *norm, activation="relu")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.mul_(2).sum().backward()
+
+
+@pytest.mark.parametrize("which", ["var", "weight"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_what_backward_reads_may_not_change_in_between(which, activation):
+    x, _, norm, _ = tensors((4, 3, 5, 5), grad=True)
+    out = frozen_batch_norm(x, *norm, activation=activation)
+    norm.mean.add_(1)  # backward does without
+    out.sum().backward(retain_graph=True)
+    getattr(norm, which).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 def test_input_and_residual_are_left_alone_and_may_be_one_tensor():

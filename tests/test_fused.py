@@ -176,6 +176,18 @@ def test_statistics_stay_in_fp32_when_the_model_goes_to_half_precision(model, im
     assert model.stem[1].running_var.dtype == torch.float64
 
 
+@pytest.mark.parametrize("again", ["fused", "fused-act"])
+def test_freezing_once_more_leaves_the_statistics_in_fp32(model, again):
+    freeze(model, "fused")
+    model.bfloat16()
+    before = state(model)
+    freeze(model, again)
+    assert model.stem[1].running_mean.dtype == torch.float32
+    assert moved(before, model) == set()
+    freeze(model, "eval")
+    assert model.stem[1].running_mean.dtype == torch.bfloat16
+
+
 def test_under_autocast_the_output_has_the_inputs_dtype():
     layer = made(nn.BatchNorm2d(4))
     freeze(layer, "fused")
@@ -212,24 +224,6 @@ def test_a_model_saved_whole_comes_back_fused(model, images):
     unfreeze(twin)
     assert type(twin.stem[1]) is nn.BatchNorm2d
     assert type(model.stem[1]) is not nn.BatchNorm2d
-
-
-@pytest.mark.parametrize("how", ["compile", "export", "trace", "fx", "functional_call"])
-def test_fused_models_go_where_models_go(model, images, how):
-    freeze(model, "fused")
-    expected = model.train()(images)
-    if how == "compile":
-        other = torch.compile(model, backend="eager", fullgraph=True)
-    elif how == "export":
-        other = torch.export.export(model, (images,)).module()
-    elif how == "trace":
-        other = torch.jit.trace(model, images)
-    elif how == "fx":
-        other = torch.fx.symbolic_trace(model)
-    else:
-        values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        other = lambda x: torch.func.functional_call(model, values, (x,))  # noqa: E731
-    assert torch.allclose(other(images), expected, atol=1e-5)
 
 
 def test_torchvisions_feature_extractor_takes_a_fused_model():

@@ -1,30 +1,28 @@
 """The policy `fused-act`: what is absorbed, what is not and why, and that nothing else changes."""
 
 import copy
+import enum
+import math
 import operator
 import pickle
+import random
+import re
 
 import pytest
 import timm
 import torch
+import torch.utils.checkpoint
+import torch.utils.dlpack
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its customary name
 from torchvision.ops import StochasticDepth
 
-from bnfreeze import PolicyError, freeze, functional, guard, layers, survey, unfreeze
+from bnfreeze import PolicyError, freeze, functional, guard, layers, unfreeze
 
 from .absorb import lively, same_as_fused
 from .helpers import copied, moved, state
 
 C = 4
-
-
-@pytest.fixture(autouse=True)
-def known(request, monkeypatch):
-    """Take the blocks of this file for a known library's."""
-    if "strangers" not in request.keywords:
-        package = __name__.partition(".")[0]
-        monkeypatch.setattr(survey, "KNOWN_PACKAGES", survey.KNOWN_PACKAGES | {package})
 
 
 class Block(nn.Module):
@@ -38,10 +36,12 @@ class Block(nn.Module):
         self.branch = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C))
 
 
-def block(forward, act=None):
+def block(forward, act=None, **attributes):
     """A block with this forward; a class of its own, so that it can be found and pickled."""
     kind = type("Own", (Block,), {"forward": forward, "__module__": __name__})
-    return lively(kind(act))
+    model = lively(kind(act))
+    model.__dict__.update(attributes)
+    return model
 
 
 @pytest.fixture
@@ -238,6 +238,11 @@ def collects(self, x):
     return z
 
 
+def appends(self, x):
+    self.seen.append(1)
+    return F.relu(self.bn1(x))
+
+
 def many(self, *xs):
     return F.relu(self.bn1(xs[0]))
 
@@ -298,7 +303,7 @@ REFUSED = {
     ),
     "a loop over a tensor": (
         lambda: block(lambda self, x: F.relu(self.bn1(torch.stack(list(x))))),
-        "TraceError",
+        "it loops over a value of which nothing is known",
     ),
     "an intermediate's type is asked for": (
         lambda: block(
@@ -314,14 +319,22 @@ REFUSED = {
         lambda: block(lambda self, x: F.relu6(self.bn1(x))),
         "the output of relu6, from which it goes backward, may be changed",
     ),
-    "an autograd mode of its own": (lambda: block(no_grad), "autocast mode of its own"),
-    "it sets an attribute": (lambda: block(counts), "it sets self.calls"),
-    "it changes a list": (lambda: block(collects), "it changes self.seen"),
+    "an autograd mode of its own": (lambda: block(no_grad), "it uses torch.no_grad"),
+    "it sets an attribute": (lambda: block(counts), "it sets the attribute calls"),
+    "it changes a list": (lambda: block(collects), "it looks at __dict__"),
     "it draws": (
         lambda: block(lambda self, x: F.relu(self.bn1(x + torch.rand(1)))),
-        "tensors that do not depend on its input",
+        "it uses torch.rand, which no trace sees",
     ),
-    "it takes any number of arguments": (lambda: block(many), "takes *args"),
+    "an autograd mode of its decorator's": (
+        lambda: block(torch.no_grad()(lambda self, x: F.relu(self.bn1(x)))),
+        "its decorator enters a context",
+    ),
+    "it changes a list of its own": (lambda: block(appends, seen=[0]), "it changes self.seen"),
+    "an empty list, which a hook may fill": (
+        lambda: block(appends, seen=[]),
+        "it uses self.seen, which is empty",
+    ),
 }
 
 
@@ -790,28 +803,668 @@ def test_timms_layer_without_an_activation_absorbs_what_follows(x, calls):
     assert calls == ["+silu"]
 
 
-class OfUnknownOrigin(nn.Module):
-    """Its forward depends on what no module holds."""
+# What a trace cannot see is refused, or watched.
+
+SEEN, CHANCE, FACTOR = [], random.Random(0), 2.0
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+def swallows(self, x):
+    out = self.bn1(x)
+    try:
+        if out.sum() > 0:
+            out = out * 2
+    except Exception:
+        return F.relu(out)
+    return F.relu(out)
+
+
+def deaf(self, x):
+    out = self.conv1(x)
+    if out is not None:
+        out = self.bn1(out)
+    return F.relu(out)
+
+
+def imports(self, x):
+    import math
+
+    return F.relu(self.bn1(x)) * math.pi
+
+
+def grows(self, x):
+    self.layers.append(self.act)
+    return F.relu(self.bn1(x))
+
+
+def hooks(self, x):
+    self.act.register_forward_hook(SEEN)
+    return F.relu(self.bn1(x))
+
+
+def helped(self, x):
+    return guess(self.bn1(x))
+
+
+def guess(z):
+    return F.relu(z) if torch.is_grad_enabled() else z
+
+
+def memo(z, seen):
+    seen.append(1)
+    return z
+
+
+memo.seen = []
+
+
+def of_a_dtype(self, x):
+    dtype = x.dtype
+    return F.relu(self.bn1(x)) * (2 if dtype is torch.float32 else 3)
+
+
+class Forgets(nn.Module):
+    def forward(self, x):
+        return None
+
+
+class Remembers(nn.Module):
+    seen = 0
+
+    def forward(self, x):
+        self.seen = 1
+        return x
+
+
+NOTHING = None
+
+
+class Mode(str, enum.Enum):
+    POST, PRE = "post", "pre"
+
+
+class Wild(enum.Enum):
+    ON = 1
+
+    def __bool__(self):
+        return CHANCE.random() < 0.5
+
+
+UNSEEN = {
+    "an autograd function": (
+        lambda self, x: F.relu(self.bn1(Twice.apply(x))),
+        "it uses Twice",
+    ),
+    "a checkpoint": (
+        lambda self, x: F.relu(
+            self.bn1(torch.utils.checkpoint.checkpoint(self.conv1, x, use_reentrant=True))
+        ),
+        "it ",
+    ),
+    "C code": (
+        lambda self, x: F.relu(self.bn1(x)) if torch.utils.dlpack.to_dlpack(x) else x,
+        "it uses torch.utils.dlpack.to_dlpack, which no trace sees",
+    ),
+    "the autograd mode": (
+        lambda self, x: F.relu(self.bn1(x)) * (1 + torch.is_grad_enabled()),
+        "it uses torch.is_grad_enabled, which no trace sees",
+    ),
+    "chance": (
+        lambda self, x: F.relu(self.bn1(x)) * (1 + (CHANCE.random() < 0.5)),
+        "it uses CHANCE, of the type Random",
+    ),
+    "an effect": (
+        lambda self, x: [F.relu(self.bn1(x)), SEEN.append(1)][0],
+        "it uses SEEN, of the type list",
+    ),
+    "an exception": (swallows, "it catches exceptions"),
+    "the very type": (
+        lambda self, x: F.relu(self.bn1(x[0] if type(x) is tuple else x)),
+        "it uses type, a class that may do anything",
+    ),
+    "whether it is None": (deaf, "it asks whether an intermediate value is None"),
+    "the very dtype": (
+        lambda self, x: F.relu(self.bn1(x)) * (2 if x.dtype is torch.float32 else 3),
+        "it asks whether an intermediate value is None",
+    ),
+    "the very dtype, of an intermediate": (of_a_dtype, "it asks whether an intermediate value"),
+    "a dtype in a set": (
+        lambda self, x: F.relu(self.bn1(x)) * (2 if x.dtype in {torch.float32} else 3),
+        "it looks a value up",
+    ),
+    "a device in a set": (
+        lambda self, x: F.relu(self.bn1(x)) * (2 if x.device.type in {"cpu"} else 3),
+        "it looks a value up",
+    ),
+    "a size in a dict": (
+        lambda self, x: F.relu(self.bn1(x)) * {C: 2.0}.get(x.shape[1], 3.0),
+        "it looks a value up",
+    ),
+    "a size in a string": (
+        lambda self, x: F.relu(self.bn1(x)) * {f"[{C}]": 2.0}.get(f"{[x.shape[1]]}", 3.0),
+        "it makes a string of a value",
+    ),
+    "the autograd graph": (
+        lambda self, x: F.relu(self.bn1(x)) * (2 if x.grad_fn is None else 3),
+        "it asks whether an intermediate value is None",
+    ),
+    "the autograd graph, by another way": (
+        lambda self, x: F.relu(self.bn1(x)) * (2 if getattr(x, "grad_fn", 1) else 3),
+        "it looks for the attribute grad_fn",
+    ),
+    "None by another name": (
+        lambda self, x: F.relu(self.bn1(x)) * (2 if self.maybe(x) is NOTHING else 3),
+        "it asks whether an intermediate value is None",
+    ),
+    "None by a function": (
+        lambda self, x: F.relu(self.bn1(x)) * (2 if operator.is_(self.maybe(x), None) else 3),
+        "it uses operator.is_",
+    ),
+    "a flag of its parameters": (
+        lambda self, x: [self.conv2.requires_grad_(False), F.relu(self.bn1(x))][1],
+        "it looks at requires_grad_",
+    ),
+    "its dict": (
+        lambda self, x: F.relu(self.bn1(x)) * getattr(self, "__dict__").get("more", 2.0),  # noqa: B009
+        "it looks at __dict__",
+    ),
+    "a class by another name": (
+        lambda self, x: [kind := Remembers, F.relu(self.bn1(x)) * kind.seen][1],
+        "it uses Remembers, a class that may do anything",
+    ),
+    "a module that it makes": (
+        lambda self, x: Remembers()(F.relu(self.bn1(x))),
+        "it uses Remembers, a class that may do anything",
+    ),
+    "what a child sets meanwhile": (
+        lambda self, x: F.relu(self.bn1(self.child(x))) * (2 + self.child.seen),
+        "it reads seen of a Remembers that it has called",
+    ),
+    "a memo": (
+        lambda self, x: F.relu(memo(self.bn1(x), memo.seen)),
+        "it uses an attribute of a function",
+    ),
+    "a context that changes nothing now": (
+        torch.autocast("cpu", enabled=False)(lambda self, x: F.relu(self.bn1(self.conv1(x)))),
+        "its decorator enters a context",
+    ),
+    "an import": (imports, "it imports math"),
+    "a submodule registered": (grows, "it looks at add_module"),
+    "a hook registered": (hooks, "it uses SEEN"),
+    "a function of its own that does so": (helped, "it uses torch.is_grad_enabled"),
+    "an enumeration with methods": (
+        lambda self, x: F.relu(self.bn1(x)) if Wild.ON else x,
+        "it uses Wild.ON, of the type Wild",
+    ),
+    "a print": (lambda self, x: (print(), F.relu(self.bn1(x)))[1], "it uses print"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_a_trace_cannot_see_is_refused(name, x):
+    forward, why = UNSEEN[name]
+    model = block(forward)
+    model.layers, model.maybe, model.child = nn.ModuleList(), Forgets(), Remembers()
+    twin = copy.deepcopy(model)
+    freeze(twin, "fused")
+    count, state = len(SEEN), CHANCE.getstate()
+    report = freeze(model, "fused-act")
+    assert (len(SEEN), CHANCE.getstate()) == (count, state)
+    assert not absorbed(report)
+    assert f"Own cannot be traced: {why}" in notes(report)["bn1"]
+    for mode in (True, False):
+        with torch.set_grad_enabled(mode):
+            CHANCE.setstate(state)
+            expected = twin(x.clone().requires_grad_())
+            CHANCE.setstate(state)
+            assert torch.equal(model(x.clone().requires_grad_()), expected)
+
+
+class Reads(Block):
+    scale, kept = 1.0, ({"by": [1.0]},)
 
     def __init__(self):
         super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()
+        self.register_parameter("gamma", None)
+        self.delta = nn.Parameter(torch.full((1,), 2.0))
+        self.nested = ([1.0],)
+
+    def post(self, z):
+        return z * self.scale * self.nested[0][0]
 
     def forward(self, x):
-        out = self.relu(self.bn(self.conv(x)))
-        return out if torch.is_grad_enabled() else out * 2
+        z = F.relu(self.bn1(x)) * getattr(self, "more", 1.0)
+        z = z if self.gamma is None else z * self.gamma
+        z = z if self.delta is None else z * self.delta
+        return self.post(z) * (2.0 if self.act.inplace else 1.0) * (3.0 if self.act.on else 1.0)
 
 
-@pytest.mark.strangers
-def test_a_block_of_unknown_origin_keeps_its_own_forward_and_the_report_says_so():
-    block, x = OfUnknownOrigin(), torch.randn(2, C, 3, 3)
-    model = nn.Sequential(block, nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()))
+class Switch(nn.ReLU):
+    on = False
+
+
+CHANGES = {
+    "nothing": lambda m: None,
+    "an absent attribute": lambda m: setattr(m, "more", 3.0),
+    "a class's default": lambda m: setattr(m, "scale", 3.0),
+    "a method": lambda m: setattr(m, "post", lambda z: z * 3),
+    "a child's class's default": lambda m: setattr(m.act, "on", True),
+    "a parameter that was None": lambda m: setattr(m, "gamma", nn.Parameter(torch.ones(1) * 3)),
+    "a parameter that becomes None": lambda m: setattr(m, "delta", None),
+    "a list in a tuple": lambda m: m.nested[0].__setitem__(0, 3.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_all_that_was_looked_at_is_watched(name, x, calls):
+    model = Reads()
+    model.act = Switch()
+    lively(model)
+    twin = copy.deepcopy(model)
+    freeze(twin, "fused")
+    assert absorbed(freeze(model, "fused-act"))["bn1"] == "relu"
+    CHANGES[name](model)
+    CHANGES[name](twin)
+    expected = twin(x)
+    del calls[:]
+    assert torch.equal(model(x), expected)
+    assert calls == ["relu" if name == "nothing" else ""]
+
+
+class Base(Block):
+    def post(self, z):
+        return F.relu(z)
+
+    @property
+    def wide(self):
+        return self.width > 1
+
+    @staticmethod
+    def twice(z):
+        return z * 2
+
+    def forward(self, x):
+        return self.post(self.bn1(self.conv1(x)))
+
+
+class Head(nn.Conv2d):
+    pass
+
+
+class Derived(Base):
+    """Ordinary code, in the forms that it comes in."""
+
+    mode = Mode.POST
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.names, self.fn = 2, ("conv2", "bn2"), F.relu
+        self.layers = nn.ModuleList([nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()])
+
+    def forward(self, x, scale=2.0):
+        out = super(Derived, self).forward(x)  # noqa: UP008
+        for layer in self.layers:
+            if isinstance(layer, (Head, nn.Module)) and not isinstance(layer, Head):
+                out = layer(out)
+        for name in self.names:
+            out = getattr(self, f"{name}")(out)
+        if self.wide and self.mode is Mode.POST and not hasattr(self, "missing"):
+            out = self.fn(out)
+        return self.twice(out) * scale * sum([i * i for i in range(3)])
+
+
+def test_ordinary_code_is_traced(x, calls):
+    model = lively(Derived())
+    assert same_as_fused(copy.deepcopy(model), (x,))
     report = freeze(model, "fused-act")
-    rows = {row.name: row for row in report.layers}
-    assert rows["0.bn"].absorbs == ""
-    assert "OfUnknownOrigin is of none of the libraries" in rows["0.bn"].note
-    assert rows["1.1"].absorbs == "relu"
-    assert type(block) is OfUnknownOrigin
-    with torch.no_grad():
-        outside = block(x)
-    assert torch.equal(outside, block(x) * 2)
+    assert absorbed(report) == {"bn1": "relu", "layers.1": "relu", "bn2": "relu"}
+    twin = copy.deepcopy(model)
+    freeze(twin, "fused")
+    del calls[:]
+    assert torch.equal(model(x), twin(x))
+    assert calls == ["relu"] * 3 + [""] * 3
+    model.layers.append(nn.Tanh())
+    twin.layers.append(nn.Tanh())
+    assert torch.equal(model(x), twin(x))
+
+
+def test_a_class_that_is_changed_is_noticed(x, monkeypatch):
+    model = Reads()
+    model.act = Switch()
+    freeze(lively(model), "fused-act")
+    once = model(x)
+    monkeypatch.setattr(Reads, "scale", 3.0)
+    assert torch.equal(model(x), once * 3)
+    monkeypatch.setattr(Switch, "on", True)
+    assert torch.equal(model(x), once * 3 * 3)
+    monkeypatch.setattr(Reads, "post", lambda self, z: z)
+    assert torch.equal(model(x), once / 1 * 3)
+
+
+def test_a_global_name_that_is_changed_is_noticed(x, calls, monkeypatch):
+    model = block(lambda self, x: F.relu(self.bn1(x)) * FACTOR)
+    assert absorbed(freeze(model, "fused-act")) == {"bn1": "relu"}
+    once = model(x)
+    monkeypatch.setitem(globals(), "FACTOR", 4.0)
+    assert torch.equal(model(x), once * 2)
+    assert calls == ["relu", ""]
+
+
+def test_arguments_of_another_kind_take_the_blocks_own_forward(x):
+    model = block(lambda self, x, y: F.relu(self.bn1(x)) + y[0])
+    freeze(model, "fused-act")
+    assert torch.equal(model(x, (x,)), model(x, [x]))
+
+
+def test_random_numbers_are_drawn_in_the_same_order(x):
+    def forward(self, x):
+        out = self.act(self.bn1(self.conv1(x)))
+        return F.relu(out + self.other(self.conv2(x)))
+
+    model = block(forward, nn.Dropout(0.5))
+    model.other = nn.Dropout(0.5)
+    assert same_as_fused(model, (x,))
+
+
+def test_a_class_that_keeps_a_list_of_its_subclasses_sees_none_but_its_own(x):
+    listed = []
+
+    class Base(Block):
+        def __init_subclass__(cls, **kwargs):
+            listed.append(cls)
+
+        def forward(self, x):
+            return F.relu(self.bn1(x))
+
+    model = lively(Base())
+    assert absorbed(freeze(model, "fused-act")) == {"bn1": "relu"}
+    model(x)
+    assert not listed
+
+
+def test_what_cannot_be_written_in_code_is_refused(x):
+    model = block(lambda self, x: {Mode.POST: F.relu(self.parts["global"](x))})
+    model.parts = lively(nn.ModuleDict({"global": nn.BatchNorm2d(C), 'a"\\n': nn.BatchNorm2d(C)}))
+    twin = copy.deepcopy(model)
+    report = freeze(model, "fused-act")
+    assert "it makes a dict whose keys are neither" in notes(report)["parts.global"]
+    for name in model.parts:
+        forward = lambda self, x, name=name: F.relu(self.parts[name](x))  # noqa: E731
+        type(twin).forward = forward
+        other = copy.deepcopy(twin)
+        assert "a name that cannot be written" in notes(freeze(other, "fused-act"))[f"parts.{name}"]
+        assert torch.equal(other(x), twin.eval()(x))
+
+
+def test_a_value_is_unpacked_as_it_would_be(x):
+    def forward(self, x):
+        n, c, h, w = x.shape
+        left, right = F.relu(self.bn1(self.conv1(x))).chunk(2, dim=1)
+        first, second = self.conv2(x)
+        return torch.cat([left, right], 1).view(n, c, h * w).mean() + first + second
+
+    model = block(forward)
+    assert same_as_fused(copy.deepcopy(model), (x,))
+    assert absorbed(freeze(model, "fused-act"))["bn1"] == "relu"
+    for wrong in (x[0], torch.cat([x, x])):
+        with pytest.raises(ValueError, match="values to unpack"):
+            model(wrong)
+
+
+def test_whatever_is_written_in_place_is_written(x):
+    def forward(self, x, mask):
+        mask &= x > 0
+        x[:, :2] += 1
+        view = x.data
+        view *= 2
+        return F.relu(self.bn1(self.conv1(x))) * mask
+
+    model = block(forward)
+    twin = copy.deepcopy(model)
+    assert absorbed(freeze(model, "fused-act")) == {"bn1": "relu"}
+    freeze(twin, "fused")
+    mine, theirs = ((x.clone(), torch.ones(x.shape, dtype=torch.bool)) for _ in range(2))
+    assert torch.equal(model(*mine), twin(*theirs))
+    assert all(map(torch.equal, mine, theirs))
+    assert not mine[1].all()
+
+
+def test_a_shape_is_that_of_the_moment_when_it_is_asked_for(x):
+    def forward(self, x):
+        shape = x.shape
+        x.unsqueeze_(0)
+        return F.relu(self.bn1(self.conv1(x.view(shape))))
+
+    model = block(forward)
+    freeze(model, "fused-act")
+    assert model(x.clone()).shape == x.shape
+
+
+def doubled(z):
+    return z * 2
+
+
+@pytest.mark.parametrize("change", ["forward", "its code", "a helper's code"])
+def test_a_forward_that_is_changed_later_is_the_one_that_runs(change, x, monkeypatch):
+    def forward(self, x):
+        return doubled(F.relu(self.bn1(self.conv1(x))))
+
+    def other(self, x):
+        return torch.tanh(self.bn1(self.conv1(x)))
+
+    model = block(forward)
+    twin = copy.deepcopy(model)
+    assert absorbed(freeze(model, "fused-act")) == {"bn1": "relu"}
+    freeze(twin, "fused")
+    assert torch.equal(model(x), twin(x))
+    if change == "forward":
+        type(twin).forward = other
+    elif change == "its code":  # which is what IPython's autoreload does
+        forward.__code__ = other.__code__
+    else:
+        monkeypatch.setattr(doubled, "__code__", (lambda z: z * 3).__code__)
+    assert torch.equal(model(x), twin(x))
+    later = lively(type(twin)())
+    expected = copy.deepcopy(later).eval()(x)
+    freeze(later, "fused-act")
+    assert torch.equal(later(x), expected)
+
+
+class Aliases(nn.Module):
+    """A block whose parts have two names each."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU6()])
+        self.heads = nn.ModuleDict({"one": nn.Tanh(), "two": nn.Sigmoid()})
+        self.conv, self.bn, self.act = self.parts
+        self.out = nn.Conv2d(C, C, 1)
+
+    def forward(self, x):
+        x = self.out(self.act(self.bn(self.conv(x)))) * 9
+        for head in self.heads.values():
+            x = head(x)
+        return x
+
+
+LATER = {
+    "an order": lambda m: m.heads.update({"one": m.heads.pop("one")}),
+    "what a name leads through": lambda m: m.parts.__setitem__(0, nn.Tanh()),
+    "what an activation is": lambda m: setattr(m.act, "max_val", 0.1),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_names_orders_and_bounds_are_watched(name, x):
+    model = lively(Aliases())
+    twin = copy.deepcopy(model)
+    assert "relu6" in absorbed(freeze(model, "fused-act")).values()
+    freeze(twin, "fused")
+    once = twin(x)
+    assert torch.equal(model(x), once)
+    LATER[name](model)
+    LATER[name](twin)
+    assert torch.equal(model(x), twin(x))
+    assert torch.equal(twin(x), once) == (name == "what a name leads through")
+
+
+def test_a_tensor_that_is_registered_twice_may_become_two(x):
+    model = block(lambda self, x: F.relu(self.bn1(self.conv1(x))) * self.one + self.two)
+    model.one = model.two = nn.Parameter(torch.ones(1))
+    freeze(model, "fused-act")
+    twin = copy.deepcopy(model)
+    twin.two = nn.Parameter(torch.zeros(1))
+    assert torch.equal(model(x), twin(x) + 1)
+
+
+def test_a_convolution_of_ones_own_may_pass_its_input_on(x):
+    class Skips(nn.Conv2d):
+        def forward(self, x):
+            return x
+
+    def forward(self, x):
+        z, y = self.bn1(self.act(x)), F.relu_(x)
+        return z + y
+
+    model = block(forward, Skips(C, C, 1))
+    twin = copy.deepcopy(model)
+    freeze(model, "fused-act")
+    freeze(twin, "fused")
+    assert torch.equal(model(x.clone()), twin(x.clone()))
+
+
+def test_a_method_of_a_class_is_not_traced(x):
+    class Counts(Block):
+        calls = 0
+
+        @classmethod
+        def count(cls, z):
+            cls.calls += 1
+            return z
+
+        def forward(self, x):
+            return self.count(F.relu(self.bn1(x)))
+
+    model = lively(Counts())
+    assert not absorbed(freeze(model, "fused-act"))
+    assert Counts.calls == 0
+
+
+def test_functions_of_math_are_what_they_were_while_torch_fx_replaces_them(x, calls):
+    class Scales(Block):
+        def scaled(self, z):
+            return z / math.sqrt(z.shape[1]) * math.sqrt(2)
+
+        def forward(self, x):
+            return self.scaled(F.relu(self.bn1(x)))
+
+    model = lively(Scales())
+    assert same_as_fused(copy.deepcopy(model), (x,))
+    freeze(model, "fused-act")
+    del calls[:]
+    model(x)
+    assert calls == ["relu"]
+
+
+def test_a_graph_module_writes_to_its_class_and_is_left_alone(x):
+    model = nn.Sequential(torch.fx.symbolic_trace(block(residual)))
+    twin = copy.deepcopy(model)
+    report = freeze(model, "fused-act")
+    freeze(twin, "fused")
+    assert "it is a GraphModule" in notes(report)["0.bn1"]
+    for each in (model, twin):
+        each[0].recompile()
+    assert torch.equal(model(x), twin(x))
+
+
+class Left(torch.Tensor):
+    def __add__(self, other):
+        return super().__add__(other) * 2
+
+
+class Odd:
+    def __init__(self, x):
+        self.x = x
+
+    def __add__(self, other):
+        return self.x - other
+
+
+@pytest.mark.parametrize("kind", [Left, Odd, lambda x: x[:, :2], lambda x: [x]])
+def test_what_is_added_is_added_in_its_own_way_and_on_its_side(kind, x):
+    class Makes(nn.Module):
+        def forward(self, x):
+            return x.as_subclass(kind) if kind is Left else kind(x)
+
+    model = block(lambda self, x: self.act(x) + self.bn1(self.conv1(x)), Makes())
+    twin = copy.deepcopy(model)
+    assert absorbed(freeze(model, "fused-act")) == {"bn1": "add"}
+    freeze(twin, "fused")
+    try:
+        expected = twin(x)
+    except (RuntimeError, TypeError) as error:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            model(x)
+    else:
+        assert torch.equal(model(x), expected)
+
+
+def test_a_shortcut_that_is_an_empty_sequential_is_added(x, calls):
+    def forward(self, x):
+        out = self.bn1(self.conv1(x))
+        out += self.shortcut(x)
+        return F.relu(out)
+
+    model = block(forward)
+    model.shortcut = nn.Sequential()
+    assert same_as_fused(copy.deepcopy(model), (x,))
+    assert absorbed(freeze(model, "fused-act")) == {"bn1": "add+relu"}
+
+
+def test_a_layer_whose_own_tensors_change_before_the_sum_is_computed_in_its_place(x):
+    def forward(self, x):
+        z = self.bn1(self.conv1(x))
+        self.bn1.running_mean.add_(1)
+        return z + x
+
+    model = block(forward)
+    twin = copy.deepcopy(model)
+    assert "its own tensors are used besides" in notes(freeze(model, "fused-act"))["bn1"]
+    freeze(twin, "fused")
+    assert torch.equal(model(x), twin(x))
+
+
+CONVOLUTIONS = {
+    "a hook": lambda c: c.register_forward_hook(lambda module, args, out: args[0]),
+    "a forward": lambda c: setattr(c, "forward", torch.ops.aten.alias.default),
+    "a class": lambda c: setattr(c, "__class__", nn.Identity),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_that_comes_to_pass_its_input_on_is_noticed(name, first, x):
+    def forward(self, x):
+        z, y = self.bn1(self.conv1(x)), F.relu_(x)
+        return z + y
+
+    model = block(forward)
+    twin = copy.deepcopy(model)
+    for each, policy in ((model, "fused-act"), (twin, "fused")):
+        if first:
+            CONVOLUTIONS[name](each.conv1)
+        report = freeze(each, policy)
+        if not first:
+            CONVOLUTIONS[name](each.conv1)
+            assert ("bn1" in absorbed(report)) == (policy == "fused-act")
+    assert torch.equal(model(x.clone()), twin(x.clone()))

@@ -1,7 +1,8 @@
-"""The fuzzer, a little of it; `python -m tests.fuzz_checkpoints 20000` for much."""
+"""The fuzzers, a little of them; `python -m tests.fuzz_checkpoints 20000` for much."""
 
 import pytest
 
+from . import fuzz_pickles
 from .checkpoints import FORMATS
 from .fuzz_checkpoints import fuzz
 
@@ -13,3 +14,10 @@ def test_damaged_files_give_a_documented_error_or_the_right_answer(kind, tmp_pat
     # Neither is the damage always fatal, nor is it overlooked.
     assert outcomes["CorruptCheckpoint"] > 50
     assert outcomes["agrees"] + outcomes["answered"] > 5
+
+
+def test_pickles_of_torchs_own_words_are_read_as_torch_loads_them_or_refused():
+    outcomes = fuzz_pickles.fuzz(400, 0)
+    assert sum(outcomes.values()) == 400
+    assert outcomes["agrees"] > 100
+    assert outcomes["refused"] > 50

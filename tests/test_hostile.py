@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from .checkpoints import safetensors_file
 from .hostile import EVIL, HOSTILE, MARKER
 
 GIGABYTE = 2**30
@@ -117,3 +118,14 @@ def test_a_table_of_thirty_thousand_layers_is_cut(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "… and 28,000 rows more" in done.stdout
     assert "30000 norm layers" in done.stdout
+
+
+def test_a_wrong_pattern_does_not_list_every_name_above_every_name(tmp_path):
+    header = {
+        f"{i}.{'.'.join('a' * 500)}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+        for i in range(20_000)
+    }
+    path = safetensors_file(tmp_path / "a.safetensors", header)
+    done = look("inspect", path, "--select", "backbone")
+    assert done.returncode == 2, done.stderr
+    assert "Pattern 'backbone' matches nothing in it." in done.stderr

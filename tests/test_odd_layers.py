@@ -7,10 +7,11 @@ import pytest
 import timm
 import torch
 import torchvision
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from timm.layers import freeze_batch_norm_2d as timm_freeze
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
 from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
@@ -354,6 +355,15 @@ def test_statistics_in_an_unknown_module_are_told():
         ]
 
 
+def test_a_variance_alone_is_told_too():
+    model = nn.Sequential(nn.BatchNorm2d(2), EvoNorm2dB0(2))
+    assert ("1", "unknown-norm") in [(f.layer, f.code) for f in inspect(model).findings]
+    freeze(model, "eval+affine")
+    before = state(model)
+    step(model, torch.randn(2, 2, 4, 4))
+    assert "1.running_var" in moved(before, model)
+
+
 # What wraps a model.
 
 
@@ -414,27 +424,26 @@ def test_after_ddp_that_finds_unused_parameters_weights_can_be_held(model, image
     assert "stem.0.weight" in moved(before, model)
 
 
-def test_compiled_before_freezing_follows_the_policy(model, images):
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    compiled.train()(images)
-    reference = copy.deepcopy(model).eval()(images)
-    freeze(compiled, "eval")
+def test_under_ddp_nothing_is_given_back_that_it_would_not_average(model, images, one_rank):
+    freeze(model, {"backbone": "eval+affine", "head": "eval"})
+    wrapped = DistributedDataParallel(model)
+    told = r"backbone\.0\.1: its weights cannot train again.*Unfreeze its \.module and wrap that"
+    for change in (unfreeze, lambda model: freeze(model, "eval")):
+        with pytest.raises(PolicyError, match=told):
+            change(wrapped)
+        assert not model.backbone[0][1].weight.requires_grad
+        assert not model.train().head[2].training
+    freeze(wrapped, {"backbone": "stats+affine"})
+    unfreeze(wrapped, "head")
+    assert model.train().head[2].training
+    unfreeze(wrapped.module)
+    again = DistributedDataParallel(model, find_unused_parameters=True)
+    freeze(again, "fused")
+    step(again, images)
+    unfreeze(again)  # it has known them from the start
     before = state(model)
-    assert torch.equal(compiled.train()(images), reference)
-    assert moved(before, model) == set()
-    unfreeze(compiled)
-    compiled.train()(images)
-    assert statistics(moved(before, model)) == statistics(before)
-
-
-@pytest.mark.parametrize("policy", ["stats", "affine", "eval", "eval+affine", "eval+weights"])
-def test_compiled_after_freezing_has_no_graph_break(model, images, policy):
-    freeze(model, policy)
-    before, expected = state(model), copy.deepcopy(model).train()(images)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.equal(compiled.train()(images), expected)
-    if policy != "affine":
-        assert moved(before, model) == set()
+    step(again, images)
+    assert moved(before, model) == set(before)
 
 
 @pytest.mark.parametrize("policy", ["stats", "affine", "eval"])
@@ -462,6 +471,32 @@ def test_scripted_after_freezing_the_copy_is_in_eval_as_long_as_nobody_asks_othe
     assert moved(before, model) == set()
 
 
+@pytest.mark.parametrize(
+    ("layer", "policy"),
+    [
+        (nn.InstanceNorm2d(3, track_running_stats=True), "eval"),
+        (nn.SyncBatchNorm(3), "stats"),
+        (nn.BatchNorm2d(3), "fused"),
+    ],
+)
+def test_a_layer_that_cannot_be_scripted_says_what_to_do_instead(layer, policy):
+    model = nn.Sequential(layer)
+    freeze(model, policy)
+    with pytest.raises(
+        PolicyError, match=r"cannot be compiled by torch\.jit\.script\. Use torch\."
+    ):
+        torch.jit.script(model)
+    assert model[0] is layer
+
+
+def test_under_stats_a_scripted_copy_keeps_the_statistics_too(model, images):
+    freeze(model, "stats")
+    scripted, before = torch.jit.script(model), state(model)
+    assert torch.equal(scripted.train()(images), model.train()(images))
+    assert torch.equal(scripted.eval()(images), model.eval()(images))
+    assert moved(before, scripted) == moved(before, model) == set()
+
+
 def test_a_scripted_model_is_refused_and_a_scripted_layer_can_be_left_out(model):
     scripted = torch.jit.script(model)
     with pytest.raises(TypeError, match=r"freeze the original nn\.Module"):
@@ -473,14 +508,60 @@ def test_a_scripted_model_is_refused_and_a_scripted_layer_can_be_left_out(model)
     assert not mixed["a"].train()[1].training
 
 
-def test_a_class_changed_since_by_something_else_is_told(model):
-    freeze(model, "eval")
+@pytest.mark.parametrize("policy", ["eval", "fused"])
+def test_a_class_changed_since_by_something_else_is_told(model, policy):
+    freeze(model, policy)
     nn.utils.parametrize.register_parametrization(model.stem[1], "weight", nn.Identity())
     for function in (freeze, unfreeze):
         with pytest.raises(PolicyError, match="something has changed its class"):
             function(model)
     nn.utils.parametrize.remove_parametrizations(model.stem[1], "weight")
     unfreeze(model)
+    assert type(model.stem[1]) is nn.BatchNorm2d
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def by_a_parametrization(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+
+
+def by_pruning(layer):
+    prune.random_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.parametrize("compute", [by_a_parametrization, by_pruning])
+@pytest.mark.parametrize("policy", ["affine", "eval+affine", "fused", "fused-act"])
+def test_a_weight_computed_from_others_is_held_with_these_or_not_at_all(
+    model, images, compute, policy
+):
+    compute(model.stem[1])
+    with pytest.raises(
+        PolicyError, match=r"stem.1: its weight is computed from other param.*\+wei"
+    ):
+        freeze(model, policy)
+    assert model.head[2].training
+    freeze(model, f"{policy}+weights")
+    before = state(model)
+    step(model, images)
+    assert not {n for n in moved(before, model) - statistics(before) if n.startswith("stem.1")}
+    freeze(model, "eval")
+    assert inspect(model).layers[0].trains_affine
+    before = state(model)
+    step(model, images)
+    assert {n for n in moved(before, model) if n.startswith("stem.1.") and "weight" in n}
+
+
+@pytest.mark.parametrize("compute", [by_a_parametrization, by_pruning])
+def test_inspect_sees_that_a_computed_weight_trains(model, compute):
+    compute(model.stem[1])
+    model.stem[1].bias.requires_grad_(False)
+    assert inspect(model).layers[0].trains_affine
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    assert not inspect(model, optimizer=optimizer).layers[0].trains_affine
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenetv3_small_050", "resnet18d"])

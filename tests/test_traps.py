@@ -9,8 +9,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, update_bn
-from torch.utils.checkpoint import checkpoint
+from torch.optim.swa_utils import update_bn
 
 from bnfreeze import freeze, inspect, unfreeze
 
@@ -286,29 +285,6 @@ def test_reset_running_stats_and_reset_parameters_leave_what_is_held(model):
     before = state(model)
     model.stem[1].reset_parameters()
     assert statistics(moved(before, model)) == moved(before, model) != set()
-
-
-def test_an_averaged_copy_is_frozen_too(model, images):
-    freeze(model, "eval+affine")
-    averaged = AveragedModel(model)
-    before = state(averaged.module)
-    averaged.train()(images)
-    averaged.update_parameters(model)
-    assert moved(before, averaged.module) == set()
-    assert {row.policy for row in freeze(averaged, {"stem": "eval+affine"}).layers} == {
-        "eval+affine"
-    }
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("policy", ["stats", "eval"])
-def test_activation_checkpointing_does_not_move_held_statistics(model, images, policy, reentrant):
-    freeze(model, policy)
-    before = state(model)
-    model.train()
-    x = images.requires_grad_()
-    checkpoint(model.stem, x, use_reentrant=reentrant).sum().backward()
-    assert moved(before, model) == set()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

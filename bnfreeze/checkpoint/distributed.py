@@ -19,6 +19,7 @@ from bnfreeze.checkpoint.limits import (
     MAX_PICKLE_BYTES,
     MAX_TENSORS,
     check_limit,
+    is_shape,
     is_size,
 )
 from bnfreeze.checkpoint.pickles import (
@@ -130,7 +131,7 @@ def _numbers(value: object) -> tuple[int, ...]:
     if type(inner) not in {tuple, list}:
         raise CorruptCheckpoint("Damaged: its metadata has a size that is none.")
     check_limit(len(inner), MAX_DIMENSIONS, "dimensions of a tensor")
-    if not all(map(is_size, inner)):
+    if not is_shape(inner):
         raise CorruptCheckpoint("Damaged: its metadata has a size that is none.")
     return tuple(inner)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from typing import Final, TypeGuard
 
 from bnfreeze.errors import UnsafeCheckpoint
@@ -19,6 +21,7 @@ __all__ = [
     "MAX_RECORDS",
     "MAX_TENSORS",
     "check_limit",
+    "is_shape",
     "is_size",
 ]
 
@@ -32,7 +35,8 @@ MAX_PICKLE_BYTES: Final = 32 << 20
 MAX_HEADER_BYTES: Final = 32 << 20
 MAX_NAME_LENGTH: Final = 1_024
 MAX_NESTING: Final = 100
-MAX_DIMENSIONS: Final = 64
+# NumPy before 2.0 has no more than 32, and of complex numbers one is taken for the two halves.
+MAX_DIMENSIONS: Final = 30
 # Of all norm layers together; the largest real networks have some hundred thousand.
 MAX_CHANNELS: Final = 1 << 22
 # Dicts with tensors in them: the parameters of an optimizer have one each.
@@ -54,3 +58,13 @@ def check_limit(value: int, limit: int, what: str) -> None:
 def is_size(value: object) -> TypeGuard[int]:
     """Whether a value from a file can be a size or an offset."""
     return type(value) is int and 0 <= value <= MAX_NUMBER
+
+
+def is_shape(sizes: Collection[object]) -> bool:
+    """Whether values from a file can be the shape of a tensor.
+
+    Whatever the dtype, the bytes that the sizes other than 0 ask for must be a number that torch
+    and NumPy have: both compute it for empty tensors too.
+    """
+    numbers = [size for size in sizes if is_size(size)]
+    return len(numbers) == len(sizes) and math.prod(filter(None, numbers)) <= MAX_NUMBER // 16

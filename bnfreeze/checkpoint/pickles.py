@@ -46,12 +46,17 @@ class Call:
 
 
 class Pairs:
-    """A dict as its pairs, in order: keys are not hashed, which could run for ever."""
+    """A dict as its pairs, in order: keys are not hashed, which could run for ever.
 
-    __slots__ = ("pairs",)
+    Attributes:
+        given: whether an object has taken its state from it, and so knows no later pairs.
+    """
+
+    __slots__ = ("given", "pairs")
 
     def __init__(self, pairs: list[tuple[object, object]] | None = None) -> None:
         self.pairs = pairs or []
+        self.given = False
 
     def named(self) -> dict[str, object]:
         """The pairs whose keys are strings; the last of a name counts, as in Python."""
@@ -87,6 +92,10 @@ _VALUES: Final = (
 
 # Refused names that are told; more of them tell nothing more.
 _ENOUGH: Final = 100
+
+_CHANGED: Final = (
+    "Ambiguous: its pickle changes something after it was made, which torch never writes."
+)
 
 # Python 2 wrote its own names.
 _RENAMED: Final = {"__builtin__": "builtins", "copy_reg": "copyreg"}
@@ -220,6 +229,8 @@ class _Machine:
         holder = self.stack[-1]
         if type(holder) is not Pairs:
             raise CorruptCheckpoint("Damaged: its pickle puts items into what holds none.")
+        if holder.given:
+            raise CorruptCheckpoint(_CHANGED)
         holder.pairs.extend(_paired(items))
 
     def reduce(self, _: object) -> None:
@@ -232,8 +243,15 @@ class _Machine:
 
     def build(self, _: object) -> None:
         (state,) = self.popped(1)
-        if isinstance(self.stack[-1], Call):
-            self.stack[-1].state = state
+        made = self.stack[-1]
+        if isinstance(state, Pairs):
+            state.given = True
+        if isinstance(made, Call) and made.state is None:
+            made.state = state
+        # A tensor would get other values, and an object would mix both states; to an OrderedDict
+        # come attributes alone.
+        elif type(made) is not Pairs:
+            raise CorruptCheckpoint(_CHANGED)
 
     def refer(self, _: object) -> None:
         (key,) = self.popped(1)

@@ -5,18 +5,27 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfreeze.checkpoint.limits import MAX_DIMENSIONS, MAX_NUMBER, check_limit
+from bnfreeze.checkpoint.limits import MAX_DIMENSIONS, check_limit, is_shape, is_size
 from bnfreeze.checkpoint.source import Source
 from bnfreeze.errors import CorruptCheckpoint, UnsafeCheckpoint, UnsupportedFormat
 
-__all__ = ["ITEM_SIZES", "Record", "StoredTensor", "StridedTensor", "Words", "decoded"]
+__all__ = [
+    "ITEM_SIZES",
+    "Record",
+    "StoredTensor",
+    "StridedTensor",
+    "Words",
+    "check_claims",
+    "decoded",
+    "shown",
+]
 
 # A flat array of unsigned integers, little-endian, one for each element (two for complex128):
 # what is compared bit by bit.
@@ -77,11 +86,13 @@ class StoredTensor(ABC):
         dtype: torch's name of it, such as ``"float32"``.
         shape: the sizes.
         has_values: whether there is more than the description.
+        why: why there is not; empty where there is.
     """
 
     dtype: str
     shape: tuple[int, ...]
     has_values: bool = True
+    why: str = ""
 
     @property
     def numel(self) -> int:
@@ -161,18 +172,16 @@ class StridedTensor(StoredTensor):
         if self.dtype not in ITEM_SIZES:
             raise UnsupportedFormat(f"A tensor of dtype {self.dtype}, which is not known here.")
         check_limit(len(self.shape), MAX_DIMENSIONS, "dimensions of a tensor")
-        numbers = (*self.shape, *self.stride, self.offset)
         if (
             len(self.shape) != len(self.stride)
-            or set(map(type, numbers)) != {int}
-            or min(numbers) < 0
-            or max(numbers) > MAX_NUMBER
+            or not is_shape(self.shape)
+            or not all(map(is_size, (*self.stride, self.offset)))
         ):
             raise CorruptCheckpoint("A tensor whose shape, stride and offset do not make sense.")
         end = (self.offset + self._span) * ITEM_SIZES[self.dtype]
         if self.numel and end > self.record.source.size:
             raise CorruptCheckpoint(
-                f"A tensor of shape {_shown(self.shape)} reaches to byte {end:,} of its storage, "
+                f"A tensor of shape {shown(self.shape)} reaches to byte {end:,} of its storage, "
                 f"which has {self.record.source.size:,}."
             )
 
@@ -206,7 +215,7 @@ class StridedTensor(StoredTensor):
         # Whatever is read or built here stays within a small multiple of bytes that are there.
         if self.numel > max(self._span, 1 << 20):
             raise UnsafeCheckpoint(
-                f"Refused: a tensor of shape {_shown(self.shape)} repeats {self._span:,} stored "
+                f"Refused: a tensor of shape {shown(self.shape)} repeats {self._span:,} stored "
                 f"elements {self.numel:,} times over."
             )
         if self._span > max(8 * self.numel, 1 << 12):
@@ -247,6 +256,22 @@ class StridedTensor(StoredTensor):
         return words
 
 
-def _shown(shape: tuple[int, ...]) -> str:
+def check_claims(tensors: Iterable[StoredTensor]) -> None:
+    """Refuse what would have the same bytes read again and again.
+
+    Raises:
+        UnsafeCheckpoint: the tensors claim far more bytes than their storages have.
+    """
+    readable = [tensor for tensor in tensors if tensor.has_values]
+    claimed = sum(tensor.numel * ITEM_SIZES.get(tensor.dtype, 1) for tensor in readable)
+    there = sum(dict(tensor.storage() for tensor in readable).values())
+    if claimed > 16 * there + (1 << 30):
+        raise UnsafeCheckpoint(
+            f"Refused: its tensors claim {claimed:,} bytes, and their storages have {there:,}."
+        )
+
+
+def shown(shape: tuple[int, ...]) -> str:
+    """The shape as text, as ``64×3×7×7``; of many dimensions the first."""
     text = "×".join(map(str, shape[:6])) or "()"
     return text if len(shape) <= 6 else f"{text}×…"

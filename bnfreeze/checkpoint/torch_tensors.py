@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from bnfreeze.checkpoint.limits import (
     MAX_DIMENSIONS,
     MAX_OPCODES,
     MAX_TENSORS,
     check_limit,
+    is_shape,
     is_size,
 )
 from bnfreeze.checkpoint.pickles import (
@@ -30,7 +31,7 @@ from bnfreeze.checkpoint.tensors import (
 from bnfreeze.checkpoint.torch_names import ALLOWED, DTYPES, STORAGES
 from bnfreeze.errors import CorruptCheckpoint, UnsafeCheckpoint, UnsupportedFormat
 
-__all__ = ["MetaTensor", "Storage", "read_torch_pickle", "refused_with_advice"]
+__all__ = ["DescribedTensor", "Storage", "read_torch_pickle", "refused_with_advice"]
 
 
 class Storage:
@@ -43,14 +44,15 @@ class Storage:
         self.dtype = dtype
 
 
-class MetaTensor(StoredTensor):
-    """A tensor that was saved from the meta device: it has a shape and no values."""
+class DescribedTensor(StoredTensor):
+    """A tensor of which the description is read, and not the values."""
 
     has_values = False
 
-    def __init__(self, dtype: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, dtype: str, shape: tuple[int, ...], why: str) -> None:
         self.dtype = dtype
         self.shape = shape
+        self.why = why
 
     def storage(self) -> tuple[object, int]:
         """Nothing, of no bytes."""
@@ -62,7 +64,7 @@ class MetaTensor(StoredTensor):
         Raises:
             UnsupportedFormat: always.
         """
-        raise UnsupportedFormat("A tensor was saved from the meta device, without its values.")
+        raise UnsupportedFormat(f"A tensor cannot be read: {self.why}.")
 
 
 def read_torch_pickle(
@@ -95,17 +97,25 @@ class _Reader:
         self._find = find
         self._tensors = 0
         self._copied = 0
+        self._dtypes: dict[str, str] = {}
         self._builders: Mapping[str, Callable[[tuple[Any, ...]], object]] = {
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_tensor_v3": self._tensor_v3,
-            "torch._utils._rebuild_parameter": _first,
-            "torch._utils._rebuild_parameter_with_state": _first,
+            "torch._utils._rebuild_parameter": _parameter,
+            "torch._utils._rebuild_parameter_with_state": _parameter,
             "torch._utils._rebuild_meta_tensor_no_storage": _meta,
-            "torch._tensor._rebuild_from_type_v2": self._inner,
-            "torch.nn.parameter.Parameter": _first,
-            "torch.Size": _first,
+            "torch._utils._rebuild_qtensor": self._quantised,
+            "torch._utils._rebuild_sparse_tensor": _sparse,
+            "torch._utils._rebuild_wrapper_subclass": _wrapper,
+            "torch._utils._rebuild_device_tensor_from_numpy": _elsewhere,
+            "torch._utils._rebuild_device_tensor_from_cpu_tensor": _elsewhere,
+            _FROM_TYPE: self._inner,
+            "torch.nn.parameter.Parameter": _parameter,
+            "torch.Tensor": _constructed,
+            "torch.Size": _size,
             "collections.OrderedDict": self._ordered,
+            "collections.Counter": self._counter,
         }
 
     def called(self, call: Call) -> object:
@@ -119,8 +129,6 @@ class _Reader:
             raise CorruptCheckpoint(
                 f"Damaged: {call.name} is called with arguments that it does not take."
             ) from None
-        if made is None:
-            return call
         if isinstance(made, StoredTensor):
             self._tensors += 1
             check_limit(self._tensors, MAX_TENSORS, "tensors")
@@ -136,36 +144,68 @@ class _Reader:
             raise CorruptCheckpoint("Damaged: a storage without kind, key or size.")
         if len(key) > 5 and key[5] is not None:
             raise UnsupportedFormat("Storages that are views of others, as torch 0.1 wrote them.")
+        # torch 2.10 takes the first for all, 2.15 does not; several are written of empty ones.
+        first = self._dtypes.setdefault(name, dtype) if count else dtype
+        if first != dtype:
+            raise CorruptCheckpoint(
+                f"Ambiguous: a storage is said to hold {first} here and {dtype} there."
+            )
         return Storage(self._find(name, count * ITEM_SIZES[dtype], ITEM_SIZES[dtype]), dtype)
 
-    def _tensor(self, arguments: tuple[Any, ...]) -> StoredTensor | None:
+    def _tensor(self, arguments: tuple[Any, ...]) -> StoredTensor:
         storage, offset, shape, stride = _view(arguments)
-        # The values of a conjugated or negated view are not the ones that are stored.
-        if len(arguments) > 6 and isinstance(arguments[6], Pairs) and arguments[6].pairs:
-            return None
-        return StridedTensor(storage.dtype, tuple(shape), tuple(stride), storage.record, offset)
+        tensor = StridedTensor(storage.dtype, tuple(shape), tuple(stride), storage.record, offset)
+        return _flagged(tensor, arguments[6:7])
 
-    def _tensor_v3(self, arguments: tuple[Any, ...]) -> StoredTensor | None:
+    def _tensor_v3(self, arguments: tuple[Any, ...]) -> StoredTensor:
         storage, offset, shape, stride = _view(arguments)
-        if len(arguments) > 7 and isinstance(arguments[7], Pairs) and arguments[7].pairs:
-            return None
         dtype = DTYPES[arguments[6].name]
-        return StridedTensor(dtype, tuple(shape), tuple(stride), storage.record, offset)
+        tensor = StridedTensor(dtype, tuple(shape), tuple(stride), storage.record, offset)
+        return _flagged(tensor, arguments[7:8])
+
+    def _quantised(self, arguments: tuple[Any, ...]) -> StoredTensor:
+        tensor = self._tensor(arguments[:4])
+        return DescribedTensor(tensor.dtype, tensor.shape, "it is quantised")
 
     def _inner(self, arguments: tuple[Any, ...]) -> object:
         """A tensor with attributes of its own: the tensor."""
-        function, _, inner = arguments[:3]
+        function, _, inner, state = arguments
         # One inside another is nothing that torch writes, and could be nested without end.
-        if function.name == "torch._tensor._rebuild_from_type_v2":
-            return None
+        if function.name not in self._builders or function.name == _FROM_TYPE:
+            raise ValueError
+        _check_attributes(state)
         return self.called(Call(function.name, inner))
 
     def _ordered(self, arguments: tuple[Any, ...]) -> Pairs:
-        pairs = arguments[0] if arguments else []
+        given = arguments[0] if arguments else []
+        pairs = given.pairs if isinstance(given, Pairs) else given
         # A few opcodes can ask for a long list to be copied again and again.
         self._copied += len(pairs)
         check_limit(self._copied, MAX_OPCODES, "copied entries")
         return Pairs([(key, value) for key, value in pairs])
+
+    def _counter(self, arguments: tuple[Any, ...]) -> Pairs:
+        if arguments and not isinstance(arguments[0], Pairs):
+            raise TypeError
+        return self._ordered(arguments)
+
+
+_FROM_TYPE: Final = "torch._tensor._rebuild_from_type_v2"
+# Attributes of a tensor that stand for its values: to set one is to write others.
+_VALUES: Final = frozenset({"data", "real", "imag"})
+
+
+def _check_attributes(state: object) -> None:
+    """Refuse attributes that would give a tensor other values than its storage has.
+
+    Raises:
+        ValueError: they do, or are no attributes.
+    """
+    for part in state if type(state) is tuple else (state,):
+        if part is not None and (
+            not isinstance(part, Pairs) or not _VALUES.isdisjoint(part.named())
+        ):
+            raise ValueError
 
 
 def _view(arguments: tuple[Any, ...]) -> tuple[Storage, Any, Any, Any]:
@@ -176,16 +216,63 @@ def _view(arguments: tuple[Any, ...]) -> tuple[Storage, Any, Any, Any]:
     return storage, offset, shape, stride
 
 
-def _first(arguments: tuple[Any, ...]) -> object:
+def _flagged(tensor: StoredTensor, flags: tuple[Any, ...]) -> StoredTensor:
+    """The tensor; of a conjugated or negated view, whose stored values are others, no values."""
+    flag = flags[0] if flags else None
+    if flag is None or (isinstance(flag, Pairs) and not flag.pairs):
+        return tensor
+    return DescribedTensor(tensor.dtype, tensor.shape, "it is a conjugated or negated view")
+
+
+def _parameter(arguments: tuple[Any, ...]) -> StoredTensor:
+    """The tensor of a parameter."""
+    tensor: object = arguments[0]
+    if not isinstance(tensor, StoredTensor):
+        raise TypeError
+    # Of _rebuild_parameter_with_state; the others have no fourth.
+    _check_attributes(arguments[3] if len(arguments) > 3 else None)
+    return tensor
+
+
+def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    # Not a list: what is put into that later would change the size.
+    if type(arguments[0]) is not tuple:
+        raise TypeError
     return arguments[0]
 
 
-def _meta(arguments: tuple[Any, ...]) -> MetaTensor:
-    dtype, shape = DTYPES[arguments[0].name], tuple(arguments[1])
+def _meta(arguments: tuple[Any, ...]) -> DescribedTensor:
+    return _described(arguments[0], arguments[1], "it was saved without values")
+
+
+def _wrapper(arguments: tuple[Any, ...]) -> DescribedTensor:
+    return _described(arguments[1], arguments[2], "its class keeps its values in a way of its own")
+
+
+def _elsewhere(arguments: tuple[Any, ...]) -> DescribedTensor:
+    return _described(arguments[1], arguments[0].shape, "it lay on a device of another kind")
+
+
+def _sparse(arguments: tuple[Any, ...]) -> DescribedTensor:
+    indices_and_values = [part for part in arguments[1] if isinstance(part, StoredTensor)]
+    shapes = [part for part in arguments[1] if type(part) is tuple]
+    return DescribedTensor(indices_and_values[-1].dtype, _sizes(shapes[0]), "it is sparse")
+
+
+def _constructed(_: tuple[Any, ...]) -> object:
+    """A tensor of a list or of nothing, which torch never writes."""
+    raise ValueError
+
+
+def _described(dtype: Any, shape: Any, why: str) -> DescribedTensor:
+    return DescribedTensor(DTYPES[dtype.name], _sizes(shape), why)
+
+
+def _sizes(shape: Any) -> tuple[int, ...]:
     check_limit(len(shape), MAX_DIMENSIONS, "dimensions of a tensor")
-    if not all(map(is_size, shape)):
+    if not is_shape(shape):
         raise ValueError
-    return MetaTensor(dtype, shape)
+    return tuple(shape)
 
 
 def refused_with_advice(refusal: UnsafeCheckpoint) -> UnsafeCheckpoint:

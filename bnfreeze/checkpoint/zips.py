@@ -28,7 +28,6 @@ _END64: Final = struct.Struct("<4sQ2H2L4Q")
 
 _ENCRYPTED: Final = 0x1 | 0x40 | 0x2000
 _SIZES_FOLLOW: Final = 0x8
-_UTF8: Final = 0x800
 _IS_FOLDER: Final = 0x10
 
 
@@ -146,7 +145,8 @@ def _entry(
     raw = directory[position : position + lengths[0]]
     check_limit(len(raw), MAX_NAME_LENGTH, "bytes of a name in a zip file")
     try:
-        name = raw.decode("utf-8" if flags & _UTF8 else "cp437")
+        # Whatever the flag says: torch looks for a name by its bytes.
+        name = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise CorruptCheckpoint("Damaged: a name in the zip file is no text.") from None
     # torch's reader gives zeros for what is marked as a folder.

@@ -4,6 +4,8 @@
     The kernel, in CUDA C++ without includes. It travels in the wheel as text.
 `bnfreeze.kernels.plan`
     Which variant of it serves a call, with what grid. Pure arithmetic.
+`bnfreeze.kernels.tensors`
+    What it asks of the tensors it is given.
 `bnfreeze.kernels.build`
     NVRTC, and the cache on disk. Each variant is compiled when it is first used.
 `bnfreeze.kernels.launch`

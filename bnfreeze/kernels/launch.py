@@ -8,43 +8,42 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnfreeze.aten import FROM_OUTPUT, Affine
+from bnfreeze.aten import FROM_OUTPUT, Norm
 from bnfreeze.kernels import plan as plans
 from bnfreeze.kernels.build import KernelError
 from bnfreeze.kernels.host import Host
 from bnfreeze.kernels.plan import ARGS, THREADS, Plan, Variant
+from bnfreeze.kernels.tensors import DTYPES, KINDS, is_dense, joins, like, pointer, serves
 
 __all__ = ["Launcher"]
-
-_DTYPES: dict[torch.dtype, plans.Dtype] = {
-    torch.float32: "f32",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-}
-_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # Either the thread has another context than it had, or none: what cuCtxSetCurrent mends.
 _CONTEXT_ERRORS = frozenset({201, 400, 709})
 
+_pack = ARGS.pack_into
+_SCALED: _Op = None, 0, "backward"
+
 
 _Op = tuple[str | None, int, plans.Direction]
-_Loaded = tuple[Plan, Any]
+# A plan, the function loaded for it, and its grid and geometry once more, for the launch to unpack.
+_Loaded = tuple[Plan, Any, int, int, bytes]
 
 
 class _Frame(threading.local):
     """Each thread's own room for the arguments, which cuLaunchKernel copies before it returns."""
 
     def __init__(self) -> None:
-        self.arguments = ctypes.create_string_buffer(ARGS.size)
+        arguments = ctypes.create_string_buffer(ARGS.size)
         # The kernel takes one argument, a struct; the driver wants an array of their addresses.
-        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.arguments))
-        self.address = ctypes.addressof(self.pointers)
+        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         self.bound: set[int] = set()
+        # In one piece, for a thread's own attributes are slow to find.
+        self.room = arguments, ctypes.addressof(self.pointers), self.bound
 
 
 class Launcher:
@@ -53,8 +52,6 @@ class Launcher:
     `forward` and `backward` take and return what those of `bnfreeze.aten` do, and raise
     `KernelError` where the kernel cannot be compiled, loaded or launched.
     """
-
-    path: Literal["kernel", "aten"] = "kernel"
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -69,22 +66,20 @@ class Launcher:
         self._stream = host.stream
         self._cu_launch = host.driver.cuLaunchKernel
 
-    def refusal(
-        self, x: Tensor, norm: Affine, residual: Tensor | None, branch: Affine | None
-    ) -> str:
+    def refusal(self, x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | None) -> str:
         """Return why these tensors are not for the kernel, as a sentence; empty if they are."""
-        device, channels = x.get_device(), norm.mean.numel()
-        if x.dtype not in _DTYPES:
+        shape, device = x.shape, x.get_device()
+        channels = shape[1] if len(shape) > 1 else 0
+        if not channels:
+            return "The input has no channels."
+        if x.dtype not in DTYPES:
             return "The input is fp64."
-        if not (x.is_contiguous() or _is_channels_last(x)):
+        if not is_dense(x):
             return "The input is neither contiguous nor channels_last."
-        if residual is not None and (
-            residual.dtype is not x.dtype or residual.get_device() != device or residual.is_neg()
-        ):
+        if residual is not None and not joins(residual, x):
             return "The residual has another dtype or device than the input, or is negated."
-        if not _serves(norm, channels, device) or (
-            branch is not None
-            and not (branch.mean.numel() == channels and _serves(branch, channels, device))
+        if not serves(norm, channels, device) or (
+            branch is not None and not serves(branch, channels, device)
         ):
             return (
                 "Statistics, weight or bias have an unusual dtype, size, stride or device: "
@@ -102,35 +97,88 @@ class Launcher:
     def forward(
         self,
         x: Tensor,
-        norm: Affine,
-        residual: Tensor | None,
-        branch: Affine | None,
-        activation: str | None,
-        *,
+        norm: Norm,
+        residual: Tensor | None = None,
+        branch: Norm | None = None,
+        activation: str | None = None,
         keep_sum: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute as `bnfreeze.aten.forward`."""
-        y = torch.empty_like(x)
-        in0, out0, in1, out1 = x.data_ptr(), y.data_ptr(), 0, 0
-        z, kind = None, 0
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Compute as `bnfreeze.aten.forward`; None if `refusal` has something against it."""
+        shape, dtype, device, in0 = x.shape, x.dtype, x.get_device(), x.data_ptr()
+        in1 = kind = 0
         if residual is not None:
-            residual, kind = _like(residual, x), 1 if branch is None else 2
+            if not (is_dense(x) and joins(residual, x)):
+                return None
+            residual, kind = like(residual, x), 1 if branch is None else 2
             in1 = residual.data_ptr()
-            if keep_sum:
-                z = torch.empty_like(x)
-                out1 = z.data_ptr()
-        if x.numel():
-            device = x.get_device()
-            aligned = not (in0 | out0 | in1 | out1) & 15
-            loaded = self._plan(x, device, (activation, kind, "forward"), aligned)
+        aligned = not (in0 | in1) & 15  # torch's own allocators align the output to more
+        # All that `refusal` asks of the input: a plan that is there is an input not refused.
+        layout = x.is_contiguous() or x.stride()
+        key = shape, layout, dtype, x.is_neg(), device, aligned, activation, kind
+        loaded = self._plans.get(key)
+        if loaded is None:
+            if self.refusal(x, norm, residual, branch):
+                return None
+            if x.numel():
+                loaded = self._plan(x, device, (activation, kind, "forward"), aligned)
+                self._plans[key] = loaded
+        elif not serves(norm, shape[1], device) or (
+            branch is not None and not serves(branch, shape[1], device)
+        ):
+            return None
+        y = torch.empty_like(x)
+        z, out1 = None, 0
+        if keep_sum:
+            z = torch.empty_like(x)
+            out1 = z.data_ptr()
+        if loaded is not None:
+            out0 = y.data_ptr()
             self._launch(device, loaded, in0, in1, 0, out0, out1, 0, norm, branch)
         return y, z
+
+    def alone(self, x: Tensor, norm: Norm) -> Tensor | None:
+        """Compute as `forward` of the two; nothing but what that takes, for it runs most."""
+        shape, device, in0 = x.shape, x.get_device(), x.data_ptr()
+        layout = x.is_contiguous() or x.stride()
+        key = shape, layout, x.dtype, x.is_neg(), device, not in0 & 15
+        loaded = self._plans.get(key)
+        if loaded is None:
+            done = self.forward(x, norm)
+            if done is None:
+                return None
+            if x.numel():
+                self._plans[key] = self._plan(x, device, (None, 0, "forward"), not in0 & 15)
+            return done[0]
+        if not serves(norm, shape[1], device):
+            return None
+        y = torch.empty_like(x)
+        self._launch(device, loaded, in0, 0, 0, y.data_ptr(), 0, 0, norm, None)
+        return y
+
+    def scaled(self, grad: Tensor, norm: Norm) -> Tensor:
+        """Compute as `bnfreeze.aten.scaled`; nothing but what that takes, for it runs most."""
+        if grad.is_neg():
+            grad = grad.resolve_neg()
+        contiguous = grad.is_contiguous()
+        if not (contiguous or is_dense(grad)):
+            grad, contiguous = grad.contiguous(), True
+        out = torch.empty_like(grad)
+        in0, device = grad.data_ptr(), grad.get_device()
+        key = grad.shape, grad.dtype, contiguous, not in0 & 15, device
+        loaded = self._plans.get(key)
+        if loaded is None:
+            if not grad.numel():
+                return out
+            loaded = self._plan(grad, device, (None, 0, "backward"), not in0 & 15)
+            self._plans[key] = loaded
+        self._launch(device, loaded, in0, 0, 0, out.data_ptr(), 0, 0, norm, None)
+        return out
 
     def backward(
         self,
         grad: Tensor,
-        norm: Affine,
-        branch: Affine | None,
+        norm: Norm,
+        branch: Norm | None,
         activation: str | None,
         kept: Tensor | None,
         kept_is_input: bool,
@@ -142,11 +190,11 @@ class Launcher:
         trained = needs_weight or needs_bias
         # All in one layout. What was saved has x's, unless a saved-tensor hook changed it.
         layout = kept if kept is not None else x if x is not None else grad
-        if not (layout.is_contiguous() or _is_channels_last(layout)):
+        if not is_dense(layout):
             layout = layout.contiguous()
-        grad = _like(grad.resolve_neg(), layout)
-        kept = None if kept is None else _like(kept, layout)
-        x = None if x is None else _like(x, layout)
+        grad = like(grad.resolve_neg(), layout)
+        kept = None if kept is None else like(kept, layout)
+        x = None if x is None else like(x, layout)
         residual = 0
         if needs_residual or (
             activation is not None and not kept_is_input and activation not in FROM_OUTPUT
@@ -158,17 +206,18 @@ class Launcher:
         grad_r = None
         if needs_residual:
             grad_r = grad if passes_on else torch.empty_like(grad)
-        grad_w = torch.empty_like(norm.weight) if needs_weight and norm.weight is not None else None
-        grad_b = torch.empty_like(norm.bias) if needs_bias and norm.bias is not None else None
+        _, _, weight, bias, _ = norm
+        grad_w = torch.empty_like(weight) if needs_weight and weight is not None else None
+        grad_b = torch.empty_like(bias) if needs_bias and bias is not None else None
         if not grad.numel():
             for total in (grad_w, grad_b):
                 if total is not None:
                     total.zero_()
             return grad_x, grad_r, grad_w, grad_b
-        in0, in1, in2 = grad.data_ptr(), _pointer(kept), _pointer(x)
+        in0, in1, in2 = grad.data_ptr(), pointer(kept), pointer(x)
         if trained and x is None:
             in2 = in0  # without a gradient of weight nobody reads the sum that this makes
-        out0, out1 = _pointer(grad_x), 0 if passes_on else _pointer(grad_r)
+        out0, out1 = pointer(grad_x), 0 if passes_on else pointer(grad_r)
         aligned = not (in0 | in1 | in2 | out0 | out1) & 15
         device = grad.get_device()
         op: _Op = activation, residual, "trained" if trained else "backward"
@@ -180,7 +229,7 @@ class Launcher:
         sums = torch.empty(2 * blocks * channels, dtype=torch.float32, device=grad.device)
         partial = sums.data_ptr()
         self._launch(device, loaded, in0, in1, in2, out0, out1, partial, norm, branch)
-        out0, out1 = _pointer(grad_w), _pointer(grad_b)
+        out0, out1 = pointer(grad_w), pointer(grad_b)
         key = channels, blocks, device
         last = self._plans.get(key)
         if last is None:
@@ -208,7 +257,7 @@ class Launcher:
         rows = not contiguous or x.numel() == x.shape[0] * x.shape[1]
         return plans.elementwise(
             x.shape,
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             rows,
             aligned,
             direction,
@@ -220,7 +269,7 @@ class Launcher:
     def _loaded(self, plan: Plan, device: int) -> _Loaded:
         with self._host.on_device(device):
             self._bind(device, self._frame)
-            return plan, self._load(plan.variant, device)
+            return plan, self._load(plan.variant, device), *plan.grid, plan.geometry
 
     def _launch(
         self,
@@ -232,33 +281,33 @@ class Launcher:
         out0: int,
         out1: int,
         partial: int,
-        norm: Affine,
-        branch: Affine | None,
+        norm: Norm,
+        branch: Norm | None,
     ) -> None:
+        arguments, address, bound = self._frame.room
         if self._current_device() != device:
             with self._host.on_device(device):
                 return self._launch(
                     device, loaded, in0, in1, in2, out0, out1, partial, norm, branch
                 )
-        frame = self._frame
-        if device not in frame.bound:
-            self._bind(device, frame)
-        plan, function = loaded
+        if device not in bound:
+            self._bind(device, self._frame)
+        plan, function, across, down, geometry = loaded
         mean, var, weight, bias, eps = norm
         kind = mean_r = var_r = weight_r = bias_r = kind_r = 0
         eps_r = 0.0
         if weight is not None:
-            kind = _KINDS[weight.dtype]
+            kind = KINDS[weight.dtype]
         elif bias is not None:
-            kind = _KINDS[bias.dtype]
+            kind = KINDS[bias.dtype]
         if branch is not None:
-            mean_r, var_r = branch.mean.data_ptr(), branch.var.data_ptr()
-            weight_r, bias_r = _pointer(branch.weight), _pointer(branch.bias)
-            parameter = branch.weight if branch.weight is not None else branch.bias
-            kind_r = 0 if parameter is None else _KINDS[parameter.dtype]
-            eps_r = branch.eps
-        ARGS.pack_into(
-            frame.arguments, 0,
+            other_mean, other_var, other_weight, other_bias, eps_r = branch
+            mean_r, var_r = other_mean.data_ptr(), other_var.data_ptr()
+            weight_r, bias_r = pointer(other_weight), pointer(other_bias)
+            parameter = other_weight if other_weight is not None else other_bias
+            kind_r = 0 if parameter is None else KINDS[parameter.dtype]
+        _pack(
+            arguments, 0,
             in0, in1, in2, out0, out1,
             mean.data_ptr(), var.data_ptr(),
             0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
@@ -266,18 +315,18 @@ class Launcher:
             partial,
             eps, eps_r,
             kind, kind_r,
-            plan.geometry,
+            geometry,
         )  # fmt: skip
         raw = self._stream(device)
         stream = self._streams.get(raw)
         if stream is None:
             stream = self._streams[raw] = self._host.driver.CUstream(raw)
-        across, down = plan.grid
-        call = function, across, down, 1, THREADS, 1, 1, 0, stream, frame.address, 0
-        (error,) = self._cu_launch(*call)
+        (error,) = self._cu_launch(function, across, down, 1, THREADS, 1, 1, 0, stream, address, 0)
         if error and int(error) in _CONTEXT_ERRORS:
-            self._bind(device, frame)
-            (error,) = self._cu_launch(*call)
+            self._bind(device, self._frame)
+            (error,) = self._cu_launch(
+                function, across, down, 1, THREADS, 1, 1, 0, stream, address, 0
+            )
         if error:
             raise KernelError(f"the launch of {plan.variant.expression} failed: {error!r}")
 
@@ -331,54 +380,3 @@ class Launcher:
         if error:
             raise KernelError(f"{what} failed: {error!r}")
         return values[0] if values else None
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    if x.dim() == 4:
-        return x.is_contiguous(memory_format=torch.channels_last)
-    return x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
-
-
-def _like(tensor: Tensor, x: Tensor) -> Tensor:
-    """``tensor`` laid out in memory as ``x`` is, copied if it must be."""
-    if x.is_contiguous():
-        return tensor.contiguous()
-    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    return tensor.contiguous(memory_format=last)
-
-
-def _serves(norm: Affine, channels: int, device: int) -> bool:
-    # Written out, for a call costs as much as three of these questions. The mean gave channels.
-    mean, var, weight, bias, _ = norm
-    return (
-        mean.dtype is torch.float32
-        and mean.get_device() == device
-        and mean.is_contiguous()
-        and var.dtype is torch.float32
-        and var.numel() == channels
-        and var.get_device() == device
-        and var.is_contiguous()
-        and (
-            weight is None
-            or (
-                weight.dtype in _KINDS
-                and weight.numel() == channels
-                and weight.get_device() == device
-                and weight.is_contiguous()
-            )
-        )
-        and (
-            bias is None
-            or (
-                bias.dtype in _KINDS
-                and bias.numel() == channels
-                and bias.get_device() == device
-                and bias.is_contiguous()
-                and (weight is None or weight.dtype is bias.dtype)
-            )
-        )
-    )
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

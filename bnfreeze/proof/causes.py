@@ -6,7 +6,7 @@ none does, the report says that the cause cannot be told, and what would tell it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from bnfreeze.proof.drift import Drift
 from bnfreeze.proof.facts import OwnerFacts, TensorFacts
 from bnfreeze.proof.state import State
 
-__all__ = ["TRACE", "explain"]
+__all__ = ["TRACE", "explain", "strangers"]
 
 Reason = tuple[str, str]
 
@@ -38,6 +38,28 @@ def explain(drift: Drift, before: State, after: State) -> Drift:
         cause, remedy = _KNOWN[drift.kind]
         return replace(drift, cause=cause, remedy=remedy)
     return replace(drift, cause="The cause cannot be told from the two states.", remedy=TRACE)
+
+
+def strangers(drifts: Sequence[Drift], before: State, after: State) -> Iterator[Drift]:
+    """The drifts; of a model that is another one, with that as the cause of what it explains."""
+    ours, theirs = before.facts.tensors, after.facts.tensors
+    gone = sum(name not in theirs for name in ours)
+    reshaped = sum(drift.kind == "shape" for drift in drifts)
+    replaced = {drift.name for drift in drifts if drift.kind == "replaced"}
+    parameters = {n for n, facts in ours.items() if facts.kind == "parameter" and n in theirs}
+    what = remedy = ""
+    if 2 * (gone + reshaped) > len(ours):
+        what = f"{gone} of {len(ours)} names are missing and {reshaped} have another shape, as in "
+        what += "a model of another architecture."
+        remedy = "Compare with the model of which the snapshot was taken."
+    elif len(parameters) > 1 and parameters <= replaced:
+        what = f"All {len(parameters)} parameters are other objects: this is another model or a "
+        what += "copy, or load_state_dict(assign=True) ran."
+        remedy = "Check the model of which the snapshot was taken; a copy, with Snapshot.load."
+    kinds = ("removed", "added", "shape", "replaced") if gone or reshaped else ("replaced",)
+    for drift in drifts:
+        known = what and drift.kind in kinds
+        yield replace(drift, cause=what, remedy=remedy) if known else drift
 
 
 class _Case:
@@ -110,10 +132,15 @@ def _was_reset(case: _Case) -> Reason | None:
         return None
     if bool(mean.any()) or bool((var != 1).any()) or (count is not None and bool(count.any())):
         return None
+    text = "Every mean of its layer is 0 and every variance 1: the statistics were reset, by "
+    if case.was is None or case.lets_statistics_move:
+        return (
+            text + "reset_running_stats() or a new initialisation.",
+            "Freeze the layer, which then refuses reset_running_stats().",
+        )
     return (
-        "Every mean of its layer is 0 and every variance 1: the statistics were reset, by "
-        "reset_running_stats() or a new initialisation.",
-        "Freeze the layer, which then refuses reset_running_stats().",
+        text + "a tool that assigns new ones (Lightning's StochasticWeightAveraging does).",
+        "Such tools look for torch's own batch norm: use freeze(model, 'fused'), which is none.",
     )
 
 

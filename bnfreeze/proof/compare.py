@@ -8,15 +8,15 @@ from dataclasses import replace
 from torch import Tensor
 
 from bnfreeze.proof import bits
-from bnfreeze.proof.causes import explain
+from bnfreeze.proof.causes import explain, strangers
 from bnfreeze.proof.drift import Drift
 from bnfreeze.proof.facts import Facts, OwnerFacts, TensorFacts
 from bnfreeze.proof.report import DriftReport
 from bnfreeze.proof.state import State
 
-__all__ = ["compare"]
+__all__ = ["DIGESTED", "compare"]
 
-_DIGESTED = "Values were compared by SHA-256: equal up to a collision."
+DIGESTED = "Values were compared by SHA-256: equal up to a collision."
 _FROM_FILE = (
     "The snapshot is a copy or was read from a file, which does not show the device, nor whether "
     "a parameter was replaced by another with the same bits, nor what optimizers hold."
@@ -49,17 +49,19 @@ def compare(
     places = {name: place for place, name in reversed(list(enumerate(names)))}
     # In the model's order, a layer after its tensors.
     last = {facts.owner: places[name] for name, facts in before.facts.tensors.items()}
-    drifts.sort(key=lambda d: last[d.name] if d.kind == "thawed" else places[d.name])
+    # What a tensor holds comes before what is noted of it besides.
+    drifts.sort(
+        key=lambda d: (last[d.name] if d.kind == "thawed" else places[d.name], d.kind != "value")
+    )
     notes = [_INSTANTS]
     if before.digests or after.digests:
-        notes.append(_DIGESTED)
+        notes.append(DIGESTED)
     if not before.identities or not after.identities:
         notes.append(_FROM_FILE)
     distinct = {facts.first for facts in before.facts.tensors.values()}
     checked = sum(name in after.facts.tensors for name in distinct)
-    return DriftReport(
-        tuple(explain(drift, before, after) for drift in drifts), checked, tuple(notes)
-    )
+    told = [explain(drift, before, after) for drift in drifts]
+    return DriftReport(tuple(strangers(told, before, after)), checked, tuple(notes))
 
 
 def _changes(
@@ -143,13 +145,20 @@ def _values(
             if _digest(name, before) != _digest(name, after):
                 yield Drift(name, "value", total=total)
         return
-    pairs = [(_value(name, before), _value(name, after)) for name in names]
-    pairs = [(old.to(new.device), new) for old, new in pairs]
+    pairs, compared = [], []
+    for name in names:
+        old, new = _value(name, before), _value(name, after)
+        if old.shape == new.shape:
+            pairs.append((old.to(new.device), new))
+            compared.append(name)
+        else:  # shards: the shape that is noted is that of the whole
+            sizes = f"{tuple(old.shape)} → {tuple(new.shape)}"
+            yield Drift(name, "unverified", after=f"its shard has another shape: {sizes}")
     for index in bits.unequal(pairs, later):
         found = bits.locate(*pairs[index])
         if found is not None:
             yield Drift(
-                names[index],
+                compared[index],
                 "value",
                 changed=found.changed,
                 total=pairs[index][0].numel(),

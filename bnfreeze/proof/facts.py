@@ -95,7 +95,7 @@ class Facts:
         """Read what `to_dict` gave.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: it is something else.
+            KeyError, TypeError, ValueError, OverflowError, AttributeError: it is something else.
         """
         tensors = {
             name: TensorFacts(**{**fields, "shape": tuple(map(int, fields["shape"]))})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bnfreeze.errors import CorruptCheckpoint, UnsupportedFormat
+from bnfreeze.errors import CheckpointError, CorruptCheckpoint, UnsupportedFormat
+from bnfreeze.files import replacement
 from bnfreeze.proof.facts import Facts
 from bnfreeze.proof.state import State
 
@@ -22,6 +23,8 @@ __all__ = ["load", "save"]
 _FORMAT = "bnfreeze-snapshot"
 _SCHEMA = 1
 _KEY = "bnfreeze"
+# In bytes; each tensor takes some 600.
+_MOST_DIGESTS = 256 << 20
 
 # What every version of safetensors knows; values of another dtype are written as their bytes.
 _NATIVE = {
@@ -41,22 +44,19 @@ _NATIVE = {
 def save(state: State, path: Path) -> None:
     """Write the state to `path`: to a new file beside it first, which then takes its name."""
     header = {"format": _FORMAT, "schema": _SCHEMA, "facts": state.facts.to_dict()}
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        fresh.touch()  # where that cannot be, the error is Python's own
+    with replacement(path) as fresh:
         if state.digests:
             text = json.dumps({**header, "sha256": dict(state.digests)}, indent=1)
             fresh.write_text(text, encoding="utf-8")
         else:
             values = {name: _writable(value) for name, value in state.values.items()}
             save_file(values, fresh, {_KEY: json.dumps(header)})
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def load(path: Path) -> State:
     """Read what `save` wrote; which of the two forms it is, the content says."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UnsupportedFormat(f"{path} is no snapshot: it is not a regular file.")
     with path.open("rb") as stream:
         start = stream.read(9)
     if start.lstrip().startswith(b"{"):
@@ -64,12 +64,14 @@ def load(path: Path) -> State:
     if len(start) == 9 and start[8:] == b"{":
         return _load_values(path)
     raise UnsupportedFormat(
-        f"{path} is no snapshot: neither safetensors nor JSON. Snapshot.save writes one; a "
-        f"checkpoint is loaded into a model first."
+        f"{path} is no snapshot: neither safetensors nor JSON. Snapshot.save writes one of a "
+        f"model, and `bnfreeze snapshot` one of a checkpoint."
     )
 
 
 def _load_digests(path: Path) -> State:
+    if path.stat().st_size > _MOST_DIGESTS:
+        raise _corrupt(path, "it is larger than any list of digests")
     try:
         header = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -89,10 +91,12 @@ def _load_values(path: Path) -> State:
             values = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise _corrupt(path, f"it is no valid safetensors file ({error})") from error
+    except RuntimeError as error:  # torch's, where the file cannot be mapped
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if text is None:
         raise UnsupportedFormat(
             f"{path} is a safetensors file, but no snapshot: it lacks the facts that "
-            f"Snapshot.save writes. Load it into a model, and take a snapshot of that."
+            f"Snapshot.save writes. `bnfreeze snapshot` makes one of a checkpoint."
         )
     try:
         header = json.loads(text)
@@ -113,7 +117,7 @@ def _facts(path: Path, header: Any) -> Facts:
         )
     try:
         return Facts.from_dict(header["facts"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise _corrupt(path, f"its facts are incomplete ({error!r:.200})") from error
 
 
@@ -135,7 +139,8 @@ def _writable(value: Tensor) -> Tensor:
 def _typed(path: Path, name: str, stored: Tensor, facts: Facts) -> Tensor:
     """The stored values in the dtype and shape that the facts say."""
     noted = facts.tensors[name]
-    dtype = getattr(torch, noted.dtype, None)
+    # Not getattr, with which torch imports more of itself.
+    dtype = vars(torch).get(noted.dtype)
     if not isinstance(dtype, torch.dtype):
         raise UnsupportedFormat(
             f"{path}: {name} has the dtype {noted.dtype!r:.40}, which this version of torch lacks."

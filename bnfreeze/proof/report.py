@@ -44,7 +44,8 @@ class DriftReport(Printable):
         tensors = f"{self.checked} tensor{'s' if self.checked != 1 else ''}"
         if self.drifts:
             count = len(self.drifts)
-            return f"{count} drift{'s' if count != 1 else ''} in {tensors}."
+            drifts = f"{count} drift{'s' if count != 1 else ''}"
+            return f"{drifts} in {tensors}." if self.checked else f"{drifts}; none was compared."
         if not self.checked:
             return "Nothing was compared."
         return f"{tensors} unchanged, bit for bit."

@@ -202,7 +202,7 @@ def _nothing(selection: str, slots: Iterable[_Slot]) -> str:
         return "The model has no norm layer, so there is nothing to check. Use tensors='all'."
     if selection == "all":
         return "The model has no tensor, so there is nothing to check."
-    near = nearest(selection, [slot.name for slot in slots])
+    near = nearest(selection, ["held", "norm", "all", *(slot.name for slot in slots)])
     hint = " Did you mean " + " or ".join(map(repr, near)) + "?" if near else ""
     return f"Pattern {selection!r} matches no tensor of the model.{hint}"
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
 from bnfreeze.checkpoint import StoredTensor
-from bnfreeze.errors import PolicyError
+from bnfreeze.checkpoint.tensors import check_claims
+from bnfreeze.errors import CheckpointError, PolicyError
 from bnfreeze.patterns import Pattern
 from bnfreeze.proof import bits
-from bnfreeze.proof.compare import compare
+from bnfreeze.proof.compare import DIGESTED, compare
 from bnfreeze.proof.drift import Drift
 from bnfreeze.proof.facts import LISTED, Facts, OwnerFacts, TensorFacts
 from bnfreeze.proof.report import DriftReport
@@ -23,8 +23,34 @@ from bnfreeze.state_dict_tensors import in_memory
 __all__ = ["snapshot_of", "verify_stored"]
 
 _UNSAVED = frozenset({"non-persistent buffer", "attribute"})
-_CAUSE = "When and why cannot be told from two files."
-_REMEDY = "bnfreeze.guard(model) in the training run names the step, and the line with trace=True."
+_MOVED = (
+    "When and why cannot be told from two files.",
+    "bnfreeze.guard(model) in the training run names the step, and the line with trace=True.",
+)
+_CAUSES = {
+    "dtype": (
+        "The checkpoint was saved in another dtype, as after model.half().",
+        "Compare with the checkpoint before it was converted.",
+    ),
+    "shape": (
+        "A layer of another size: the checkpoint is of another model.",
+        "Compare checkpoints of one model.",
+    ),
+    "removed": (
+        "The checkpoint has no tensor of this name.",
+        "Compare checkpoints of one model, saved alike.",
+    ),
+    "unverified": (
+        "What cannot be read is not counted as unchanged.",
+        "Leave it out with --select, or hold the live model against the snapshot.",
+    ),
+}
+_STRANGER = (
+    "None of the {} names is in the checkpoint: it is of another model, or its names begin "
+    "otherwise.",
+    "Compare checkpoints of one model; where the file has several state_dicts, name one with "
+    "--key.",
+)
 
 
 def snapshot_of(
@@ -44,21 +70,20 @@ def snapshot_of(
         PolicyError: there is nothing to take.
         CheckpointError: a tensor cannot be read.
     """
-    norms = {name.rpartition(".")[0] for name in tensors if name.endswith("running_var")}
+    norms = {layer for layer, _, part in map(_split, tensors) if part == "running_var"}
     chosen = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if everything or name.rpartition(".")[0] in norms
+        name: tensor for name, tensor in tensors.items() if everything or _split(name)[0] in norms
     }
     if not chosen:
         raise PolicyError(
-            "It holds no norm layer, so there is nothing to take; ask for all of its tensors."
+            "It holds no norm layer, so there is nothing to take; --all takes every tensor."
         )
-    facts = {name: _facts(name, tensor, None) for name, tensor in chosen.items()}
+    check_claims(chosen.values())
+    facts = {name: _facts(name, tensor, _UNKNOWN) for name, tensor in chosen.items()}
     owners = {fact.owner: OwnerFacts("", "", "") for fact in facts.values()}
-    values = _values(chosen, facts)
+    values = _Values(chosen)
     digests = {name: bits.digest(name, value) for name, value in values.items()} if digest else {}
-    state = State(Facts(LISTED, facts, owners, ()), {} if digest else values, digests)
+    state = State(Facts(LISTED, facts, owners, ()), {} if digest else dict(values), digests)
     return Snapshot(state)
 
 
@@ -90,33 +115,66 @@ def verify_stored(
     if not noted:
         raise PolicyError(f"The snapshot has nothing in {' or '.join(select)}.")
     unsaved = [name for name, facts in noted.items() if facts.kind in _UNSAVED]
-    kept = {name: facts for name, facts in noted.items() if name not in unsaved}
+    # A file may untie what was tied, or leave all names but one out: each is compared by itself.
+    kept = {name: noted[name]._replace(first=name) for name in noted if name not in unsaved}
+    values = {name: before.values[noted[name].first] for name in kept if _has_values(name, before)}
+    old = replace(before, facts=replace(before.facts, tensors=kept), values=values, identities={})
     found = {name: tensors[name] for name in kept if name in tensors}
+    check_claims(found.values())
     facts = {name: _facts(name, tensor, kept[name]) for name, tensor in found.items()}
     # What a file cannot show is taken to be as it was.
-    after = State(replace(before.facts, tensors=facts), _values(found, facts))
-    old = replace(before, facts=replace(before.facts, tensors=kept), identities={})
+    after = State(replace(before.facts, tensors=facts), _Values(found))
     report = compare(old, after, gathered=True)
-    told = [replace(drift, cause=_CAUSE, remedy=_REMEDY) for drift in report.drifts]
+    drifts = list(report.drifts)
     for name in unsaved:
-        told.append(Drift(name, "unverified", after=f"a checkpoint holds no {noted[name].kind}"))
-    return replace(report, drifts=tuple(told))
+        drifts.append(Drift(name, "unverified", after=f"a checkpoint holds no {noted[name].kind}"))
+    causes = _CAUSES
+    if kept and not found:
+        causes = {**_CAUSES, "removed": (_STRANGER[0].format(len(kept)), _STRANGER[1])}
+    told = []
+    for drift in drifts:
+        cause, remedy = causes.get(drift.kind, _MOVED)
+        told.append(replace(drift, cause=cause, remedy=remedy))
+    # The other notes are about a live model.
+    return replace(report, drifts=tuple(told), notes=(DIGESTED,) if before.digests else ())
 
 
-def _facts(name: str, tensor: StoredTensor, noted: TensorFacts | None) -> TensorFacts:
-    unreadable = "" if tensor.has_values else "it was saved without values"
-    if noted is None:
-        noted = TensorFacts("", "", (), "cpu", None, False, None, name.rpartition(".")[0], name)
-    return noted._replace(dtype=tensor.dtype, shape=tensor.shape, unreadable=unreadable)
+_UNKNOWN = TensorFacts("", "", (), "cpu", None, False, None, "", "")
 
 
-def _values(
-    tensors: Mapping[str, StoredTensor], facts: Mapping[str, TensorFacts]
-) -> dict[str, Tensor]:
-    # An alias is compared by its first name, where the checkpoint has that too.
-    names = itertools.chain(tensors, (fact.first for fact in facts.values()))
-    return {
-        name: in_memory(tensors[name])
-        for name in dict.fromkeys(names)
-        if name in tensors and tensors[name].has_values
-    }
+def _facts(name: str, tensor: StoredTensor, noted: TensorFacts) -> TensorFacts:
+    return noted._replace(
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        owner=_split(name)[0],
+        first=name,
+        placement="",  # a checkpoint holds it whole
+        unreadable=tensor.why,
+    )
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    return name.rpartition(".")
+
+
+def _has_values(name: str, state: State) -> bool:
+    return state.facts.tensors[name].first in state.values
+
+
+class _Values(Mapping[str, Tensor]):
+    """The values of stored tensors, each read when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self._tensors = {name: tensor for name, tensor in tensors.items() if tensor.has_values}
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return in_memory(self._tensors[name])
+        except CheckpointError as error:
+            raise type(error)(f"{name}: {error}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

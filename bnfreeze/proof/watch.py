@@ -245,6 +245,12 @@ def _with_hooks(
     if optimizer is None:
         return None
     several = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+    # Accelerate's wrapper, which Transformers' Trainer has too, claims to be an Optimizer and was
+    # never made one; the steps are those of the one inside.
+    several = [
+        inner if isinstance(inner := getattr(one, "optimizer", None), Optimizer) else one
+        for one in several
+    ]
     for one in several:
         if not hasattr(one, "register_step_post_hook"):
             raise TypeError(

@@ -13,11 +13,12 @@ __all__ = ["sentence", "tally", "told", "what_changed"]
 
 
 def told(drifts: Sequence[Drift]) -> str:
-    """The first change in full, and how many more there are of which kind."""
-    first = drifts[0]
+    """The first change in full, one of values if there is any, and how many more of which kind."""
+    first = next((drift for drift in drifts if drift.kind == "value"), drifts[0])
+    others = [drift for drift in drifts if drift is not first]
     lines = [sentence(first), f"{first.cause} {first.remedy}".strip()]
-    if len(drifts) > 1:
-        lines.append(f"And {len(drifts) - 1} more: {tally(drifts[1:])}.")
+    if others:
+        lines.append(f"And {len(others)} more: {tally(others)}.")
     return escaped_lines(lines)
 
 

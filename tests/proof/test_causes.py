@@ -31,6 +31,11 @@ def ran(model):
     model(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
 
 
+def assign_new_statistics(model):
+    model.bn.running_mean, model.bn.running_var = torch.zeros(2), torch.ones(2)
+    model.bn.num_batches_tracked *= 0
+
+
 def test_the_message_says_where_what_why_and_how_to_mend_it():
     report = told(layer().eval(), ran, tensors="bn.running_mean")
     assert report.message == (
@@ -83,6 +88,12 @@ CAUSES = {
         lambda m: m.bn.reset_running_stats(),
         "norm",
         "the statistics were reset",
+    ),
+    "new statistics, assigned": (
+        lambda m: (ran(m), bnfreeze.freeze(m)),
+        assign_new_statistics,
+        "held",
+        "Lightning's StochasticWeightAveraging does",
     ),
     "unfrozen and run": (
         lambda m: bnfreeze.freeze(m, "eval"),
@@ -244,3 +255,35 @@ def test_a_name_is_never_printed_raw():
     report = told(model, lambda m: m._buffers["evil\x1b[2J"].zero_(), tensors="all")
     assert "\x1b" not in report.message
     assert "\x1b" not in str(report)
+
+
+def test_a_model_of_another_architecture_is_told_so():
+    before = bnfreeze.snapshot(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), tensors="all")
+    other = nn.ModuleDict({"stem": nn.BatchNorm2d(4), "0": nn.Conv2d(3, 8, 1)})
+    drifts = bnfreeze.verify(other, before).drifts
+    strange = [d for d in drifts if d.kind in {"removed", "added", "shape", "replaced"}]
+    assert strange
+    assert all("another architecture" in d.cause for d in strange)
+
+
+def test_another_model_of_the_same_architecture_is_told_so():
+    before = bnfreeze.snapshot(nn.BatchNorm2d(4), tensors="all")
+    drifts = bnfreeze.verify(nn.BatchNorm2d(4), before).drifts
+    assert {d.kind for d in drifts} == {"replaced"}
+    assert all("All 2 parameters are other objects" in d.cause for d in drifts)
+
+
+def test_a_change_of_values_is_told_before_a_change_of_flags():
+    model = nn.BatchNorm2d(4)
+    before = bnfreeze.snapshot(model, tensors="all")
+    model.weight.requires_grad_(False)
+    with torch.no_grad():
+        model.bias[1] = 5
+    model.bias.requires_grad_(False)
+    report = bnfreeze.verify(model, before)
+    assert [(d.name, d.kind) for d in report.drifts] == [
+        ("weight", "requires-grad"),
+        ("bias", "value"),
+        ("bias", "requires-grad"),
+    ]
+    assert report.message.startswith("bias drifted: 1 of 4 elements differs")

@@ -2,15 +2,21 @@
 
 import copy
 import json
+import os
 import struct
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bnfreeze
 from bnfreeze import CorruptCheckpoint, Snapshot, UnsupportedFormat
+from bnfreeze.proof.compare import compare
 
 
 class Mixed(nn.Module):
@@ -148,6 +154,11 @@ DAMAGE = {
     "a field missing": (lambda h: first(h).pop("kind"), CorruptCheckpoint, "incomplete"),
     "a field too many": (lambda h: first(h).update(evil=1), CorruptCheckpoint, "incomplete"),
     "a dtype that is no text": (lambda h: first(h).update(dtype=3), CorruptCheckpoint, "no text"),
+    "an endless shape": (
+        lambda h: first(h).update(shape=[float("inf")]),
+        CorruptCheckpoint,
+        "incomplete",
+    ),
     "no tensors": (lambda h: h["facts"].update(tensors={}), CorruptCheckpoint, "fit together"),
     "no owner": (lambda h: h["facts"].update(owners={}), CorruptCheckpoint, "fit together"),
     "an unknown alias": (lambda h: first(h).update(first="x"), CorruptCheckpoint, "fit together"),
@@ -205,6 +216,56 @@ def test_a_dtype_that_this_torch_lacks_is_said(tmp_path):
     damaged(tmp_path / "file", lambda h: first(h).update(dtype="nn"))
     with pytest.raises(UnsupportedFormat, match="dtype 'nn', which this version"):
         Snapshot.load(tmp_path / "file")
+
+
+def test_a_dtype_in_a_file_imports_nothing(tmp_path):
+    model = nn.ModuleDict({"norm": nn.BatchNorm2d(3)})
+    bnfreeze.freeze(model)
+    bnfreeze.snapshot(model).save(tmp_path / "file")
+    # torch imports this part of itself when it is asked for as an attribute.
+    damaged(tmp_path / "file", lambda h: first(h).update(dtype="_inductor"))
+    code = (
+        "import sys, bnfreeze\n"
+        "try:\n    bnfreeze.Snapshot.load(sys.argv[1])\n"
+        "except bnfreeze.UnsupportedFormat:\n    print('torch._inductor' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "file")]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "False\n"
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UnsupportedFormat, match="not a regular file"):
+        Snapshot.load(tmp_path / "pipe")
+
+
+def test_a_list_of_digests_of_any_size_is_not_read(tmp_path):
+    with open(tmp_path / "file", "wb") as file:
+        file.write(b"{")
+        file.truncate(1 << 40)  # a hole: it takes no room on the disk
+    with pytest.raises(CorruptCheckpoint, match="larger than any list"):
+        Snapshot.load(tmp_path / "file")
+
+
+def test_values_of_another_shape_than_is_noted_of_a_shard_are_not_compared(tmp_path):
+    model = nn.ModuleDict({"norm": nn.BatchNorm2d(3)})
+    bnfreeze.freeze(model)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    bnfreeze.snapshot(model).save(tmp_path / "file")
+    # What is noted of a shard is the shape of the whole.
+    damaged(tmp_path / "file", lambda h: first(h).update(placement="Shard(dim=0) over (2,)"))
+    values = load_file(tmp_path / "file")
+    with safe_open(tmp_path / "file", "pt") as opened:
+        metadata = opened.metadata()
+    values["norm.weight"] = torch.ones(1_000_000)
+    save_file(values, tmp_path / "file", metadata)
+    before = Snapshot.load(tmp_path / "file")
+    assert [d.kind for d in compare(before.state, before.state).drifts] == ["unverified"]
+    small = bnfreeze.snapshot(model).state
+    facts = replace(small.facts, tensors=before.state.facts.tensors)
+    (drift,) = compare(before.state, replace(small, facts=facts), gathered=True).drifts
+    assert (drift.name, drift.kind) == ("norm.weight", "unverified")
+    assert "(1000000,) → (3,)" in drift.after
 
 
 def test_a_file_cut_short_is_refused_wherever_it_was_cut(digest, tmp_path):

@@ -330,3 +330,27 @@ def test_a_backward_is_seen_too(model):
     with pytest.raises(bnfreeze.DriftError, match=r"norm.running_var .*aten.mul_.Tensor"):
         with bnfreeze.guard(model, trace=True):
             Meddling.apply(model(torch.randn(2, 4))).backward()
+
+
+class Accelerated(torch.optim.Optimizer):
+    """As Accelerate's AcceleratedOptimizer: its base class was never initialised."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+
+def test_of_an_optimizer_in_a_wrapper_the_steps_are_counted(model, optimizer):
+    wrapped = Accelerated(optimizer)
+    with bnfreeze.guard(model, optimizer=wrapped) as watch:
+        train(model, wrapped, 3)
+    assert watch.step == 3

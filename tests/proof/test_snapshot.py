@@ -268,3 +268,8 @@ def test_fifty_real_steps_of_a_frozen_model_raise_nothing(policy, optimizer):
     assert watch.report.ok
     bnfreeze.assert_frozen(model, before)
     assert not bnfreeze.verify(model, everything).ok  # and it did train
+
+
+def test_a_mistyped_selection_is_told_the_word_that_was_meant():
+    with pytest.raises(bnfreeze.PolicyError, match=r"Did you mean 'norm'\?"):
+        bnfreeze.snapshot(nn.BatchNorm2d(4), tensors="nrm")

@@ -98,6 +98,57 @@ def test_what_no_checkpoint_can_hold_is_unverified(model, tmp_path, capsys):
     assert capsys.readouterr().out.split("\t")[:2] == ["head.mask", "unverified"]
 
 
+@pytest.fixture
+def tied(tmp_path):
+    """A model with a weight under two names, and snapshots of it."""
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    for digest in (False, True):
+        held = bnfreeze.snapshot(model, tensors="all", digest=digest)
+        held.save(tmp_path / f"held-{digest}")
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("digest", [False, True])
+def test_a_tied_weight_that_a_file_unties_is_compared_under_each_name(
+    tied, digest, tmp_path, capsys
+):
+    torch.save({**tied, "b.weight": tied["b.weight"] + 1}, tmp_path / "a.pt")
+    arguments = ["verify", str(tmp_path / "a.pt"), str(tmp_path / f"held-{digest}"), "--plain"]
+    assert main(arguments) == 1
+    assert capsys.readouterr().out.split("\t")[:2] == ["b.weight", "value"]
+
+
+@pytest.mark.parametrize("digest", [False, True])
+def test_a_tied_weight_is_compared_under_the_names_that_are_there(tied, digest, tmp_path, capsys):
+    # As save_pretrained leaves all names but one out.
+    torch.save({n: t for n, t in tied.items() if n != "a.weight"}, tmp_path / "a.pt")
+    arguments = ["verify", str(tmp_path / "a.pt"), str(tmp_path / f"held-{digest}"), "--plain"]
+    assert main(arguments) == 1
+    assert capsys.readouterr().out == "a.weight\tremoved\t\n"
+    assert main([*arguments, "--select", "b"]) == 0
+
+
+def test_a_shard_in_a_snapshot_is_not_held_against_a_whole_tensor(model, tmp_path, capsys):
+    state = bnfreeze.snapshot(model, tensors="norm").state
+    name = "body.1.running_mean"
+    facts = state.facts.tensors[name]._replace(placement="Shard(dim=0) over (2,)")
+    state.facts.tensors[name] = facts
+    state.values[name] = state.values[name][:2].clone()
+    bnfreeze.Snapshot(state).save(tmp_path / "held")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    assert main(["verify", str(tmp_path / "model.pt"), str(tmp_path / "held"), "--plain"]) == 1
+    assert capsys.readouterr().out.startswith(f"{name}\tunverified\tits sharding changed")
+
+
+@pytest.mark.parametrize("more", [[], ["--digest"]])
+def test_a_snapshot_takes_no_more_than_the_file_holds(more, tmp_path, capsys):
+    whole = torch.zeros(10_000_000)
+    torch.save({f"{i}.running_var": whole[:] for i in range(500)}, tmp_path / "a.pt")
+    assert main(["snapshot", str(tmp_path / "a.pt"), "-o", str(tmp_path / "held"), *more]) == 2
+    assert "its tensors claim 20,000,000,000 bytes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -106,7 +157,8 @@ def test_what_no_checkpoint_can_hold_is_unverified(model, tmp_path, capsys):
         (["verify", "end.pt", "start.pt"], "is no snapshot"),
         (["snapshot", "start.pt", "-o", "end.pt"], "is there already, and is no snapshot"),
         (["snapshot", "linear.pt", "-o", "held"], "holds no norm layer"),
-        (["snapshot", "start.pt", "-o", "no/where"], "cannot be written"),
+        (["snapshot", "start.pt", "-o", "no/where"], "no/where: cannot be written"),
+        (["snapshot", "start.pt", "-o", ""], "the name of a file is empty"),
     ],
 )
 def test_what_cannot_be_done_is_told_with_exit_code_2(files, capsys, monkeypatch, arguments, says):
@@ -124,3 +176,24 @@ def test_an_earlier_snapshot_may_be_written_over(files):
     for name in ("start.pt", "end.pt"):
         assert main(["snapshot", str(files / name), "-o", str(files / "held")]) == 0
     assert main(["verify", str(files / "end.pt"), str(files / "held")]) == 0
+
+
+def test_a_checkpoint_of_another_model_is_told_so(files, capsys):
+    torch.save({f"student.{k}": v for k, v in torch.load(files / "end.pt").items()}, files / "o.pt")
+    assert main(["verify", str(files / "o.pt"), str(files / "live.safetensors"), "--json"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert {drift["kind"] for drift in data["drifts"]} == {"removed"}
+    assert all("of another model" in drift["cause"] for drift in data["drifts"])
+
+
+@pytest.mark.parametrize("more", [[], ["--digest"]])
+def test_of_files_nothing_is_said_about_live_models(files, capsys, more):
+    held = str(files / "held")
+    main(["snapshot", str(files / "start.pt"), "-o", held, *more])
+    capsys.readouterr()
+    assert main(["verify", str(files / "start.pt"), held]) == 0
+    out = capsys.readouterr().out
+    assert "unchanged, bit for bit." in out
+    assert "guard" not in out
+    assert "optimizers" not in out
+    assert ("SHA-256" in out) == bool(more)

@@ -16,8 +16,9 @@ from bnfreeze import functional
 from bnfreeze.aten import ACTIVATIONS, Affine
 from bnfreeze.functional import _frozen_batch_norm_add, frozen_batch_norm
 from bnfreeze.kernels import plan as plans
-from bnfreeze.kernels.launch import _DTYPES, Launcher
+from bnfreeze.kernels.launch import Launcher
 from bnfreeze.kernels.plan import Variant
+from bnfreeze.kernels.tensors import DTYPES as NAMES
 
 pytestmark = pytest.mark.skipif(fake_cuda.GXX is None, reason="needs g++")
 
@@ -55,12 +56,12 @@ def variants():
         for direction in ("forward", "backward", "trained"):
             for kind in {residual, 0 if activation in (None, "relu", "relu6") else residual}:
                 plan = plans.elementwise(
-                    shape, _DTYPES[dtype], rows, aligned, direction, activation, kind, PROCESSORS
+                    shape, NAMES[dtype], rows, aligned, direction, activation, kind, PROCESSORS
                 )
                 yield plan.variant
     for _, _, dtype, *_ in WIDE:
         for op in ("Forward", "Backward"):
-            name = _DTYPES[dtype]
+            name = NAMES[dtype]
             yield Variant(f"planes<{name}, {plans._LANES[name]}, {op}<RELU, ADD>, true>")
 
 
@@ -138,7 +139,7 @@ def ids(case):
     size = "x".join(map(str, shape))
     kind = ("alone", "add", "affine")[residual]
     how = f"{'rows' if rows else 'planes'}-{'' if aligned else 'mis'}aligned"
-    return f"{size}-{how}-{_DTYPES[dtype]}-{activation}-{kind}"
+    return f"{size}-{how}-{NAMES[dtype]}-{activation}-{kind}"
 
 
 def check(case, driver, *, trained):
@@ -190,7 +191,7 @@ def test_nan_and_inf_pass_as_in_aten(activation, driver):
     x = values.view(6, 1, 1, 1).expand(6, 5, 7, 7).contiguous().half()
     main = norm(5, torch.Generator().manual_seed(3))
     main.weight[0] = 0
-    theirs = functional._ATEN.forward(x, main, None, None, activation)[0]
+    theirs = functional.aten.forward(x, main, None, None, activation, eager=True)[0]
     ours = frozen_batch_norm(x, *main, activation=activation)
     assert torch.equal(ours.isnan(), theirs.isnan())
     assert torch.equal(ours.isinf(), theirs.isinf())

@@ -10,6 +10,7 @@ import torch
 from fake_cuda import FakeDriver, Libraries, compile_all, fake_host
 
 from bnfreeze import BnfreezeWarning, FrozenBatchNorm2d, functional
+from bnfreeze.aten import Affine
 from bnfreeze.functional import backend, frozen_batch_norm
 from bnfreeze.kernels import load
 from bnfreeze.kernels.build import KernelError
@@ -72,8 +73,8 @@ def layer(channels=8):
 
 def exact(made, x, residual=None, activation=None):
     """What ATen computes, in fp64."""
-    norm = functional.Affine(made.running_mean, made.running_var, made.weight, made.bias, made.eps)
-    wide = functional.Affine(*(t.double() for t in norm[:4]), norm.eps)
+    norm = Affine(made.running_mean, made.running_var, made.weight, made.bias, made.eps)
+    wide = Affine(*(t.double() for t in norm[:4]), norm.eps)
     residual = None if residual is None else residual.double()
     return functional.aten.forward(x.double(), wide, residual, None, activation)[0]
 

@@ -1,0 +1,345 @@
+"""Lightning."""
+
+import os
+import pickle
+from unittest.mock import patch
+
+import pytest
+
+pytest.importorskip("lightning")
+import lightning
+import torch
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - its customary name
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import bnfreeze
+from bnfreeze import DriftError, Policy, PolicyError, unfreeze
+from bnfreeze.integrations.lightning import FreezeBatchNorm
+
+from .cells import cell
+from .checks import assert_frozen_as, freeze_by, keeps_its_promise
+
+PACKAGES = ("lightning",)
+# Lightning itself warns: of few workers, of how it uses torch.
+pytestmark = pytest.mark.filterwarnings("ignore", "error::bnfreeze.BnfreezeWarning")
+
+
+class Classifier(lightning.LightningModule):
+    """As people write it; its weight decay moves whatever it can."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch, index):
+        images, labels = batch
+        return F.cross_entropy(self.net(images), labels)
+
+    def validation_step(self, batch, index):
+        self.log("loss", self.training_step(batch, index))
+
+    test_step = validation_step
+
+    def predict_step(self, batch, index):
+        return self.net(batch[0])
+
+    def configure_optimizers(self):
+        training = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.AdamW(training, lr=0.01, weight_decay=0.1)
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """A trainer of two epochs on the CPU that writes nothing but what it is asked to."""
+
+    def trainer(*callbacks, **options):
+        return lightning.Trainer(
+            **{"max_epochs": 2} | options,
+            accelerator="cpu",
+            devices=1,
+            callbacks=list(callbacks),
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+    return trainer
+
+
+def rules(policy):
+    return {"**": policy, "net.fc": "none"} if "weights" in policy else policy
+
+
+def fitted_as_promised(model, policy, trainer, loader):
+    """The callback, not the test, freezes; what it froze must be as if it had always been so."""
+    freeze_by(model, policy)
+    with keeps_its_promise(model, policy):
+        unfreeze(model)
+        trainer.fit(Classifier(model), loader, loader)
+    assert_frozen_as(model, policy)
+
+
+@cell("the callback `FreezeBatchNorm`")
+def test_fit_keeps_the_promise(model, policy, trainer, loader):
+    fitted_as_promised(model, policy, trainer(FreezeBatchNorm(rules(policy))), loader)
+
+
+@cell("the callback in `DistributedDataParallel`, frozen before it wraps")
+def test_fit_freezes_before_ddp_wraps(model, policy, trainer, loader):
+    wrapped = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            wrapped.append(type(trainer.model).__name__)
+
+    callbacks = FreezeBatchNorm(rules(policy)), Look()
+    with patch.dict(os.environ):  # Lightning leaves the group's address there
+        try:
+            fitted_as_promised(model, policy, trainer(*callbacks, strategy="ddp"), loader)
+        finally:
+            torch.distributed.destroy_process_group()
+    assert set(wrapped) == {"DistributedDataParallel"}
+
+
+class Finetuning(BaseFinetuning):
+    """Freezes and thaws all but the head, as the guide to BaseFinetuning does."""
+
+    def __init__(self, train_bn):
+        super().__init__()
+        self.train_bn = train_bn
+
+    def backbone(self, module):
+        return [child for name, child in module.net.named_children() if name != "fc"]
+
+    def freeze_before_training(self, module):
+        self.freeze(self.backbone(module), train_bn=self.train_bn)
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(
+                self.backbone(module), optimizer, lr=0.01, train_bn=self.train_bn
+            )
+
+
+@cell("the callback behind `BaseFinetuning`, `train_bn={train_bn}`")
+@pytest.mark.parametrize("train_bn", [True, False])
+def test_what_finetuning_thaws_is_held_again(model, policy, train_bn, trainer, loader):
+    callbacks = Finetuning(train_bn), FreezeBatchNorm(rules(policy))
+    if train_bn:
+        fitted_as_promised(model, policy, trainer(*callbacks, max_epochs=3), loader)
+    else:
+        # It leaves weight and bias out of its optimizer, held or not.
+        freeze_by(model, policy)
+        before = bnfreeze.snapshot(model)
+        unfreeze(model)
+        trainer(*callbacks, max_epochs=3).fit(Classifier(model), loader, loader)
+        assert bnfreeze.verify(model, before).ok
+        assert {layer.policy for layer in bnfreeze.inspect(model).layers} == {policy}
+
+
+@cell(
+    "the callback behind `WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn())`"
+)
+def test_an_average_by_lerp_leaves_held_bits_alone(model, policy, trainer, loader):
+    averaging = WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    one = trainer(averaging, FreezeBatchNorm(rules(policy)))
+    fitted_as_promised(model, policy, one, loader)
+
+
+@cell("the callback behind `EMAWeightAveraging()`, which rounds what it averages")
+def test_an_average_that_rounds_is_a_drift(model, policy, trainer, loader, refused):
+    one = trainer(EMAWeightAveraging(decay=0.9), FreezeBatchNorm(rules(policy)))
+    with refused(DriftError, "It was written past autograd"):
+        one.fit(Classifier(model), loader)
+
+
+@cell("the callback beside `StochasticWeightAveraging`")
+def test_swa_must_not_reset_what_is_held(model, policy, trainer, loader, refused):
+    callbacks = FreezeBatchNorm(rules(policy)), StochasticWeightAveraging(0.01, swa_epoch_start=1)
+    flags = Policy.parse(policy)
+    if flags.holds_statistics and not policy.startswith("fused"):
+        with refused(PolicyError, "assigns new statistics to each batch norm at its end"):
+            trainer(*callbacks).fit(Classifier(model), loader)
+        return
+    freeze_by(model, policy)
+    before = bnfreeze.snapshot(model)
+    unfreeze(model)
+    trainer(*callbacks, max_epochs=3).fit(Classifier(model), loader)
+    assert bnfreeze.verify(model, before).ok
+    assert_frozen_as(model, policy)
+
+
+@cell("the callback in a run resumed from its checkpoint with a new model")
+def test_a_resumed_run_goes_on_as_frozen(model, policy, trainer, loader, tmp_path):
+    unfrozen = list(model.state_dict())
+    saving = ModelCheckpoint(tmp_path, filename="first")
+    trainer(FreezeBatchNorm(rules(policy)), saving).fit(Classifier(model), loader)
+    stored = torch.load(tmp_path / "first.ckpt", weights_only=True)["state_dict"]
+    assert list(stored) == [f"net.{name}" for name in unfrozen]
+
+    fresh = type(model)()
+    freeze_by(fresh, policy)
+    fresh.load_state_dict(model.state_dict())
+    with keeps_its_promise(fresh, policy):
+        fresh.load_state_dict(type(model)().state_dict())
+        unfreeze(fresh)
+        trainer(FreezeBatchNorm(rules(policy)), max_epochs=4).fit(
+            Classifier(fresh), loader, ckpt_path=tmp_path / "first.ckpt", weights_only=True
+        )
+    assert_frozen_as(fresh, policy)
+
+
+@cell("the callback, and `test` and `predict` before and after `fit`")
+def test_nothing_is_frozen_but_for_fit(model, policy, trainer, loader):
+    module, callback = Classifier(model), FreezeBatchNorm(rules(policy))
+    one = trainer(callback)
+    one.test(module, loader, verbose=False)
+    one.predict(module, loader)
+    assert {layer.policy for layer in bnfreeze.inspect(model).layers} == {"none"}
+    one.fit(module, loader)
+    before = bnfreeze.snapshot(model, tensors="all")
+    expected = model.eval()(loader.dataset.tensors[0])
+    one.test(module, loader, verbose=False)
+    assert torch.equal(torch.cat(one.predict(module, loader)), expected)
+    assert bnfreeze.snapshot(model, tensors="all") == before
+
+
+# Fabric leaves the loop to its user.
+
+
+@cell("`Fabric.setup`, and a guard on what it gives")
+def test_fabric_keeps_the_promise(model, policy, loader):
+    freeze_by(model, policy)
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    training = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(training, lr=0.01, weight_decay=0.1)
+    prepared, optimizer = fabric.setup(model, optimizer)
+    with (
+        keeps_its_promise(model, policy),
+        bnfreeze.guard(prepared, optimizer=optimizer) as watch,
+    ):
+        for images, labels in fabric.setup_dataloaders(loader):
+            prepared.train()
+            optimizer.zero_grad()
+            fabric.backward(F.cross_entropy(prepared(images), labels))
+            optimizer.step()
+    assert watch.step == 2
+    assert_frozen_as(model, policy)
+
+
+def test_patterns_match_through_fabric(model):
+    prepared = lightning.Fabric(accelerator="cpu", devices=1).setup(model)
+    report = bnfreeze.freeze(prepared, {"layer1": "eval"})
+    assert sum(row.policy == "eval" for row in report.layers) == 2
+
+
+# What goes wrong is said.
+
+
+def test_a_drift_ends_the_training_at_the_step_after_which_it_is_seen(model, trainer, loader):
+    class Meddle(Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            if trainer.global_step == 2:
+                module.net.bn1.running_mean += 1
+
+    one = trainer(FreezeBatchNorm("eval"), Meddle())
+    with pytest.raises(DriftError, match=r"bn1.running_mean drifted at step 3"):
+        one.fit(Classifier(model), loader)
+    assert one.global_step < 4
+
+
+def test_without_a_guard_nothing_is_watched(model, trainer, loader):
+    class Meddle(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            module.net.bn1.running_mean += 1
+
+    trainer(FreezeBatchNorm("eval", guard=False), Meddle()).fit(Classifier(model), loader)
+
+
+@pytest.mark.parametrize(("every", "step"), [(1, 1), (3, 3)])
+def test_the_guards_options_are_passed_on(model, trainer, loader, every, step):
+    class Meddle(Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            module.net.fc.bias.data.add_(1)
+            module.net.bn1.running_mean += 1
+
+    watching = FreezeBatchNorm("affine", every=every, tensors="**.running_mean")
+    with pytest.raises(DriftError, match=f"running_mean drifted .*step.* {step}[^0-9]"):
+        trainer(watching, Meddle()).fit(Classifier(model), loader)
+
+
+def test_an_error_in_training_ends_the_watch_and_is_what_is_raised(model, trainer, loader):
+    class Break(Callback):
+        def on_train_batch_end(self, *_):
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer(FreezeBatchNorm(), Break()).fit(Classifier(model), loader)
+    model.bn1.running_mean += 1
+    optimizer = torch.optim.SGD(model.fc.parameters(), lr=0.1)
+    model(loader.dataset.tensors[0]).sum().backward()
+    optimizer.step()  # no guard is left behind that would raise
+
+
+def test_the_other_order_is_refused_before_training(model, trainer, loader):
+    before = bnfreeze.snapshot(model, tensors="all")
+    for other in (Finetuning(False), BackboneFinetuning(), WeightAveraging()):
+        with pytest.raises(PolicyError, match="put FreezeBatchNorm behind it"):
+            trainer(FreezeBatchNorm(), other).fit(Classifier(model), loader)
+    unfreeze(model)
+    assert bnfreeze.snapshot(model, tensors="all") == before
+
+
+class Converts(Callback):
+    """Does what ``Trainer(sync_batchnorm=True)`` does at this moment, where there is a GPU."""
+
+    def on_fit_start(self, trainer, module):
+        module.net = nn.SyncBatchNorm.convert_sync_batchnorm(module.net)
+
+
+def test_live_layers_in_place_of_frozen_ones_are_refused_before_training(model, trainer, loader):
+    with pytest.raises(PolicyError, match=r"Of 6 frozen norm layers 0 are left.*sync_batchnorm"):
+        trainer(Converts(), FreezeBatchNorm()).fit(Classifier(model), loader)
+
+
+def test_converting_passes_fused_layers_by(model, trainer, loader):
+    trainer(Converts(), FreezeBatchNorm("fused")).fit(Classifier(model), loader)
+    assert_frozen_as(model, "fused")
+
+
+def test_layers_that_are_not_there_yet_are_refused(trainer, loader):
+    class Late(Classifier):
+        def configure_model(self):
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(768, 4), nn.BatchNorm1d(4))
+
+    with pytest.raises(PolicyError, match="has no norm layer"):
+        trainer(FreezeBatchNorm()).fit(Late(None), loader)
+
+
+def test_what_base_finetuning_does_by_itself_is_found_and_named(model, trainer, loader):
+    trainer(Finetuning(train_bn=False), max_epochs=1).fit(Classifier(model), loader)
+    found = [one for one in bnfreeze.inspect(model).findings if one.layer == "layer1.bn1"]
+    assert [one.code for one in found] == ["batch-stats-in-train"]
+    assert "track_running_stats is False, as Lightning's BaseFinetuning sets it" in found[0].message
+    assert "freeze(model, 'eval')" in found[0].remedy
+
+
+def test_a_trainer_that_has_run_can_be_pickled(model, trainer, loader):
+    callback = FreezeBatchNorm("fused")
+    trainer(callback).fit(Classifier(model), loader)
+    assert len(callback.report.layers) == 6
+    again = pickle.loads(pickle.dumps(callback))
+    trainer(again).fit(Classifier(model), loader)
+    assert len(again.report.layers) == 6

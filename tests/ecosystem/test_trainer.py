@@ -1,0 +1,199 @@
+"""Transformers' Trainer."""
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+import torch
+from torch import distributed, nn
+from torch.nn import functional as F  # noqa: N812 - its customary name
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import bnfreeze
+from bnfreeze import DriftError, PolicyError, unfreeze
+from bnfreeze.integrations.transformers import FreezeBatchNorm
+
+from .cells import cell
+from .checks import assert_frozen_as, freeze_by, keeps_its_promise
+
+PACKAGES = ("transformers", "accelerate")
+# Transformers and Accelerate warn of how they use torch, and of pinned memory without a GPU.
+pytestmark = pytest.mark.filterwarnings("ignore", "error::bnfreeze.BnfreezeWarning")
+
+
+class WithLoss(nn.Module):
+    """What Trainer asks of a model that is not Transformers' own."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.net(pixel_values)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+DATA = [{"pixel_values": torch.randn(3, 16, 16), "labels": index % 4} for index in range(8)]
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """A trainer of two epochs on the CPU."""
+
+    def trainer(model, *callbacks, **options):
+        arguments = {"num_train_epochs": 2, "save_strategy": "no"} | options
+        return Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=tmp_path,
+                use_cpu=True,
+                per_device_train_batch_size=4,
+                learning_rate=0.01,
+                weight_decay=0.1,
+                lr_scheduler_type="constant",
+                report_to=[],
+                disable_tqdm=True,
+                **arguments,
+            ),
+            train_dataset=DATA,
+            eval_dataset=DATA,
+            callbacks=list(callbacks),
+        )
+
+    return trainer
+
+
+def rules(policy):
+    return {"**": policy, "net.fc": "none"} if "weights" in policy else policy
+
+
+@cell("the callback `FreezeBatchNorm`")
+def test_train_keeps_the_promise(model, policy, trainer):
+    freeze_by(model, policy)
+    with keeps_its_promise(model, policy):
+        unfreeze(model)
+        one = trainer(WithLoss(model), FreezeBatchNorm(rules(policy)), eval_strategy="epoch")
+        assert_frozen_as(model, policy)  # at once
+        one.train()
+    assert_frozen_as(model, policy)
+
+
+@cell("the callback, and `predict` after training")
+def test_predicting_changes_nothing(model, policy, trainer):
+    one = trainer(WithLoss(model), FreezeBatchNorm(rules(policy)))
+    one.train()
+    before = bnfreeze.snapshot(model, tensors="all")
+    expected = model.eval()(torch.stack([item["pixel_values"] for item in DATA[:4]]))
+    found = torch.from_numpy(one.predict(DATA[:4]).predictions)
+    torch.testing.assert_close(found, expected)
+    assert bnfreeze.snapshot(model, tensors="all") == before
+
+
+@cell("the callback with `bf16=True`")
+def test_training_under_autocast_keeps_the_promise(model, policy, trainer):
+    freeze_by(model, policy)
+    with keeps_its_promise(model, policy):
+        unfreeze(model)
+        trainer(WithLoss(model), FreezeBatchNorm(rules(policy)), bf16=True).train()
+    assert_frozen_as(model, policy)
+
+
+@cell("the callback in a run resumed from its checkpoint with a new model")
+def test_a_resumed_run_goes_on_as_frozen(model, policy, trainer, tmp_path):
+    trainer(WithLoss(model), FreezeBatchNorm(rules(policy)), save_strategy="epoch").train()
+    fresh = type(model)()
+    freeze_by(fresh, policy)
+    fresh.load_state_dict(model.state_dict())
+    with keeps_its_promise(fresh, policy):
+        fresh.load_state_dict(type(model)().state_dict())
+        unfreeze(fresh)
+        one = trainer(WithLoss(fresh), FreezeBatchNorm(rules(policy)), num_train_epochs=4)
+        one.train(resume_from_checkpoint=True)
+    assert one.state.global_step == 8
+    assert_frozen_as(fresh, policy)
+
+
+# What goes wrong is said.
+
+
+class Meddle(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **events):
+        if state.global_step == 2:
+            model.net.bn1.running_mean += 1
+
+
+def test_a_drift_ends_the_training_at_the_step_after_which_it_is_seen(model, trainer):
+    one = trainer(WithLoss(model), FreezeBatchNorm("eval"), Meddle())
+    with pytest.raises(DriftError, match=r"bn1.running_mean drifted at step 3"):
+        one.train()
+
+
+def test_without_a_guard_nothing_is_watched(model, trainer):
+    trainer(WithLoss(model), FreezeBatchNorm("eval", guard=False), Meddle()).train()
+
+
+def test_the_guards_options_are_passed_on(model, trainer):
+    watching = FreezeBatchNorm("eval", every=4, tensors="**.running_mean")
+    with pytest.raises(DriftError, match=r"running_mean drifted between steps 1 and 4"):
+        trainer(WithLoss(model), watching, Meddle()).train()
+
+
+def test_training_that_failed_leaves_no_guard_behind_for_the_next(model, trainer):
+    class Break(TrainerCallback):
+        def on_step_end(self, *_, **events):
+            raise RuntimeError("out of luck")
+
+    callback = FreezeBatchNorm("eval")
+    one = trainer(WithLoss(model), callback, Break())
+    with pytest.raises(RuntimeError, match="out of luck"):
+        one.train()
+    one.remove_callback(Break)
+    model.bn1.running_mean += 1
+    one.train()
+    assert callback.report is not None
+
+
+def test_each_model_that_the_trainer_builds_is_frozen(model, tmp_path):
+    callback = FreezeBatchNorm("eval")
+    built = []
+
+    def model_init():
+        built.append(WithLoss(type(model)()))
+        return built[-1]
+
+    one = Trainer(
+        model_init=model_init,
+        args=TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[], max_steps=2),
+        train_dataset=DATA,
+        callbacks=[callback],
+    )
+    one.train()
+    assert one.model is built[-1]
+    assert_frozen_as(built[-1], "eval")
+
+
+def test_a_callback_added_later_freezes_as_training_begins(model, trainer):
+    one = trainer(WithLoss(model))
+    one.add_callback(FreezeBatchNorm("fused"))
+    one.train()
+    assert_frozen_as(model, "fused")
+
+
+def test_freezing_as_training_begins_is_refused_where_ddp_wraps_the_model_already(model):
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        late = FreezeBatchNorm()
+        with pytest.raises(PolicyError, match="give FreezeBatchNorm to the Trainer as it is built"):
+            late.on_train_begin(None, None, None, model=model, optimizer=None)
+        unfreeze(model)
+        early = FreezeBatchNorm()
+        early.on_init_end(None, None, None, model=model)
+        early.on_train_begin(None, None, None, model=model, optimizer=None)
+        early.on_train_end(None, None, None)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_what_cannot_be_kept_is_refused_before_training(trainer, model):
+    with pytest.raises(PolicyError, match="backbone"):
+        trainer(WithLoss(model), FreezeBatchNorm({"backbone": "eval"}))
