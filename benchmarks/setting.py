@@ -46,12 +46,15 @@ class Setting:
             return gpu
         return {"tiny": tiny, "quick": quick, "full": full}[self.size]
 
-    def effort(self, quick: float, full: float, gpu: float) -> Effort:
-        """Return how long one comparison may take, from the seconds for each size."""
+    def effort(self, quick: float, full: float, gpu: float, turns: int = 1) -> Effort:
+        """Return how long one comparison may take, from the seconds for each size.
+
+        With several ``turns`` the fastest of them counts; on a GPU, where little disturbs, each.
+        """
         return self.pick(
             tiny=Effort(1, 0.0, least=1, sample=0.0),
-            quick=Effort(9, quick, least=3),
-            full=Effort(20, full, least=4),
+            quick=Effort(9, quick, least=3, turns=turns),
+            full=Effort(20, full, least=4, turns=turns),
             gpu=Effort(20, gpu, least=5),
         )
 

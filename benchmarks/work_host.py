@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 
@@ -53,19 +53,13 @@ def measure(setting: Setting) -> Iterable[Record]:
         for arm, layer in layers.items():
             around = stub_driver if arm == STUB else nullcontext
             samplers[arm] = _within(around, repeated(make(layer, x), 20, torch.device("cpu")))
+        effort = setting.pick(
+            tiny=Effort(1, 0.0, least=1),
+            quick=Effort(7, math.inf, turns=40),
+            full=Effort(20, math.inf, turns=100),
+        )
         with _one_core(setting):
-            yield from ratios("host", {"call": name}, _fastest(setting, samplers), BASE)
-
-
-def _fastest(setting: Setting, samplers: Mapping[str, Sampler]) -> dict[str, list[float]]:
-    """Return for each round and arm the least of many turns."""
-    rounds, turns = setting.pick(tiny=(1, 1), quick=(7, 40), full=(20, 100))
-    effort = Effort(turns, math.inf)
-    times: dict[str, list[float]] = {arm: [] for arm in samplers}
-    for _ in range(rounds):
-        for arm, column in in_turns(samplers, effort).items():
-            times[arm].append(min(column))
-    return times
+            yield from ratios("host", {"call": name}, in_turns(samplers, effort), BASE)
 
 
 @contextmanager

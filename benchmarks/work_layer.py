@@ -126,7 +126,7 @@ def _compare(
         return call
 
     calls = setting.prepared({arm.name: partial(make, arm) for arm in arms})
-    effort = setting.effort(quick=0.3, full=1.2, gpu=0.15)
+    effort = setting.effort(quick=0.3, full=1.2, gpu=0.15, turns=5)
     if setting.on_gpu:
         yield from cuda.layer_times(calls, setting, effort)
         return

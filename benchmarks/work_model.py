@@ -56,7 +56,7 @@ def block(setting: Setting) -> Iterable[Record]:
                     works[arm.name] = partial(
                         _forward_backward, arm.ready(model), x, wanted, precision
                     )
-                yield from _compared(setting, "block", case, works, (1.5, 8.0, 1.0))
+                yield from _compared(setting, "block", case, works, (1.5, 8.0, 1.0), turns=3)
 
 
 def step(setting: Setting) -> Iterable[Record]:
@@ -204,6 +204,7 @@ def _compared(
     case: dict[str, str],
     works: dict[str, Callable[[], object]],
     seconds: tuple[float, float, float],
+    turns: int = 1,
 ) -> Iterable[Record]:
     """Yield the arms' ratios, and on a GPU those of CUDA graphs of the same work as well.
 
@@ -213,8 +214,9 @@ def _compared(
         case: what tells it from other cases.
         works: what each arm does.
         seconds: how long this may take in a quick run, in a full one, and in one on a GPU.
+        turns: of so many in a round the fastest counts.
     """
-    effort = setting.effort(*seconds)
+    effort = setting.effort(*seconds, turns)
     for way in ("eager", "graph") if setting.on_gpu else ("",):
         if way == "graph":
             pool = torch.cuda.graph_pool_handle()

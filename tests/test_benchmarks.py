@@ -212,6 +212,12 @@ def test_each_round_gives_every_arm_its_turn():
     assert [len(column) for column in times.values()] == [8, 8, 8]
 
 
+def test_of_several_turns_in_a_round_the_fastest_counts():
+    spent = iter([9.0, 5.0, 3.0, 4.0, 8.0, 7.0, 6.0])  # the first of them warms up
+    times = in_turns({"a": lambda: next(spent)}, Effort(rounds=2, seconds=60.0, turns=3))
+    assert times == {"a": [3.0, 6.0]}
+
+
 def test_an_arm_that_fails_is_left_out_and_named():
     setting = Setting(torch.device("cpu"))
 
