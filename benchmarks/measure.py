@@ -1,8 +1,9 @@
 """How it is measured: in rounds, where every arm has its turn, in a new order each time.
 
 Other load on the machine then falls on all arms alike, and a ratio of two times of the same round
-says more than either. It can also only add to a time: where a turn is short, a round has many, and
-of each arm the fastest counts. On a GPU time is taken by CUDA events on the stream, on a CPU by the clock.
+says more than either. It can also only add to a time: where a turn is short, a round has several,
+and of each arm the fastest counts. On a GPU time is taken by CUDA events on the stream, on a CPU by
+the clock.
 """
 
 from __future__ import annotations

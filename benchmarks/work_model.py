@@ -79,7 +79,7 @@ def step(setting: Setting) -> Iterable[Record]:
                 "batch": f"{batch} at {height}",
             }
             works = {arm: partial(steps[arm], images, labels) for arm in steps}
-            yield from _compared(setting, "step", case, works, (3.0, 40.0, 6.0))
+            yield from _compared(setting, "step", case, works, (3.0, 40.0, 6.0), turns=2)
 
 
 def backbone(setting: Setting) -> Iterable[Record]:
