@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks import picture, report, runs
 from benchmarks.facts import BASE, Record, Run
+from benchmarks.work_host import STUB
 
 ROOT = Path(__file__).parent.parent
 RUN = ROOT / "benchmarks" / "results" / "cpu.json"
@@ -110,12 +111,13 @@ def _inspect(run: Run) -> str:
 
 
 def _host(run: Run) -> str:
-    arm = "bnfreeze fused, kernel path on a stub driver"
-    without = _find(run, "host", arm, "x", call="forward, no grad")
-    with_grad = _find(run, "host", arm, "x", call="forward, grad")
+    without, with_grad, both = (
+        _find(run, "host", STUB, "x", call=call).median
+        for call in ("forward, no grad", "forward, grad", "forward and backward")
+    )
     return (
-        f"{without.median:.1f} times `BatchNorm2d.eval()` without grad and {with_grad.median:.1f} "
-        "times with"
+        f"{without:.2f} times `BatchNorm2d.eval()` without grad, {with_grad:.2f} times with, and "
+        f"{both:.2f} times together with its backward"
     )
 
 
