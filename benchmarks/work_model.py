@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -170,8 +171,10 @@ def calibrated(model: nn.Module, shape: Sequence[int]) -> nn.Module:
     return model
 
 
-def _cases(setting: Setting) -> Iterator[tuple[str, str]]:
-    return ((precision, layout) for precision in PRECISIONS for layout in LAYOUTS)
+def _cases(setting: Setting) -> Sequence[tuple[str, str]]:
+    """Return every precision and layout; of a tiny run each of them at least once."""
+    every = tuple(product(PRECISIONS, LAYOUTS))
+    return setting.pick(tiny=(every[0], every[3], every[5]), quick=every, full=every)
 
 
 def _batches(setting: Setting, precision: str, layout: str) -> tuple[int, ...]:

@@ -91,6 +91,7 @@ def test_an_arm_leaves_the_model_that_it_copies_as_it_is(block):
     assert all(torch.equal(before[name], tensor) for name, tensor in block.state_dict().items())
 
 
+@pytest.mark.slow  # compiles C++ without a cache
 def test_inductors_pass_takes_the_norm_layer_away(tmp_path, monkeypatch):
     live = nn.Sequential(nn.Conv2d(3, 6, 1), trained_norm(6))
     x = torch.randn(2, 3, 4, 4)
