@@ -10,13 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from bnfreeze.errors import DriftError, PolicyError
-from bnfreeze.inspection import inspect
+from bnfreeze.freezing.surgery import freeze
+from bnfreeze.looking.inspection import inspect
 from bnfreeze.patterns import parse_rules
 from bnfreeze.policy import Policy
 from bnfreeze.proof.bits import shard
 from bnfreeze.proof.watch import Guard, guard
 from bnfreeze.report import FreezeReport
-from bnfreeze.surgery import freeze
 
 __all__ = ["Keeper"]
 
