@@ -471,6 +471,32 @@ def test_scripted_after_freezing_the_copy_is_in_eval_as_long_as_nobody_asks_othe
     assert moved(before, model) == set()
 
 
+@pytest.mark.parametrize(
+    ("layer", "policy"),
+    [
+        (nn.InstanceNorm2d(3, track_running_stats=True), "eval"),
+        (nn.SyncBatchNorm(3), "stats"),
+        (nn.BatchNorm2d(3), "fused"),
+    ],
+)
+def test_a_layer_that_cannot_be_scripted_says_what_to_do_instead(layer, policy):
+    model = nn.Sequential(layer)
+    freeze(model, policy)
+    with pytest.raises(
+        PolicyError, match=r"cannot be compiled by torch\.jit\.script\. Use torch\."
+    ):
+        torch.jit.script(model)
+    assert model[0] is layer
+
+
+def test_under_stats_a_scripted_copy_keeps_the_statistics_too(model, images):
+    freeze(model, "stats")
+    scripted, before = torch.jit.script(model), state(model)
+    assert torch.equal(scripted.train()(images), model.train()(images))
+    assert torch.equal(scripted.eval()(images), model.eval()(images))
+    assert moved(before, scripted) == moved(before, model) == set()
+
+
 def test_a_scripted_model_is_refused_and_a_scripted_layer_can_be_left_out(model):
     scripted = torch.jit.script(model)
     with pytest.raises(TypeError, match=r"freeze the original nn\.Module"):

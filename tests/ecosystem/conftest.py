@@ -84,16 +84,6 @@ def thaws(record_property):
 
 
 @pytest.fixture
-def fails(request):
-    """``fails(reason, error)``: a cell that is still to be mended; once it is, the test fails."""
-
-    def fails(reason, error):
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=error, strict=True))
-
-    return fails
-
-
-@pytest.fixture
 def remark(record_property):
     """``remark(text)``: what a person should know of a cell that works."""
     return lambda text: record_property("remark", text)

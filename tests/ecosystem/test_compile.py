@@ -1,6 +1,10 @@
 """torch.compile."""
 
 import copy
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +60,13 @@ def test_in_evaluation_it_computes_as_uncompiled(model, images, policy):
     assert_frozen_as(model, policy)
 
 
+def cannot_compile():
+    """Whether inductor lacks a C++ compiler, or Python's headers."""
+    compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    return not compiler or not Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+@pytest.mark.skipif(cannot_compile(), reason="needs a C++ compiler and Python's headers")
 @cell("training, inductor")
 def test_inductor_compiles_it(images, policy):
     model = nn.Sequential(BasicBlock(3, 3), nn.Flatten(), nn.Linear(3 * 16 * 16, 2))

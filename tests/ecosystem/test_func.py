@@ -72,9 +72,7 @@ def test_a_traced_graph_trains_and_is_frozen(model, images, policy):
 
 
 @cell("frozen after `torch.fx.symbolic_trace`")
-def test_a_graph_module_is_frozen_as_any_other(model, images, policy, fails):
-    if policy == "fused-act":
-        fails("its generated forward belongs to no package", AttributeError)
+def test_a_graph_module_is_frozen_as_any_other(model, images, policy):
     graph = torch.fx.symbolic_trace(model)
     freeze_by(graph, policy)
     with keeps_its_promise(graph, policy):
