@@ -20,16 +20,16 @@ if TYPE_CHECKING:
         UnsupportedFormat,
     )
     from bnfreeze.findings import Finding
-    from bnfreeze.inspected import Inspection
+    from bnfreeze.freezing.surgery import freeze, unfreeze
     from bnfreeze.layers import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
-    from bnfreeze.looking import inspect
+    from bnfreeze.looking.dispatch import inspect
+    from bnfreeze.looking.inspected import Inspection
     from bnfreeze.policy import Policy
     from bnfreeze.proof.drift import Drift
     from bnfreeze.proof.report import DriftReport
     from bnfreeze.proof.snapshot import Snapshot, assert_frozen, snapshot, verify
     from bnfreeze.proof.watch import guard
     from bnfreeze.report import FreezeReport, LayerRow
-    from bnfreeze.surgery import freeze, unfreeze
 
 __all__ = [
     "BnfreezeError",
@@ -71,7 +71,7 @@ _HOME = {
     "DriftReport": "proof.report",
     "Finding": "findings",
     "FreezeReport": "report",
-    "Inspection": "inspected",
+    "Inspection": "looking.inspected",
     "LayerRow": "report",
     "FrozenBatchNorm1d": "layers",
     "FrozenBatchNorm2d": "layers",
@@ -82,11 +82,11 @@ _HOME = {
     "UnsafeCheckpoint": "errors",
     "UnsupportedFormat": "errors",
     "assert_frozen": "proof.snapshot",
-    "freeze": "surgery",
+    "freeze": "freezing.surgery",
     "guard": "proof.watch",
-    "inspect": "looking",
+    "inspect": "looking.dispatch",
     "snapshot": "proof.snapshot",
-    "unfreeze": "surgery",
+    "unfreeze": "freezing.surgery",
     "verify": "proof.snapshot",
 }
 _MODULES = {"functional"}

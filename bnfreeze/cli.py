@@ -20,8 +20,8 @@ from bnfreeze.errors import BnfreezeError
 
 if TYPE_CHECKING:
     from bnfreeze.checkpoint import Checkpoint, StoredTensor
-    from bnfreeze.checkpoint_inspection import CheckpointInspection
-    from bnfreeze.origin import Origin
+    from bnfreeze.looking.checkpoint_inspection import CheckpointInspection
+    from bnfreeze.looking.origin import Origin
 
 __all__ = ["main"]
 
@@ -158,7 +158,7 @@ class _Version(argparse.Action):
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from bnfreeze.looking import inspect_checkpoint
+    from bnfreeze.looking.dispatch import inspect_checkpoint
 
     _check_outputs(options)
     shown: list[CheckpointInspection] = []
@@ -193,7 +193,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     from bnfreeze.checkpoint import open_checkpoint
-    from bnfreeze.difference import compare
+    from bnfreeze.looking.difference import compare
 
     _check_outputs(options)
     with open_checkpoint(options.first) as first, open_checkpoint(options.second) as second:
@@ -263,8 +263,8 @@ def _part(
 ) -> tuple[dict[str, StoredTensor], Origin]:
     """The tensors of a checkpoint that the options ask for, and where they come from."""
     from bnfreeze.checkpoint import telling
-    from bnfreeze.looking import selected
-    from bnfreeze.origin import Origin
+    from bnfreeze.looking.dispatch import selected
+    from bnfreeze.looking.origin import Origin
 
     found = checkpoint.state_dict(options.key)
     with telling(checkpoint.path):

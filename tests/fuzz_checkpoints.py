@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from bnfreeze import CheckpointError
 from bnfreeze.checkpoint import open_checkpoint
-from bnfreeze.looking import inspect_checkpoint
+from bnfreeze.looking.dispatch import inspect_checkpoint
 
 from .checkpoints import FORMATS
 

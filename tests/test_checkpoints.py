@@ -13,9 +13,9 @@ import bnfreeze
 from bnfreeze import UnsupportedFormat, inspect
 from bnfreeze.checkpoint import open_checkpoint
 from bnfreeze.checkpoint.torch_names import ALLOWED, STORAGES
-from bnfreeze.difference import compare
-from bnfreeze.origin import Origin
-from bnfreeze.state_dict_tensors import in_memory
+from bnfreeze.looking.difference import compare
+from bnfreeze.looking.origin import Origin
+from bnfreeze.looking.state_dict_tensors import in_memory
 
 from .checkpoints import FORMATS, save_zip
 from .helpers import bits

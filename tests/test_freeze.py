@@ -382,7 +382,7 @@ def test_what_is_no_optimizer_is_refused_before_anything_changes(model):
 def test_an_error_half_way_leaves_nothing_half_frozen(model, monkeypatch):
     model.stem[1].weight.grad = torch.ones(4)
     before = description(model)
-    from bnfreeze import transaction
+    from bnfreeze.freezing import transaction
 
     real, count = transaction.set_record, []
 

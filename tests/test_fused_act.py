@@ -650,7 +650,7 @@ def test_a_shallow_copy_takes_its_own_forward(model, x, calls):
 
 
 def test_an_error_leaves_nothing_half_changed(model, monkeypatch):
-    from bnfreeze import blocks
+    from bnfreeze.absorbing import blocks
 
     freeze(model, "fused")
     before = description(model)

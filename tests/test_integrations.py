@@ -42,6 +42,9 @@ def test_an_unknown_policy_is_told_at_once():
 def test_what_has_been_thawed_is_held_again(model):
     keeper = Keeper("eval+affine")
     keeper.hold(model)
+    first = keeper.report
+    assert not keeper.hold(model)
+    assert keeper.report is first
     model.requires_grad_(True)
     keeper.hold(model)
     assert not any(layer.trains_affine for layer in bnfreeze.inspect(model).layers)

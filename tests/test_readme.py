@@ -59,7 +59,7 @@ def test_the_policy_table_agrees_with_the_policies():
 
 def test_every_finding_is_explained():
     sources = "".join(
-        (ROOT / "bnfreeze" / f"{name}.py").read_text()
+        (ROOT / "bnfreeze" / "looking" / f"{name}.py").read_text()
         for name in ("health", "inspection", "stored_layers", "difference")
     )
     codes = set(re.findall(r'"(?:error|warning|note)"[^,]*,\s*"([a-z-]+)"', sources))

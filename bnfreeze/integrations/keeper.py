@@ -10,13 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from bnfreeze.errors import DriftError, PolicyError
-from bnfreeze.inspection import inspect
+from bnfreeze.freezing.surgery import freeze
+from bnfreeze.looking.inspection import inspect
 from bnfreeze.patterns import parse_rules
 from bnfreeze.policy import Policy
 from bnfreeze.proof.bits import shard
 from bnfreeze.proof.watch import Guard, guard
 from bnfreeze.report import FreezeReport
-from bnfreeze.surgery import freeze
 
 __all__ = ["Keeper"]
 
@@ -29,7 +29,7 @@ class Keeper:
         guard: whether to watch; `every`, `tensors` and `trace` are as in `bnfreeze.guard`.
 
     Attributes:
-        report: what the last freezing did; None before.
+        report: what was frozen, and how; None before.
 
     Raises:
         PolicyError: an unknown policy.
@@ -60,14 +60,17 @@ class Keeper:
         """Freeze, or hold again what something has thawed since.
 
         Returns:
-            Whether anything had to be done.
+            Whether anything was frozen that was not, or not by this policy.
 
         Raises:
             PolicyError: the policy cannot be kept, or the model has no norm layer.
         """
-        self.report = freeze(model, self._policy)
+        report = freeze(model, self._policy)
         self._frozen = _frozen(model)
-        return any(row.actions for row in self.report.layers)
+        changed = any(row.actions for row in report.layers)
+        if changed or self.report is None:
+            self.report = report
+        return changed
 
     def looks_live(self, model: nn.Module) -> bool:
         """Whether a tool that looks for torch's batch norm takes a held layer for a live one."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bnfreeze.behaviour import optimizers_by_id
 from bnfreeze.errors import PolicyError
+from bnfreeze.looking.behaviour import optimizers_by_id
 from bnfreeze.norms import NamedModule, is_lookalike, is_norm, named_modules
 from bnfreeze.patterns import Pattern, nearest
 from bnfreeze.proof import bits

@@ -10,6 +10,7 @@ from torch import Tensor
 from bnfreeze.checkpoint import StoredTensor
 from bnfreeze.checkpoint.tensors import check_claims
 from bnfreeze.errors import CheckpointError, PolicyError
+from bnfreeze.looking.state_dict_tensors import in_memory
 from bnfreeze.patterns import Pattern
 from bnfreeze.proof import bits
 from bnfreeze.proof.compare import DIGESTED, compare
@@ -18,7 +19,6 @@ from bnfreeze.proof.facts import LISTED, Facts, OwnerFacts, TensorFacts
 from bnfreeze.proof.report import DriftReport
 from bnfreeze.proof.snapshot import Snapshot
 from bnfreeze.proof.state import State
-from bnfreeze.state_dict_tensors import in_memory
 
 __all__ = ["snapshot_of", "verify_stored"]
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its customary name
 from torch.overrides import get_testing_overrides
 
-from bnfreeze.bytecode import LOOKUPS, Code, Untraceable
-from bnfreeze.watched import ABSENT, Name
+from bnfreeze.absorbing.bytecode import LOOKUPS, Code, Untraceable
+from bnfreeze.absorbing.watched import ABSENT, Name
 
 __all__ = ["KNOWN_PACKAGES", "Voucher", "is_known"]
 

@@ -6,7 +6,7 @@ passes over what it does besides (an attribute set, a context entered, a random 
 shadow of the block is traced: modules that share the block's tensors and children, whose attributes
 are watched. What is read becomes a condition under which the graph holds (`Trace.reads`),
 ``training`` a value of the graph, and what a graph cannot say is refused; what no trace could show
-is refused before, by the look of the code (`bnfreeze.vouching`).
+is refused before, by the look of the code (`bnfreeze.absorbing.vouching`).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnfreeze.bytecode import Untraceable
+from bnfreeze.absorbing.bytecode import Untraceable
+from bnfreeze.absorbing.shadows import Shadows
+from bnfreeze.absorbing.watched import Name, Read
 from bnfreeze.record import layer_class
-from bnfreeze.shadows import Shadows
-from bnfreeze.watched import Name, Read
 
 __all__ = ["IN_PLACE_ADD", "Kind", "Trace", "trace"]
 

@@ -16,12 +16,12 @@ from torch import fx, nn
 from torch.nn import functional as F  # noqa: N812 - its customary name
 from torch.nn.modules.conv import _ConvNd
 
+from bnfreeze.absorbing.sums import is_drop, norm_add
+from bnfreeze.absorbing.tracing import IN_PLACE_ADD
+from bnfreeze.absorbing.vouching import is_known
 from bnfreeze.aten import FROM_OUTPUT
 from bnfreeze.fused import activation_of, has_hooks
 from bnfreeze.record import layer_class
-from bnfreeze.sums import is_drop, norm_add
-from bnfreeze.tracing import IN_PLACE_ADD
-from bnfreeze.vouching import is_known
 
 __all__ = ["Call", "absorb"]
 

@@ -11,8 +11,8 @@ import numpy as np
 from bnfreeze.checkpoint.tensors import StoredTensor, Words, check_claims, decoded
 from bnfreeze.errors import CheckpointError
 from bnfreeze.findings import Finding
-from bnfreeze.origin import Origin
-from bnfreeze.outline import grouped
+from bnfreeze.looking.origin import Origin
+from bnfreeze.looking.outline import grouped
 from bnfreeze.render import Printable, Sheet
 
 __all__ = ["Difference", "TensorChange", "compare"]

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from bnfreeze.absorbing.program import Programs
+from bnfreeze.absorbing.survey import Absorption, survey
 from bnfreeze.held import Swapped, make_class
 from bnfreeze.norms import NamedModule
-from bnfreeze.program import Programs
 from bnfreeze.record import layer_class
-from bnfreeze.survey import Absorption, survey
 
 __all__ = ["PROGRAMS", "absorb_in", "release"]
 

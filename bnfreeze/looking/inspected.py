@@ -16,8 +16,8 @@ class Inspection(Printable):
     """The norm layers that were looked at, and what there is to know about them.
 
     Printing it gives a table; `to_dict` gives the same facts for JSON. A layer of a live model
-    says what it will do (`bnfreeze.behaviour.LayerFacts`); a layer in a checkpoint, what its
-    tensors hold (`bnfreeze.stored_layers.StoredLayer`).
+    says what it will do (`bnfreeze.looking.behaviour.LayerFacts`); one in a checkpoint, what its
+    tensors hold (`bnfreeze.looking.stored_layers.StoredLayer`).
     """
 
     layers: tuple[Any, ...]

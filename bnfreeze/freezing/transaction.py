@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bnfreeze.blocks import PROGRAMS, absorb_in, release
-from bnfreeze.ddp import refuse_giving_back
+from bnfreeze.absorbing.blocks import PROGRAMS, absorb_in, release
+from bnfreeze.absorbing.survey import Absorption
+from bnfreeze.freezing.ddp import refuse_giving_back
+from bnfreeze.freezing.plan import Change, check_class
 from bnfreeze.norms import STATISTICS, NamedModule, is_norm, keeps_statistics
-from bnfreeze.plan import Change, check_class
 from bnfreeze.policy import Policy
 from bnfreeze.record import (
     Record,
@@ -21,7 +22,6 @@ from bnfreeze.record import (
     set_record,
     was_lookalike,
 )
-from bnfreeze.survey import Absorption
 
 __all__ = ["carry_out", "thaw"]
 

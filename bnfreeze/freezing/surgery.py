@@ -7,18 +7,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from bnfreeze.behaviour import optimizers_by_id
+from bnfreeze.absorbing.survey import Absorption
 from bnfreeze.findings import Finding
-from bnfreeze.inspection import inspect
+from bnfreeze.freezing.plan import plan
+from bnfreeze.freezing.selection import matching, select
+from bnfreeze.freezing.transaction import carry_out, thaw
+from bnfreeze.looking.behaviour import optimizers_by_id
+from bnfreeze.looking.inspection import inspect
 from bnfreeze.norms import NamedModule, check_model, is_norm, named_modules
 from bnfreeze.patterns import Pattern, parse_rules
-from bnfreeze.plan import plan
 from bnfreeze.policy import Policy
 from bnfreeze.record import layer_class, policy_name, record_of
 from bnfreeze.report import FreezeReport, LayerRow
-from bnfreeze.selection import matching, select
-from bnfreeze.survey import Absorption
-from bnfreeze.transaction import carry_out, thaw
 
 __all__ = ["freeze", "unfreeze"]
 

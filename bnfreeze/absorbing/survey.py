@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from bnfreeze.bytecode import Untraceable
-from bnfreeze.following import Call, absorb
+from bnfreeze.absorbing.bytecode import Untraceable
+from bnfreeze.absorbing.following import Call, absorb
+from bnfreeze.absorbing.program import Program, Programs, program
+from bnfreeze.absorbing.tracing import trace
 from bnfreeze.fused import has_hooks, own_activation, takes_more
 from bnfreeze.policy import Policy
-from bnfreeze.program import Program, Programs, program
 from bnfreeze.record import layer_class, record_of
-from bnfreeze.tracing import trace
 
 __all__ = ["Absorption", "Survey", "survey"]
 

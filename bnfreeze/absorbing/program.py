@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnfreeze.bytecode import Untraceable
-from bnfreeze.following import Call
+from bnfreeze.absorbing.bytecode import Untraceable
+from bnfreeze.absorbing.following import Call
+from bnfreeze.absorbing.tracing import Kind, Trace
+from bnfreeze.absorbing.watched import Name, Read
 from bnfreeze.fused import has_hooks
 from bnfreeze.record import layer_class
-from bnfreeze.tracing import Kind, Trace
-from bnfreeze.watched import Name, Read
 
 __all__ = ["Program", "Programs", "program"]
 

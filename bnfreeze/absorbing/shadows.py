@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from bnfreeze.bytecode import Untraceable
+from bnfreeze.absorbing.bytecode import Untraceable
+from bnfreeze.absorbing.vouching import KNOWN_PACKAGES, Voucher, is_known
+from bnfreeze.absorbing.watched import ABSENT, Read, content_of, find
 from bnfreeze.record import layer_class
-from bnfreeze.vouching import KNOWN_PACKAGES, Voucher, is_known
-from bnfreeze.watched import ABSENT, Read, content_of, find
 
 __all__ = ["Shadows"]
 

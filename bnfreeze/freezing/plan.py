@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from bnfreeze.ddp import refuse_giving_back, refuse_holding
 from bnfreeze.errors import PolicyError
+from bnfreeze.freezing.ddp import refuse_giving_back, refuse_holding
+from bnfreeze.freezing.selection import Selected
 from bnfreeze.fused import fused_class
 from bnfreeze.held import held_class
 from bnfreeze.norms import (
@@ -28,7 +29,6 @@ from bnfreeze.record import (
     record_of,
     was_lookalike,
 )
-from bnfreeze.selection import Selected
 
 __all__ = ["Change", "check_class", "plan"]
 

@@ -14,7 +14,7 @@ from bnfreeze.checkpoint.limits import MAX_CHANNELS, check_limit
 from bnfreeze.checkpoint.tensors import StoredTensor, shown
 from bnfreeze.errors import CheckpointError
 from bnfreeze.findings import Finding, by_gravity
-from bnfreeze.health import statistics_findings
+from bnfreeze.looking.health import statistics_findings
 
 __all__ = ["BATCH_NORM", "FROZEN_OR_OLD", "Spread", "StoredLayer", "look_at"]
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bnfreeze.behaviour import LayerFacts, affine_parameters, layer_facts, optimizers_by_id
 from bnfreeze.findings import Finding, by_gravity
-from bnfreeze.health import statistics_findings
-from bnfreeze.inspected import Inspection
+from bnfreeze.looking.behaviour import LayerFacts, affine_parameters, layer_facts, optimizers_by_id
+from bnfreeze.looking.health import statistics_findings
+from bnfreeze.looking.inspected import Inspection
+from bnfreeze.looking.train_mode import training_flags
 from bnfreeze.norms import (
     STATISTICS,
     NamedModule,
@@ -25,7 +26,6 @@ from bnfreeze.norms import (
 from bnfreeze.policy import Policy
 from bnfreeze.record import held_names, policy_name, record_of
 from bnfreeze.render import Sheet, told_kinds
-from bnfreeze.train_mode import training_flags
 
 __all__ = ["ModelInspection", "inspect"]
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from bnfreeze.checkpoint import StateDict, StoredTensor, open_checkpoint, telling
-from bnfreeze.checkpoint_inspection import CheckpointInspection
 from bnfreeze.errors import PolicyError
-from bnfreeze.inspected import Inspection
-from bnfreeze.origin import Origin
+from bnfreeze.looking.checkpoint_inspection import CheckpointInspection
+from bnfreeze.looking.inspected import Inspection
+from bnfreeze.looking.origin import Origin
+from bnfreeze.looking.stored_layers import StoredLayer, look_at
 from bnfreeze.patterns import Pattern, nearest
-from bnfreeze.stored_layers import StoredLayer, look_at
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -70,12 +70,12 @@ def inspect(
         return inspect_checkpoint(what, key=key)
     if isinstance(what, Mapping):
         _only_live(optimizer)
-        from bnfreeze.state_dict_tensors import state_dict_in
+        from bnfreeze.looking.state_dict_tensors import state_dict_in
 
         return _looked(state_dict_in(what, key), "", "state_dict")
     if key is not None:
         raise TypeError("key: a live model has no keys; it is for checkpoints.")
-    from bnfreeze.inspection import inspect as inspect_model
+    from bnfreeze.looking.inspection import inspect as inspect_model
 
     return inspect_model(what, optimizer=optimizer)
 

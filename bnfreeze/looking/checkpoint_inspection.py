@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bnfreeze.inspected import Inspection
-from bnfreeze.origin import Origin
-from bnfreeze.outline import Scale, outline
+from bnfreeze.looking.inspected import Inspection
+from bnfreeze.looking.origin import Origin
+from bnfreeze.looking.outline import Scale, outline
+from bnfreeze.looking.stored_layers import BATCH_NORM, Spread, StoredLayer
 from bnfreeze.render import Sheet
-from bnfreeze.stored_layers import BATCH_NORM, Spread, StoredLayer
 
 __all__ = ["CheckpointInspection"]
 

@@ -1,0 +1,1 @@
+"""Freezing a model, all or nothing, and undoing it."""

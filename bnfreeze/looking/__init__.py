@@ -1,0 +1,1 @@
+"""Looking without changing: what norm layers do, and what checkpoints hold of them."""
