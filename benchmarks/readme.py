@@ -23,6 +23,13 @@ PICTURE = ROOT / "docs" / "benchmarks.svg"
 _MARKED = re.compile(r"(<!-- benchmarks: ([a-z-]+) -->)(.*?)(<!-- end -->)", re.S)
 # What the README shows of the arms; the page shows all.
 _NOT_IN_README = ("timm", "compile", "experiment")
+# Those that hold the statistics, weight and bias; timm's layer is torchvision's.
+_OTHERS = (
+    BASE,
+    "torchvision FrozenBatchNorm2d",
+    "Transformers DetrFrozenBatchNorm2d",
+    "MMEngine efficient_conv_bn_eval",
+)
 
 
 def filled(text: str, run: Run) -> str:
@@ -129,7 +136,7 @@ def _find(run: Run, work: str, arm: str, unit: str, **case: str) -> Record:
 
 
 def _verdict(run: Run) -> str:
-    """Where our two layers stand against the fastest of the others, counted."""
+    """Count where our two layers stand against the fastest of the others that hold as much."""
     steps = _steps(run)
     cases = list(dict.fromkeys((one.case["precision"], one.case["layout"]) for one in steps))
     told = []
@@ -139,22 +146,15 @@ def _verdict(run: Run) -> str:
             here = {
                 one.arm: one for one in steps if (one.case["precision"], one.case["layout"]) == case
             }
-            peers = [
-                one
-                for arm, one in here.items()
-                if not arm.startswith(("bnfreeze", "compile", "experiment"))
-            ]
-            fastest = min(peers, key=lambda one: one.median)
+            fastest = min((here[arm] for arm in _OTHERS if arm in here), key=lambda one: one.median)
             level += here[ours].low <= fastest.high
             below += here[ours].median < 1
         name = ours.removeprefix("bnfreeze ")
         told.append(
-            f"with `{name}` in {level} as fast as with the fastest of the others or faster (the "
-            f"quartiles overlap), and in {below} faster than with `BatchNorm2d.eval()`"
+            f"with `{name}` as fast as with the fastest of the others, or faster, in {level} (the "
+            f"quartiles overlap), and faster than with `BatchNorm2d.eval()` in {below}"
         )
-    return (
-        f"Of {len(cases)} combinations of precision and layout a step is " + "; ".join(told) + "."
-    )
+    return f"Of {len(cases)} cases of precision and layout a step is {'; '.join(told)}."
 
 
 MARKS: dict[str, Callable[[Run], str]] = {
