@@ -157,7 +157,8 @@ class Shadows:
                 raise Untraceable("it changes its submodules")
         for (key, name), read in self.reads.items():
             # A class's attributes are not copied.
-            value = self._shadows[key].__dict__.get(name, find(read.module, name))
+            copy_of = self._shadows[key]
+            value = copy_of.__dict__.get(name, find(self.original(copy_of), name))
             if content_of(value) != read.content:
                 raise Untraceable(f"it changes self.{name}")
 
