@@ -2,11 +2,13 @@
 
 import copy
 import enum
+import gc
 import math
 import operator
 import pickle
 import random
 import re
+import weakref
 
 import pytest
 import timm
@@ -642,11 +644,30 @@ def test_a_copy_absorbs_too_and_belongs_to_itself(model, x, how, calls):
     assert [type(module) for module in twin.modules()] == before
 
 
-def test_a_shallow_copy_takes_its_own_forward(model, x, calls):
+def test_a_shallow_copy_absorbs_too(model, x, calls):
     freeze(model, "fused-act")
     twin = copy.copy(model[0])
     assert torch.equal(twin(x), model[0](x))
+    assert calls == ["relu", "*relu"] * 2
+    twin.__dict__["_modules"] = dict(twin._modules)
+    twin.act = nn.Tanh()
+    del calls[:]
+    assert not torch.equal(twin(x), model[0](x))
     assert calls == ["", "", "", "relu", "*relu"]
+
+
+def test_a_frozen_model_is_freed_as_soon_as_nobody_has_it(x):
+    model = nn.Sequential(Residual(), nn.BatchNorm2d(C), nn.ReLU())
+    assert absorbed(freeze(model, "fused-act"))
+    model(x)
+    kept = [weakref.ref(module) for module in model.modules()]
+    gc.collect()  # of what the trace has left
+    gc.disable()
+    try:
+        del model
+        assert not any(each() for each in kept)
+    finally:
+        gc.enable()
 
 
 def test_an_error_leaves_nothing_half_changed(model, monkeypatch):

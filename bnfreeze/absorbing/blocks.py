@@ -66,8 +66,7 @@ def _choose(block: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any] | Non
         return None
     for program in block.__dict__.get(PROGRAMS) or ():
         if program.takes(args):
-            # A shallow copy has those of another block.
-            return program.run if program.block is block and program.holds() else None
+            return program.run if program.holds(block) else None
     return None
 
 

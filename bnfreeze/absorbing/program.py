@@ -25,9 +25,11 @@ __all__ = ["Program", "Programs", "program"]
 class Program:
     """A generated forward, and what it was made for.
 
+    It is kept by its block, and does not refer to that, or only the garbage collector could free
+    the two: None stands for the block.
+
     Attributes:
         run: the forward; the block and its arguments go in.
-        block: the block.
         arguments: how many of them there must be.
         asked: which of them must be of the kind `kind`.
         kind: tensors or lists.
@@ -37,24 +39,23 @@ class Program:
     """
 
     run: Callable[..., Any]
-    block: nn.Module
     arguments: int
     asked: frozenset[int]
     kind: Kind
     reads: tuple[Read | Name, ...]
-    children: tuple[tuple[nn.Module, list[tuple[str, nn.Module | None]]], ...]
+    children: tuple[tuple[nn.Module | None, list[tuple[str, nn.Module | None]]], ...]
     passed: tuple[tuple[nn.Module, type[nn.Module]], ...]
 
-    def holds(self) -> bool:
-        """Whether the block still is what it was when this was made."""
+    def holds(self, block: nn.Module) -> bool:
+        """Whether its block still is what it was when this was made."""
         for module, kind in self.passed:
             if type(module) is not kind or has_hooks(module):
                 return False
-        for module, children in self.children:
+        for holder, children in self.children:
             # Their order matters too, in a loop over them.
-            if [*module._modules.items()] != children:
+            if [*(block if holder is None else holder)._modules.items()] != children:
                 return False
-        return all(read.holds() for read in self.reads)
+        return all(read.holds(block) for read in self.reads)
 
     def takes(self, args: tuple[Any, ...]) -> bool:
         """Whether it was made for such arguments."""
@@ -118,11 +119,13 @@ def program(block: nn.Module, traced: Trace, kind: Kind, calls: Sequence[Call]) 
     holding = {id(module): module for module in holders}
     return Program(
         namespace["forward"],
-        block,
         traced.arguments,
         traced.asked,
         kind,
-        (*traced.reads, *bounds),
-        tuple((module, [*module._modules.items()]) for module in holding.values()),
+        tuple(read.within(block) for read in (*traced.reads, *bounds)),
+        tuple(
+            (None if module is block else module, [*module._modules.items()])
+            for module in holding.values()
+        ),
         tuple((module, type(module)) for module in passed.values()),
     )

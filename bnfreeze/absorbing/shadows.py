@@ -147,17 +147,18 @@ class Shadows:
     def check(self) -> None:
         """Refuse a forward that has changed something."""
         for module in self.touched.values():
-            shadow = self._shadows[id(module)].__dict__
+            own = self._shadows[id(module)].__dict__
             # An empty Sequential is falsy.
             children = {n: None if m is None else self.make(m) for n, m in module._modules.items()}
             for table in _TABLES & set(module.__dict__):
-                if shadow[table] != module.__dict__[table]:
+                if own[table] != module.__dict__[table]:
                     raise Untraceable("it registers something")
-            if shadow["_modules"] != children:
+            if own["_modules"] != children:
                 raise Untraceable("it changes its submodules")
         for (key, name), read in self.reads.items():
             # A class's attributes are not copied.
-            value = self._shadows[key].__dict__.get(name, find(read.module, name))
+            shadow = self._shadows[key]
+            value = shadow.__dict__.get(name, find(self.original(shadow), name))
             if content_of(value) != read.content:
                 raise Untraceable(f"it changes self.{name}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -38,9 +38,13 @@ class Name:
             return self.owner.get(self.name, ABSENT)
         return getattr(self.owner, self.name, ABSENT)
 
-    def holds(self) -> bool:
+    def holds(self, block: nn.Module) -> bool:
         """Whether it still stands for the same."""
         return self.now() is self.value
+
+    def within(self, block: nn.Module) -> Name:
+        """The same: it belongs to no block."""
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Name:
         return self
@@ -53,7 +57,7 @@ class Read:
     Of a parameter or a buffer only whether it is None, for the graph reads it anew.
     """
 
-    module: nn.Module
+    module: nn.Module | None  # None stands for the block
     name: str
     value: Any
     # All the way down what it held then, for that may be changed without being replaced.
@@ -65,9 +69,13 @@ class Read:
         value = find(module, name)
         return cls(module, name, value, content_of(value))
 
-    def holds(self) -> bool:
+    def within(self, block: nn.Module) -> Read:
+        """The same without a reference to the block."""
+        return replace(self, module=None) if self.module is block else self
+
+    def holds(self, block: nn.Module) -> bool:
         """Whether reading it would still give the same."""
-        value = find(self.module, self.name)
+        value = find(block if self.module is None else self.module, self.name)
         if value is self.value and isinstance(value, _UNCHANGING):
             return True
         return bool(content_of(value) == self.content)
