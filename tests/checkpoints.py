@@ -1,6 +1,7 @@
 """Makers of honest checkpoints, in each format that is read."""
 
 import json
+import mmap
 import struct
 import warnings
 import zipfile
@@ -8,6 +9,7 @@ import zipfile
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
+from torch import nn
 
 
 def plain(state):
@@ -85,3 +87,40 @@ def safetensors_file(path, header, data=b""):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
+
+
+# Of a sparse checkpoint.
+LAYERS = 500
+
+
+def sparse_checkpoint(path, size):
+    """500 norm layers among convolutions that make up `size` bytes, which are holes."""
+    norms = {}
+    state = {}
+    for number in range(LAYERS):
+        state[f"layer{number}.conv.weight"] = torch.empty(size // LAYERS // 4)
+        norm = nn.BatchNorm2d(256)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.num_batches_tracked += 7
+        norms |= {f"layer{number}.bn.{name}": value for name, value in norm.state_dict().items()}
+        state |= {name: value for name, value in norms.items() if name not in state}
+    with torch.serialization.skip_data():
+        torch.save(state, path)
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        saved = torch.load(path, mmap=True, weights_only=True)
+    for name, value in norms.items():
+        saved[name].copy_(value)
+    return norms
+
+
+# Prints the peak memory of the process, in KiB, on stderr. (What getrusage tells is the parent's,
+# where that is larger.)
+MEASURED = """
+import sys
+from bnfreeze.cli import main
+code = main(sys.argv[1:])
+status = open("/proc/self/status").read()
+print(status.partition("VmHWM:")[2].split()[0], file=sys.stderr)
+sys.exit(code)
+"""

@@ -54,3 +54,26 @@ def copied(model, how):
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+def saved_mib(model, image, autocast):
+    """MiB saved for backward, each storage once, parameters and casts of them left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    # Sorted, for a linear layer saves its weight transposed.
+    shapes = {(*sorted(p.shape),) for p in model.parameters() if p.dim() > 1}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters and (*sorted(tensor.shape),) not in shapes:
+            # Held, so that the address is not given to another.
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+    ):
+        out = model(image)
+    assert out.requires_grad
+    return sum(storage.nbytes() for storage in storages.values()) / 2**20

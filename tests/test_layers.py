@@ -14,6 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import bnfreeze
 from bnfreeze import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, PolicyError
+from tests.helpers import saved_mib
 
 KINDS = [
     (FrozenBatchNorm1d, nn.BatchNorm1d, (4, 6)),
@@ -221,29 +222,6 @@ def test_torch_compile_export_and_functional_call_take_the_layer():
     half = {name: value * 0.5 for name, value in layer.named_parameters()}
     out = torch.func.functional_call(layer, half, (x,))
     assert torch.allclose(out, layer(x) * 0.5, atol=1e-6)
-
-
-def saved_mib(model, image, autocast):
-    """MiB saved for backward, each storage once, parameters and casts of them left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    # Sorted, for a linear layer saves its weight transposed.
-    shapes = {(*sorted(p.shape),) for p in model.parameters() if p.dim() > 1}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters and (*sorted(tensor.shape),) not in shapes:
-            # Held, so that the address is not given to another.
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
-    ):
-        out = model(image)
-    assert out.requires_grad
-    return sum(storage.nbytes() for storage in storages.values()) / 2**20
 
 
 @pytest.mark.parametrize(

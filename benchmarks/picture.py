@@ -1,0 +1,104 @@
+"""The main comparison as a picture: bars, with the range of each, in plain SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from benchmarks.arms import ARMS
+from benchmarks.facts import Record
+from benchmarks.setting import LAYOUTS, PRECISIONS
+
+_LABELS, _PANEL, _GAP, _BAR, _ROW, _TOP = 250, 190, 24, 9, 28, 64
+# Ours, and everybody else's; darker NCHW, lighter channels_last.
+_COLOURS = {True: ("#1a7f5a", "#7cc9a8"), False: ("#6b7280", "#c2c7d0")}
+
+
+def draw(records: Sequence[Record], title: str, footer: str) -> str:
+    """Return an SVG with a panel for each precision and two bars, one a layout, for each arm."""
+    plain = [arm.name for arm in ARMS if arm.compiled is None]
+    told = {one.arm for one in records}
+    arms = [name for name in plain if name in told and not name.startswith("experiment")]
+    found = {(one.arm, one.case["precision"], one.case["layout"]): one for one in records}
+    most = max((one.high for one in records if one.arm in arms), default=1.0)
+    most = max(1.25, math.ceil(most * 4) / 4)
+    width = _LABELS + len(PRECISIONS) * (_PANEL + _GAP)
+    bottom = _TOP + _ROW * len(arms)
+    parts = [_text(12, 22, title, size=15, weight=600)]
+    parts += [
+        _text(_LABELS - 10, _TOP + _ROW * row + 15, name, anchor="end", weight=_weight(name))
+        for row, name in enumerate(arms)
+    ]
+    for panel, precision in enumerate(PRECISIONS):
+        left = _LABELS + panel * (_PANEL + _GAP)
+        parts.append(_text(left, _TOP - 10, precision, weight=600))
+        labels = []  # above the line at 1
+        for row, name in enumerate(arms):
+            for place, layout in enumerate(LAYOUTS):
+                one = found.get((name, precision, layout))
+                if one is not None:
+                    y = _TOP + _ROW * row + 4 + place * (_BAR + 1)
+                    colour = _COLOURS[name.startswith("bnfreeze")][place]
+                    parts += _bar(one, left, y, _PANEL / most, colour)
+                    labels += _label(one, left, y, _PANEL / most)
+        one_at = left + _PANEL / most
+        parts.append(
+            f'<line x1="{one_at:.1f}" x2="{one_at:.1f}" y1="{_TOP}" y2="{bottom}" '
+            'stroke="#b91c1c" stroke-dasharray="3 3"/>'
+        )
+        parts += labels
+        parts.append(_text(one_at, bottom + 14, "1", anchor="middle", size=11))
+    for place, layout in enumerate(LAYOUTS):
+        x = width - 190 + 70 * place
+        parts.append(_rectangle(x, 14, 10, 10, _COLOURS[False][place]))
+        parts.append(_text(x + 15, 23, layout, size=11))
+    parts.append(_text(12, bottom + 34, footer, size=11, colour="#4b5563"))
+    height = bottom + 46
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" font-family="Helvetica, Arial, sans-serif">\n'
+        f'<rect width="{width}" height="{height}" rx="8" fill="#ffffff"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
+
+
+def _bar(one: Record, left: float, y: float, scale: float, colour: str) -> Iterable[str]:
+    middle = y + _BAR / 2
+    yield _rectangle(left, y, one.median * scale, _BAR, colour)
+    if one.high > one.low:
+        yield (
+            f'<line x1="{left + one.low * scale:.1f}" x2="{left + one.high * scale:.1f}" '
+            f'y1="{middle}" y2="{middle}" stroke="#111827"/>'
+        )
+
+
+def _label(one: Record, left: float, y: float, scale: float) -> Iterable[str]:
+    x = left + one.high * scale + 4
+    yield _rectangle(x - 1, y, 22, _BAR, "#ffffff")
+    yield _text(x, y + _BAR - 1, f"{one.median:.2f}", size=9)
+
+
+def _rectangle(x: float, y: float, width: float, height: float, colour: str) -> str:
+    return f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{height}" fill="{colour}"/>'
+
+
+def _text(
+    x: float,
+    y: float,
+    words: str,
+    *,
+    size: int = 12,
+    weight: int = 400,
+    anchor: str = "start",
+    colour: str = "#111827",
+) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" font-weight="{weight}" '
+        f'text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'
+    )
+
+
+def _weight(name: str) -> int:
+    return 600 if name.startswith("bnfreeze") else 400

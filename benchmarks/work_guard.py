@@ -1,0 +1,123 @@
+"""What the proof costs: a check after each step, and snapshots of a whole model.
+
+On a CPU the check is timed by itself, between real steps, as the difference of two runs would drown
+in the noise of the machine. On a GPU, where it also waits for the step, steps with and without a
+guard take turns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+import bnfreeze
+from benchmarks.facts import Record, over_rounds, ratios
+from benchmarks.measure import Effort, in_turns, seconds
+from benchmarks.setting import Setting
+from benchmarks.work_model import resnet50
+
+
+def measure(setting: Setting) -> Iterable[Record]:
+    """Yield the check's share of a step, and the ratios of snapshot and verify to a copy."""
+    yield from _steps(setting)
+    yield from _whole_model(setting)
+
+
+def _steps(setting: Setting) -> Iterable[Record]:
+    batch = setting.pick(tiny=1, quick=4, full=16, gpu=64)
+    height = setting.pick(tiny=64, quick=224, full=224)
+    setting.tell(f"guard: steps of a ResNet-50, batch {batch} at {height}")
+    model = resnet50(setting).to(setting.device).train()
+    bnfreeze.freeze(model, "eval+affine")
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-6, momentum=0.9
+    )
+    images = torch.randn(batch, 3, height, height, device=setting.device)
+    labels = torch.randint(1000, (batch,), device=setting.device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    step()
+    rounds = setting.pick(tiny=1, quick=3, full=10)
+    shares = (_difference if setting.on_gpu else _alone)(model, step, setting.device, rounds)
+    case = {"what": f"each step, batch {batch} at {height}"}
+    arm = "guard(every=1), all norm tensors"
+    percent = [100 * share for share in shares]
+    yield over_rounds("guard", case, arm, percent, "%", "the step without it")
+
+
+def _alone(
+    model: nn.Module, step: Callable[[], None], device: torch.device, rounds: int
+) -> list[float]:
+    """Time a check right after each step, where the guard's own would be."""
+    shares = []
+    with bnfreeze.guard(model, tensors="norm", every=sys.maxsize) as watch:
+        for _ in range(rounds):
+            whole = seconds(step, device)
+            shares.append(seconds(watch.check, device) / whole)
+    return shares
+
+
+def _difference(
+    model: nn.Module, step: Callable[[], None], device: torch.device, rounds: int
+) -> list[float]:
+    """Time ten steps without a guard and ten with, in turns."""
+
+    def ten() -> None:
+        for _ in range(10):
+            step()
+
+    shares = []
+    for _ in range(rounds):
+        plain = seconds(ten, device)
+        with bnfreeze.guard(model, tensors="norm"):
+            shares.append(seconds(ten, device) / plain - 1)
+    return shares
+
+
+def _whole_model(setting: Setting) -> Iterable[Record]:
+    setting.tell("guard: all tensors of a ResNet-50")
+    keep_freed_memory()
+    model = resnet50(setting).to(setting.device)
+    tensors = [tensor.detach() for tensor in [*model.parameters(), *model.buffers()]]
+    there = [tensor.clone() for tensor in tensors]
+    before = bnfreeze.snapshot(model, tensors="all")
+
+    def copy() -> None:
+        for target, source in zip(there, tensors, strict=True):
+            target.copy_(source)
+
+    works = {
+        "copy_": copy,
+        "snapshot": lambda: bnfreeze.snapshot(model, tensors="all"),
+        "verify": lambda: bnfreeze.verify(model, before),
+        "snapshot, digest=True": lambda: bnfreeze.snapshot(model, tensors="all", digest=True),
+    }
+    samplers = {
+        name: (lambda work=work: seconds(work, setting.device)) for name, work in works.items()
+    }
+    effort = setting.pick(
+        tiny=Effort(1, 0.0, least=1), quick=Effort(10, 5.0), full=Effort(40, 30.0)
+    )
+    case = {"what": "all tensors of a ResNet-50"}
+    yield from ratios("guard", case, in_turns(samplers, effort), "copy_")
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to give no freed memory back to the kernel.
+
+    The first touch of memory new to a process costs whatever the kernel takes to clear it.
+    """
+    if sys.platform.startswith("linux"):
+        trim, mmap = -1, -3
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(mmap, 1 << 30)
+            libc.mallopt(trim, (1 << 31) - 1)

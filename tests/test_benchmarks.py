@@ -1,0 +1,324 @@
+"""The benchmarks: the command runs, every arm computes what it says, the README shows the run."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torchvision.models import resnet
+
+from benchmarks import __main__ as command
+from benchmarks import arms, cuda, peers, readme, report, runs
+from benchmarks.facts import BASE, Record, Run, quartiles, ratios
+from benchmarks.measure import Effort, in_turns
+from benchmarks.setting import Setting
+from benchmarks.work_host import STUB
+from benchmarks.work_layer import shapes, trained_norm
+from benchmarks.work_model import calibrated
+
+PLAIN = [arm for arm in arms.ARMS if arm.compiled is None]
+INDUCTOR = next(arm for arm in arms.ARMS if arm.name.endswith("conv_bn_eval pass"))
+
+
+def named(chosen):
+    """The arms as parameters of a test; one whose library is not installed is skipped."""
+    return [
+        pytest.param(
+            arm,
+            id=arm.name,
+            marks=pytest.mark.skipif(peers.is_absent(arm.peer), reason=f"{arm.peer} is absent"),
+        )
+        for arm in chosen
+    ]
+
+
+@pytest.fixture(scope="module")
+def block():
+    return calibrated(resnet.Bottleneck(16, 4), (4, 16, 6, 6))
+
+
+@pytest.fixture(scope="module")
+def network():
+    return calibrated(resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1]), (4, 3, 64, 64))
+
+
+def close(one, other):
+    return torch.linalg.norm(one - other) <= 1e-4 * torch.linalg.norm(other)
+
+
+@pytest.mark.parametrize("arm", named(PLAIN))
+def test_a_frozen_arm_computes_in_training_what_eval_mode_does(arm, block, network):
+    for live, x in ((block, torch.randn(4, 16, 6, 6)), (network, torch.randn(4, 3, 64, 64))):
+        model, evaluated = arm.model(live), copy.deepcopy(live).eval()
+        assert close(model(x), evaluated(x)) == arm.frozen
+
+
+@pytest.mark.parametrize("arm", named(arm for arm in PLAIN if arm.frozen))
+def test_a_frozen_arm_has_the_gradients_of_eval_mode(arm, block):
+    x = torch.randn(4, 16, 6, 6)
+    model, evaluated = arm.model(block), copy.deepcopy(block).eval()
+    gradients = []
+    for one in (model, evaluated):
+        leaf, convolution = x.clone().requires_grad_(), getattr(one.conv2, "conv", one.conv2)
+        # Folded once, the weight cannot train; the arm is not measured where it does.
+        wanted = [leaf] if arm.holds_weights else [leaf, convolution.weight]
+        gradients.append(torch.autograd.grad(one(leaf).square().sum(), wanted))
+    assert all(close(*pair) for pair in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("arm", named(arm for arm in PLAIN if arm.alone and arm.frozen))
+@pytest.mark.parametrize("follow", arms.FOLLOWS)
+def test_a_layer_computes_what_follows_it(arm, follow):
+    live, x, residual = trained_norm(6), torch.randn(2, 6, 3, 3), torch.randn(2, 6, 3, 3)
+    expected = copy.deepcopy(live).eval()(x)
+    if follow == "add+relu":
+        expected = expected + residual
+    if follow != "nothing":
+        expected = expected.relu()
+    assert close(arm.layer(live, follow)(x, residual), expected)
+
+
+def test_an_arm_leaves_the_model_that_it_copies_as_it_is(block):
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    kinds = [type(module) for module in block.modules()]
+    for arm in PLAIN:
+        if not peers.is_absent(arm.peer):
+            arm.model(block)
+    assert kinds == [type(module) for module in block.modules()]
+    assert all(torch.equal(before[name], tensor) for name, tensor in block.state_dict().items())
+
+
+@pytest.mark.slow  # compiles C++ without a cache
+def test_inductors_pass_takes_the_norm_layer_away(tmp_path, monkeypatch):
+    live = nn.Sequential(nn.Conv2d(3, 6, 1), trained_norm(6))
+    x = torch.randn(2, 3, 4, 4)
+    counters.clear()
+    # What comes out of the cache has been through the pass in another process.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with torch.no_grad():
+        out = INDUCTOR.ready(INDUCTOR.model(live))(x)
+    assert counters["inductor"]["efficient_conv_bn_eval"] == 1
+    assert close(out, copy.deepcopy(live).eval()(x))
+
+
+@pytest.mark.slow  # compiles a dozen times
+@pytest.mark.parametrize("arm", named(arm for arm in arms.ARMS if arm.compiled is not None))
+def test_a_compiled_arm_computes_what_it_does_when_it_is_not_compiled(arm, block):
+    model, x = arm.model(block), torch.randn(4, 16, 6, 6)
+    expected = copy.deepcopy(model)(x)
+    out = arm.ready(model)(x)
+    out.sum().backward()
+    assert close(out, expected)
+
+
+def test_the_shapes_are_those_of_the_norm_layers_of_a_resnet50():
+    assert sum(shapes().values()) == 53
+    assert len(shapes()) == 12
+    assert sum(count * c * h * h for (c, h), count in shapes().items()) == 11_113_984
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """What the whole command writes and its exit code, with mmengine away."""
+    path = tmp_path_factory.mktemp("benchmarks") / "tiny.json"
+    home = peers.HOMES["mmengine"]
+    peers.HOMES["mmengine"] = ("a_module_that_nobody_has", "")
+    peers.find.cache_clear()
+    try:
+        code = command.main(["--tiny", "--device", "cpu", "--json", str(path)])
+    finally:
+        peers.HOMES["mmengine"] = home
+        peers.find.cache_clear()
+    return code, path
+
+
+def test_every_work_is_measured_and_nothing_fails(tiny):
+    code, path = tiny
+    run = runs.load(path)
+    assert code == 0
+    assert not [note for note in run.notes if "failed" in note]
+    assert {one.work for one in run.records} == set(command.WORKS)
+
+
+def test_the_json_has_the_machine_and_finite_figures(tiny):
+    facts = json.loads(tiny[1].read_text())
+    assert facts["schema"] == 1
+    assert facts["device"].keys() == {"kind", "name", "threads"}
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["commit"]
+    for one in facts["tables"]:
+        assert one.keys() == {"work", "case", "unit", "base", "arms"}
+        assert one["unit"] in {"x", "MiB", "%"}
+        for arm, (median, low, high, rounds) in one["arms"].items():
+            assert math.isfinite(median)
+            assert low <= median <= high
+            assert rounds >= 1
+            if one["unit"] == "x":
+                assert arm != one["base"] or median == 1
+
+
+def test_no_absolute_times_are_told(tiny):
+    assert {one.unit for one in runs.load(tiny[1]).records} == {"x", "MiB", "%"}
+
+
+def test_each_installed_arm_is_measured(tiny):
+    told = {one.arm for one in runs.load(tiny[1]).records}
+    expected = {
+        arm.name for arm in PLAIN if arm.peer != "mmengine" and not peers.is_absent(arm.peer)
+    }
+    assert expected | {STUB} <= told
+
+
+def test_an_absent_peer_is_named_and_not_measured(tiny, capsys):
+    run = runs.load(tiny[1])
+    assert "ModuleNotFoundError" in run.absent["mmengine"]
+    assert not [one for one in run.records if "MMEngine" in one.arm]
+    assert any(line.startswith("mmengine is absent") for line in report.about(run))
+
+
+def test_the_run_says_that_it_was_not_on_a_gpu(tiny):
+    assert "Not yet measured on a GPU." in report.about(runs.load(tiny[1]))
+
+
+def test_a_run_survives_its_file(tmp_path):
+    records = [
+        Record("step", {"precision": "bf16"}, "an arm", "x", 0.9, 0.8, 1.0, 5, BASE),
+        Record("step", {"precision": "bf16"}, "another", "x", 0.8, 0.7, 0.9, 5, BASE),
+        Record("memory", {"precision": "bf16"}, "an arm", "MiB", 20.5, 20.5, 20.5, 1),
+    ]
+    run = Run("python -m benchmarks", {"kind": "cpu"}, {"torch": "2"}, "abc", {}, records, ["note"])
+    runs.save(run, tmp_path / "run.json")
+    assert runs.load(tmp_path / "run.json") == run
+
+
+def test_ratios_are_paired_round_by_round():
+    times = {BASE: [1.0, 10.0, 2.0], "another": [2.0, 20.0, 4.0]}
+    base, other = ratios("step", {}, times, BASE)
+    assert (base.median, base.low, base.high) == (1, 1, 1)
+    assert (other.median, other.low, other.high) == (2, 2, 2)
+    assert quartiles([1, 2, 3, 4, 5]) == (2, 3, 4)
+    assert quartiles([7]) == (7, 7, 7)
+
+
+def test_each_round_gives_every_arm_its_turn():
+    calls = []
+    samplers = {name: (lambda name=name: calls.append(name) or 1.0) for name in "abc"}
+    times = in_turns(samplers, Effort(rounds=8, seconds=60.0))
+    rounds = [tuple(calls[begin : begin + 3]) for begin in range(0, len(calls), 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds[1:])) > 1  # in changing order
+    assert [len(column) for column in times.values()] == [8, 8, 8]
+
+
+def test_of_several_turns_in_a_round_the_fastest_counts():
+    spent = iter([9.0, 5.0, 3.0, 4.0, 8.0, 7.0, 6.0])  # the first of them warms up
+    times = in_turns({"a": lambda: next(spent)}, Effort(rounds=2, seconds=60.0, turns=3))
+    assert times == {"a": [3.0, 6.0]}
+
+
+def test_an_arm_that_fails_is_left_out_and_named():
+    setting = Setting(torch.device("cpu"))
+
+    def fails():
+        raise RuntimeError("no such kernel\nand much more")
+
+    assert setting.prepared({"good": lambda: 7, "bad": fails}, "here") == {"good": 7}
+    assert setting.notes == ["bad failed here and was left out: RuntimeError: no such kernel"]
+
+
+def test_arms_are_chosen_by_a_part_of_their_name_and_the_base_is_always_there():
+    chosen = [arm.name for arm in arms.choose(["fused-act"])]
+    assert chosen == [BASE, "bnfreeze fused-act", "compile: bnfreeze fused-act"]
+    assert len({arm.name for arm in arms.ARMS}) == len(arms.ARMS)
+
+
+def test_a_wrong_work_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["layers"])
+    assert "layers" in capsys.readouterr().err
+
+
+def test_the_readme_shows_the_committed_run():
+    text = readme.README.read_text(encoding="utf-8")
+    run = runs.load(readme.RUN)
+    assert readme.filled(text, run) == text
+    assert readme.page(run) == readme.PAGE.read_text(encoding="utf-8")
+    assert readme.drawn(run) == readme.PICTURE.read_text(encoding="utf-8")
+
+
+def test_every_mark_in_the_readme_is_filled():
+    text = readme.README.read_text(encoding="utf-8")
+    marks = readme.marks(text)
+    assert set(marks) == set(readme.MARKS)
+    assert text.count("<!-- benchmarks:") == len(marks)
+
+
+def test_a_number_changed_by_hand_is_noticed():
+    text = readme.README.read_text(encoding="utf-8")
+    run = runs.load(readme.RUN)
+    step = text.index("<!-- benchmarks: step -->")
+    digit = next(place for place in range(step, len(text)) if text[place].isdigit())
+    tampered = text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :]
+    assert readme.filled(tampered, run) == text != tampered
+
+
+def test_the_batch_norm_layers_of_the_live_arm_train(block):
+    live = next(arm for arm in PLAIN if not arm.frozen).model(block)
+    before = live.bn1.running_mean.clone()
+    live(torch.randn(4, 16, 6, 6))
+    assert not torch.equal(live.bn1.running_mean, before)
+    assert isinstance(live.bn1, nn.BatchNorm2d)
+
+
+class Stand:
+    """Stands in for whatever of CUDA is asked for: a stream, a graph, a context around either."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        return None
+
+    def wait_stream(self, stream):
+        pass
+
+    def replay(self):
+        pass
+
+
+def test_the_course_of_a_run_on_a_gpu_holds_together_on_stand_ins(monkeypatch):
+    for name in ("CUDAGraph", "Stream", "current_stream", "graph", "stream", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, Stand)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
+    monkeypatch.setattr(cuda, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(cuda, "copies_past_l2", lambda nbytes, device: 2)
+    monkeypatch.setattr(Setting, "on_gpu", True)
+    before = torch._functorch.config.donated_buffer
+    setting = Setting(torch.device("cpu"), "tiny", ["fused-act"], tell=lambda what: None)
+    try:
+        works = ("layer", "host", "block", "step", "detection", "memory")
+        records, failed = command.measured(works, setting)
+    finally:
+        torch._functorch.config.donated_buffer = before
+    assert not setting.notes
+    assert not failed
+    layer = [one for one in records if one.work == "layer"]
+    assert {(one.case["launch"], one.case["L2"]) for one in layer} == {
+        ("eager", "cold"),
+        ("graph", "cold"),
+        ("graph", "warm"),
+    }
+    assert {one.unit for one in layer} == {"x", "%"}
+    assert {one.case["launch"] for one in records if one.work == "step"} == {"eager", "graph"}
+    peaks = [one for one in records if one.case.get("what", "").startswith("peak")]
+    assert {one.median for one in peaks} == {2.0}
+    assert len(report.grids(records)) > 10
