@@ -15,6 +15,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfreeze.aten import Norm
 from bnfreeze.errors import PolicyError
 from bnfreeze.functional import _apply
 
@@ -137,6 +138,9 @@ class _FrozenBatchNorm(nn.Module):
                 f"{type(self).__name__} takes a {ranks} input with {self.num_features} channels; "
                 f"this one is {x.dim()}D, of the shape {tuple(x.shape)}."
             )
+        return _apply(x, self._norm(), residual, None, activation)
+
+    def _norm(self) -> Norm:
         parameters: Any = self._parameters
         buffers: Any = self._buffers
         try:
@@ -146,7 +150,7 @@ class _FrozenBatchNorm(nn.Module):
         except KeyError:
             # Parametrized, or a replica: they are there under other names.
             mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        return _apply(x, (mean, var, weight, bias, self.eps), residual, None, activation)
+        return mean, var, weight, bias, self.eps
 
     @property
     def training(self) -> bool:

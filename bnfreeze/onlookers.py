@@ -19,9 +19,10 @@ from torch.utils._device import DeviceContext
 
 from bnfreeze.aten import Norm
 
-__all__ = ["TRACING", "must_show", "why_formula"]
+__all__ = ["PLAIN", "TRACING", "must_show", "why_formula"]
 
-_PLAIN = frozenset({Tensor, nn.Parameter})
+# No subclass, which may do anything.
+PLAIN = frozenset({Tensor, nn.Parameter})
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
 
 _COMPILING = "torch.compile or torch.export is at work, which fuses plain ATen by itself."
@@ -43,12 +44,12 @@ def why_formula(x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | N
         return why
     mean, var, weight, bias, _ = norm
     if (
-        type(x) not in _PLAIN
-        or type(mean) not in _PLAIN
-        or type(var) not in _PLAIN
-        or (weight is not None and type(weight) not in _PLAIN)
-        or (bias is not None and type(bias) not in _PLAIN)
-        or (residual is not None and type(residual) not in _PLAIN)
+        type(x) not in PLAIN
+        or type(mean) not in PLAIN
+        or type(var) not in PLAIN
+        or (weight is not None and type(weight) not in PLAIN)
+        or (bias is not None and type(bias) not in PLAIN)
+        or (residual is not None and type(residual) not in PLAIN)
     ):
         return "One of the tensors is of a tensor subclass."
     if x.dtype not in _FLOATS or x.layout is not torch.strided:
@@ -57,7 +58,7 @@ def why_formula(x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | N
         return "The statistics require grad."
     if branch is not None:
         for tensor in branch[:4]:
-            if tensor is not None and (tensor.requires_grad or type(tensor) not in _PLAIN):
+            if tensor is not None and (tensor.requires_grad or type(tensor) not in PLAIN):
                 return "The branch's norm layer is trained, or is of a tensor subclass."
     return ""
 
@@ -86,7 +87,7 @@ def must_show(grad: Tensor) -> bool:
     return (
         torch.is_grad_enabled()
         or _is_compiling()
-        or type(grad) not in _PLAIN
+        or type(grad) not in PLAIN
         or grad.layout is not torch.strided
         or _transforms_active()
         or _dispatch_modes() > 0

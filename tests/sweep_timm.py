@@ -8,6 +8,7 @@ adds a line to a file, and those that stand in it are passed over::
 """
 
 import copy
+import functools
 import sys
 from collections import Counter
 from itertools import zip_longest
@@ -41,6 +42,7 @@ def families():
     return [name for one in zip_longest(*several) for name in one if name is not None]
 
 
+@functools.cache
 def size(name):
     """How many parameters the model has, and how many norm layers; found without any memory."""
     with torch.device("meta"):

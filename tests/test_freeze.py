@@ -322,10 +322,13 @@ def test_unfreezing_what_is_not_frozen_does_nothing_but_a_typo_is_an_error(model
         unfreeze(model, "backbon")
 
 
-def test_tied_parameters_are_given_back_once_nobody_holds_them():
-    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+def tied(first, second):
     second.weight = first.weight
-    model = nn.ModuleDict({"first": first, "second": second})
+    return nn.ModuleDict({"first": first, "second": second}), first, second
+
+
+def test_tied_parameters_are_given_back_once_nobody_holds_them():
+    model, first, second = tied(nn.Linear(3, 3), nn.Linear(3, 3))
     freeze(model, "weights")
     unfreeze(model, "second")
     assert not first.weight.requires_grad
@@ -339,9 +342,7 @@ def test_tied_parameters_are_given_back_once_nobody_holds_them():
 
 
 def test_a_tied_parameter_stays_held_when_only_one_of_its_layers_gets_a_new_policy():
-    first, second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-    second.weight = first.weight
-    model = nn.ModuleDict({"first": first, "second": second})
+    model, first, second = tied(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
     freeze(model, "eval+affine")
     freeze(model, {"second": "eval"})
     assert not first.weight.requires_grad
@@ -430,9 +431,7 @@ def test_the_flag_last_asked_for_survives_a_change_of_policy(model, first, secon
 
 
 def test_tied_layers_frozen_by_themselves_are_given_back_together():
-    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
-    second.weight = first.weight
-    model = nn.ModuleDict({"first": first, "second": second})
+    model, first, second = tied(nn.Linear(3, 3), nn.Linear(3, 3))
     freeze(first, "weights")
     freeze(second, "weights")
     unfreeze(model)

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnfreeze.aten import ACTIVATIONS, Affine
+from bnfreeze.aten import ACTIVATIONS
 from bnfreeze.functional import _frozen_batch_norm_add
+from bnfreeze.onlookers import PLAIN
 
 __all__ = ["is_drop", "norm_add"]
 
@@ -22,7 +23,6 @@ _DROPS = {
     "DropPath": "drop_prob",
 }
 _LIBRARIES = ("torch", "torchvision", "timm")
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def is_drop(module: nn.Module) -> bool:
@@ -55,8 +55,8 @@ def norm_add(
     """
     if (
         # A subclass may add in another way.
-        type(residual) in _PLAIN
-        and type(x) in _PLAIN
+        type(residual) in PLAIN
+        and type(x) in PLAIN
         # Neither broadcast nor promoted.
         and residual.shape == x.shape
         and residual.dtype is x.dtype
@@ -67,7 +67,7 @@ def norm_add(
             return layer(x, residual, activation)  # type: ignore[no-any-return]
         ranks = x.dim() in layer._ranks and x.dim() in branch._ranks
         if ranks and branch.running_mean.shape == layer.running_mean.shape:
-            return _frozen_batch_norm_add(x, _affine(layer), residual, _affine(branch), activation)
+            return _frozen_batch_norm_add(x, layer._norm(), residual, branch._norm(), activation)
         # What does not fit is told by the layers.
     out = layer(x)
     if drop is not None:
@@ -78,7 +78,3 @@ def norm_add(
     else:
         out = other + out if swapped else out + other
     return ACTIVATIONS[activation](out)
-
-
-def _affine(layer: Any) -> Affine:
-    return Affine(layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps)

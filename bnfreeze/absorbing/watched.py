@@ -102,10 +102,9 @@ def content_of(value: Any) -> Any:
     """What compares equal as long as a plain value is the same, all the way down."""
     if isinstance(value, dict):
         return (type(value), [(content_of(k), content_of(v)) for k, v in value.items()])
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | set | frozenset):
+        # Of a set the order too: one may loop over it.
         return (type(value), [content_of(each) for each in value])
-    if isinstance(value, set | frozenset):
-        return (type(value), [content_of(each) for each in value])  # one may loop over it
     if isinstance(value, float | complex):
         return (type(value), repr(value))  # 0.0 == -0.0, and nan != nan
     return (type(value), value)

@@ -143,13 +143,13 @@ class Launcher:
         key = shape, layout, x.dtype, x.is_neg(), device, not in0 & 15
         loaded = self._plans.get(key)
         if loaded is None:
-            done = self.forward(x, norm)
-            if done is None:
+            if self.refusal(x, norm, None, None):
                 return None
-            if x.numel():
-                self._plans[key] = self._plan(x, device, (None, 0, "forward"), not in0 & 15)
-            return done[0]
-        if not serves(norm, shape[1], device):
+            if not x.numel():
+                return torch.empty_like(x)
+            loaded = self._plan(x, device, (None, 0, "forward"), not in0 & 15)
+            self._plans[key] = loaded
+        elif not serves(norm, shape[1], device):
             return None
         y = torch.empty_like(x)
         self._launch(device, loaded, in0, 0, 0, y.data_ptr(), 0, 0, norm, None)

@@ -5,11 +5,17 @@ import contextlib
 import torch
 
 import bnfreeze
-from bnfreeze import Policy, freeze
+from bnfreeze import Policy, freeze, unfreeze
 
 from ..helpers import moved, state, statistics
 
-__all__ = ["assert_frozen_as", "freeze_by", "keeps_its_promise", "train"]
+__all__ = [
+    "assert_frozen_as",
+    "freeze_by",
+    "keeps_its_promise",
+    "resumed_in_a_new_model",
+    "train",
+]
 
 
 def freeze_by(model, policy, head="fc", **options):
@@ -56,6 +62,22 @@ def keeps_its_promise(model, policy, head="fc", apart=(), process_group=None):
         held |= {name for name in before if not name.startswith(f"{head}.")}
     others = {name for name in before if name.rpartition(".")[2] in apart}
     assert moved(before, model) - others == set(before) - held - others
+
+
+@contextlib.contextmanager
+def resumed_in_a_new_model(model, policy):
+    """A new model, thawed and of other values, to which what `model` holds must come back within.
+
+    On leaving it must be frozen by the policy once more.
+    """
+    fresh = type(model)()
+    freeze_by(fresh, policy)
+    fresh.load_state_dict(model.state_dict())
+    with keeps_its_promise(fresh, policy):
+        fresh.load_state_dict(type(model)().state_dict())
+        unfreeze(fresh)
+        yield fresh
+    assert_frozen_as(fresh, policy)
 
 
 def train(model, images, steps=3, forward=None):

@@ -27,7 +27,7 @@ from bnfreeze import DriftError, Policy, PolicyError, unfreeze
 from bnfreeze.integrations.lightning import FreezeBatchNorm
 
 from .cells import cell
-from .checks import assert_frozen_as, freeze_by, keeps_its_promise
+from .checks import assert_frozen_as, freeze_by, keeps_its_promise, resumed_in_a_new_model
 
 PACKAGES = ("lightning",)
 # Lightning itself warns: of few workers, of how it uses torch.
@@ -189,16 +189,10 @@ def test_a_resumed_run_goes_on_as_frozen(model, policy, trainer, loader, tmp_pat
     stored = torch.load(tmp_path / "first.ckpt", weights_only=True)["state_dict"]
     assert list(stored) == [f"net.{name}" for name in unfrozen]
 
-    fresh = type(model)()
-    freeze_by(fresh, policy)
-    fresh.load_state_dict(model.state_dict())
-    with keeps_its_promise(fresh, policy):
-        fresh.load_state_dict(type(model)().state_dict())
-        unfreeze(fresh)
+    with resumed_in_a_new_model(model, policy) as fresh:
         trainer(FreezeBatchNorm(rules(policy)), max_epochs=4).fit(
             Classifier(fresh), loader, ckpt_path=tmp_path / "first.ckpt", weights_only=True
         )
-    assert_frozen_as(fresh, policy)
 
 
 @cell("the callback, and `test` and `predict` before and after `fit`")

@@ -14,7 +14,7 @@ from bnfreeze import DriftError, PolicyError, unfreeze
 from bnfreeze.integrations.transformers import FreezeBatchNorm
 
 from .cells import cell
-from .checks import assert_frozen_as, freeze_by, keeps_its_promise
+from .checks import assert_frozen_as, freeze_by, keeps_its_promise, resumed_in_a_new_model
 
 PACKAGES = ("transformers", "accelerate")
 # Transformers and Accelerate warn of how they use torch, and of pinned memory without a GPU.
@@ -101,16 +101,10 @@ def test_training_under_autocast_keeps_the_promise(model, policy, trainer):
 @cell("the callback in a run resumed from its checkpoint with a new model")
 def test_a_resumed_run_goes_on_as_frozen(model, policy, trainer, tmp_path):
     trainer(WithLoss(model), FreezeBatchNorm(rules(policy)), save_strategy="epoch").train()
-    fresh = type(model)()
-    freeze_by(fresh, policy)
-    fresh.load_state_dict(model.state_dict())
-    with keeps_its_promise(fresh, policy):
-        fresh.load_state_dict(type(model)().state_dict())
-        unfreeze(fresh)
+    with resumed_in_a_new_model(model, policy) as fresh:
         one = trainer(WithLoss(fresh), FreezeBatchNorm(rules(policy)), num_train_epochs=4)
         one.train(resume_from_checkpoint=True)
     assert one.state.global_step == 8
-    assert_frozen_as(fresh, policy)
 
 
 # What goes wrong is said.
