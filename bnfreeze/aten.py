@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-__all__ = ["ACTIVATIONS", "FROM_OUTPUT", "Affine", "Norm", "backward", "forward", "scaled"]
+__all__ = ["ACTIVATIONS", "EXACT", "FROM_OUTPUT", "Affine", "Norm", "backward", "forward", "scaled"]
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
@@ -42,7 +42,7 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 FROM_OUTPUT = frozenset({"relu", "relu6"})
 
 # Rounding commutes with these, so that rounding before them is rounding once.
-_EXACT = frozenset({None, "relu", "relu6"})
+EXACT = frozenset({None, "relu", "relu6"})
 
 
 class Affine(NamedTuple):
@@ -71,6 +71,7 @@ def forward(
     *,
     keep_sum: bool = False,
     eager: bool = False,
+    into: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output and, with ``keep_sum``, what goes into the activation.
 
@@ -83,11 +84,12 @@ def forward(
         keep_sum: wanted where there is a residual and the backward needs its sum.
         eager: the tensors are plain and nobody looks on. Then what is made on the way is changed
             in place, and a half input is read as it is.
+        into: where both results are written, in place of new tensors.
 
     Both results have the dtype of ``x``, and are rounded once from fp32 (fp64 for fp64).
     """
     math = _math_dtype(x.dtype)
-    if eager and residual is None and activation in _EXACT and _mixes(x):
+    if eager and residual is None and activation in EXACT and _mixes(x) and into[0] is None:
         return _activated(_normalise(x, norm, math), activation, True), None
     wide = _cast(x, math)
     z = _normalise(wide, norm, math)
@@ -97,10 +99,8 @@ def forward(
         other = wide.copy_(residual) if reuse else _cast(residual, math)
         other = other if branch is None else _normalise(other, branch, math)
         z = z.add_(other) if eager else z + other
-    total = z.to(x.dtype) if keep_sum else None
-    if eager and activation in _EXACT:
-        z = z.to(x.dtype)  # first, for there are less bytes behind it
-    return _activated(z, activation, eager and z is not total).to(x.dtype), total
+    total = _cast(z, x.dtype, into[1]) if keep_sum else None
+    return _cast(_activated(z, activation, eager and z is not total), x.dtype, into[0]), total
 
 
 def backward(
@@ -142,7 +142,7 @@ def backward(
             grad = _GRADIENT[activation](grad.to(math), z)
     grad_residual = None
     if needs[1]:
-        grad_residual = (grad if branch is None else scaled(grad, branch, eager=eager)).to(dtype)
+        grad_residual = _cast(grad if branch is None else scaled(grad, branch, eager=eager), dtype)
     grad_weight = grad_bias = None
     mean, var, weight, bias, eps = norm
     if needs[2] and weight is not None:
@@ -158,9 +158,9 @@ def backward(
         # Past an activation it is a tensor of our own, unless the residual gets the same one.
         own = activation is not None and grad_residual is not grad
         if eager and own and grad.dtype is math:
-            grad_x = grad.mul_(_over(_scale(norm, math), grad)).to(dtype)
+            grad_x = _cast(grad.mul_(_over(_scale(norm, math), grad)), dtype)
         else:
-            grad_x = scaled(grad, norm, eager=eager).to(dtype)
+            grad_x = _cast(scaled(grad, norm, eager=eager), dtype)
     return grad_x, grad_residual, grad_weight, grad_bias
 
 
@@ -200,7 +200,9 @@ def _math_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(tensor: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    if into is not None:
+        return into.copy_(tensor)
     # to() takes a microsecond to find that there is nothing to do.
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 

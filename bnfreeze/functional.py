@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bnfreeze import aten
+from bnfreeze import aten, pieces
 from bnfreeze.aten import ACTIVATIONS, FROM_OUTPUT, Norm
 from bnfreeze.kernels.build import KernelError
 from bnfreeze.kernels.launch import Launcher
@@ -226,7 +226,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
                 return *launcher.backward(grad, *rest), None
             except KernelError as error:
                 _kernel.give_up(error)
-        return *aten.backward(grad, *rest, eager=True), None
+        return *pieces.backward(grad, *rest), None
 
 
 _FROM_INPUT = frozenset(ACTIVATIONS) - FROM_OUTPUT - {None}
@@ -288,7 +288,7 @@ def _computed(
             except KernelError as error:
                 _kernel.give_up(error)
     _check_shapes(x, norm, residual)
-    return *aten.forward(x, norm, residual, branch, activation, keep_sum=keep_sum, eager=True), None
+    return *pieces.forward(x, norm, residual, branch, activation, keep_sum=keep_sum), None
 
 
 def _check_shapes(x: Tensor, norm: Norm, residual: Tensor | None) -> None:
