@@ -135,14 +135,18 @@ class _FrozenBatchNormAlone(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
         _, var, weight, _, _ = norm
-        launcher, y = _kernel.launcher, None
-        if launcher is not None and _on_cuda(x):
-            try:
-                y = launcher.alone(x, norm)
-            except KernelError as error:
-                _kernel.give_up(error)
+        launcher = y = None
+        if _on_cuda(x):
+            launcher = _kernel.launcher or _kernel.load()
+            if launcher is not None:
+                try:
+                    y = launcher.alone(x, norm)
+                except KernelError as error:
+                    _kernel.give_up(error)
         if y is None:
-            y, _, launcher = _computed(x, norm, None, None, None)
+            launcher = None
+            _check_shapes(x, norm, None)
+            y = aten.normalised(x, norm)
         # Autograd would watch over them if they were saved, for twice the time.
         ctx.how = norm, launcher, var._version, 0 if weight is None else weight._version
         return y
