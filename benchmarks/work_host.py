@@ -68,11 +68,13 @@ def _one_core(setting: Setting) -> Iterator[None]:
     if setting.on_gpu or not hasattr(os, "sched_setaffinity"):
         yield
         return
-    before = os.sched_getaffinity(0)
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, {max(before)})
+    torch.set_num_threads(1)  # two on one core would wait for each other
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         os.sched_setaffinity(0, before)
 
 
