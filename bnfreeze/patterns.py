@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ class Pattern:
     """
 
     text: str
-    _regex: re.Pattern[str]
+    # One for each segment; None for ``**``.
+    _segments: tuple[re.Pattern[str] | None, ...]
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
@@ -36,19 +38,40 @@ class Pattern:
                 f"A pattern is a string of dotted names such as 'backbone.layer4', "
                 f"not {type(text).__name__}: {text!r:.80}."
             )
-        # A name is matched as "a.b.c." so that every segment ends alike, and a match of its
-        # beginning is a match of an ancestor.
-        parts = [_segment(segment, text) for segment in text.split(".")] if text else []
-        return cls(text, re.compile("".join(parts)))
+        segments = text.split(".") if text else []
+        return cls(text, tuple(_segment(segment, text) for segment in segments))
 
     def matches(self, name: str) -> bool:
         """Whether `name`, or a module above it, is meant."""
-        return self._regex.match(f"{name}." if name else "") is not None
+        # How many segments of the pattern may be matched so far. One regex for all of them would
+        # take for ever, with several ``**`` and a long name that does not match.
+        end = len(self._segments)
+        matched = self._with_spans({0})
+        for segment in name.split(".") if name else []:
+            if end in matched:
+                break
+            further = set()
+            for count in matched:
+                pattern = self._segments[count]
+                if pattern is None:
+                    if segment:
+                        further.add(count)
+                elif pattern.fullmatch(segment):
+                    further.add(count + 1)
+            matched = self._with_spans(further)
+        return end in matched
+
+    def _with_spans(self, matched: set[int]) -> set[int]:
+        """Add what is matched as well where ``**`` spans nothing more."""
+        for count, pattern in enumerate(self._segments):
+            if pattern is None and count in matched:
+                matched.add(count + 1)
+        return matched
 
 
-def _segment(segment: str, whole: str) -> str:
+def _segment(segment: str, whole: str) -> re.Pattern[str] | None:
     if segment == "**":
-        return r"(?:[^.]+\.)*"
+        return None
     if not segment:
         raise PolicyError(
             f"Pattern {whole!r} has an empty segment; write dotted names such as 'backbone.layer4'."
@@ -58,8 +81,8 @@ def _segment(segment: str, whole: str) -> str:
             f"Pattern {whole!r}: '**' spans whole segments and stands alone between dots, "
             f"as in 'head.**.bn1'; inside {segment!r} use a single '*'."
         )
-    body = "".join({"*": "[^.]*", "?": "[^.]"}.get(char, re.escape(char)) for char in segment)
-    return rf"{body}\."
+    # Brackets are no special characters of ours; of fnmatch's they are.
+    return re.compile(fnmatch.translate(segment.replace("[", "[[]")))
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,27 @@ from bnfreeze.patterns import Pattern, nearest, parse_rules
         ("a.**.**.c", ["a.c", "a.b.c"], ["a.b"]),
         ("downsample*", ["downsample", "downsample_1.0"], ["x.downsample"]),
         ("a+(b)", ["a+(b)"], ["aab", "ab"]),
+        ("a[1]", ["a[1]", "a[1].b"], ["a1"]),
+        ("[!a]*", ["[!a]", "[!a]x"], ["b"]),
+        ("a\nb?", ["a\nb\n"], ["a\nb"]),
+        # A key of a checkpoint may have empty segments. ``**`` spans none of them.
+        ("a.*.b", ["a..b", "a.x.b"], ["a.b"]),
+        ("**.b", ["b", "a.b"], [".b", "a..b"]),
+        ("**.**", ["", "a", "a..b"], []),
     ],
 )
 def test_a_pattern_stands_for_what_matches_and_all_below(pattern, names, others):
     pattern = Pattern.parse(pattern)
     assert [name for name in names if not pattern.matches(name)] == []
     assert [name for name in others if pattern.matches(name)] == []
+
+
+def test_many_spans_over_a_long_name_come_to_an_end():
+    name = ".".join("a" * 3000)
+    assert not Pattern.parse("**.a." * 8 + "b").matches(name)
+    assert Pattern.parse("**.a." * 8 + "**").matches(name)
+    assert not Pattern.parse("*a" * 8 + "b").matches("a" * 3000)
+    assert Pattern.parse("*a" * 8).matches("a" * 3000)
 
 
 segments = st.text("ab1_", min_size=1, max_size=4)
