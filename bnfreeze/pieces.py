@@ -16,7 +16,7 @@ from bnfreeze.aten import EXACT, FROM_OUTPUT, Norm
 
 __all__ = ["SIZE", "backward", "forward"]
 
-# Elements: 4 MB in fp32, and enough for 32 threads with torch's grain of 32768.
+# Elements: 4 MB in fp32, and enough for 32 threads where each takes 32768, torch's usual grain.
 SIZE = 1 << 20
 
 # Where a piece lies, and its channels.
@@ -34,7 +34,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute `aten.forward` with ``eager``; arguments and results are the same."""
     direct = residual is None and activation in EXACT
-    cut = [] if direct else _pieces(x)
+    cut = [] if direct else _pieces(x, norm, branch)
     if not cut:
         return aten.forward(x, norm, residual, branch, activation, keep_sum=keep_sum, eager=True)
     y, total = torch.empty_like(x), torch.empty_like(x) if keep_sum else None
@@ -60,7 +60,7 @@ def backward(
     """Compute `aten.backward` with ``eager``; arguments and results are the same."""
     direct = kept is None or activation in FROM_OUTPUT
     # The sums for the gradients of weight and bias are not taken apart.
-    cut = [] if direct or needs[2] or needs[3] else _pieces(grad)
+    cut = [] if direct or needs[2] or needs[3] else _pieces(grad, norm, branch)
     if not cut:
         return aten.backward(
             grad, norm, branch, activation, kept, kept_is_input, x, needs, eager=True
@@ -77,12 +77,16 @@ def backward(
     return grads[0], grads[1], None, None
 
 
-def _pieces(x: Tensor) -> list[Piece]:
+def _pieces(x: Tensor, *norms: Norm | None) -> list[Piece]:
     """Return slices that together are all of ``x`` (N, C, *), each in one stretch of memory.
 
     None of them where nothing is won: ``x`` is small, no half, not on a CPU or in no usual layout.
+    Nor where a norm has not C of everything, which a slice would hide from ATen's own complaint.
     """
     if x.numel() <= SIZE or x.dtype.itemsize > 2 or not x.is_cpu:
+        return []
+    tensors = [each for norm in norms if norm is not None for each in norm[:4]]
+    if any(each is not None and each.numel() != x.size(1) for each in tensors):
         return []
     images, channels, *size = x.shape
     every = slice(None)
@@ -94,7 +98,9 @@ def _pieces(x: Tensor) -> list[Piece]:
         return [((each,), every) for each in _parts(images, one)]
     alone = [slice(n, n + 1) for n in range(images)]
     if planes:
-        return [((n, c), c) for n in alone for c in _parts(channels, one // channels)]
+        # ATen gives each thread whole planes.
+        steps = _parts(channels, one // channels, torch.get_num_threads())
+        return [((n, c), c) for n in alone for c in steps]
     return [((n, every, h), every) for n in alone for h in _parts(size[0], one // size[0])]
 
 
@@ -103,9 +109,9 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
 
 
-def _parts(length: int, each: int) -> list[slice]:
+def _parts(length: int, each: int, least: int = 1) -> list[slice]:
     """Cut a dimension, of which every index has ``each`` elements, into parts of about a size."""
-    step = math.ceil(length / math.ceil(length * each / SIZE))
+    step = max(math.ceil(length / math.ceil(length * each / SIZE)), least)
     return [slice(begin, begin + step) for begin in range(0, length, step)]
 
 
