@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +24,6 @@ __all__ = [
     "ACTIVATIONS",
     "EXACT",
     "FROM_OUTPUT",
-    "Affine",
     "Norm",
     "backward",
     "forward",
@@ -55,20 +53,8 @@ FROM_OUTPUT = frozenset({"relu", "relu6"})
 EXACT = frozenset({None, "relu", "relu6"})
 
 
-class Affine(NamedTuple):
-    """The tensors and the eps of one frozen norm layer; each tensor has the shape (C,).
-
-    Taken apart wherever it is used, so that a plain tuple does as well: to make one of these costs
-    a twentieth of a call's time on the host.
-    """
-
-    mean: Tensor
-    var: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-
+# Mean, var, weight, bias and eps of one frozen norm layer; each tensor has the shape (C,). A plain
+# tuple: to make a named one costs a twentieth of a call's time on the host.
 Norm = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]
 
 
@@ -93,13 +79,11 @@ def forward(
         activation: a key of `ACTIVATIONS`.
         keep_sum: wanted where there is a residual and the backward needs its sum.
         eager: the tensors are plain and nobody looks on. Then what is made on the way is changed
-            in place, and a half input is read as it is.
+            in place.
         into: where both results are written, in place of new tensors.
 
     Both results have the dtype of ``x``, and are rounded once from fp32 (fp64 for fp64).
     """
-    if eager and residual is None and activation in EXACT and into[0] is None:
-        return _activated(normalised(x, norm), activation, True), None
     math = _math_dtype(x.dtype)
     wide = _cast(x, math)
     z = _normalise(wide, norm, math)
@@ -174,12 +158,17 @@ def backward(
     return grad_x, grad_residual, grad_weight, grad_bias
 
 
-def normalised(x: Tensor, norm: Norm) -> Tensor:
-    """Return what `forward` does with ``eager`` where nothing follows the norm."""
+def normalised(x: Tensor, norm: Norm, activation: str | None = None) -> Tensor:
+    """Return what `forward` does with ``eager`` where at most one of `EXACT` follows the norm.
+
+    A half input is read as it is.
+    """
     math = _math_dtype(x.dtype)
     if _mixes(x):
-        return _normalise(x, norm, math)
-    return _cast(_normalise(_cast(x, math), norm, math), x.dtype)
+        z = _normalise(x, norm, math)
+    else:
+        z = _cast(_normalise(_cast(x, math), norm, math), x.dtype)
+    return _activated(z, activation, True)
 
 
 def scaled(grad: Tensor, norm: Norm, *, eager: bool = False) -> Tensor:

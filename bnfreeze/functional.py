@@ -135,14 +135,12 @@ class _FrozenBatchNormAlone(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
         _, var, weight, _, _ = norm
-        launcher = y = None
-        if _on_cuda(x):
-            launcher = _kernel.launcher or _kernel.load()
-            if launcher is not None:
-                try:
-                    y = launcher.alone(x, norm)
-                except KernelError as error:
-                    _kernel.give_up(error)
+        launcher, y = _launcher_for(x), None
+        if launcher is not None:
+            try:
+                y = launcher.alone(x, norm)
+            except KernelError as error:
+                _kernel.give_up(error)
         if y is None:
             launcher = None
             _check_shapes(x, norm, None)
@@ -282,17 +280,21 @@ def _computed(
     keep_sum: bool = False,
 ) -> tuple[Tensor, Tensor | None, Launcher | None]:
     """Compute as `aten.forward`, by the kernel if it takes these tensors; and tell if it did."""
-    if _on_cuda(x):
-        launcher = _kernel.launcher or _kernel.load()
-        if launcher is not None:
-            try:
-                done = launcher.forward(x, norm, residual, branch, activation, keep_sum)
-                if done is not None:
-                    return *done, launcher
-            except KernelError as error:
-                _kernel.give_up(error)
+    launcher = _launcher_for(x)
+    if launcher is not None:
+        try:
+            done = launcher.forward(x, norm, residual, branch, activation, keep_sum)
+            if done is not None:
+                return *done, launcher
+        except KernelError as error:
+            _kernel.give_up(error)
     _check_shapes(x, norm, residual)
     return *pieces.forward(x, norm, residual, branch, activation, keep_sum=keep_sum), None
+
+
+def _launcher_for(x: Tensor) -> Launcher | None:
+    """The kernel's launcher, looked for at the first tensor on a CUDA device."""
+    return (_kernel.launcher or _kernel.load()) if _on_cuda(x) else None
 
 
 def _check_shapes(x: Tensor, norm: Norm, residual: Tensor | None) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bnfreeze import aten
 from bnfreeze.aten import EXACT, FROM_OUTPUT, Norm
+from bnfreeze.kernels.tensors import is_dense
 
 __all__ = ["SIZE", "backward", "forward"]
 
@@ -33,8 +34,9 @@ def forward(
     keep_sum: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute `aten.forward` with ``eager``; arguments and results are the same."""
-    direct = residual is None and activation in EXACT
-    cut = [] if direct else _pieces(x, norm, branch)
+    if residual is None and activation in EXACT:
+        return aten.normalised(x, norm, activation), None
+    cut = _pieces(x, norm, branch)
     if not cut:
         return aten.forward(x, norm, residual, branch, activation, keep_sum=keep_sum, eager=True)
     y, total = torch.empty_like(x), torch.empty_like(x) if keep_sum else None
@@ -83,7 +85,7 @@ def _pieces(x: Tensor, *norms: Norm | None) -> list[Piece]:
     None of them where nothing is won: ``x`` is small, no half, not on a CPU or in no usual layout.
     Nor where a norm has not C of everything, which a slice would hide from ATen's own complaint.
     """
-    if x.numel() <= SIZE or x.dtype.itemsize > 2 or not x.is_cpu:
+    if x.numel() <= SIZE or x.dtype.itemsize > 2 or not x.is_cpu or not is_dense(x):
         return []
     tensors = [each for norm in norms if norm is not None for each in norm[:4]]
     if any(each is not None and each.numel() != x.size(1) for each in tensors):
@@ -91,22 +93,14 @@ def _pieces(x: Tensor, *norms: Norm | None) -> list[Piece]:
     images, channels, *size = x.shape
     every = slice(None)
     one = x.numel() // images
-    planes = x.is_contiguous()
-    if not planes and not _is_channels_last(x):
-        return []
     if one <= SIZE:
         return [((each,), every) for each in _parts(images, one)]
     alone = [slice(n, n + 1) for n in range(images)]
-    if planes:
+    if x.is_contiguous():
         # ATen gives each thread whole planes.
         steps = _parts(channels, one // channels, torch.get_num_threads())
         return [((n, c), c) for n in alone for c in steps]
     return [((n, every, h), every) for n in alone for h in _parts(size[0], one // size[0])]
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
 
 
 def _parts(length: int, each: int, least: int = 1) -> list[slice]:

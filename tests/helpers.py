@@ -3,8 +3,20 @@
 import copy
 import io
 import pickle
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+
+class Affine(NamedTuple):
+    """A `bnfreeze.aten.Norm` by its names: the tensors of one frozen norm layer, and its eps."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
 
 
 def bits(tensor):

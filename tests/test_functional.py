@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn.functional import batch_norm
 
-from bnfreeze.aten import ACTIVATIONS, Affine
+from bnfreeze.aten import ACTIVATIONS
 from bnfreeze.functional import _frozen_batch_norm_add, backend, frozen_batch_norm
+from tests.helpers import Affine
 
 EPS = 1e-3
 SHAPES = [(4, 3), (2, 3, 5), (2, 3, 4, 5), (2, 3, 2, 3, 2), (0, 3, 4, 4), (1, 1, 1, 1)]

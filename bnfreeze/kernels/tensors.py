@@ -21,7 +21,7 @@ _FP32 = torch.float32
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a tensor is laid out in a way that the kernel walks."""
+    """Whether a tensor is contiguous or channels_last, which is what the kernel walks."""
     return x.is_contiguous() or _is_channels_last(x)
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from bnfreeze import FrozenBatchNorm2d
-from bnfreeze.aten import ACTIVATIONS, Affine
+from bnfreeze.aten import ACTIVATIONS
 from bnfreeze.aten import forward as aten_forward
 from bnfreeze.functional import _frozen_batch_norm_add, backend, frozen_batch_norm
+from tests.helpers import Affine
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,12 +13,13 @@ import torch
 from fake_cuda import PROCESSORS, FakeDriver, Libraries, compile_all, fake_host
 
 from bnfreeze import functional
-from bnfreeze.aten import ACTIVATIONS, Affine
+from bnfreeze.aten import ACTIVATIONS
 from bnfreeze.functional import _frozen_batch_norm_add, frozen_batch_norm
 from bnfreeze.kernels import plan as plans
 from bnfreeze.kernels.launch import Launcher
 from bnfreeze.kernels.plan import Variant
 from bnfreeze.kernels.tensors import DTYPES as NAMES
+from tests.helpers import Affine
 
 pytestmark = pytest.mark.skipif(fake_cuda.GXX is None, reason="needs g++")
 

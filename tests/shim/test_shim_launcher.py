@@ -10,12 +10,12 @@ import torch
 from fake_cuda import FakeDriver, Libraries, compile_all, fake_host
 
 from bnfreeze import BnfreezeWarning, FrozenBatchNorm2d, functional
-from bnfreeze.aten import Affine
 from bnfreeze.functional import backend, frozen_batch_norm
 from bnfreeze.kernels import load
 from bnfreeze.kernels.build import KernelError
 from bnfreeze.kernels.launch import Launcher
 from bnfreeze.kernels.plan import Variant
+from tests.helpers import Affine
 
 pytestmark = pytest.mark.skipif(fake_cuda.GXX is None, reason="needs g++")
 
