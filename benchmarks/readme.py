@@ -128,6 +128,18 @@ def _host(run: Run) -> str:
     )
 
 
+def _halves(run: Run) -> str:
+    case = {"then": "add+relu", "pass": "forward", "shape": "all"}.items()
+    medians = [
+        one.median
+        for one in run.records
+        if (one.work, one.arm, one.unit) == ("layer", "bnfreeze fused-act", "x")
+        and case <= one.case.items()
+        and one.case["precision"] != "fp32"
+    ]
+    return f"{min(medians):.1f} to {max(medians):.1f}"
+
+
 def _find(run: Run, work: str, arm: str, unit: str, **case: str) -> Record:
     for one in run.records:
         if (one.work, one.arm, one.unit) == (work, arm, unit) and case.items() <= one.case.items():
@@ -167,6 +179,7 @@ MARKS: dict[str, Callable[[Run], str]] = {
     "guard": _guard,
     "inspect": _inspect,
     "host": _host,
+    "halves": _halves,
 }
 
 
