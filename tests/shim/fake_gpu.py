@@ -1,0 +1,72 @@
+"""A process with a GPU that is none: real CUDA tensors of torch, in the host's memory.
+
+Here nothing of bnfreeze is replaced: NVRTC compiles the kernel, cuda.bindings launches it, on
+torch's streams, in torch's contexts, from autograd's own threads. What answers them is the folder
+fake_gpu; its device.h says how. See fake_cuda.py for the kernels themselves.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from fake_cuda import GXX, compile_all
+
+from bnfreeze.kernels.plan import _ACTIVATIONS, _LANES, _RESIDUALS, Variant
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+FLAGS = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+
+
+def headers():
+    """Where torch's own packages keep CUDA's headers; None without them."""
+    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
+    folders = [path.parent for path in packages.glob("*/include/cuda_runtime_api.h")]
+    return folders[0] if folders else None
+
+
+def obstacle():
+    """Why there can be no fake GPU here; empty if there can."""
+    if not sys.platform.startswith("linux"):
+        return "needs Linux"
+    if GXX is None:
+        return "needs g++"
+    if torch.version.cuda is None or headers() is None:
+        return "needs a CUDA build of torch and CUDA's headers"
+    return ""
+
+
+def build(folder):
+    """Compile the device and the kernels; return the environment of a process that has them."""
+    device = folder / "libcuda.so.1"
+    sources = sorted((HERE / "fake_gpu").glob("*.cpp"))
+    include = [f"-I{HERE / 'fake_gpu'}", f"-I{headers()}"]
+    # By this name cuda.bindings looks for the driver, and finds that it is loaded.
+    named = ["-Wl,-soname,libcuda.so.1", "-o", device, "-ldl"]
+    subprocess.run([GXX, *FLAGS, *include, *sources, *named], check=True)
+    libraries = sorted({str(path) for path in compile_all(variants(), folder).values()})
+    return os.environ | {
+        "LD_PRELOAD": str(device),
+        "FAKE_GPU_DEVICES": "2",
+        "FAKE_GPU_KERNELS": ":".join(libraries),
+        "BNFREEZE_CACHE": str(folder / "cubins"),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
+
+
+def variants():
+    """Every kernel for bf16, and what a residual block in fp32 needs."""
+    yield Variant("finish")
+    for dtype, activations in (("bf16", _ACTIVATIONS.values()), ("f32", ("NONE", "RELU"))):
+        for activation, residual in itertools.product(activations, _RESIDUALS):
+            for lanes in (1, _LANES[dtype]):
+                forward = f"{dtype}, {lanes}, Forward<{activation}, {residual}>"
+                backward = f"{dtype}, {lanes}, Backward<{activation}, {residual}>"
+                yield from (Variant(f"planes<{op}, false>") for op in (forward, backward))
+                yield from (Variant(f"rows<{op}, false>") for op in (forward, backward))
+                yield Variant(f"rows<{backward}, true>")
+                yield Variant(f"planes_trained<{backward}>")

@@ -1,0 +1,134 @@
+"""What only a GPU that counts can tell; and that it finds what is planted.
+
+Run by test_fake_gpu.py, in a process that has one.
+"""
+
+import ctypes
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torchvision
+
+from bnfreeze import BnfreezeWarning, freeze, functional
+from tests.gpu import test_gpu_kernel as on_gpu
+from tests.gpu.test_gpu_kernel import there
+
+counters = ctypes.CDLL(None)
+
+
+class Launches:
+    """How many kernels were launched within: ours, and torch's."""
+
+    def __enter__(self):
+        self.before = self.now()
+        return self
+
+    def __exit__(self, *error):
+        self.ours, self.torchs = (a - b for a, b in zip(self.now(), self.before, strict=True))
+
+    @staticmethod
+    def now():
+        torch.cuda.synchronize()
+        return counters.fake_gpu_driver_launches(), counters.fake_gpu_torch_launches()
+
+
+def draw():
+    return there(torch.randn(2, 5, 7, 7).bfloat16())
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_call_is_one_launch_and_so_is_its_backward(activation, residual):
+    x, r = draw().requires_grad_(), draw().requires_grad_() if residual else None
+    main, grad = there(on_gpu.norm(5)), draw()
+    with Launches() as forward:
+        out = functional.frozen_batch_norm(x, *main, residual=r, activation=activation)
+    with Launches() as backward:
+        torch.autograd.grad(out, [x, r] if residual else [x], grad)
+    assert (forward.ours, forward.torchs) == (1, 0)
+    assert (backward.ours, backward.torchs) == (1, 0)
+
+
+def test_trained_weights_take_one_launch_more():
+    x, main, grad = draw().requires_grad_(), there(on_gpu.norm(5)), draw()
+    main.weight.requires_grad_()
+    out = functional.frozen_batch_norm(x, *main, activation="relu")
+    with Launches() as backward:
+        torch.autograd.grad(out, [x, main.weight], grad)
+    assert (backward.ours, backward.torchs) == (2, 0)
+
+
+def step(model, images):
+    """What a forward and a backward pass launch."""
+    with torch.backends.cudnn.flags(enabled=False):
+        with Launches() as forward:
+            out = model(images)
+        with Launches() as backward:
+            out.backward(torch.empty_like(out))
+    return forward, backward
+
+
+def test_a_model_launches_as_much_less_as_is_fused():
+    def model(policy):
+        made = torchvision.models.resnet18().cuda()
+        freeze(made, policy)
+        return step(made.train(), torch.randn(2, 3, 64, 64).cuda().requires_grad_())
+
+    before, after, fused = model("eval+affine"), model("fused"), model("fused-act")
+    # Twenty norm layers, three of which end the branch that a sum takes as its residual; after the
+    # others come seventeen ReLUs, and before eight of these a sum.
+    for held, alone, along in zip(before, after, fused, strict=True):
+        assert (held.ours, alone.ours, along.ours) == (0, 20, 17)
+        assert alone.torchs <= held.torchs - 20
+    assert fused[0].torchs == after[0].torchs - 17 - 8
+    assert fused[1].torchs == after[1].torchs - 17
+
+
+# --------------------------------------------------------------------------------- what is planted
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """A launcher of its own, to be broken, in place of the process's."""
+    monkeypatch.setattr(functional._kernel, "launcher", None)
+    monkeypatch.setattr(functional._kernel, "trouble", "")
+    return functional._kernel.load()
+
+
+def test_a_launch_on_the_default_stream_is_found(launcher):
+    launcher._stream = lambda device: 0
+    assert not on_gpu.on_a_side_stream()
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_a_kernel_loaded_while_a_graph_is_captured_is_found(launcher, monkeypatch):
+    driver = launcher._host.driver
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
+    monkeypatch.setattr(driver, "cuThreadExchangeStreamCaptureMode", lambda _: (0, mode))
+    with pytest.raises(BnfreezeWarning, match="CAPTURE_UNSUPPORTED"):
+        on_gpu.captured_and_replayed(12, warm=False)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_context_that_was_taken_away_is_put_back(broken, launcher, monkeypatch):
+    made, x = on_gpu.layer().cuda(), torch.randn(2, 8, 7, 7).cuda()
+    expected = made(x).cpu()
+    if broken:
+        monkeypatch.setattr(type(launcher), "_bind", lambda *_: None)
+    launcher._host.driver.cuCtxSetCurrent(0)
+    with pytest.raises(BnfreezeWarning, match="INVALID_CONTEXT") if broken else nullcontext():
+        assert torch.equal(made(x).cpu(), expected)
+
+
+def test_ptx_in_place_of_a_cubin_is_found(launcher):
+    object.__setattr__(launcher._host, "cubin", lambda variant, arch: b".version 8.0\n" + b" " * 99)
+    with pytest.raises(BnfreezeWarning, match="INVALID_IMAGE"):
+        on_gpu.layer().cuda()(torch.randn(2, 8, 7, 7).cuda())
+
+
+def test_parameters_that_stayed_on_the_cpu_go_to_aten():
+    made = on_gpu.layer().cuda()
+    made.weight.data = made.weight.data.cpu()
+    path = functional.backend(torch.randn(2, 8, 7, 7).cuda(), *on_gpu.norm_of(made)[:4])
+    assert (path.path, "device" in path.why) == ("aten", True)
