@@ -1,0 +1,171 @@
+"""Whole models frozen, trained and proved on a GPU; on the CPU as well, so that a GPU shows what
+is wrong with bnfreeze and not what is wrong with these tests.
+"""
+
+import copy
+import os
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import bnfreeze
+from bnfreeze.functional import backend
+from tests.helpers import moved, state
+
+FAKE = "FAKE_GPU_DEVICES" in os.environ
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(FAKE or not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def model():
+    """A ResNet-18 whose statistics and parameters are not those of a new one."""
+    model = torchvision.models.resnet18(num_classes=7)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(std=0.1)
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def train(model, images, steps=3, *, forward=None, **autocast):
+    """Steps as people write them; returns the losses."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    losses = []
+    for _ in range(steps):
+        model.train()
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, enabled=bool(autocast), **autocast):
+            loss = (forward or model)(images).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return torch.tensor(losses)
+
+
+def draw(device, layout=torch.contiguous_format):
+    return torch.randn(2, 3, 64, 64).to(device).contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("policy", ["fused", "fused-act"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_frozen_model_trains_as_with_eval_and_is_undone(policy, layout, device, model):
+    twin = copy.deepcopy(model).to(device, memory_format=layout)
+    model, before = model.to(device, memory_format=layout), state(model)
+    bnfreeze.freeze(twin, "eval+affine")
+    images = draw(device, layout)
+    path = backend(torch.empty(2, 64, 8, 8, device=device), model.bn1.running_mean)
+    assert path.path == ("kernel" if device == "cuda" else "aten"), path.why
+    report = bnfreeze.freeze(model, policy)
+    with bnfreeze.guard(model, tensors="norm") as watch:
+        losses = train(model, images)
+    assert watch.report.ok
+    assert watch.step == 3
+    assert torch.allclose(losses, train(twin, images), rtol=3e-2)
+    assert not any("bn" in name or "downsample.1" in name for name in moved(before, model.cpu()))
+    bnfreeze.unfreeze(model)
+    assert type(model.bn1) is nn.BatchNorm2d
+    assert report.layers
+
+
+@pytest.mark.parametrize("policy", ["fused", "fused-act"])
+def test_under_autocast_too(policy, device, model):
+    model.to(device)
+    bnfreeze.freeze(model, policy)
+    with bnfreeze.guard(model, tensors="norm") as watch:
+        losses = train(model, draw(device), dtype=torch.bfloat16)
+    assert watch.report.ok
+    assert losses.isfinite().all()
+
+
+def test_trained_weights_move_and_the_statistics_do_not(device, model):
+    model.to(device)
+    bnfreeze.freeze(model, "fused")
+    model.layer1.requires_grad_(True)
+    before = state(model)
+    train(model, draw(device))
+    changed = {name for name in moved(before, model) if ".bn" in name}
+    assert changed
+    assert all(name.startswith("layer1") and "running" not in name for name in changed)
+
+
+def test_a_drift_is_found_by_its_step_and_its_element(device, model):
+    model.to(device)
+    bnfreeze.freeze(model, "fused")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    watch = bnfreeze.guard(model)
+    with pytest.raises(bnfreeze.DriftError) as caught, watch:
+        for step in range(1, 5):
+            model(draw(device)).square().mean().backward()
+            if step == 2:
+                model.layer2[0].bn1.running_var[3] += 1
+            optimizer.step()
+    (drift,) = caught.value.report.drifts
+    assert (drift.name, drift.step) == ("layer2.0.bn1.running_var", 2)
+    assert (drift.changed, drift.first_index) == (1, (3,))
+
+
+@pytest.mark.parametrize("policy", ["fused", "fused-act"])
+def test_compiled_it_computes_what_it_computes_eagerly(policy, device, model):
+    model = nn.Sequential(model.conv1, model.bn1, model.relu).to(device)
+    bnfreeze.freeze(model, policy)
+    images = draw(device)
+    eager = model(images)
+    compiled = torch.compile(model, fullgraph=True)(images)
+    assert torch.allclose(eager, compiled, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
+@pytest.mark.parametrize("policy", ["fused", "fused-act"])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+def test_a_whole_step_is_captured_and_replayed(policy, device, model):
+    model.to(device).requires_grad_(True)
+    bnfreeze.freeze(model, policy)
+    images, twin = draw(device), copy.deepcopy(model)
+    graphed = torch.cuda.make_graphed_callables(model, (images.clone(),))
+    losses = train(model, images, forward=graphed)
+    assert torch.allclose(losses, train(twin, images), rtol=3e-2)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+def test_on_two_streams_at_once(device, model):
+    model.to(device).eval()
+    bnfreeze.freeze(model, "fused-act")
+    with torch.no_grad():
+        images = [draw(device) for _ in range(2)]
+        expected = [model(one) for one in images]
+        torch.cuda.synchronize()
+        streams, outs = [torch.cuda.Stream() for _ in range(2)], []
+        for stream, one in zip(streams, images, strict=True):
+            with torch.cuda.stream(stream):
+                outs.append(model(one))
+        torch.cuda.synchronize()
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(outs, expected, strict=True))
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+def test_a_snapshot_of_the_gpu_holds_for_the_model_there(device, model, tmp_path):
+    model.to(device)
+    bnfreeze.freeze(model, "fused")
+    before = bnfreeze.snapshot(model)
+    before.save(tmp_path / "before")
+    train(model, draw(device))
+    saved = bnfreeze.Snapshot.load(tmp_path / "before")
+    assert bnfreeze.verify(model, before).ok
+    assert bnfreeze.verify(model, saved).ok
+    model.cpu()
+    # What is read from a file may have come from anywhere.
+    assert bnfreeze.verify(model, saved).ok
+    assert {drift.kind for drift in bnfreeze.verify(model, before).drifts} == {"device"}
