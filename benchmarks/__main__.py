@@ -20,6 +20,7 @@ from rich.console import Console
 from benchmarks import (
     report,
     runs,
+    work_driver,
     work_guard,
     work_host,
     work_layer,
@@ -34,6 +35,7 @@ from benchmarks.setting import Setting
 WORKS: dict[str, Callable[[Setting], Iterable[Record]]] = {
     "layer": work_layer.measure,
     "host": work_host.measure,
+    "driver": work_driver.measure,
     "block": work_model.block,
     "step": work_model.step,
     "detection": work_model.backbone,

@@ -1,22 +1,23 @@
-"""Write what the README shows of the committed run: `python -m benchmarks.readme`.
+"""Write what the README shows of the committed runs: `python -m benchmarks.readme`.
 
 Its tables and figures stand between ``<!-- benchmarks: NAME -->`` and ``<!-- end -->``; the picture
 and the page with every table are made here as a whole. A test checks that all of them agree with
-the run.
+the runs.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import picture, report, runs
 from benchmarks.facts import BASE, Record, Run
-from benchmarks.work_host import STUB
 
 ROOT = Path(__file__).parent.parent
-RUN = ROOT / "benchmarks" / "results" / "cpu.json"
+RESULTS = ROOT / "benchmarks" / "results"
+FILES = "cpu.json", "host.json"  # a work that is in two of them counts as it is in the later one
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 PICTURE = ROOT / "docs" / "benchmarks.svg"
 
@@ -30,6 +31,23 @@ _OTHERS = (
     "Transformers DetrFrozenBatchNorm2d",
     "MMEngine efficient_conv_bn_eval",
 )
+
+
+def committed() -> Run:
+    """Return the committed runs as one: of each work the latest, with the first one's facts."""
+    made = _committed()
+    first = next(iter(made.values()))
+    return replace(first, records=[one for run in made.values() for one in run.records])
+
+
+def _committed() -> dict[str, Run]:
+    """Each file's run, without the works that a later one has."""
+    kept, later = {}, set[str]()
+    for name in reversed(FILES):
+        run = runs.load(RESULTS / name)
+        kept[name] = replace(run, records=[one for one in run.records if one.work not in later])
+        later |= {one.work for one in run.records}
+    return {name: kept[name] for name in FILES}
 
 
 def filled(text: str, run: Run) -> str:
@@ -48,18 +66,19 @@ def marks(text: str) -> list[str]:
     return [name for _, name, _, _ in _MARKED.findall(text)]
 
 
-def page(run: Run) -> str:
-    """Return a page with every table of a run."""
-    parts = [
-        "# What freezing costs",
-        f"Made by `{run.command}` and `python -m benchmarks.readme`; the figures, and those of "
-        f"single shapes, are in [the run](../benchmarks/results/{RUN.name}).",
-        *report.about(run),
-    ]
-    for grid in report.grids(run.records):
-        parts.append(f"## {grid.title}")
-        parts += [f"{grid.what[0].upper()}{grid.what[1:]}."] if grid.what else []
-        parts.append(report.as_markdown(grid))
+def page() -> str:
+    """Return a page with every table of the committed runs."""
+    parts = ["# What freezing costs"]
+    for name, run in _committed().items():
+        parts += [
+            f"Made by `{run.command}` and `python -m benchmarks.readme`; the figures, and those of "
+            f"single shapes, are in [the run](../benchmarks/results/{name}).",
+            *report.about(run),
+        ]
+        for grid in report.grids(run.records):
+            parts.append(f"## {grid.title}")
+            parts += [f"{grid.what[0].upper()}{grid.what[1:]}."] if grid.what else []
+            parts.append(report.as_markdown(grid))
     return "\n\n".join(parts) + "\n"
 
 
@@ -119,7 +138,7 @@ def _inspect(run: Run) -> str:
 
 def _host(run: Run) -> str:
     without, with_grad, both = (
-        _find(run, "host", STUB, "x", call=call).median
+        _find(run, "driver", "bnfreeze fused", "x", call=call).median
         for call in ("forward, no grad", "forward, grad", "forward and backward")
     )
     return (
@@ -185,9 +204,9 @@ MARKS: dict[str, Callable[[Run], str]] = {
 
 def main() -> None:
     """Write the README's figures, the page and the picture."""
-    run = runs.load(RUN)
+    run = committed()
     README.write_text(filled(README.read_text(encoding="utf-8"), run), encoding="utf-8")
-    PAGE.write_text(page(run), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
     PICTURE.write_text(drawn(run), encoding="utf-8")
 
 

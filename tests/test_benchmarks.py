@@ -11,11 +11,10 @@ from torch._dynamo.utils import counters
 from torchvision.models import resnet
 
 from benchmarks import __main__ as command
-from benchmarks import arms, cuda, peers, readme, report, runs
+from benchmarks import arms, peers, readme, report, runs
 from benchmarks.facts import BASE, Record, Run, quartiles, ratios
 from benchmarks.measure import Effort, in_turns
 from benchmarks.setting import Setting
-from benchmarks.work_host import STUB
 from benchmarks.work_layer import shapes, trained_norm
 from benchmarks.work_model import calibrated
 
@@ -169,7 +168,7 @@ def test_each_installed_arm_is_measured(tiny):
     expected = {
         arm.name for arm in PLAIN if arm.peer != "mmengine" and not peers.is_absent(arm.peer)
     }
-    assert expected | {STUB} <= told
+    assert expected <= told
 
 
 def test_an_absent_peer_is_named_and_not_measured(tiny, capsys):
@@ -241,11 +240,11 @@ def test_a_wrong_work_is_refused(capsys):
     assert "layers" in capsys.readouterr().err
 
 
-def test_the_readme_shows_the_committed_run():
+def test_the_readme_shows_the_committed_runs():
     text = readme.README.read_text(encoding="utf-8")
-    run = runs.load(readme.RUN)
+    run = readme.committed()
     assert readme.filled(text, run) == text
-    assert readme.page(run) == readme.PAGE.read_text(encoding="utf-8")
+    assert readme.page() == readme.PAGE.read_text(encoding="utf-8")
     assert readme.drawn(run) == readme.PICTURE.read_text(encoding="utf-8")
 
 
@@ -258,7 +257,7 @@ def test_every_mark_in_the_readme_is_filled():
 
 def test_a_number_changed_by_hand_is_noticed():
     text = readme.README.read_text(encoding="utf-8")
-    run = runs.load(readme.RUN)
+    run = readme.committed()
     step = text.index("<!-- benchmarks: step -->")
     digit = next(place for place in range(step, len(text)) if text[place].isdigit())
     tampered = text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :]
@@ -271,54 +270,3 @@ def test_the_batch_norm_layers_of_the_live_arm_train(block):
     live(torch.randn(4, 16, 6, 6))
     assert not torch.equal(live.bn1.running_mean, before)
     assert isinstance(live.bn1, nn.BatchNorm2d)
-
-
-class Stand:
-    """Stands in for whatever of CUDA is asked for: a stream, a graph, a context around either."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
-        return None
-
-    def wait_stream(self, stream):
-        pass
-
-    def replay(self):
-        pass
-
-
-def test_the_course_of_a_run_on_a_gpu_holds_together_on_stand_ins(monkeypatch):
-    for name in ("CUDAGraph", "Stream", "current_stream", "graph", "stream", "graph_pool_handle"):
-        monkeypatch.setattr(torch.cuda, name, Stand)
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**20)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
-    monkeypatch.setattr(cuda, "copy_rate", lambda device: 1e9)
-    monkeypatch.setattr(cuda, "copies_past_l2", lambda nbytes, device: 2)
-    monkeypatch.setattr(Setting, "on_gpu", True)
-    before = torch._functorch.config.donated_buffer
-    setting = Setting(torch.device("cpu"), "tiny", ["fused-act"], tell=lambda what: None)
-    try:
-        works = ("layer", "host", "block", "step", "detection", "memory")
-        records, failed = command.measured(works, setting)
-    finally:
-        torch._functorch.config.donated_buffer = before
-    assert not setting.notes
-    assert not failed
-    layer = [one for one in records if one.work == "layer"]
-    assert {(one.case["launch"], one.case["L2"]) for one in layer} == {
-        ("eager", "cold"),
-        ("graph", "cold"),
-        ("graph", "warm"),
-    }
-    assert {one.unit for one in layer} == {"x", "%"}
-    assert {one.case["launch"] for one in records if one.work == "step"} == {"eager", "graph"}
-    peaks = [one for one in records if one.case.get("what", "").startswith("peak")]
-    assert {one.median for one in peaks} == {2.0}
-    assert len(report.grids(records)) > 10

@@ -13,9 +13,9 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from fake_cuda import GXX, compile_all
 
 from bnfreeze.kernels.plan import _ACTIVATIONS, _LANES, _RESIDUALS, Variant
+from tests.shim.fake_cuda import GXX, compile_all
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -40,22 +40,27 @@ def obstacle():
     return ""
 
 
-def build(folder):
-    """Compile the device and the kernels; return the environment of a process that has them."""
+def build(folder, kernels=None):
+    """Compile the device and kernels; return the environment of a process that has them.
+
+    Without ``kernels`` a launch costs what it costs, and computes nothing.
+    """
     device = folder / "libcuda.so.1"
     sources = sorted((HERE / "fake_gpu").glob("*.cpp"))
     include = [f"-I{HERE / 'fake_gpu'}", f"-I{headers()}"]
     # By this name cuda.bindings looks for the driver, and finds that it is loaded.
     named = ["-Wl,-soname,libcuda.so.1", "-o", device, "-ldl"]
     subprocess.run([GXX, *FLAGS, *include, *sources, *named], check=True)
-    libraries = sorted({str(path) for path in compile_all(variants(), folder).values()})
-    return os.environ | {
+    environment = os.environ | {
         "LD_PRELOAD": str(device),
         "FAKE_GPU_DEVICES": "2",
-        "FAKE_GPU_KERNELS": ":".join(libraries),
         "BNFREEZE_CACHE": str(folder / "cubins"),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
+    if kernels is not None:
+        libraries = {str(path) for path in compile_all(kernels, folder).values()}
+        environment["FAKE_GPU_KERNELS"] = ":".join(sorted(libraries))
+    return environment
 
 
 def variants():

@@ -14,6 +14,7 @@ from bnfreeze import BnfreezeWarning, freeze, functional
 from tests.gpu import test_gpu_kernel as on_gpu
 from tests.gpu.test_gpu_kernel import there
 
+pytestmark = pytest.mark.gpu
 counters = ctypes.CDLL(None)
 
 

@@ -1,25 +1,22 @@
 """What is tested on a GPU is tested without one too, but for what the GPU itself computes."""
 
-import json
 import re
 import subprocess
 import sys
 
-import fake_gpu
 import pytest
 import torch
+
+from benchmarks import report
+from benchmarks.work_driver import on_fake_gpu
+from tests.shim import fake_gpu
 
 pytestmark = pytest.mark.skipif(bool(fake_gpu.obstacle()), reason=fake_gpu.obstacle())
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    return fake_gpu.build(tmp_path_factory.mktemp("fake_gpu"))
-
-
-@pytest.fixture
-def environment(built):
-    return dict(built)
+def environment(tmp_path_factory):
+    return fake_gpu.build(tmp_path_factory.mktemp("fake_gpu"), fake_gpu.variants())
 
 
 def run(environment, *command):
@@ -37,27 +34,29 @@ def run(environment, *command):
 
 
 def test_the_tests_for_a_gpu_pass(environment):
-    said = run(environment, "-m", "pytest", "-q", "tests/gpu", "tests/shim/on_fake_gpu.py")
+    tests = ["tests/gpu", "tests/shim/on_fake_gpu.py"]
+    said = run(environment, "-m", "pytest", "-q", "-m", "gpu", *tests)
     assert int(re.search(r"(\d+) passed", said)[1]) >= 30, said
 
 
-def test_the_benchmarks_for_a_gpu_run(environment, tmp_path):
-    # Nobody looks at what the models compute; and Triton, which wants a driver of its own, is not
-    # to be asked.
-    del environment["FAKE_GPU_KERNELS"]
-    environment["TORCHDYNAMO_DISABLE"] = "1"
-    code = (
-        "import runpy, torch; torch.backends.cudnn.enabled = False; "
-        "runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)"
-    )
-    works, file = ["layer", "host", "step", "memory", "cold", "guard"], tmp_path / "results.json"
-    options = ["--tiny", "--device", "cuda", "--json", str(file)]
-    arms = ["--arms", "BatchNorm2d.eval", "bnfreeze fused"]
-    run(environment, "-c", code, *works, *options, *arms)
-    results = json.loads(file.read_text())
-    assert results["device"]["name"] == "bnfreeze's fake GPU"
-    assert results["notes"] == []
-    assert {table["work"] for table in results["tables"]} >= set(works)
+def test_the_benchmarks_for_a_gpu_run(tmp_path):
+    # Nobody looks at what they compute, which is nothing.
+    works = ["layer", "host", "block", "step", "detection", "memory", "guard", "cold"]
+    run = on_fake_gpu(tmp_path, [*works, "--tiny", "--arms", "bnfreeze fused"])
+    assert run.device["name"] == "bnfreeze's fake GPU"
+    assert run.notes == []
+    assert {one.work for one in run.records} == set(works)
+    layer = [one for one in run.records if one.work == "layer"]
+    assert {(one.case["launch"], one.case["L2"]) for one in layer} == {
+        ("eager", "cold"),
+        ("graph", "cold"),
+        ("graph", "warm"),
+    }
+    assert {one.unit for one in layer} == {"x", "%"}
+    assert {one.case["launch"] for one in run.records if one.work == "step"} == {"eager", "graph"}
+    peaks = [one for one in run.records if one.case.get("what", "").startswith("peak")]
+    assert {one.unit for one in peaks} == {"MiB"}
+    assert len(report.grids(run.records)) > 10
 
 
 def test_this_process_has_none():

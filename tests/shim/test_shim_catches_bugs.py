@@ -6,16 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fake_cuda
 import pytest
 import torch
-from fake_cuda import PROCESSORS, FakeDriver, Libraries, compile_all, fake_host
 
 from bnfreeze import functional
 from bnfreeze.kernels import plan as plans
 from bnfreeze.kernels.build import program
 from bnfreeze.kernels.launch import Launcher
 from bnfreeze.kernels.plan import Variant
+from tests.shim import fake_cuda
+from tests.shim.fake_cuda import PROCESSORS, FakeDriver, Libraries, compile_all, fake_host
 
 pytestmark = pytest.mark.skipif(fake_cuda.GXX is None, reason="needs g++")
 

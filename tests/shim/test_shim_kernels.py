@@ -7,10 +7,8 @@ autograd function, plan, launcher and argument packing.
 import itertools
 import random
 
-import fake_cuda
 import pytest
 import torch
-from fake_cuda import PROCESSORS, FakeDriver, Libraries, compile_all, fake_host
 
 from bnfreeze import functional
 from bnfreeze.aten import ACTIVATIONS
@@ -20,6 +18,8 @@ from bnfreeze.kernels.launch import Launcher
 from bnfreeze.kernels.plan import Variant
 from bnfreeze.kernels.tensors import DTYPES as NAMES
 from tests.helpers import Affine
+from tests.shim import fake_cuda
+from tests.shim.fake_cuda import PROCESSORS, FakeDriver, Libraries, compile_all, fake_host
 
 pytestmark = pytest.mark.skipif(fake_cuda.GXX is None, reason="needs g++")
 

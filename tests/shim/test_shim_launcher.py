@@ -4,10 +4,8 @@ import threading
 import warnings
 from contextlib import contextmanager
 
-import fake_cuda
 import pytest
 import torch
-from fake_cuda import FakeDriver, Libraries, compile_all, fake_host
 
 from bnfreeze import BnfreezeWarning, FrozenBatchNorm2d, functional
 from bnfreeze.functional import backend, frozen_batch_norm
@@ -16,6 +14,8 @@ from bnfreeze.kernels.build import KernelError
 from bnfreeze.kernels.launch import Launcher
 from bnfreeze.kernels.plan import Variant
 from tests.helpers import Affine
+from tests.shim import fake_cuda
+from tests.shim.fake_cuda import FakeDriver, Libraries, compile_all, fake_host
 
 pytestmark = pytest.mark.skipif(fake_cuda.GXX is None, reason="needs g++")
 

@@ -1,0 +1,61 @@
+"""What a call on CUDA tensors costs the host, without a GPU: the driver does nothing.
+
+In a process of its own with the fake GPU of tests/shim, torch's CUDA tensors, its allocator, its
+streams and its dispatch are real, and so is the way to a launch, through cudaLaunchKernel for torch
+and cuda.bindings for us; only what comes behind it is not there. On one core, on which autograd's
+thread runs as well: what is counted is work, and not how fast the machine wakes a thread.
+`BatchNorm2d.eval()` takes ATen's kernel, for cuDNN finds nothing to run on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks import runs
+from benchmarks.facts import Record, Run
+from benchmarks.setting import Setting
+from tests.shim import fake_gpu
+
+_CODE = """
+import os, runpy, torch
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+torch.backends.cudnn.enabled = False
+runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)
+"""
+
+
+def measure(setting: Setting) -> Iterable[Record]:
+    """Yield the ratios of the work `host` for CUDA tensors, on a machine that has no GPU."""
+    if setting.on_gpu:
+        return  # the work `host` itself
+    why = fake_gpu.obstacle()
+    if why:
+        setting.notes.append(f"driver: not measured: {why}.")
+        return
+    setting.tell("driver: a call on (1, 8, 1, 1) on CUDA, with a driver that does nothing")
+    options = [] if setting.size == "full" else [f"--{setting.size}"]
+    arms = ["--arms", *setting.arms] if setting.arms else []
+    with tempfile.TemporaryDirectory() as folder:
+        run = on_fake_gpu(Path(folder), ["host", *options, *arms])
+    for one in run.records:
+        # Triton wants a driver of its own, so that what is compiled has run eagerly.
+        if not one.arm.startswith("compile"):
+            yield dataclasses.replace(one, work="driver")
+
+
+def on_fake_gpu(folder: Path, arguments: Sequence[str]) -> Run:
+    """Run the benchmarks in a process with a fake GPU, and return the run.
+
+    Raises:
+        subprocess.CalledProcessError: they failed; it has what they wrote.
+    """
+    file = folder / "results.json"
+    environment = fake_gpu.build(folder) | {"TORCHDYNAMO_DISABLE": "1"}
+    command = [sys.executable, "-c", _CODE, *arguments, "--device", "cuda", "--json", str(file)]
+    subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return runs.load(file)
