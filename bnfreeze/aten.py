@@ -242,7 +242,7 @@ def _normalise(x: Tensor, norm: Norm, math: torch.dtype) -> Tensor:
     weight = None if weight is None else _cast(weight, math)
     bias = None if bias is None else _cast(bias, math)
     # Not F.batch_norm, which in some versions of torch refuses an eps of 0 in evaluation too.
-    enabled = torch.backends.cudnn.enabled
+    enabled = x.is_cuda and torch.backends.cudnn.enabled  # to ask costs a fifth of the call
     return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, enabled)
 
 
