@@ -211,10 +211,11 @@ class _FrozenBatchNorm(torch.autograd.Function):
         needs_x = x if ctx.needs_input_grad[2] else None
         # Backward takes the parameters from ctx.how; that they are saved as well makes autograd
         # complain where one of those it reads was changed in between.
+        read = (var, weight) if branch is None else (var, weight, *branch[1:3])
         if kept is x or needs_x is not None:
-            ctx.save_for_backward(kept, needs_x, var, weight, mean, bias)
+            ctx.save_for_backward(kept, needs_x, *read, mean, bias)
         else:
-            ctx.save_for_backward(kept, needs_x, var, weight)
+            ctx.save_for_backward(kept, needs_x, *read)
         if not keeps_sum:
             return y
         ctx.set_materialize_grads(False)

@@ -208,6 +208,19 @@ def test_what_backward_reads_may_not_change_in_between(which, activation):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("which", ["var", "weight"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_nor_may_what_it_reads_of_the_branch(which, activation):
+    x, residual, norm, branch = tensors((4, 3, 5, 5), grad=True)
+    out = _frozen_batch_norm_add(x, norm, residual, branch, activation)
+    branch.mean.add_(1)
+    branch.bias.add_(1)
+    out.sum().backward(retain_graph=True)
+    getattr(branch, which).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_input_and_residual_are_left_alone_and_may_be_one_tensor():
     x, _, norm, _ = tensors((4, 3, 5, 5), grad=True)
     before = x.detach().clone()
