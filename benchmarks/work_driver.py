@@ -52,10 +52,12 @@ def on_fake_gpu(folder: Path, arguments: Sequence[str]) -> Run:
     """Run the benchmarks in a process with a fake GPU, and return the run.
 
     Raises:
-        subprocess.CalledProcessError: they failed; it has what they wrote.
+        RuntimeError: the process came to no end; with what it wrote.
     """
     file = folder / "results.json"
     environment = fake_gpu.build(folder) | {"TORCHDYNAMO_DISABLE": "1"}
     command = [sys.executable, "-c", _CODE, *arguments, "--device", "cuda", "--json", str(file)]
-    subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if not file.exists():
+        raise RuntimeError(f"no results: {done.stderr[-2000:].strip()}")
     return runs.load(file)
