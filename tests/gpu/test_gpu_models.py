@@ -26,6 +26,13 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def no_tf32():
+    # Compiled, a convolution is another algorithm; in TF32 the two differ by a thousandth.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 @pytest.fixture
 def model():
     """A ResNet-18 whose statistics and parameters are not those of a new one."""
