@@ -92,7 +92,8 @@ def forward(
     z = _normalise(wide, norm, math)
     if residual is not None:
         # New memory costs a CPU as much as a pass over it; the copy of x is not needed any more.
-        reuse = eager and wide is not x
+        # From another device it would take what the sum is to refuse.
+        reuse = eager and wide is not x and residual.device == x.device
         other = wide.copy_(residual) if reuse else _cast(residual, math)
         other = other if branch is None else _normalise(other, branch, math)
         z = z.add_(other) if eager else z + other

@@ -12,10 +12,11 @@ import torchvision
 
 from bnfreeze import BnfreezeWarning, freeze, functional
 from tests.gpu import test_gpu_kernel as on_gpu
-from tests.gpu.test_gpu_kernel import there
+from tests.gpu.test_gpu_kernel import launcher, there
 
 pytestmark = pytest.mark.gpu
 counters = ctypes.CDLL(None)
+__all__ = ["launcher"]  # a fixture
 
 
 class Launches:
@@ -89,14 +90,6 @@ def test_a_model_launches_as_much_less_as_is_fused():
 # --------------------------------------------------------------------------------- what is planted
 
 
-@pytest.fixture
-def launcher(monkeypatch):
-    """A launcher of its own, to be broken, in place of the process's."""
-    monkeypatch.setattr(functional._kernel, "launcher", None)
-    monkeypatch.setattr(functional._kernel, "trouble", "")
-    return functional._kernel.load()
-
-
 def test_a_launch_on_the_default_stream_is_found(launcher):
     launcher._stream = lambda device: 0
     assert not on_gpu.on_a_side_stream()
@@ -108,7 +101,7 @@ def test_a_kernel_loaded_while_a_graph_is_captured_is_found(launcher, monkeypatc
     mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
     monkeypatch.setattr(driver, "cuThreadExchangeStreamCaptureMode", lambda _: (0, mode))
     with pytest.raises(BnfreezeWarning, match="CAPTURE_UNSUPPORTED"):
-        on_gpu.captured_and_replayed(12, warm=False)
+        on_gpu.captured_and_replayed(8, warm=False)
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -126,6 +119,48 @@ def test_ptx_in_place_of_a_cubin_is_found(launcher):
     object.__setattr__(launcher._host, "cubin", lambda variant, arch: b".version 8.0\n" + b" " * 99)
     with pytest.raises(BnfreezeWarning, match="INVALID_IMAGE"):
         on_gpu.layer().cuda()(torch.randn(2, 8, 7, 7).cuda())
+
+
+# ------------------------------------------------------------------------------ what is not for it
+
+
+@pytest.mark.parametrize("part", [0, 1, 2, 3, "residual"])
+def test_a_tensor_that_lies_on_another_device_is_for_aten_to_refuse(part):
+    x, main = draw(), list(there(on_gpu.norm(5)))
+    residual = draw() if part == "residual" else None
+    if residual is not None:
+        residual = residual.to("cuda:1")
+    else:
+        main[part] = main[part].to("cuda:1")
+    refused = pytest.raises(RuntimeError, match="device")
+    with Launches() as launches, torch.backends.cudnn.flags(enabled=False), refused:
+        functional.frozen_batch_norm(x, *main, residual=residual)
+    assert launches.ours == 0
+
+
+def test_a_negated_view_is_resolved_or_left_to_aten():
+    x, main = draw().requires_grad_(), there(on_gpu.norm(5))
+    plain = functional.frozen_batch_norm(x, *main)  # a plan is there for all but the negation
+    functional.frozen_batch_norm(x, *main, residual=x)
+    negated = torch._neg_view(x.detach())
+    with torch.backends.cudnn.flags(enabled=False), Launches() as forward:
+        functional.frozen_batch_norm(negated, *main)
+        functional.frozen_batch_norm(x.detach(), *main, residual=negated)
+    assert forward.ours == 0
+    with Launches() as backward:
+        torch.autograd.grad(plain, x, negated)
+    assert (backward.ours, backward.torchs) == (1, 1)
+
+
+def test_each_device_has_its_own_architecture_and_size(launcher):
+    host = launcher._host
+    assert [host.capability(device) for device in (0, 1)] == [(9, 0), (8, 0)]
+    assert [host.processors(device) for device in (0, 1)] == [3, 5]
+    built, cubin = [], host.cubin
+    object.__setattr__(host, "cubin", lambda *asked: built.append(asked[1]) or cubin(*asked))
+    for device in ("cuda:0", "cuda:1"):
+        on_gpu.layer().to(device)(torch.randn(2, 8, 7, 7).to(device))
+    assert built == ["sm_90", "sm_80"]
 
 
 def test_parameters_that_stayed_on_the_cpu_go_to_aten():

@@ -181,6 +181,47 @@ def test_an_expanded_gradient_and_a_saved_tensor_that_comes_back_changed(driver,
     assert torch.allclose(x.grad.double(), x64.grad, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["expanded", "negated"])
+def test_a_gradient_that_is_no_plain_tensor(how, driver, install):
+    install()
+    made, x = layer(), torch.randn(3, 8, 4, 4, requires_grad=True)
+    grad = (
+        torch.randn(4).expand(x.shape)
+        if how == "expanded"
+        else torch._neg_view(torch.randn_like(x))
+    )
+    (found,) = torch.autograd.grad(made(x), x, grad)
+    (right,) = torch.autograd.grad(exact(made, x), x, grad.double())
+    assert len(driver.names()) == 2
+    assert torch.allclose(found.double(), right.double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["input", "residual"])
+def test_a_negated_view_is_left_to_aten(which, driver, install):
+    install()
+    made, x, r = layer(), torch.randn(3, 8, 4, 4), torch.randn(3, 8, 4, 4)
+    made(x)
+    made(x, r, "relu")  # plans are there for all but the negation
+    before = len(driver.names())
+    x, r = (torch._neg_view(x), r) if which == "input" else (x, torch._neg_view(r))
+    assert torch.allclose(made(x).double(), exact(made, x), atol=1e-5)
+    assert torch.allclose(made(x, r, "relu").double(), exact(made, x, r, "relu"), atol=1e-5)
+    assert len(driver.names()) == before + (which == "residual")
+
+
+@pytest.mark.parametrize("only", ["weight", "bias"])
+def test_weight_or_bias_alone_in_bf16(only, driver, install):
+    install()
+    made, x = layer(), torch.randn(3, 8, 4, 4)
+    setattr(made, "bias" if only == "weight" else "weight", None)
+    getattr(made, only).data = getattr(made, only).data.bfloat16()
+    norm = Affine(made.running_mean, made.running_var, made.weight, made.bias, made.eps)
+    wide = Affine(*(None if t is None else t.double() for t in norm[:4]), norm.eps)
+    right = functional.aten.forward(x.double(), wide, None, None, None)[0]
+    assert torch.allclose(made(x).double(), right, atol=1e-5)
+    assert len(driver.names()) == 1
+
+
 def test_an_empty_batch_launches_nothing(driver, install):
     install()
     made = layer().requires_grad_()

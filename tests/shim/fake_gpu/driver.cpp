@@ -1,5 +1,6 @@
 // The driver, through which bnfreeze launches. It refuses what a driver refuses: no context, one
-// that is not the module's, another device's stream or memory, loading while a stream is captured.
+// that is not the module's, another device's stream or memory, a vector at an odd address, loading
+// while a stream is captured.
 
 #include <dlfcn.h>
 
@@ -18,11 +19,13 @@ struct Module {
 
 struct Function {
     Module *module;
+    bool vectors;  // whether it reads and writes sixteen bytes at a time
     void (*run)(const void *, unsigned, unsigned, unsigned);  // an entry point of cuda_shim.h
 };
 
-// Of the struct that is the kernel's one argument: its fourteen pointers come first.
-constexpr size_t kArguments = 160, kPointers = 14;
+// Of the struct that is the kernel's one argument: its fourteen pointers come first, and of these
+// the five to tensors of the input's shape.
+constexpr size_t kArguments = 160, kPointers = 14, kTensors = 5;
 
 unsigned seed;
 
@@ -79,7 +82,9 @@ API CUresult cuModuleGetFunction(CUfunction *function, CUmodule handle, const ch
     auto module = reinterpret_cast<Module *>(handle);
     auto section = std::string(".text.") + name + '\0';
     if (module->image.find(section) == std::string::npos) return CUDA_ERROR_NOT_FOUND;
-    auto made = new Function{module, nullptr};
+    auto has = [=](const char *lanes) { return std::strstr(name, lanes) != nullptr; };
+    bool vectors = has("_f32_4_") || has("_f16_8_") || has("_bf16_8_");
+    auto made = new Function{module, vectors, nullptr};
     *function = reinterpret_cast<CUfunction>(made);
     const char *libraries = std::getenv("FAKE_GPU_KERNELS");
     if (!libraries) return CUDA_SUCCESS;
@@ -106,6 +111,9 @@ API CUresult cuLaunchKernel(
     for (size_t i = 0; i < kPointers; ++i)
         if (pointers[i] && device_of(pointers[i]) != current->device)
             return CUDA_ERROR_ILLEGAL_ADDRESS;
+    for (size_t i = 0; i < kTensors; ++i)
+        if (function->vectors && reinterpret_cast<size_t>(pointers[i]) % 16)
+            return CUDA_ERROR_MISALIGNED_ADDRESS;
     ++driver_launches;
     std::string kept(static_cast<const char *>(arguments[0]), kArguments);
     enqueue(stream, [=, run = function->run] {

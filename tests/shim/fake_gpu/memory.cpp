@@ -45,11 +45,11 @@ API cudaError_t cudaRuntimeGetVersion(int *version) {
 }
 API cudaError_t cudaGetLastError() { return cudaSuccess; }
 API cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
-API cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int) {
+API cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int which) {
     std::memset(properties, 0, sizeof *properties);
     std::strcpy(properties->name, "bnfreeze's fake GPU");
-    properties->major = 9;
-    properties->multiProcessorCount = 3;  // few, so that a thread walks many rows
+    properties->major = which ? 8 : 9;  // no two devices are alike
+    properties->multiProcessorCount = which ? 5 : 3;  // few, so that a thread walks many rows
     properties->warpSize = 32;
     properties->maxThreadsPerBlock = properties->maxThreadsPerMultiProcessor = 1024;
     properties->totalGlobalMem = size_t(8) << 30;
