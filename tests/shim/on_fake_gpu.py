@@ -145,6 +145,7 @@ def test_a_negated_view_is_resolved_or_left_to_aten():
     negated = torch._neg_view(x.detach())
     with torch.backends.cudnn.flags(enabled=False), Launches() as forward:
         functional.frozen_batch_norm(negated, *main)
+        functional.frozen_batch_norm(torch._neg_view(x), *main)  # with grad
         functional.frozen_batch_norm(x.detach(), *main, residual=negated)
     assert forward.ours == 0
     with Launches() as backward:

@@ -199,7 +199,7 @@ def test_a_gradient_that_is_no_plain_tensor(how, driver, install):
 @pytest.mark.parametrize("which", ["input", "residual"])
 def test_a_negated_view_is_left_to_aten(which, driver, install):
     install()
-    made, x, r = layer(), torch.randn(3, 8, 4, 4), torch.randn(3, 8, 4, 4)
+    made, x, r = layer(), torch.randn(3, 8, 4, 4).requires_grad_(), torch.randn(3, 8, 4, 4)
     made(x)
     made(x, r, "relu")  # plans are there for all but the negation
     before = len(driver.names())
