@@ -22,10 +22,14 @@ from benchmarks.setting import Setting
 from tests.shim import fake_gpu
 
 _CODE = """
-import os, runpy, torch
+import os, runpy, sys, torch
 os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 torch.backends.cudnn.enabled = False
-runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)
+try:
+    runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    sys.stderr.flush()
+    os._exit(end.code or 0)  # autograd's threads may still clear up, and want Python for it
 """
 
 
@@ -42,6 +46,7 @@ def measure(setting: Setting) -> Iterable[Record]:
     arms = ["--arms", *setting.arms] if setting.arms else []
     with tempfile.TemporaryDirectory() as folder:
         run = on_fake_gpu(Path(folder), ["host", *options, *arms])
+    setting.notes.extend(f"driver: {note}" for note in run.notes)
     for one in run.records:
         # Triton wants a driver of its own, so that what is compiled has run eagerly.
         if not one.arm.startswith("compile"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -122,22 +122,6 @@ def backend(
     return Backend("kernel", "Everything suits the CUDA kernel.")
 
 
-_Function = TypeVar("_Function", bound=type[torch.autograd.Function])
-
-
-def _called_directly(function: _Function) -> _Function:
-    """Let autograd call ``backward`` itself.
-
-    Torch's own method in between looks it up anew in every call: a fifteenth of the host's time for
-    a forward and backward pass.
-    """
-    node = getattr(function, "_backward_cls", None)
-    if node is not None:
-        node.apply = function.backward
-    return function
-
-
-@_called_directly
 class _FrozenBatchNormAlone(torch.autograd.Function):
     """A norm layer by itself with weight and bias held: by far the most frequent case.
 
@@ -183,7 +167,6 @@ class _FrozenBatchNormAlone(torch.autograd.Function):
         return aten.scaled(grad, norm, eager=True), None
 
 
-@_called_directly
 class _FrozenBatchNorm(torch.autograd.Function):
     """Saves the least: what each activation needs, and ``x`` only for the gradient of weight."""
 

@@ -131,8 +131,11 @@ def test_every_variant_agrees_with_fp64(shape, layout, dtype, trained):
         assert backend(on_gpu[0], *on_gpu[2][:4]).path == "kernel"
         out = call(*on_gpu, activation)
         assert out.dtype is dtype
-        assert (out.cpu().double() - exact).norm() <= unit * exact.norm()
-        grad = draw(shape, dtype, layout)
+        assert agree(out.detach(), exact, max(unit, 1e-5))
+        # Where an activation has a kink, a rounding decides which of two gradients it is.
+        total = reference(*inputs, None).detach()
+        near = sum((total - kink).abs() <= 2 * unit * max(1, abs(kink)) for kink in (-3, 0, 3, 6))
+        grad = draw(shape, dtype, layout).masked_fill_(near > 0, 0)
         made = torch.autograd.grad(out, trainable(*on_gpu), grad.cuda())
         right = torch.autograd.grad(exact, trainable(*inputs), grad.double())
         assert all(agree(a, b, 2 * unit + 1e-5) for a, b in zip(made, right, strict=True))
@@ -229,12 +232,14 @@ def test_an_empty_batch():
 @hardware  # which brings them into one layout
 def test_a_gradient_in_another_layout_and_an_expanded_one():
     made, x = layer(), draw((3, 8, 5, 5), torch.float32, torch.channels_last).requires_grad_()
-    exact, gpu_x = reference(x, None, norm_of(made), None, "relu"), there(x)
-    out = made.cuda()(gpu_x, None, "relu")
-    for grad in torch.randn(x.shape), torch.randn(()).expand(x.shape):
-        (right,) = torch.autograd.grad(exact, x, grad.double(), retain_graph=True)
-        (found,) = torch.autograd.grad(out, gpu_x, grad.cuda(), retain_graph=True)
-        assert agree(found, right)
+    main, gpu_x = norm_of(made), there(x)
+    gpu_main = there(main)
+    grads = torch.randn(x.shape, device="cuda"), torch.randn((), device="cuda").expand(x.shape)
+    for activation, grad in itertools.product([None, "relu"], grads):
+        exact = reference(x, None, main, None, activation)
+        (right,) = torch.autograd.grad(exact, x, grad.cpu().double())
+        out = call(gpu_x, None, gpu_main, None, activation)
+        assert agree(torch.autograd.grad(out, gpu_x, grad)[0], right)
 
 
 def test_a_fresh_thread():

@@ -49,7 +49,7 @@ def model():
 
 def train(model, images, steps=3, *, forward=None, **autocast):
     """Steps as people write them; returns the losses."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1)
     losses = []
     for _ in range(steps):
         model.train()
@@ -80,8 +80,8 @@ def test_a_frozen_model_trains_as_with_eval_and_is_undone(policy, layout, device
         losses = train(model, images)
     assert watch.report.ok
     assert watch.step == 3
-    assert torch.allclose(losses, train(twin, images), rtol=3e-2)
-    assert not any("bn" in name or "downsample.1" in name for name in moved(before, model.cpu()))
+    assert torch.allclose(losses, train(twin, images), rtol=1e-2)
+    assert not any("bn" in name or "downsample.1" in name for name in moved(before, model))
     bnfreeze.unfreeze(model)
     assert type(model.bn1) is nn.BatchNorm2d
     assert report.layers
@@ -143,7 +143,7 @@ def test_a_whole_step_is_captured_and_replayed(policy, device, model):
     images, twin = draw(device), copy.deepcopy(model)
     graphed = torch.cuda.make_graphed_callables(model, (images.clone(),))
     losses = train(model, images, forward=graphed)
-    assert torch.allclose(losses, train(twin, images), rtol=3e-2)
+    assert torch.allclose(losses, train(twin, images), rtol=1e-2)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])

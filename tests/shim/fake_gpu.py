@@ -10,11 +10,12 @@ import os
 import subprocess
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from bnfreeze.kernels.plan import _ACTIVATIONS, _LANES, _RESIDUALS, Variant
+from bnfreeze.kernels.plan import _ACTIVATIONS, _LANES, _RESIDUALS, ARGS, Variant
 from tests.shim.fake_cuda import GXX, compile_all
 
 HERE = Path(__file__).parent
@@ -37,7 +38,9 @@ def obstacle():
         return "needs g++"
     if torch.version.cuda is None or headers() is None:
         return "needs a CUDA build of torch and CUDA's headers"
-    return ""
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return "needs cuda.bindings"
+    return "there is a real one" if torch.cuda.is_available() else ""
 
 
 def build(folder, kernels=None):
@@ -47,16 +50,19 @@ def build(folder, kernels=None):
     """
     device = folder / "libcuda.so.1"
     sources = sorted((HERE / "fake_gpu").glob("*.cpp"))
-    include = [f"-I{HERE / 'fake_gpu'}", f"-I{headers()}"]
+    assert ARGS.size == 160  # as driver.cpp has it
+    include = [f"-I{HERE / 'fake_gpu'}", f"-isystem{headers()}"]
     # By this name cuda.bindings looks for the driver, and finds that it is loaded.
     named = ["-Wl,-soname,libcuda.so.1", "-o", device, "-ldl"]
     subprocess.run([GXX, *FLAGS, *include, *sources, *named], check=True)
     environment = os.environ | {
         "LD_PRELOAD": str(device),
         "FAKE_GPU_DEVICES": "2",
+        "CUDA_VISIBLE_DEVICES": "0,1",
         "BNFREEZE_CACHE": str(folder / "cubins"),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
+    environment.pop("BNFREEZE_KERNEL", None)
     if kernels is not None:
         libraries = {str(path) for path in compile_all(kernels, folder).values()}
         environment["FAKE_GPU_KERNELS"] = ":".join(sorted(libraries))

@@ -2,8 +2,8 @@
 // torch to put tensors on it, and for bnfreeze to launch its kernel there.
 //
 // Preloaded into a process, it answers in place of libcudart and libcuda (fake_gpu.py compiles and
-// preloads it). What is enqueued on a stream runs late, when somebody waits for it and not before;
-// so what is enqueued on the wrong stream reads what is not there yet. New memory is full of NaN.
+// preloads it). What is enqueued on a stream runs late, when somebody waits for it or asks after it;
+// so what is enqueued on the wrong stream reads what is not there yet. A graph replays as one chain. New memory is full of NaN.
 // Torch's own kernels are there for a GPU only: their launches are counted, and compute nothing.
 //
 //     FAKE_GPU_DEVICES   how many devices there are
