@@ -2,11 +2,15 @@
 
 import copy
 import io
+import os
 import pickle
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Whether CUDA is what tests/shim/fake_gpu.py has put in its place.
+FAKE = "FAKE_GPU_DEVICES" in os.environ
 
 
 class Affine(NamedTuple):
@@ -17,6 +21,10 @@ class Affine(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+
+    def double(self):
+        """The same in fp64."""
+        return Affine(*(None if t is None else t.double() for t in self[:4]), self.eps)
 
 
 def bits(tensor):

@@ -6,7 +6,6 @@ GPU of tests/shim too, but for what is marked `hardware`.
 """
 
 import itertools
-import os
 import threading
 
 import pytest
@@ -17,13 +16,12 @@ from bnfreeze import FrozenBatchNorm2d, functional
 from bnfreeze.aten import ACTIVATIONS
 from bnfreeze.aten import forward as aten_forward
 from bnfreeze.functional import _frozen_batch_norm_add, backend, frozen_batch_norm
-from tests.helpers import Affine
+from tests.helpers import FAKE, Affine
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-FAKE = "FAKE_GPU_DEVICES" in os.environ
 hardware = pytest.mark.skipif(FAKE, reason="needs a GPU that computes")
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -85,7 +83,7 @@ def layer(channels=8):
 
 
 def norm_of(made):
-    return Affine(made.running_mean, made.running_var, made.weight, made.bias, made.eps)
+    return Affine(*made._norm())
 
 
 def call(x, residual, main, branch, activation):
@@ -96,12 +94,8 @@ def call(x, residual, main, branch, activation):
 
 def reference(x, residual, main, branch, activation):
     """ATen in fp64; differentiated where the kernel is, which rounds a sum that it keeps."""
-
-    def wide(affine):
-        return None if affine is None else Affine(*(t.double() for t in affine[:4]), affine.eps)
-
-    other = None if residual is None else residual.double()
-    total = aten_forward(x.double(), wide(main), other, wide(branch), None)[0]
+    other, beyond = (None if each is None else each.double() for each in (residual, branch))
+    total = aten_forward(x.double(), main.double(), other, beyond, None)[0]
     out = ACTIVATIONS[activation](total)
     if residual is None or activation not in ("silu", "hardswish"):
         return out

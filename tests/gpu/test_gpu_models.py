@@ -3,7 +3,6 @@ is wrong with bnfreeze and not what is wrong with these tests.
 """
 
 import copy
-import os
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ from torch import nn
 
 import bnfreeze
 from bnfreeze.functional import backend
-from tests.helpers import moved, state
+from tests.helpers import FAKE, moved, state
 
-FAKE = "FAKE_GPU_DEVICES" in os.environ
 GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(FAKE or not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -73,8 +73,7 @@ def layer(channels=8):
 
 def exact(made, x, residual=None, activation=None):
     """What ATen computes, in fp64."""
-    norm = Affine(made.running_mean, made.running_var, made.weight, made.bias, made.eps)
-    wide = Affine(*(t.double() for t in norm[:4]), norm.eps)
+    wide = Affine(*made._norm()).double()
     residual = None if residual is None else residual.double()
     return functional.aten.forward(x.double(), wide, residual, None, activation)[0]
 
@@ -215,10 +214,7 @@ def test_weight_or_bias_alone_in_bf16(only, driver, install):
     made, x = layer(), torch.randn(3, 8, 4, 4)
     setattr(made, "bias" if only == "weight" else "weight", None)
     getattr(made, only).data = getattr(made, only).data.bfloat16()
-    norm = Affine(made.running_mean, made.running_var, made.weight, made.bias, made.eps)
-    wide = Affine(*(None if t is None else t.double() for t in norm[:4]), norm.eps)
-    right = functional.aten.forward(x.double(), wide, None, None, None)[0]
-    assert torch.allclose(made(x).double(), right, atol=1e-5)
+    assert torch.allclose(made(x).double(), exact(made, x), atol=1e-5)
     assert len(driver.names()) == 1
 
 

@@ -3,8 +3,9 @@
 //
 // Preloaded into a process, it answers in place of libcudart and libcuda (fake_gpu.py compiles and
 // preloads it). What is enqueued on a stream runs late, when somebody waits for it or asks after it;
-// so what is enqueued on the wrong stream reads what is not there yet. A graph replays as one chain. New memory is full of NaN.
-// Torch's own kernels are there for a GPU only: their launches are counted, and compute nothing.
+// so what is enqueued on the wrong stream reads what is not there yet. A graph replays as one chain.
+// New memory is full of NaN. Torch's own kernels are there for a GPU only: their launches are
+// counted, and compute nothing.
 //
 //     FAKE_GPU_DEVICES   how many devices there are
 //     FAKE_GPU_KERNELS   libraries with the kernels for the CPU, split by ":"; if it is not set, a

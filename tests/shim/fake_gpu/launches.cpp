@@ -65,9 +65,9 @@ API cudaError_t cudaGraphInstantiate(
     return *executable = reinterpret_cast<cudaGraphExec_t>(graph), cudaSuccess;
 }
 API cudaError_t cudaGraphInstantiateWithFlags(
-    cudaGraphExec_t *executable, cudaGraph_t graph, unsigned long long
+    cudaGraphExec_t *executable, cudaGraph_t graph, unsigned long long flags
 ) {
-    return *executable = reinterpret_cast<cudaGraphExec_t>(graph), cudaSuccess;
+    return cudaGraphInstantiate(executable, graph, flags);
 }
 API cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
     LOCK;
@@ -142,7 +142,7 @@ API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(
     return *count = 2, cudaSuccess;
 }
 
-// ------------------------------------------------------------------------------ products of matrices
+// ---------------------------------------------------------------------------- products of matrices
 
 #define NOTHING(name) \
     API int name(...) { return 0; }
