@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.facts import Record, over_rounds, ratios
 from benchmarks.measure import in_turns
 from benchmarks.setting import Setting
-from tests.checkpoints import MEASURED, sparse_checkpoint
+from tests.checkpoints.formats import MEASURED, sparse_checkpoint
 
 _IMPORT = """
 import sys, torch
@@ -42,8 +42,8 @@ os._exit(0)
 # Without a GPU: the two variants of a first forward and backward, compiled for sm_90.
 _COMPILE = """
 import sys, time, torch
-from bnfreeze.kernels import plan
-from bnfreeze.kernels.build import cubin
+from bnfreeze.nn.cuda import plan
+from bnfreeze.nn.cuda.build import cubin
 begin = time.perf_counter()
 for direction in ("forward", "backward"):
     made = plan.elementwise((8, 64, 56, 56), "bf16", True, True, direction, "relu", 1, 132)

@@ -13,29 +13,28 @@ if TYPE_CHECKING:
         BnfreezeError,
         BnfreezeWarning,
         CheckpointError,
-        CorruptCheckpoint,
-        DriftError,
+        CorruptCheckpointError,
         PolicyError,
-        UnsafeCheckpoint,
-        UnsupportedFormat,
+        UnsafeCheckpointError,
+        UnsupportedFormatError,
     )
     from bnfreeze.findings import Finding
-    from bnfreeze.freezing.surgery import freeze, unfreeze
-    from bnfreeze.layers import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
-    from bnfreeze.looking.dispatch import inspect
-    from bnfreeze.looking.inspected import Inspection
-    from bnfreeze.policy import Policy
-    from bnfreeze.proof.drift import Drift
-    from bnfreeze.proof.report import DriftReport
-    from bnfreeze.proof.snapshot import Snapshot, assert_frozen, snapshot, verify
-    from bnfreeze.proof.watch import guard
-    from bnfreeze.report import FreezeReport, LayerRow
+    from bnfreeze.freezing.freeze import freeze, unfreeze
+    from bnfreeze.freezing.report import FreezeReport, LayerRow
+    from bnfreeze.inspection.inspect import inspect
+    from bnfreeze.inspection.result import Inspection
+    from bnfreeze.nn.modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+    from bnfreeze.policies.policy import Policy
+    from bnfreeze.verification.drift import Drift
+    from bnfreeze.verification.guard import guard
+    from bnfreeze.verification.report import DriftError, DriftReport
+    from bnfreeze.verification.snapshot import Snapshot, assert_frozen, snapshot, verify
 
 __all__ = [
     "BnfreezeError",
     "BnfreezeWarning",
     "CheckpointError",
-    "CorruptCheckpoint",
+    "CorruptCheckpointError",
     "Drift",
     "DriftError",
     "DriftReport",
@@ -49,8 +48,8 @@ __all__ = [
     "Policy",
     "PolicyError",
     "Snapshot",
-    "UnsafeCheckpoint",
-    "UnsupportedFormat",
+    "UnsafeCheckpointError",
+    "UnsupportedFormatError",
     "assert_frozen",
     "freeze",
     "functional",
@@ -65,29 +64,29 @@ _HOME = {
     "BnfreezeError": "errors",
     "BnfreezeWarning": "errors",
     "CheckpointError": "errors",
-    "CorruptCheckpoint": "errors",
-    "Drift": "proof.drift",
-    "DriftError": "errors",
-    "DriftReport": "proof.report",
+    "CorruptCheckpointError": "errors",
+    "Drift": "verification.drift",
+    "DriftError": "verification.report",
+    "DriftReport": "verification.report",
     "Finding": "findings",
-    "FreezeReport": "report",
-    "Inspection": "looking.inspected",
-    "LayerRow": "report",
-    "FrozenBatchNorm1d": "layers",
-    "FrozenBatchNorm2d": "layers",
-    "FrozenBatchNorm3d": "layers",
-    "Policy": "policy",
+    "FreezeReport": "freezing.report",
+    "Inspection": "inspection.result",
+    "LayerRow": "freezing.report",
+    "FrozenBatchNorm1d": "nn.modules",
+    "FrozenBatchNorm2d": "nn.modules",
+    "FrozenBatchNorm3d": "nn.modules",
+    "Policy": "policies.policy",
     "PolicyError": "errors",
-    "Snapshot": "proof.snapshot",
-    "UnsafeCheckpoint": "errors",
-    "UnsupportedFormat": "errors",
-    "assert_frozen": "proof.snapshot",
-    "freeze": "freezing.surgery",
-    "guard": "proof.watch",
-    "inspect": "looking.dispatch",
-    "snapshot": "proof.snapshot",
-    "unfreeze": "freezing.surgery",
-    "verify": "proof.snapshot",
+    "Snapshot": "verification.snapshot",
+    "UnsafeCheckpointError": "errors",
+    "UnsupportedFormatError": "errors",
+    "assert_frozen": "verification.snapshot",
+    "freeze": "freezing.freeze",
+    "guard": "verification.guard",
+    "inspect": "inspection.inspect",
+    "snapshot": "verification.snapshot",
+    "unfreeze": "freezing.freeze",
+    "verify": "verification.snapshot",
 }
 _MODULES = {"functional"}
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Final
 from bnfreeze.errors import BnfreezeError
 
 if TYPE_CHECKING:
-    from bnfreeze.checkpoint import Checkpoint, StoredTensor
-    from bnfreeze.looking.checkpoint_inspection import CheckpointInspection
-    from bnfreeze.looking.origin import Origin
+    from bnfreeze.checkpoints import Checkpoint, StoredTensor
+    from bnfreeze.inspection.checkpoint import CheckpointInspection
+    from bnfreeze.inspection.origin import Origin
 
 __all__ = ["main"]
 
@@ -158,7 +158,7 @@ class _Version(argparse.Action):
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from bnfreeze.looking.dispatch import inspect_checkpoint
+    from bnfreeze.inspection.inspect import inspect_checkpoint
 
     _check_outputs(options)
     shown: list[CheckpointInspection] = []
@@ -192,8 +192,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from bnfreeze.checkpoint import open_checkpoint
-    from bnfreeze.looking.difference import compare
+    from bnfreeze.checkpoints import open_checkpoint
+    from bnfreeze.inspection.diff import compare
 
     _check_outputs(options)
     with open_checkpoint(options.first) as first, open_checkpoint(options.second) as second:
@@ -211,9 +211,9 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _snapshot(options: argparse.Namespace) -> int:
-    from bnfreeze.checkpoint import open_checkpoint, telling
-    from bnfreeze.proof.snapshot import Snapshot
-    from bnfreeze.proof.stored import snapshot_of
+    from bnfreeze.checkpoints import open_checkpoint, telling
+    from bnfreeze.verification.snapshot import Snapshot
+    from bnfreeze.verification.stored import snapshot_of
 
     if not options.output:
         raise BnfreezeError("-o: the name of a file is empty.")
@@ -234,10 +234,10 @@ def _snapshot(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from bnfreeze.checkpoint import open_checkpoint, telling
-    from bnfreeze.proof.snapshot import Snapshot
-    from bnfreeze.proof.stored import verify_stored
-    from bnfreeze.proof.words import what_changed
+    from bnfreeze.checkpoints import open_checkpoint, telling
+    from bnfreeze.verification.messages import what_changed
+    from bnfreeze.verification.snapshot import Snapshot
+    from bnfreeze.verification.stored import verify_stored
 
     _check_outputs(options)
     try:
@@ -262,9 +262,9 @@ def _part(
     checkpoint: Checkpoint, options: argparse.Namespace
 ) -> tuple[dict[str, StoredTensor], Origin]:
     """The tensors of a checkpoint that the options ask for, and where they come from."""
-    from bnfreeze.checkpoint import telling
-    from bnfreeze.looking.dispatch import selected
-    from bnfreeze.looking.origin import Origin
+    from bnfreeze.checkpoints import telling
+    from bnfreeze.inspection.inspect import selected
+    from bnfreeze.inspection.origin import Origin
 
     found = checkpoint.state_dict(options.key)
     with telling(checkpoint.path):
@@ -284,7 +284,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 def _save_pictures(options: argparse.Namespace, sheets: Sequence[Any]) -> None:
     from bnfreeze.files import write_whole
-    from bnfreeze.render import html_of, svg_of
+    from bnfreeze.tables import html_of, svg_of
 
     for path, draw in ((options.html, html_of), (options.svg, svg_of)):
         if path:
@@ -316,14 +316,14 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _print_lines(lines: Sequence[tuple[str, ...]]) -> None:
-    from bnfreeze.render import escaped
+    from bnfreeze.tables import escaped
 
     for line in lines:
         sys.stdout.write("\t".join(map(escaped, line)) + "\n")
 
 
 def _complain(message: str) -> int:
-    from bnfreeze.render import escaped
+    from bnfreeze.tables import escaped
 
     sys.stderr.write(f"bnfreeze: {escaped(message)}\n")
     return 2
@@ -333,7 +333,7 @@ def _complain_of_defect() -> int:
     """Show the traceback of an error that nobody foresaw; 1 would say that something differs."""
     import traceback
 
-    from bnfreeze.render import escaped
+    from bnfreeze.tables import escaped
 
     for line in traceback.format_exc().splitlines():
         sys.stderr.write(f"{escaped(line)}\n")

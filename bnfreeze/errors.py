@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from bnfreeze.proof.report import DriftReport
-
 __all__ = [
     "BnfreezeError",
     "BnfreezeWarning",
     "CheckpointError",
-    "CorruptCheckpoint",
-    "DriftError",
+    "CorruptCheckpointError",
     "PolicyError",
-    "UnsafeCheckpoint",
-    "UnsupportedFormat",
+    "UnsafeCheckpointError",
+    "UnsupportedFormatError",
 ]
 
 
@@ -31,32 +25,16 @@ class CheckpointError(BnfreezeError):
     """A checkpoint that was not read."""
 
 
-class UnsafeCheckpoint(CheckpointError):  # noqa: N818 - the name is part of the public contract
+class UnsafeCheckpointError(CheckpointError):
     """Reading it would need to run or import something that the file names."""
 
 
-class CorruptCheckpoint(CheckpointError):  # noqa: N818 - the name is part of the public contract
+class CorruptCheckpointError(CheckpointError):
     """The file's parts contradict each other, or some are missing."""
 
 
-class UnsupportedFormat(CheckpointError):  # noqa: N818 - the name is part of the public contract
+class UnsupportedFormatError(CheckpointError):
     """Not a checkpoint of a kind that bnfreeze reads."""
-
-
-class DriftError(BnfreezeError, AssertionError):
-    """Something held has changed.
-
-    Attributes:
-        report: the `DriftReport`; None where there is none.
-    """
-
-    def __init__(self, message: str = "", report: DriftReport | None = None) -> None:
-        super().__init__(message)
-        self.report = report
-
-    def __reduce__(self) -> tuple[type[DriftError], tuple[str, DriftReport | None]]:
-        # The way that pickle rebuilds an exception by itself would lose the report.
-        return (type(self), (str(self), self.report))
 
 
 class BnfreezeWarning(UserWarning):

@@ -1,17 +1,16 @@
-"""Patterns over dotted module names, and ordered rules of them. Pure; knows nothing of torch."""
+"""Patterns over dotted module names. Knows nothing of torch."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bnfreeze.errors import PolicyError
-from bnfreeze.policy import Policy
 
-__all__ = ["Pattern", "Rule", "nearest", "parse_rules"]
+__all__ = ["Pattern", "nearest"]
 
 
 @dataclass(frozen=True)
@@ -83,34 +82,6 @@ def _segment(segment: str, whole: str) -> re.Pattern[str] | None:
         )
     # Brackets are no special characters of ours; of fnmatch's they are.
     return re.compile(fnmatch.translate(segment.replace("[", "[[]")))
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One entry of the mapping that `freeze` takes."""
-
-    pattern: Pattern
-    policy: Policy
-
-
-def parse_rules(policy: object) -> tuple[Rule, ...]:
-    """Read what `freeze` takes: one policy for the whole model, or a mapping pattern → policy.
-
-    Raises:
-        PolicyError: an unknown policy, a malformed pattern, or an empty mapping.
-    """
-    if not isinstance(policy, Mapping):
-        return (Rule(Pattern.parse(""), Policy.parse(policy)),)  # type: ignore[arg-type]
-    if not policy:
-        raise PolicyError("The mapping of patterns to policies is empty: nothing to freeze.")
-    rules = []
-    for text, value in policy.items():
-        pattern = Pattern.parse(text)
-        try:
-            rules.append(Rule(pattern, Policy.parse(value)))
-        except PolicyError as error:
-            raise PolicyError(f"Rule {text!r}: {error}") from None
-    return tuple(rules)
 
 
 def nearest(text: str, names: Iterable[str], limit: int = 3) -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 if TYPE_CHECKING:
     from torch import nn
 
-    from bnfreeze.proof.watch import Guard
+    from bnfreeze.verification.guard import Guard
 
 __all__ = ["bnfreeze_guard", "pytest_assertrepr_compare", "pytest_runtest_call"]
 
@@ -52,7 +52,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
     """Explain ``assert snapshot(model) == before`` by the verdict and the first drift."""
     # Where nobody has imported it, neither side is a snapshot.
-    home = sys.modules.get("bnfreeze.proof.snapshot")
+    home = sys.modules.get("bnfreeze.verification.snapshot")
     if home is None or op != "==":
         return None
     if not isinstance(left, home.Snapshot) or not isinstance(right, home.Snapshot):

@@ -14,7 +14,7 @@ FAKE = "FAKE_GPU_DEVICES" in os.environ
 
 
 class Affine(NamedTuple):
-    """A `bnfreeze.aten.Norm` by its names: the tensors of one frozen norm layer, and its eps."""
+    """A `bnfreeze.nn.reference.Norm` by its names: the tensors of one frozen norm layer, and its eps."""
 
     mean: Tensor
     var: Tensor

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from bnfreeze.cli import main
-
-from .checkpoints import save_safetensors, save_zip
+from tests.checkpoints.formats import save_safetensors, save_zip
 
 
 @pytest.fixture
@@ -465,7 +464,7 @@ def test_an_unforeseen_error_is_no_difference_and_reaches_no_terminal(
     def fail(*_, **__):
         raise RuntimeError("\x1b[31m")
 
-    monkeypatch.setattr("bnfreeze.looking.difference.compare", fail)
+    monkeypatch.setattr("bnfreeze.inspection.diff.compare", fail)
     assert main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "a.pt")]) == 2
     error = capsys.readouterr().err
     assert "a defect of bnfreeze" in error

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnfreeze import PolicyError
-from bnfreeze.patterns import Pattern, nearest, parse_rules
+from bnfreeze.freezing.rules import parse_rules
+from bnfreeze.patterns import Pattern, nearest
 
 
 @pytest.mark.parametrize(

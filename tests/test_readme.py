@@ -52,14 +52,14 @@ def test_the_policy_table_agrees_with_the_policies():
     assert len(told) == 5
     for name, (statistics, normalises, affine) in told.items():
         policy = Policy.parse(name)
-        assert (statistics == "held") is policy.holds_statistics
+        assert (statistics == "held") is policy.freezes_statistics
         assert ("always" in normalises) is policy.forces_eval
-        assert affine.startswith("held") is policy.holds_affine
+        assert affine.startswith("held") is policy.freezes_affine
 
 
 def test_every_finding_is_explained():
     sources = "".join(
-        (ROOT / "bnfreeze" / "looking" / f"{name}.py").read_text()
+        (ROOT / "bnfreeze" / "inspection" / f"{name}.py").read_text()
         for name in ("health", "inspection", "stored_layers", "difference")
     )
     codes = set(re.findall(r'"(?:error|warning|note)"[^,]*,\s*"([a-z-]+)"', sources))

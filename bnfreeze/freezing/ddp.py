@@ -13,15 +13,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bnfreeze.errors import PolicyError
-from bnfreeze.norms import NamedModule
+from bnfreeze.norm_layers import NamedModule
 
-__all__ = ["Owned", "refuse_giving_back", "refuse_holding"]
+__all__ = ["Owned", "refuse_freezing", "refuse_thawing"]
 
 # A module, and some of its own parameters.
 Owned: TypeAlias = tuple[NamedModule, list[nn.Parameter]]
 
 
-def refuse_holding(modules: Sequence[NamedModule], held: Iterable[Owned]) -> None:
+def refuse_freezing(modules: Sequence[NamedModule], held: Iterable[Owned]) -> None:
     """Refuse to hold parameters for whose gradients a wrapper would wait.
 
     Raises:
@@ -37,7 +37,7 @@ def refuse_holding(modules: Sequence[NamedModule], held: Iterable[Owned]) -> Non
             )
 
 
-def refuse_giving_back(modules: Sequence[NamedModule], back: Iterable[Owned]) -> None:
+def refuse_thawing(modules: Sequence[NamedModule], back: Iterable[Owned]) -> None:
     """Refuse to let parameters train again whose gradients a wrapper would not average.
 
     Raises:

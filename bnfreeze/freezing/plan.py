@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from bnfreeze.errors import PolicyError
-from bnfreeze.freezing.ddp import refuse_giving_back, refuse_holding
-from bnfreeze.freezing.selection import Selected
-from bnfreeze.fused import fused_class
-from bnfreeze.held import held_class
-from bnfreeze.norms import (
+from bnfreeze.freezing.ddp import refuse_freezing, refuse_thawing
+from bnfreeze.freezing.rules import Selected
+from bnfreeze.norm_layers import (
     AFFINE,
     NamedModule,
     computed_affine,
@@ -20,11 +18,13 @@ from bnfreeze.norms import (
     is_norm,
     keeps_statistics,
 )
-from bnfreeze.policy import Policy
-from bnfreeze.record import (
+from bnfreeze.policies.choice import frozen_class
+from bnfreeze.policies.fused import fused_class
+from bnfreeze.policies.policy import Policy
+from bnfreeze.policies.record import (
     Record,
     class_changed_since,
-    held_parameters,
+    frozen_parameters,
     layer_class,
     record_of,
     was_lookalike,
@@ -70,15 +70,15 @@ def plan(modules: Sequence[NamedModule], selected: Sequence[Selected]) -> list[C
     if problems:
         more = f"\n… and {len(problems) - 5} more layers." if len(problems) > 5 else ""
         raise PolicyError("\n".join(problems[:5]) + more)
-    refuse_holding(modules, [(change.entry, list(change.held.values())) for change in changes])
-    refuse_giving_back(modules, [(change.entry, _given_back(change)) for change in changes])
+    refuse_freezing(modules, [(change.entry, list(change.held.values())) for change in changes])
+    refuse_thawing(modules, [(change.entry, _given_back(change)) for change in changes])
     return changes
 
 
 def _given_back(change: Change) -> list[nn.Parameter]:
     """What was held, and is not to be any more."""
     held = {id(parameter) for parameter in change.held.values()}
-    return [p for p in held_parameters(change.module) if id(p) not in held]
+    return [p for p in frozen_parameters(change.module) if id(p) not in held]
 
 
 def _original_flags(modules: Sequence[NamedModule]) -> dict[int, bool]:
@@ -115,9 +115,9 @@ def _plan_one(choice: Selected, flags: Mapping[int, bool]) -> Change:
         key: parameter
         for key, parameter in module._parameters.items()
         if parameter is not None
-        and (Policy.WEIGHTS in policy or (norm and policy.holds_affine and key in AFFINE))
+        and (Policy.WEIGHTS in policy or (norm and policy.freezes_affine and key in AFFINE))
     }
-    if norm and not held and policy.holds_affine and not was_lookalike(module):
+    if norm and not held and policy.freezes_affine and not was_lookalike(module):
         notes.append("has no weight or bias")
     if norm and not keeps_statistics(module):
         notes.append("keeps no running statistics")
@@ -158,7 +158,7 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
             + ", or build it with track_running_stats=True."
         )
     computed = computed_affine(module) if is_norm(module) else []
-    if computed and policy.holds_affine and Policy.WEIGHTS not in policy:
+    if computed and policy.freezes_affine and Policy.WEIGHTS not in policy:
         raise PolicyError(
             f"{name}: its {' and '.join(computed)} is computed from other parameters (by a "
             f"parametrization, say), which policy '{policy}' would not hold. Undo that first, "
@@ -180,7 +180,7 @@ def _kind(name: str, module: nn.Module, policy: Policy) -> tuple[type[nn.Module]
     if was_lookalike(module):
         return base, policy, "frozen already, by its own class"
     try:
-        return held_class(base, policy), policy, note
+        return frozen_class(base, policy), policy, note
     except Exception as error:
         # A metaclass or an __init_subclass__ of the user's own may refuse a subclass.
         raise PolicyError(

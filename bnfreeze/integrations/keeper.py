@@ -9,14 +9,15 @@ from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from bnfreeze.errors import DriftError, PolicyError
-from bnfreeze.freezing.surgery import freeze
-from bnfreeze.looking.inspection import inspect
-from bnfreeze.patterns import parse_rules
-from bnfreeze.policy import Policy
-from bnfreeze.proof.bits import shard
-from bnfreeze.proof.watch import Guard, guard
-from bnfreeze.report import FreezeReport
+from bnfreeze.errors import PolicyError
+from bnfreeze.freezing.freeze import freeze
+from bnfreeze.freezing.report import FreezeReport
+from bnfreeze.freezing.rules import parse_rules
+from bnfreeze.inspection.live import inspect
+from bnfreeze.policies.policy import Policy
+from bnfreeze.verification.bits import shard
+from bnfreeze.verification.guard import Guard, guard
+from bnfreeze.verification.report import DriftError
 
 __all__ = ["Keeper"]
 

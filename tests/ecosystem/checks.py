@@ -6,8 +6,7 @@ import torch
 
 import bnfreeze
 from bnfreeze import Policy, freeze, unfreeze
-
-from ..helpers import moved, state, statistics
+from tests.helpers import moved, state, statistics
 
 __all__ = [
     "assert_frozen_as",
@@ -31,9 +30,9 @@ def assert_frozen_as(model, policy):
     assert layers
     for layer in layers:
         assert layer.policy == policy, layer.name
-        assert layer.updates_statistics is not flags.holds_statistics, layer.name
+        assert layer.updates_statistics is not flags.freezes_statistics, layer.name
         assert (layer.normalizes_with == "running") is flags.forces_eval, layer.name
-        assert layer.trains_affine is not flags.holds_affine, layer.name
+        assert layer.trains_affine is not flags.freezes_affine, layer.name
 
 
 @contextlib.contextmanager
@@ -56,8 +55,8 @@ def keeps_its_promise(model, policy, head="fc", apart=(), process_group=None):
         assert report.ok, str(report)
     of_norms = {name for name in before if name.startswith(tuple(f"{norm}." for norm in norms))}
     held = set()
-    held |= statistics(of_norms) if flags.holds_statistics else set()
-    held |= of_norms - statistics(of_norms) if flags.holds_affine else set()
+    held |= statistics(of_norms) if flags.freezes_statistics else set()
+    held |= of_norms - statistics(of_norms) if flags.freezes_affine else set()
     if Policy.WEIGHTS in flags:
         held |= {name for name in before if not name.startswith(f"{head}.")}
     others = {name for name in before if name.rpartition(".")[2] in apart}

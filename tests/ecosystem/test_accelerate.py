@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 import bnfreeze
+from tests.helpers import moved, state
 
-from ..helpers import moved, state
 from .cells import cell
 from .checks import assert_frozen_as, freeze_by, keeps_its_promise
 

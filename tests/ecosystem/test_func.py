@@ -7,8 +7,8 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.testing import assert_close
 
 from bnfreeze import Policy, PolicyError
+from tests.helpers import moved, state
 
-from ..helpers import moved, state
 from .cells import cell
 from .checks import assert_frozen_as, freeze_by, keeps_its_promise, train
 
@@ -55,7 +55,7 @@ def test_an_ensemble_trains_in_one_call(model, images, policy):
     base = copy.deepcopy(models[0]).to("meta")
     out = vmap(lambda p, b: functional_call(base, (p, b), (images,)))(parameters, buffers)
     changed = {name for name in before if not torch.equal(before[name], buffers[name])}
-    assert changed == (set() if Policy.parse(policy).holds_statistics else set(buffers))
+    assert changed == (set() if Policy.parse(policy).freezes_statistics else set(buffers))
     assert_close(out, torch.stack([one(images) for one in models]))
 
 

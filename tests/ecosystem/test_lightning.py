@@ -169,7 +169,7 @@ def test_an_average_that_rounds_is_a_drift(model, policy, trainer, loader, refus
 def test_swa_must_not_reset_what_is_held(model, policy, trainer, loader, refused):
     callbacks = FreezeBatchNorm(rules(policy)), StochasticWeightAveraging(0.01, swa_epoch_start=1)
     flags = Policy.parse(policy)
-    if flags.holds_statistics and not policy.startswith("fused"):
+    if flags.freezes_statistics and not policy.startswith("fused"):
         with refused(PolicyError, "assigns new statistics to each batch norm at its end"):
             trainer(*callbacks).fit(Classifier(model), loader)
         return

@@ -9,8 +9,8 @@ import transformers
 from torch import nn
 
 import bnfreeze
+from tests.sweeps import torchvision_models
 
-from .. import sweep
 from .cells import cell
 
 PACKAGES = ("transformers", "timm", "segmentation-models-pytorch")
@@ -101,7 +101,7 @@ def moved_or_not(model, images, policy, head):
     """What is broken of the policy's promises, in two steps and on the way back."""
     with torch.no_grad():
         model.train()(images)
-    return sweep.check(model, (images,), policy, head if "weights" in policy else None)
+    return torchvision_models.check(model, (images,), policy, head if "weights" in policy else None)
 
 
 @cell("Transformers' {name}")

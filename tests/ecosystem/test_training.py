@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from bnfreeze import Policy, PolicyError, freeze, unfreeze
+from tests.helpers import moved, state, statistics
 
-from ..helpers import moved, state, statistics
 from .cells import cell
 from .checks import assert_frozen_as, freeze_by, keeps_its_promise, train
 
@@ -124,7 +124,7 @@ def test_update_bn_leaves_what_is_held(model, images, policy):
     averaged = AveragedModel(model)
     before = state(averaged.module)
     update_bn([images, images + 1], averaged)
-    expected = set() if Policy.parse(policy).holds_statistics else statistics(before)
+    expected = set() if Policy.parse(policy).freezes_statistics else statistics(before)
     assert moved(before, averaged.module) == expected
     assert_frozen_as(averaged, policy)
 
@@ -161,7 +161,7 @@ class Doubled(nn.Module):
 @cell("a parametrization on a norm layer, then frozen")
 def test_a_parametrized_layer_is_frozen(model, images, policy, refused):
     parametrize.register_parametrization(model.bn1, "weight", Doubled())
-    if Policy.parse(policy).holds_affine and "weights" not in policy:
+    if Policy.parse(policy).freezes_affine and "weights" not in policy:
         with refused(PolicyError, "its weight is computed from other parameters"):
             freeze_by(model, policy)
         policy = "none"

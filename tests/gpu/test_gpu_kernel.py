@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from bnfreeze import FrozenBatchNorm2d, functional
-from bnfreeze.aten import ACTIVATIONS
-from bnfreeze.aten import forward as aten_forward
-from bnfreeze.functional import _frozen_batch_norm_add, backend, frozen_batch_norm
+from bnfreeze import FrozenBatchNorm2d
+from bnfreeze.nn import functional
+from bnfreeze.nn.functional import _frozen_batch_norm_add, backend, frozen_batch_norm
+from bnfreeze.nn.reference import ACTIVATIONS
+from bnfreeze.nn.reference import forward as aten_forward
 from tests.helpers import FAKE, Affine
 
 pytestmark = [

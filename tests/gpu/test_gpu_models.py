@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 import bnfreeze
-from bnfreeze.functional import backend
+from bnfreeze.nn.functional import backend
 from tests.helpers import FAKE, moved, state
 
 GPU = [

@@ -10,9 +10,9 @@ import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 
-from bnfreeze.kernels.build import program
-from bnfreeze.kernels.host import Host
-from bnfreeze.kernels.plan import THREADS
+from bnfreeze.nn.cuda.build import program
+from bnfreeze.nn.cuda.host import Host
+from bnfreeze.nn.cuda.plan import THREADS
 
 SHIM = Path(__file__).with_name("cuda_shim.h")
 GXX = shutil.which("g++")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bnfreeze.kernels.plan import _ACTIVATIONS, _LANES, _RESIDUALS, ARGS, Variant
+from bnfreeze.nn.cuda.plan import _ACTIVATIONS, _LANES, _RESIDUALS, ARGS, Variant
 from tests.shim.fake_cuda import GXX, compile_all
 
 HERE = Path(__file__).parent

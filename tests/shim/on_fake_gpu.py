@@ -10,7 +10,8 @@ import pytest
 import torch
 import torchvision
 
-from bnfreeze import BnfreezeWarning, freeze, functional
+from bnfreeze import BnfreezeWarning, freeze
+from bnfreeze.nn import functional
 from tests.gpu import test_gpu_kernel as on_gpu
 from tests.gpu.test_gpu_kernel import launcher, there
 

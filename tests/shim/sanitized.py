@@ -12,8 +12,8 @@ import json
 import random
 import sys
 
-from bnfreeze.kernels import plan as plans
-from bnfreeze.kernels.plan import ARGS
+from bnfreeze.nn.cuda import plan as plans
+from bnfreeze.nn.cuda.plan import ARGS
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p

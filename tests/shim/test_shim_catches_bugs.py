@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bnfreeze import functional
-from bnfreeze.kernels import plan as plans
-from bnfreeze.kernels.build import program
-from bnfreeze.kernels.launch import Launcher
-from bnfreeze.kernels.plan import Variant
+from bnfreeze.nn import functional
+from bnfreeze.nn.cuda import plan as plans
+from bnfreeze.nn.cuda.build import program
+from bnfreeze.nn.cuda.launch import Launcher
+from bnfreeze.nn.cuda.plan import Variant
 from tests.shim import fake_cuda
 from tests.shim.fake_cuda import PROCESSORS, FakeDriver, Libraries, compile_all, fake_host
 

@@ -10,13 +10,13 @@ import random
 import pytest
 import torch
 
-from bnfreeze import functional
-from bnfreeze.aten import ACTIVATIONS
-from bnfreeze.functional import _frozen_batch_norm_add, frozen_batch_norm
-from bnfreeze.kernels import plan as plans
-from bnfreeze.kernels.launch import Launcher
-from bnfreeze.kernels.plan import Variant
-from bnfreeze.kernels.tensors import DTYPES as NAMES
+from bnfreeze.nn import functional
+from bnfreeze.nn.cuda import plan as plans
+from bnfreeze.nn.cuda.launch import Launcher
+from bnfreeze.nn.cuda.layouts import DTYPES as NAMES
+from bnfreeze.nn.cuda.plan import Variant
+from bnfreeze.nn.functional import _frozen_batch_norm_add, frozen_batch_norm
+from bnfreeze.nn.reference import ACTIVATIONS
 from tests.helpers import Affine
 from tests.shim import fake_cuda
 from tests.shim.fake_cuda import PROCESSORS, FakeDriver, Libraries, compile_all, fake_host
@@ -192,7 +192,7 @@ def test_nan_and_inf_pass_as_in_aten(activation, driver):
     x = values.view(6, 1, 1, 1).expand(6, 5, 7, 7).contiguous().half()
     main = norm(5, torch.Generator().manual_seed(3))
     main.weight[0] = 0
-    theirs = functional.aten.forward(x, main, None, None, activation, eager=True)[0]
+    theirs = functional.reference.forward(x, main, None, None, activation, eager=True)[0]
     ours = frozen_batch_norm(x, *main, activation=activation)
     assert torch.equal(ours.isnan(), theirs.isnan())
     assert torch.equal(ours.isinf(), theirs.isinf())

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from bnfreeze import BnfreezeWarning, FrozenBatchNorm2d, functional
-from bnfreeze.functional import backend, frozen_batch_norm
-from bnfreeze.kernels import load
-from bnfreeze.kernels.build import KernelError
-from bnfreeze.kernels.launch import Launcher
-from bnfreeze.kernels.plan import Variant
+from bnfreeze import BnfreezeWarning, FrozenBatchNorm2d
+from bnfreeze.nn import functional
+from bnfreeze.nn.cuda import load
+from bnfreeze.nn.cuda.build import KernelError
+from bnfreeze.nn.cuda.launch import Launcher
+from bnfreeze.nn.cuda.plan import Variant
+from bnfreeze.nn.functional import backend, frozen_batch_norm
 from tests.helpers import Affine
 from tests.shim import fake_cuda
 from tests.shim.fake_cuda import FakeDriver, Libraries, compile_all, fake_host
@@ -75,7 +76,7 @@ def exact(made, x, residual=None, activation=None):
     """What ATen computes, in fp64."""
     wide = Affine(*made._norm()).double()
     residual = None if residual is None else residual.double()
-    return functional.aten.forward(x.double(), wide, residual, None, activation)[0]
+    return functional.reference.forward(x.double(), wide, residual, None, activation)[0]
 
 
 def test_a_variant_is_compiled_and_loaded_once_for_each_device(driver, install):

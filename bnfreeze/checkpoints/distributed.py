@@ -1,0 +1,270 @@
+"""Folders of torch.distributed.checkpoint: `.metadata` says which bytes of which file are what.
+
+torch reads `.metadata` with a plain `pickle.load`, which runs whatever is in it; here it is read
+as data, like any other pickle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from bnfreeze.checkpoints.limits import (
+    MAX_DIMENSIONS,
+    MAX_NESTING,
+    MAX_PICKLE_BYTES,
+    MAX_TENSORS,
+    check_limit,
+    is_shape,
+    is_size,
+)
+from bnfreeze.checkpoints.pickles import (
+    Call,
+    Global,
+    Pairs,
+    Unneeded,
+    check_nesting,
+    read_pickle,
+)
+from bnfreeze.checkpoints.shards import beside
+from bnfreeze.checkpoints.source import opened
+from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES, StoredTensor, Words
+from bnfreeze.checkpoints.torch_names import DTYPES
+from bnfreeze.checkpoints.torch_zip import read_torch_zip
+from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError, UnsupportedFormatError
+
+__all__ = ["read_distributed"]
+
+_METADATA: Final = "torch.distributed.checkpoint.metadata."
+_FILESYSTEM: Final = "torch.distributed.checkpoint.filesystem."
+
+_MOST_FIELDS: Final = 20
+
+_ALLOWED: Final = DTYPES.keys() | {
+    *(
+        f"{_METADATA}{name}"
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    f"{_FILESYSTEM}_StorageInfo",
+    f"{_FILESYSTEM}_StoragePrefix",
+    "torch.Size",
+    "torch.serialization._get_layout",
+    "collections.OrderedDict",
+    # The folder that it was saved to.
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath",
+}
+
+
+def read_distributed(folder: Path) -> dict[str, Any]:
+    """What was saved, nested as it was, with a `StoredTensor` for each tensor.
+
+    There may be thousands of files, a few for each rank: none of them stays open.
+
+    Args:
+        folder: where `.metadata` and the files beside it lie.
+
+    Raises:
+        CheckpointError: refused, or the folder's parts contradict each other.
+    """
+    with opened(folder / ".metadata") as source:
+        check_limit(source.size, MAX_PICKLE_BYTES, "bytes of a pickle")
+        data = source.read(0, source.size)
+    try:
+        root, _ = read_pickle(data, _ALLOWED)
+    except Unneeded as refusal:
+        raise UnsafeCheckpointError(
+            f"{refusal} torch itself loads .metadata with all that it asks for."
+        ) from None
+    check_nesting(root)
+    metadata = _fields(root, f"{_METADATA}Metadata")
+    described = _pairs(metadata.get("state_dict_metadata"))
+    check_limit(len(described.pairs), MAX_TENSORS, "tensors")
+    planner = metadata.get("planner_data")
+    paths = planner.named() if isinstance(planner, Pairs) else {}
+    places = dict(_places(_pairs(metadata.get("storage_data")), folder))
+    tree: dict[str, Any] = {}
+    pieces = 0
+    for name, told in described.named().items():
+        if isinstance(told, Call) and told.name == f"{_METADATA}BytesStorageMetadata":
+            continue
+        tensor = _tensor(name, told, places)
+        pieces += tensor.pieces_count
+        check_limit(pieces, MAX_TENSORS, "pieces of tensors")
+        _put(tree, paths.get(name), name, tensor)
+    return tree
+
+
+def _fields(made: object, kind: str) -> dict[str, object]:
+    """The fields of an object of the class `kind`."""
+    if not isinstance(made, Call) or made.name != kind or not isinstance(made.state, Pairs):
+        raise CorruptCheckpointError(f"Damaged: its metadata has no {kind.rpartition('.')[2]}.")
+    # Few opcodes can give the same object to many names, and each looks through its fields.
+    check_limit(len(made.state.pairs), _MOST_FIELDS, "fields of an object")
+    return made.state.named()
+
+
+def _pairs(value: object) -> Pairs:
+    if not isinstance(value, Pairs):
+        raise CorruptCheckpointError("Damaged: its metadata lacks a part.")
+    return value
+
+
+def _numbers(value: object) -> tuple[int, ...]:
+    """The numbers of a `torch.Size`."""
+    inner: Any = value.arguments[0] if isinstance(value, Call) and value.arguments else value
+    if type(inner) not in {tuple, list}:
+        raise CorruptCheckpointError("Damaged: its metadata has a size that is none.")
+    check_limit(len(inner), MAX_DIMENSIONS, "dimensions of a tensor")
+    if not is_shape(inner):
+        raise CorruptCheckpointError("Damaged: its metadata has a size that is none.")
+    return tuple(inner)
+
+
+_Place = tuple[Path, int, int]
+
+
+def _places(storage: Pairs, folder: Path) -> Iterator[tuple[tuple[str, tuple[int, ...]], _Place]]:
+    """For each piece of a tensor, by name and offset: the file, and where in it."""
+    sizes: dict[str, int] = {}
+    used: dict[str, int] = {}
+    for key, value in storage.pairs:
+        index = _fields(key, f"{_METADATA}MetadataIndex")
+        info = _fields(value, f"{_FILESYSTEM}_StorageInfo")
+        name, offset = index.get("fqn"), index.get("offset")
+        file, start, length = (info.get(k) for k in ("relative_path", "offset", "length"))
+        if type(name) is not str or type(file) is not str:
+            raise CorruptCheckpointError("Damaged: its metadata has a name that is no text.")
+        if not (is_size(start) and is_size(length)):
+            raise CorruptCheckpointError("Damaged: its metadata has a position that is no number.")
+        if info.get("transform_descriptors"):
+            raise UnsupportedFormatError("Its files were transformed (compressed) when saved.")
+        path = beside(folder, file)
+        if file not in sizes:
+            with opened(path) as source:
+                sizes[file] = source.size
+        if start + length > sizes[file]:
+            raise CorruptCheckpointError(
+                f"Damaged or truncated: {file:.80} should reach to byte {start + length:,}, "
+                f"and has {sizes[file]:,}."
+            )
+        # So that a few bytes cannot stand for many pieces.
+        used[file] = used.get(file, 0) + length
+        if used[file] > sizes[file]:
+            raise CorruptCheckpointError(f"Damaged: pieces overlap in {file:.80}.")
+        if offset is not None:
+            yield (name, _numbers(offset)), (path, start, length)
+
+
+def _tensor(
+    name: str,
+    told: object,
+    places: dict[tuple[str, tuple[int, ...]], _Place],
+) -> _PiecedTensor:
+    fields = _fields(told, f"{_METADATA}TensorStorageMetadata")
+    properties, chunks = fields.get("properties"), fields.get("chunks")
+    state = properties.state if isinstance(properties, Call) else None
+    first = state[0] if type(state) is tuple and state else None
+    dtype = DTYPES.get(first.name) if isinstance(first, Global) else None
+    if dtype is None or type(chunks) is not list:
+        raise CorruptCheckpointError(f"Damaged: its metadata does not describe {name!r:.200}.")
+    shape = _numbers(fields.get("size"))
+    pieces = []
+    for chunk in chunks:
+        parts = _fields(chunk, f"{_METADATA}ChunkStorageMetadata")
+        offsets, sizes = _numbers(parts.get("offsets")), _numbers(parts.get("sizes"))
+        place = places.get((name, offsets))
+        if place is None:
+            raise CorruptCheckpointError(f"Damaged: a piece of {name!r:.200} is missing.")
+        if (
+            not len(offsets) == len(sizes) == len(shape)
+            or any(o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True))
+            or math.prod(sizes) * ITEM_SIZES[dtype] > place[2]
+        ):
+            raise CorruptCheckpointError(f"Damaged: a piece of {name!r:.200} does not fit.")
+        pieces.append((offsets, sizes, place))
+    if sum(math.prod(sizes) for _, sizes, _ in pieces) != math.prod(shape):
+        raise CorruptCheckpointError(f"Damaged: the pieces of {name!r:.200} do not make it up.")
+    return _PiecedTensor(dtype, shape, pieces)
+
+
+class _PiecedTensor(StoredTensor):
+    """A tensor in pieces, each a file of torch.save inside another file."""
+
+    def __init__(
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        pieces: list[tuple[tuple[int, ...], tuple[int, ...], _Place]],
+    ) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self._pieces = pieces
+        self.pieces_count = len(pieces)
+
+    def storage(self) -> tuple[object, int]:
+        return self, self.numel * ITEM_SIZES[self.dtype]
+
+    def words(self) -> Words:
+        pair = (2,) if self.dtype == "complex128" else ()
+        whole: Words | None = None
+        for offsets, sizes, (path, start, length) in self._pieces:
+            words = self._piece(path, start, length, sizes)
+            if whole is None:
+                # The bytes are there: the pieces' sizes add up to the whole.
+                whole = np.zeros((*self.shape, *pair), words.dtype)
+                covered = np.zeros(self.shape, bool)
+            at = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
+            whole[at] = words.reshape((*sizes, *pair))
+            covered[at] = True
+        if whole is None:
+            return np.empty(0, np.uint8)
+        if not covered.all():
+            raise CorruptCheckpointError("Damaged: the pieces of a tensor overlap and leave gaps.")
+        return whole.reshape(-1)
+
+    def _piece(self, path: Path, start: int, length: int, sizes: tuple[int, ...]) -> Words:
+        with opened(path) as source:
+            piece = read_torch_zip(source.part(start, length))
+            if (
+                not isinstance(piece, StoredTensor)
+                or piece.dtype != self.dtype
+                or piece.shape != sizes
+            ):
+                raise CorruptCheckpointError(
+                    "Damaged: a file has another tensor than its metadata say."
+                )
+            return piece.words()
+
+
+def _put(tree: dict[str, Any], path: object, name: str, tensor: StoredTensor) -> None:
+    """Put a tensor where it was in the nested dicts, as far as the metadata tell."""
+    keys = [name]
+    if type(path) is tuple and path:
+        check_limit(len(path), MAX_NESTING, "levels of nesting")
+        if not all(type(key) is str or is_size(key) for key in path):
+            raise CorruptCheckpointError(f"Damaged: the place of {name!r:.200} is none.")
+        keys = [str(key) for key in path]
+    for key in keys[:-1]:
+        below = tree.setdefault(key, {})
+        if not isinstance(below, dict):
+            raise CorruptCheckpointError(f"Damaged: {name!r:.200} is said to lie inside a tensor.")
+        tree = below
+    if keys[-1] in tree:
+        raise CorruptCheckpointError(f"Ambiguous: {name!r:.200} is there twice.")
+    tree[keys[-1]] = tensor

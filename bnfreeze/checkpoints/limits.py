@@ -1,0 +1,72 @@
+"""How much a checkpoint may claim before it is refused: far above real ones, far below harm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Final, TypeGuard
+
+from bnfreeze.errors import UnsafeCheckpointError
+
+__all__ = [
+    "MAX_CHANNELS",
+    "MAX_DICTS",
+    "MAX_DIMENSIONS",
+    "MAX_HEADER_BYTES",
+    "MAX_NAME_LENGTH",
+    "MAX_NESTING",
+    "MAX_NUMBER",
+    "MAX_OPCODES",
+    "MAX_PICKLE_BYTES",
+    "MAX_RECORDS",
+    "MAX_TENSORS",
+    "check_limit",
+    "is_shape",
+    "is_size",
+]
+
+# A pickle spends about 30 opcodes and 150 bytes on a tensor; a large real checkpoint, with its
+# optimizer, has some 10 000 tensors.
+MAX_TENSORS: Final = 200_000
+MAX_RECORDS: Final = MAX_TENSORS + 100
+MAX_OPCODES: Final = 4_000_000
+MAX_PICKLE_BYTES: Final = 32 << 20
+# The JSON of a safetensors header or of a shard index.
+MAX_HEADER_BYTES: Final = 32 << 20
+MAX_NAME_LENGTH: Final = 1_024
+MAX_NESTING: Final = 100
+# NumPy before 2.0 has no more than 32, and of complex numbers one is taken for the two halves.
+MAX_DIMENSIONS: Final = 30
+# Of all norm layers together; the largest real networks have some hundred thousand.
+MAX_CHANNELS: Final = 1 << 22
+# Dicts with tensors in them: the parameters of an optimizer have one each.
+MAX_DICTS: Final = 20_000
+# Sizes and offsets, as torch has them; larger ones could not even be printed.
+MAX_NUMBER: Final = 2**63 - 1
+
+
+def check_limit(value: int, limit: int, what: str) -> None:
+    """Refuse what is larger than any checkpoint needs.
+
+    Raises:
+        UnsafeCheckpointError: `value` is above `limit`; the message names both.
+    """
+    if value > limit:
+        raise UnsafeCheckpointError(
+            f"Refused: {value:,} {what}; bnfreeze reads no more than {limit:,}."
+        )
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Whether a value from a file can be a size or an offset."""
+    return type(value) is int and 0 <= value <= MAX_NUMBER
+
+
+def is_shape(sizes: Collection[object]) -> bool:
+    """Whether values from a file can be the shape of a tensor.
+
+    Whatever the dtype, the bytes that the sizes other than 0 ask for must be a number that torch
+    and NumPy have: both compute it for empty tensors too.
+    """
+    numbers = [size for size in sizes if is_size(size)]
+    return len(numbers) == len(sizes) and math.prod(filter(None, numbers)) <= MAX_NUMBER // 16

@@ -1,0 +1,102 @@
+"""Bytes of a file, by position: checked to be there before they are read, and never changed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from bnfreeze.errors import CheckpointError, CorruptCheckpointError, UnsupportedFormatError
+
+__all__ = ["Source", "opened"]
+
+
+class Source:
+    """A range of an open file that is read by position.
+
+    Reading rather than mapping: a map dies with a signal where the file shrinks meanwhile, and
+    its pages count as the reader's memory.
+    """
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        """Take `size` bytes of an open file from `start`."""
+        self._file = file
+        self._start = start
+        self.size = size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`.
+
+        Raises:
+            CorruptCheckpointError: they do not lie in the range, or the file has shrunk meanwhile.
+        """
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise CorruptCheckpointError(
+                f"Damaged or truncated: {length:,} bytes are said to lie at {offset:,}, "
+                f"and there are {self.size:,} in all."
+            )
+        try:
+            self._file.seek(self._start + offset)
+            data = self._file.read(length)
+        except OSError as error:
+            raise CheckpointError(f"Cannot be read: {error.strerror}.") from None
+        if len(data) != length:
+            raise CorruptCheckpointError("The file became shorter while it was read.")
+        return data
+
+    def placed(self, start: int, inside: Source) -> None:
+        """Say where this range lies, which the file tells later than how long it is.
+
+        Raises:
+            CorruptCheckpointError: not inside the other range.
+        """
+        self._start = inside.part(start, self.size)._start
+
+    def unplaced(self, size: int) -> Source:
+        """A range of the same file; to be read once it has been `placed`."""
+        return Source(self._file, 0, size)
+
+    def identity(self) -> tuple[int, int]:
+        """What tells the file from others, whatever name it was opened under."""
+        told = os.fstat(self._file.fileno())
+        return told.st_dev, told.st_ino
+
+    def head(self, length: int) -> bytes:
+        """The first bytes, as many as there are."""
+        return self.read(0, min(length, self.size))
+
+    def part(self, offset: int, length: int) -> Source:
+        """A range of this range.
+
+        Raises:
+            CorruptCheckpointError: it is not inside.
+        """
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise CorruptCheckpointError(
+                f"Damaged or truncated: {length:,} bytes are said to lie at {offset:,}, "
+                f"and there are {self.size:,} in all."
+            )
+        return Source(self._file, self._start + offset, length)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Source]:
+    """Open a regular file for reading.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+        UnsupportedFormatError: it is no regular file: reading a pipe or a device may never end.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UnsupportedFormatError("Not a regular file.")
+        file = open(path, "rb")  # noqa: SIM115 - closed below; an error in the block is not ours
+    except ValueError:
+        raise CheckpointError("Not the name of a file.") from None
+    except OSError as error:
+        raise CheckpointError(f"Cannot be opened: {error.strerror}.") from None
+    with file:
+        yield Source(file, 0, os.fstat(file.fileno()).st_size)

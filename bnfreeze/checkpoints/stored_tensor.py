@@ -1,0 +1,281 @@
+"""Tensors as they lie in a file: described, checked, and read only when asked for."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnfreeze.checkpoints.limits import MAX_DIMENSIONS, check_limit, is_shape, is_size
+from bnfreeze.checkpoints.source import Source
+from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError, UnsupportedFormatError
+
+__all__ = [
+    "ITEM_SIZES",
+    "Record",
+    "StoredTensor",
+    "StridedTensor",
+    "Words",
+    "check_claims",
+    "decoded",
+    "shown",
+]
+
+# A flat array of unsigned integers, little-endian, one for each element (two for complex128):
+# what is compared bit by bit.
+Words = NDArray[Any]
+
+# Elements to a piece: a weight of any size is compared with this much of it in memory.
+_PIECE: Final = 1 << 20
+
+ITEM_SIZES: Final[dict[str, int]] = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+    "complex128": 16,
+    "complex64": 8,
+    "complex32": 4,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint64": 8,
+    "uint32": 4,
+    "uint16": 2,
+    "uint8": 1,
+    "bool": 1,
+    "quint8": 1,
+    "qint8": 1,
+    "qint32": 4,
+}
+
+_DECODABLE: Final = frozenset(
+    name for name in ITEM_SIZES if not name.startswith(("float8", "complex32", "q", "bfloat16"))
+)
+
+
+def decoded(words: Words, dtype: str) -> NDArray[Any] | None:
+    """The values that words of a dtype stand for; None where numpy has no such dtype."""
+    if dtype == "bfloat16":
+        return (words.astype(np.uint32) << 16).view(np.float32)
+    if dtype not in _DECODABLE:
+        return None
+    # Any byte but 0 is true, as torch has it.
+    values: NDArray[Any] = (
+        words != 0 if dtype == "bool" else words.view(np.dtype(dtype).newbyteorder("<"))
+    )
+    return values
+
+
+class StoredTensor(ABC):
+    """A tensor's description, and its bytes on demand.
+
+    Attributes:
+        dtype: torch's name of it, such as ``"float32"``.
+        shape: the sizes.
+        has_values: whether there is more than the description.
+        why: why there is not; empty where there is.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    has_values: bool = True
+    why: str = ""
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @abstractmethod
+    def storage(self) -> tuple[object, int]:
+        """What identifies the storage it lies in, and that storage's bytes."""
+
+    @abstractmethod
+    def words(self) -> Words:
+        """All elements in row-major order, as unsigned integers.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+
+    def pieces(self) -> Iterator[Words]:
+        """As `words`, in pieces that are as long for every tensor."""
+        words = self.words()
+        length = _PIECE * (2 if self.dtype == "complex128" else 1)
+        for start in range(0, len(words), length):
+            yield words[start : start + length]
+
+    def values(self) -> NDArray[Any] | None:
+        """All elements in row-major order; None where numpy has no such dtype."""
+        return decoded(self.words(), self.dtype)
+
+    def item(self) -> int | float | None:
+        """The value of a tensor with one element; None of any other."""
+        values = self.values() if self.numel == 1 and self.has_values else None
+        return None if values is None or values.dtype.kind == "c" else values.item()
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """A storage: where its bytes lie.
+
+    Attributes:
+        source: the storage's bytes.
+        swapped: whether they are big-endian.
+        checksum: the CRC-32 of all of them, as far as the file tells.
+    """
+
+    source: Source
+    swapped: bool = False
+    checksum: int | None = None
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes of it, checked against the checksum where they are all of it."""
+        data = self.source.read(offset, length)
+        whole = self.checksum is not None and length == self.source.size
+        if whole and zlib.crc32(data) != self.checksum:
+            raise CorruptCheckpointError(
+                "Damaged: a tensor's bytes do not match the checksum stored with them."
+            )
+        return data
+
+
+@dataclass(frozen=True, eq=False)
+class StridedTensor(StoredTensor):
+    """A view of a record. Making one checks that all of it lies inside.
+
+    Attributes:
+        stride: in elements, as torch has it.
+        offset: of the first element, in elements.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    record: Record
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_SIZES:
+            raise UnsupportedFormatError(
+                f"A tensor of dtype {self.dtype}, which is not known here."
+            )
+        check_limit(len(self.shape), MAX_DIMENSIONS, "dimensions of a tensor")
+        if (
+            len(self.shape) != len(self.stride)
+            or not is_shape(self.shape)
+            or not all(map(is_size, (*self.stride, self.offset)))
+        ):
+            raise CorruptCheckpointError(
+                "A tensor whose shape, stride and offset do not make sense."
+            )
+        end = (self.offset + self._span) * ITEM_SIZES[self.dtype]
+        if self.numel and end > self.record.source.size:
+            raise CorruptCheckpointError(
+                f"A tensor of shape {shown(self.shape)} reaches to byte {end:,} of its storage, "
+                f"which has {self.record.source.size:,}."
+            )
+
+    @property
+    def _span(self) -> int:
+        """How many elements lie between the first and the last, both included."""
+        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True) if n)
+
+    @property
+    def _contiguous(self) -> bool:
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+    def storage(self) -> tuple[object, int]:
+        """The record and its bytes."""
+        return self.record, self.record.source.size
+
+    def words(self) -> Words:
+        """All elements in row-major order, as unsigned integers.
+
+        Raises:
+            UnsafeCheckpointError: few bytes are claimed to be many elements, or the elements are
+                strewn over many more bytes than they are.
+        """
+        if not self.numel:
+            return self._words(b"")
+        # Whatever is read or built here stays within a small multiple of bytes that are there.
+        if self.numel > max(self._span, 1 << 20):
+            raise UnsafeCheckpointError(
+                f"Refused: a tensor of shape {shown(self.shape)} repeats {self._span:,} stored "
+                f"elements {self.numel:,} times over."
+            )
+        if self._span > max(8 * self.numel, 1 << 12):
+            raise UnsafeCheckpointError(
+                f"Refused: {self.numel:,} elements of a tensor are strewn over {self._span:,}."
+            )
+        words = self._read(0, self._span)
+        if self._contiguous:
+            return words
+        pair = len(words) // self._span
+        size = words.itemsize
+        shape, steps = [*self.shape], [stride * size * pair for stride in self.stride]
+        if pair > 1:
+            shape, steps = [*shape, pair], [*steps, size]
+        view = np.lib.stride_tricks.as_strided(words, shape, steps, writeable=False)
+        return np.ascontiguousarray(view).reshape(-1)
+
+    def pieces(self) -> Iterator[Words]:
+        """As `words`, in pieces; of a contiguous tensor never more than one is in memory."""
+        if not self._contiguous or self.numel <= _PIECE:
+            yield from super().pieces()
+            return
+        for start in range(0, self.numel, _PIECE):
+            yield self._read(start, min(_PIECE, self.numel - start))
+
+    def _read(self, start: int, count: int) -> Words:
+        size = ITEM_SIZES[self.dtype]
+        return self._words(self.record.read((self.offset + start) * size, count * size))
+
+    def _words(self, data: bytes) -> Words:
+        size = ITEM_SIZES[self.dtype]
+        # The halves of a complex number are swapped each by itself.
+        size = size // 2 if self.dtype.startswith("complex") else size
+        words = np.frombuffer(data, np.dtype(f"{'>' if self.record.swapped else '<'}u{size}"))
+        words = words.astype(words.dtype.newbyteorder("<"), copy=False)
+        if self.dtype in {"complex64", "complex32"}:
+            words = words.view(f"<u{size * 2}")
+        return words
+
+
+def check_claims(tensors: Iterable[StoredTensor]) -> None:
+    """Refuse what would have the same bytes read again and again.
+
+    Raises:
+        UnsafeCheckpointError: the tensors claim far more bytes than their storages have.
+    """
+    readable = [tensor for tensor in tensors if tensor.has_values]
+    claimed = sum(tensor.numel * ITEM_SIZES.get(tensor.dtype, 1) for tensor in readable)
+    there = sum(dict(tensor.storage() for tensor in readable).values())
+    if claimed > 16 * there + (1 << 30):
+        raise UnsafeCheckpointError(
+            f"Refused: its tensors claim {claimed:,} bytes, and their storages have {there:,}."
+        )
+
+
+def shown(shape: tuple[int, ...]) -> str:
+    """The shape as text, as ``64×3×7×7``; of many dimensions the first."""
+    text = "×".join(map(str, shape[:6])) or "()"
+    return text if len(shape) <= 6 else f"{text}×…"

@@ -1,0 +1,212 @@
+"""The zip container of torch.save, checked whole before anything of it is used.
+
+torch writes one shape of zip file: every entry stored as it is, one after the other, the directory
+last, no comment, nothing left over. Only that shape is read, so that no two readers can see two
+different files in the same bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, MAX_RECORDS, check_limit
+from bnfreeze.checkpoints.source import Source
+from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError
+
+__all__ = ["Entry", "read_directory"]
+
+_LOCAL: Final = struct.Struct("<4s5H3L2H")
+_CENTRAL: Final = struct.Struct("<4s6H3L5H2L")
+_END: Final = struct.Struct("<4s4H2LH")
+_LOCATOR: Final = struct.Struct("<4sLQL")
+_END64: Final = struct.Struct("<4sQ2H2L4Q")
+
+_ENCRYPTED: Final = 0x1 | 0x40 | 0x2000
+_SIZES_FOLLOW: Final = 0x8
+_IS_FOLDER: Final = 0x10
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A file in the zip: where its bytes lie, and their CRC-32 (None where it was left out)."""
+
+    name: str
+    source: Source
+    checksum: int | None
+
+    def read(self) -> bytes:
+        """All of it, checked against the checksum."""
+        data = self.source.read(0, self.source.size)
+        if self.checksum is not None and zlib.crc32(data) != self.checksum:
+            raise CorruptCheckpointError(f"Damaged: {self.name!r} does not match its checksum.")
+        return data
+
+
+def read_directory(
+    source: Source, recognise: Callable[[Iterable[str]], None] = lambda names: None
+) -> dict[str, Entry]:
+    """The entries of a zip file, by name.
+
+    Args:
+        source: the file.
+        recognise: is given all names before anything is refused for how it is packed; it may
+            raise an error that tells more.
+
+    Raises:
+        UnsafeCheckpointError: compressed or encrypted entries, or more than the limits allow.
+        CorruptCheckpointError: truncated, ambiguous, or contradicting itself.
+    """
+    count, start, end = _directory(source)
+    check_limit(count, MAX_RECORDS, "entries of a zip file")
+    check_limit(end - start, MAX_RECORDS * 200, "bytes of a zip file's directory")
+    directory = source.read(start, end - start)
+    entries: dict[str, Entry] = {}
+    folded: set[str] = set()
+    ranges: list[tuple[int, int]] = []
+    refusals: list[str] = []
+    position = 0
+    for _ in range(count):
+        entry, refusal, extent, position = _entry(source, directory, position, start)
+        refusals += [refusal] if refusal else []
+        # torch's reader finds names whatever their case.
+        if entry.name.casefold() in folded:
+            raise CorruptCheckpointError(
+                f"Ambiguous: the zip file has {entry.name!r} more than once."
+            )
+        folded.add(entry.name.casefold())
+        entries[entry.name] = entry
+        ranges.append(extent)
+    if position != len(directory):
+        raise CorruptCheckpointError(
+            "Damaged: the zip file's directory does not have its own length."
+        )
+    recognise(entries)
+    if refusals:
+        raise UnsafeCheckpointError(refusals[0])
+    ranges.sort()
+    for (_, before), (after, _) in pairwise(ranges):
+        if after < before:
+            raise CorruptCheckpointError("Damaged: entries of the zip file overlap.")
+    return entries
+
+
+def _directory(source: Source) -> tuple[int, int, int]:
+    """How many entries the directory has, where it starts and where it ends."""
+    truncated = CorruptCheckpointError(
+        "Truncated: it begins as a zip file and its end is missing. Download or copy it again."
+    )
+    at = source.size - _END.size
+    if at < 0:
+        raise truncated
+    (magic, disk, first_disk, here, count, size, start, comment) = _END.unpack(
+        source.read(at, _END.size)
+    )
+    if magic != b"PK\5\6" or comment:
+        raise truncated
+    end = at
+    if at >= _LOCATOR.size:
+        magic, _, end64, _ = _LOCATOR.unpack(source.read(at - _LOCATOR.size, _LOCATOR.size))
+        if magic == b"PK\6\7":
+            end = end64
+            wide = _END64.unpack(source.read(end64, _END64.size))
+            if wide[0] != b"PK\6\6" or end64 + _END64.size != at - _LOCATOR.size:
+                raise CorruptCheckpointError("Damaged: the end of the zip file contradicts itself.")
+            # Where the narrow fields do hold a number, both must say the same.
+            for narrow, full, most in ((count, wide[7], 0xFFFF), (size, wide[8], 0xFFFFFFFF)):
+                if narrow not in (most, full):
+                    raise CorruptCheckpointError(
+                        "Damaged: the end of the zip file contradicts itself."
+                    )
+            if start not in (0xFFFFFFFF, wide[9]):
+                raise CorruptCheckpointError("Damaged: the end of the zip file contradicts itself.")
+            disk, first_disk, here, count, size, start = wide[4:]
+    if disk or first_disk or here != count or start + size != end:
+        raise CorruptCheckpointError("Damaged: the end of the zip file contradicts itself.")
+    return count, start, end
+
+
+def _entry(
+    source: Source, directory: bytes, position: int, limit: int
+) -> tuple[Entry, str, tuple[int, int], int]:
+    """One entry of the directory.
+
+    Returns:
+        the entry, why it must not be read (empty where it may), the bytes that it takes in the
+        file, and the position of the next.
+    """
+    if position + _CENTRAL.size > len(directory):
+        raise CorruptCheckpointError("Damaged: the zip file's directory breaks off.")
+    fields = _CENTRAL.unpack_from(directory, position)
+    (magic, _, _, flags, method, _, _, checksum, packed, size) = fields[:10]
+    lengths, at = fields[10:13], fields[16]
+    position += _CENTRAL.size
+    after = position + sum(lengths)
+    if magic != b"PK\1\2" or after > len(directory):
+        raise CorruptCheckpointError("Damaged: the zip file's directory breaks off.")
+    raw = directory[position : position + lengths[0]]
+    check_limit(len(raw), MAX_NAME_LENGTH, "bytes of a name in a zip file")
+    try:
+        # Whatever the flag says: torch looks for a name by its bytes.
+        name = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise CorruptCheckpointError("Damaged: a name in the zip file is no text.") from None
+    # torch's reader gives zeros for what is marked as a folder.
+    if fields[15] & _IS_FOLDER or name.endswith("/"):
+        raise CorruptCheckpointError(f"Ambiguous: the zip file has {name!r} as a folder.")
+    if "\0" in name:
+        raise CorruptCheckpointError("Ambiguous: a name in the zip file has a NUL in it.")
+    extra = directory[position + lengths[0] : position + lengths[0] + lengths[1]]
+    size, packed, at = _wide_sizes(extra, size, packed, at)
+    refusal = ""
+    if flags & _ENCRYPTED:
+        refusal = f"Refused: {name!r} in it is encrypted; torch.save never does that."
+    elif method or packed != size:
+        refusal = (
+            f"Refused: {name!r} in it is compressed and may grow without bounds; torch.save "
+            f"stores plainly. Unpack it, and zip it again with `zip -0`, where you trust it."
+        )
+    local = _LOCAL.unpack(source.read(at, _LOCAL.size))
+    begin = at + _LOCAL.size + local[9] + local[10]
+    if (
+        local[0] != b"PK\3\4"
+        or (not refusal and (local[2] & _ENCRYPTED or local[3]))
+        or source.read(at + _LOCAL.size, local[9]) != raw
+        or begin + packed > limit
+    ):
+        raise CorruptCheckpointError(
+            f"Damaged: {name!r} is not where the zip file's directory says."
+        )
+    told = zip((local[7], local[8]), (packed, size), strict=True)
+    if not local[2] & _SIZES_FOLLOW and any(
+        here not in (there, 0xFFFFFFFF) for here, there in told
+    ):
+        raise CorruptCheckpointError(f"Damaged: {name!r} has one size here and another there.")
+    # A checksum of 0 is what torch writes when it is told to leave them out.
+    entry = Entry(name, source.part(begin, packed), checksum or None)
+    return entry, refusal, (at, begin + packed), after
+
+
+def _wide_sizes(extra: bytes, size: int, packed: int, at: int) -> tuple[int, int, int]:
+    """The sizes and the offset, from the zip64 field where they do not fit into 32 bits."""
+    full: list[int] = []
+    position = 0
+    while position + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, position)
+        if kind == 1:
+            field = extra[position + 4 : position + 4 + length]
+            full = [number for (number,) in struct.iter_unpack("<Q", field[: len(field) // 8 * 8])]
+            break
+        position += 4 + length
+    values = []
+    for value in (size, packed, at):
+        if value == 0xFFFFFFFF:
+            if not full:
+                raise CorruptCheckpointError("Damaged: a size in the zip file is missing.")
+            value = full.pop(0)
+        values.append(value)
+    return values[0], values[1], values[2]

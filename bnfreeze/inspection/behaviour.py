@@ -1,0 +1,205 @@
+"""What one live norm layer will do in the next training step, and why."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.optim import Optimizer
+
+from bnfreeze.norm_layers import (
+    AFFINE,
+    NamedModule,
+    computed_affine,
+    eps_of,
+    is_lazy,
+    is_lookalike,
+    keeps_statistics,
+)
+from bnfreeze.policies.record import layer_class, policy_name, record_of
+
+__all__ = ["LayerFacts", "affine_parameters", "layer_facts", "optimizers_by_id"]
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One norm layer, and what it will do in the next training step.
+
+    Attributes:
+        name: the dotted name; of a shared layer the first.
+        kind: the class, as it was before freezing.
+        policy: the policy that holds it, ``"none"``, or ``"frozen"`` for another library's layer.
+        normalizes_with: ``"running"`` (the running statistics) or ``"batch"`` (the input's own).
+        updates_statistics: whether running_mean and running_var, or the count, will change.
+        trains_affine: whether an optimizer step can move weight or bias.
+        num_features: the number of channels C.
+        eps: what is added to the variance.
+        why: for each of the three answers, the reason.
+        aliases: the other names under which the very same layer is registered.
+    """
+
+    name: str
+    kind: str
+    policy: str
+    normalizes_with: Literal["batch", "running"]
+    updates_statistics: bool
+    trains_affine: bool
+    num_features: int
+    eps: float
+    why: dict[str, str]
+    aliases: tuple[str, ...] = ()
+
+
+def optimizers_by_id(
+    optimizer: Optimizer | Iterable[Optimizer] | None,
+) -> Mapping[int, str] | None:
+    """By parameter identity, the class of the optimizer that has it; None without an optimizer.
+
+    Raises:
+        TypeError: something in it is no `torch.optim.Optimizer`.
+    """
+    if optimizer is None:
+        return None
+    # Duck-typed: wrappers of trainers (Accelerate, Lightning) keep param_groups and no base class.
+    several = [optimizer] if hasattr(optimizer, "param_groups") else optimizer
+    owners: dict[int, str] = {}
+    try:
+        for one in cast("Iterable[Optimizer]", several):
+            for group in one.param_groups:
+                owners.update(dict.fromkeys(map(id, group["params"]), type(one).__name__))
+    except (TypeError, AttributeError):
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Optimizer or several, "
+            f"not {type(optimizer).__name__}."
+        ) from None
+    return owners
+
+
+def layer_facts(
+    entry: NamedModule, training: bool, optimized: Mapping[int, str] | None
+) -> LayerFacts:
+    """Say what the layer will do.
+
+    Args:
+        entry: the norm layer.
+        training: its training flag once ``model.train()`` has been called.
+        optimized: what `optimizers_by_id` gave; None where no optimizer is known.
+    """
+    layer = entry.module
+    normalizes, why_normalizes = _normalizes_with(layer, training)
+    updates, why_updates = _updates_statistics(layer, training)
+    trains, why_trains = _trains_affine(layer, optimized)
+    mean = getattr(layer, "running_mean", None)
+    return LayerFacts(
+        name=entry.name,
+        kind=layer_class(layer).__name__,
+        policy=policy_name(layer),
+        normalizes_with=normalizes,
+        updates_statistics=updates,
+        trains_affine=trains,
+        num_features=int(
+            getattr(layer, "num_features", 0 if mean is None or is_lazy(layer) else mean.numel())
+        ),
+        eps=eps_of(layer),
+        why={"normalizes_with": why_normalizes, "statistics": why_updates, "affine": why_trains},
+        aliases=entry.names[1:],
+    )
+
+
+def _normalizes_with(layer: nn.Module, training: bool) -> tuple[Literal["batch", "running"], str]:
+    if is_lookalike(layer):
+        return "running", _why_eval(layer)
+    if not keeps_statistics(layer) and not is_lazy(layer):
+        return "batch", "it keeps no running statistics"
+    if isinstance(layer, _InstanceNorm) and not layer.track_running_stats:
+        return "batch", "track_running_stats is False: an instance norm ignores its statistics then"
+    if training:
+        return "batch", "train mode"
+    return "running", _why_eval(layer)
+
+
+def _updates_statistics(layer: nn.Module, training: bool) -> tuple[bool, str]:
+    record = record_of(layer)
+    if is_lookalike(layer):
+        return False, _why_eval(layer)
+    if not keeps_statistics(layer) and not is_lazy(layer):
+        return False, "there are none"
+    if record and record.policy.freezes_statistics:
+        return False, f"held by policy {record.policy}"
+    if isinstance(layer, _InstanceNorm):
+        # F.instance_norm writes to the statistics that it is given whenever it normalises with
+        # the input's own.
+        if training or not layer.track_running_stats:
+            return True, "train mode" if training else "track_running_stats is False"
+        if _instance_norm_writes_in_eval():
+            return True, "this torch writes an instance norm's statistics back rounded, in eval too"
+    elif training and not layer.track_running_stats:
+        return False, "track_running_stats is False, as Lightning's BaseFinetuning sets it"
+    elif training:
+        zero = layer.momentum == 0
+        return True, "momentum is 0, and the count still rises" if zero else "train mode"
+    return False, _why_eval(layer)
+
+
+@functools.cache
+def _instance_norm_writes_in_eval() -> bool:
+    """Whether this torch repeats the statistics for each sample and writes back the mean of these.
+
+    Seen in torch 2.10, no more in 2.15: the mean of three equal numbers may round.
+    """
+    mean = torch.linspace(0.1, 1.3, 64)
+    var = mean + 1
+    before = var.clone()
+    nn.functional.instance_norm(torch.zeros(3, 64, 2), mean, var, use_input_stats=False)
+    return not torch.equal(var, before)
+
+
+def _why_eval(layer: nn.Module) -> str:
+    record = record_of(layer)
+    if record and record.policy.forces_eval:
+        return f"held by policy {record.policy}"
+    if is_lookalike(layer):
+        return "a frozen batch norm"
+    return "eval mode, also after model.train(), which the model overrides"
+
+
+def affine_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Weight and bias, as far as the layer has them as parameters, or what they come from."""
+    own = {n: p for n in AFFINE if isinstance(p := layer._parameters.get(n), nn.Parameter)}
+    return dict(layer.named_parameters()) if computed_affine(layer) else own
+
+
+def _trains_affine(layer: nn.Module, optimized: Mapping[int, str] | None) -> tuple[bool, str]:
+    parameters = affine_parameters(layer)
+    if not parameters:
+        return False, "it has neither"
+    record = record_of(layer)
+    policy = f"held by policy {record.policy}" if record else ""
+    held = record.requires_grad if record else {}
+    reasons = {
+        name: _why_moves(parameter, optimized, policy if name in held else "")
+        for name, parameter in parameters.items()
+    }
+    moving = {name: why for name, (moves, why) in reasons.items() if moves}
+    shown = moving or {name: why for name, (_, why) in reasons.items()}
+    if len(set(shown.values())) == 1 and len(shown) == len(parameters):
+        return bool(moving), next(iter(shown.values()))
+    return bool(moving), "; ".join(f"{name}: {why}" for name, why in shown.items())
+
+
+def _why_moves(
+    parameter: nn.Parameter, optimized: Mapping[int, str] | None, held: str
+) -> tuple[bool, str]:
+    if optimized is not None and id(parameter) not in optimized:
+        return False, "in no optimizer"
+    if parameter.requires_grad:
+        return True, "requires_grad" + (", in the optimizer" if optimized is not None else "")
+    if parameter.grad is not None:
+        # Without an optimizer at hand, the careful answer: a step would move it.
+        return True, "requires_grad is False, but a leftover .grad is applied by the next step"
+    return False, held or "requires_grad is False"

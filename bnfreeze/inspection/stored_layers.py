@@ -1,0 +1,261 @@
+"""The norm layers of a state_dict: found by the names of their statistics, and looked at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnfreeze.checkpoints.limits import MAX_CHANNELS, check_limit
+from bnfreeze.checkpoints.stored_tensor import StoredTensor, shown
+from bnfreeze.errors import CheckpointError
+from bnfreeze.findings import Finding, by_gravity
+from bnfreeze.inspection.statistics import statistics_findings
+
+__all__ = ["BATCH_NORM", "FROZEN_OR_OLD", "Spread", "StoredLayer", "look_at"]
+
+# A state_dict has names and values and no classes: more than this cannot be told from it.
+BATCH_NORM: Final = "batch norm"
+FROZEN_OR_OLD: Final = "frozen or old batch norm"
+
+_STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
+# torch's usual eps: a variance below it counts for less than eps does.
+_USUAL_EPS: Final = 1e-5
+# The least positive number of half precision is 2**-24; what is below half of it becomes 0.
+_HALF_UNDERFLOW: Final = 2.0**-25
+_DEAD_WEIGHT: Final = 1e-3
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the finite values of one tensor are spread.
+
+    Attributes:
+        low: the least.
+        high: the greatest.
+        deciles: eleven numbers: the least, the nine deciles, the greatest.
+    """
+
+    low: float
+    high: float
+    deciles: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: NDArray[Any]) -> Spread | None:
+        """The spread of the finite values; None where there are none."""
+        finite = values[np.isfinite(values)].astype(np.float64)
+        if not len(finite):
+            return None
+        # Values that are there: between huge ones, an average could overflow.
+        deciles = np.sort(finite)[np.arange(11) * (len(finite) - 1) // 10].tolist()
+        return cls(deciles[0], deciles[-1], tuple(deciles))
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One norm layer of a checkpoint.
+
+    Attributes:
+        name: the dotted name; empty where the model itself is the layer.
+        kind: `BATCH_NORM` where the layer counts its batches; else `FROZEN_OR_OLD`: a frozen
+            look-alike, or a batch norm that was saved before torch 0.4.1. An instance norm that
+            tracks statistics has the same names, and is called a batch norm.
+        num_features: the number of channels C.
+        batches: num_batches_tracked; None where it is not kept.
+        dtype: of running_var, as torch names it.
+        affine: whether weight and bias are there.
+        mean: the spread of running_mean; None where it has no finite value.
+        var: the spread of running_var, likewise.
+        near_dead: how many channels give next to nothing: the variance is below 1e-5 (eps
+            outweighs it) or the weight is below 1e-3. A negative variance is none of these: it is
+            an error.
+    """
+
+    name: str
+    kind: str
+    num_features: int
+    batches: int | None
+    dtype: str
+    affine: bool
+    mean: Spread | None
+    var: Spread | None
+    near_dead: int
+
+
+def look_at(
+    tensors: Mapping[str, StoredTensor],
+) -> tuple[tuple[StoredLayer, ...], tuple[Finding, ...]]:
+    """Find the norm layers of a state_dict and what a person should know about them.
+
+    Only their own tensors are read.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+    """
+    layers: list[StoredLayer] = []
+    findings: list[Finding] = []
+    channels = 0
+    for name in _layer_names(tensors):
+        own = {
+            part: tensors[_join(name, part)]
+            for part in (*_STATISTICS, "weight", "bias")
+            if _join(name, part) in tensors
+        }
+        problem = _mismatch(own)
+        if problem:
+            findings.append(_unpaired(name, problem))
+            continue
+        channels += own["running_mean"].numel
+        check_limit(channels, MAX_CHANNELS, f"channels up to {name!r:.200}")
+        try:
+            layer, own_findings = _layer(name, own)
+        except CheckpointError as error:
+            raise type(error)(f"{name}: {error}") from None
+        layers.append(layer)
+        findings += own_findings
+    findings += _across(layers)
+    if not layers:
+        findings.append(
+            Finding(
+                "note",
+                "no-norm-layer",
+                "",
+                "No tensor looked at is named running_mean or running_var: there is no norm layer.",
+                "Nothing to freeze.",
+            )
+        )
+    return tuple(layers), by_gravity(findings)
+
+
+def _join(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
+def _layer_names(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    names = (full.rpartition(".") for full in tensors)
+    return list(dict.fromkeys(name for name, _, part in names if part in _STATISTICS))
+
+
+def _mismatch(own: Mapping[str, StoredTensor]) -> str:
+    """What keeps these tensors from being a norm layer's; empty where nothing does."""
+    missing = [part for part in _STATISTICS[:2] if part not in own]
+    if missing:
+        return f"it has {' and '.join(own)}, and no {' and '.join(missing)}."
+    shapes = {part: tensor.shape for part, tensor in own.items() if part != _STATISTICS[2]}
+    if len(own[_STATISTICS[0]].shape) != 1:
+        return f"running_mean has {len(own[_STATISTICS[0]].shape)} dimensions, and not one."
+    if len(set(shapes.values())) > 1:
+        told = ", ".join(f"{part} {shown(s)}" for part, s in shapes.items())
+        return f"its tensors differ in shape: {told}."
+    count = own.get(_STATISTICS[2])
+    if count is not None and count.numel != 1:
+        return f"num_batches_tracked has {count.numel} elements, and not one."
+    return ""
+
+
+def _unpaired(name: str, problem: str) -> Finding:
+    return Finding(
+        "warning",
+        "unpaired",
+        name,
+        f"no norm layer keeps its statistics so: {problem}",
+        "A load with strict=True fails where a norm layer is meant; "
+        "get the whole checkpoint, or mend what converted it.",
+    )
+
+
+def _layer(name: str, own: Mapping[str, StoredTensor]) -> tuple[StoredLayer, list[Finding]]:
+    channels = own["running_mean"].numel
+    mean, var, weight = (_real(own.get(part)) for part in ("running_mean", "running_var", "weight"))
+    count = own[_STATISTICS[2]].item() if _STATISTICS[2] in own else None
+    batches = int(count) if isinstance(count, int) else None
+    layer = StoredLayer(
+        name=name,
+        kind=BATCH_NORM if _STATISTICS[2] in own else FROZEN_OR_OLD,
+        num_features=channels,
+        batches=batches,
+        dtype=own["running_var"].dtype,
+        affine="weight" in own and "bias" in own,
+        mean=None if mean is None else Spread.of(mean),
+        var=None if var is None else Spread.of(var),
+        near_dead=_near_dead(var, weight),
+    )
+    dtypes = (own["running_mean"].dtype, own["running_var"].dtype)
+    findings = list(statistics_findings(name, mean, var, batches, None, dtypes=dtypes))
+    findings += _own_findings(name, mean, var)
+    return layer, findings
+
+
+def _real(tensor: StoredTensor | None) -> NDArray[Any] | None:
+    """The values, where there are any and they are real numbers."""
+    values = None if tensor is None or not tensor.has_values else tensor.values()
+    if values is None or values.dtype.kind == "c":
+        return None
+    return values.astype(np.float64) if values.dtype.kind in "biu" else values
+
+
+def _near_dead(var: NDArray[Any] | None, weight: NDArray[Any] | None) -> int:
+    dead = np.zeros(len(var) if var is not None else 0, bool)
+    if var is not None:
+        dead |= var < _USUAL_EPS
+        if weight is not None:
+            dead |= abs(weight) < _DEAD_WEIGHT
+        dead &= var >= 0
+    return int(dead.sum())
+
+
+def _own_findings(
+    name: str, mean: NDArray[Any] | None, var: NDArray[Any] | None
+) -> Iterator[Finding]:
+    if mean is None or var is None:
+        yield Finding(
+            "warning",
+            "stats-unread",
+            name,
+            "its statistics are of a dtype that has no numbers here, or were saved without values.",
+            "Convert the statistics to float32 to have them looked at.",
+        )
+        return
+    tiny = int(((var > 0) & (var < _HALF_UNDERFLOW)).sum())
+    if tiny:
+        yield Finding(
+            "warning",
+            "var-tiny",
+            name,
+            f"{tiny} of {len(var)} running variances are so small that half precision makes them "
+            f"0: what passes is multiplied by up to 1/sqrt(eps), 316 for an eps of 1e-5.",
+            "Keep the statistics in float32, and eps at what the checkpoint was trained with.",
+        )
+
+
+def _across(layers: list[StoredLayer]) -> Iterator[Finding]:
+    """What can be seen only of all layers together."""
+    uncounted = [layer for layer in layers if layer.kind == FROZEN_OR_OLD]
+    for layer in uncounted:
+        yield Finding(
+            "note",
+            "no-count",
+            layer.name,
+            "no num_batches_tracked: a frozen batch norm, as torchvision, detectron2, timm and "
+            "Transformers have them, or a checkpoint from before torch 0.4.1.",
+            "Both load into a frozen layer as they are.",
+        )
+    counts = Counter(layer.batches for layer in layers if layer.batches is not None)
+    if len(counts) > 1:
+        (usual, number), *rest = counts.most_common()
+        odd = [layer for layer in layers if layer.batches not in (None, usual)]
+        lowest, highest = min(count for count, _ in rest), max(count for count, _ in rest)
+        seen = f"{lowest:,}" if lowest == highest else f"{lowest:,} to {highest:,}"
+        yield Finding(
+            "note",
+            "count-mixed",
+            "",
+            f"num_batches_tracked is {usual:,} in {number} layers, and {seen} in {len(odd)} "
+            f"(first in {odd[0].name or 'the model'}): some layers stood still while others "
+            f"were trained, or came from elsewhere.",
+            "Meant so where a part was frozen; otherwise find out which layers were not trained.",
+        )

@@ -1,0 +1,132 @@
+"""From the CUDA source to a cubin: NVRTC, and a cache on disk.
+
+A cubin and not PTX: an NVRTC that is newer than the driver writes PTX that the driver refuses,
+while machine code for the device's own architecture loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from bnfreeze.nn.cuda.plan import Variant
+
+__all__ = ["KernelError", "cache_folder", "compile_source", "cubin", "program"]
+
+_OPTIONS = ("--std=c++17", "--fmad=false")
+
+
+class KernelError(Exception):
+    """The kernel cannot be had; the message says why. Caught within bnfreeze: ATen takes over."""
+
+
+def cubin(variant: Variant, arch: str) -> bytes:
+    """Return the cubin with the one entry point of ``variant``, from the cache if it is there.
+
+    Args:
+        variant: what to compile.
+        arch: the device's own architecture, such as ``"sm_90"``.
+
+    Raises:
+        KernelError: NVRTC is not installed, or refuses.
+    """
+    source = program([variant])
+    key = hashlib.sha256(repr((source, arch, _nvrtc_version(), _OPTIONS)).encode()).hexdigest()
+    path = cache_folder() / f"{key}.cubin"
+    code = _read(path)
+    if code is None:
+        code = compile_source(source, arch)
+        _write(path, code)
+    return code
+
+
+def program(variants: list[Variant]) -> str:
+    """Return the source with an entry point for each of ``variants``."""
+    source = (resources.files(__package__) / "frozen_bn.cu").read_text(encoding="utf-8")
+    return source + "".join(f"ENTRY({v.name}, {v.expression})\n" for v in variants)
+
+
+def compile_source(source: str, arch: str) -> bytes:
+    """Compile with NVRTC to a cubin for ``arch``. Raises `KernelError`."""
+    nvrtc = _nvrtc()
+    success = nvrtc.nvrtcResult.NVRTC_SUCCESS
+    error, handle = nvrtc.nvrtcCreateProgram(source.encode(), b"frozen_bn.cu", 0, [], [])
+    if error != success:
+        raise KernelError(f"NVRTC could not begin: {error!r}")
+    try:
+        options = [option.encode() for option in (*_OPTIONS, f"--gpu-architecture={arch}")]
+        (error,) = nvrtc.nvrtcCompileProgram(handle, len(options), options)
+        if error != success:
+            log = b" " * nvrtc.nvrtcGetProgramLogSize(handle)[1]
+            nvrtc.nvrtcGetProgramLog(handle, log)
+            text = log.decode(errors="replace").strip("\0 \n") or repr(error)
+            raise KernelError(f"NVRTC did not compile the kernel for {arch}: {text}")
+        code: bytes = b" " * nvrtc.nvrtcGetCUBINSize(handle)[1]
+        (error,) = nvrtc.nvrtcGetCUBIN(handle, code)
+        if error != success:
+            raise KernelError(f"NVRTC gave no cubin for {arch}: {error!r}")
+        return code
+    finally:
+        nvrtc.nvrtcDestroyProgram(handle)
+
+
+def cache_folder() -> Path:
+    """Return where cubins are kept: BNFREEZE_CACHE, or ``bnfreeze`` in the user's cache folder."""
+    if chosen := os.environ.get("BNFREEZE_CACHE"):
+        return Path(chosen)
+    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "bnfreeze" / "cache"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(home) / "bnfreeze"
+
+
+def _read(path: Path) -> bytes | None:
+    """The cubin in a cache file, or None. The file begins with the digest of what follows."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = content[:32], content[32:]
+    return code if code and hashlib.sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Write by rename, so that a reader sees all or nothing and of two writers one wins."""
+    # A cache that cannot be written costs the next process a compilation, and is no error.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(code).digest() + code)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def _nvrtc_version() -> tuple[int, int]:
+    error, major, minor = _nvrtc().nvrtcVersion()
+    if error != 0:
+        raise KernelError(f"NVRTC does not tell its version: {error!r}")
+    return int(major), int(minor)
+
+
+def _nvrtc() -> Any:
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except Exception as error:
+        # cuda.bindings raises errors of its own kinds when the library is not found.
+        raise KernelError(
+            f"NVRTC is not there ({type(error).__name__}: {error}); it comes with "
+            f"`pip install cuda-bindings nvidia-cuda-nvrtc`"
+        ) from error
+    return nvrtc

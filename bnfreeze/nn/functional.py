@@ -1,0 +1,330 @@
+"""Frozen batch norm as a function, with the residual and the activation that follow it.
+
+One question is asked of every call: may it take the fused CUDA kernel, may it at least take ATen
+with a backward of our own that saves next to nothing, or must it be plain differentiable ATen?
+`backend` answers it in words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bnfreeze.nn import pieces, reference
+from bnfreeze.nn.cuda.build import KernelError
+from bnfreeze.nn.cuda.launch import Launcher
+from bnfreeze.nn.cuda.load import kernel as _kernel
+from bnfreeze.nn.eager import TRACING, must_show, why_formula
+from bnfreeze.nn.reference import ACTIVATIONS, FROM_OUTPUT, Norm
+
+__all__ = ["Backend", "backend", "frozen_batch_norm"]
+
+
+def frozen_batch_norm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Normalise with the running statistics; add ``residual``; apply ``activation``.
+
+    ``activation((x - running_mean) * weight / sqrt(running_var + eps) + bias + residual)``,
+    per channel (Ioffe and Szegedy 2015, algorithm 2), in one kernel where there is one.
+
+    Args:
+        x: (N, C, *) of any floating dtype; channels_last or not.
+        running_mean: (C,), not differentiated. Read, never written.
+        running_var: (C,), likewise.
+        weight: (C,) or None.
+        bias: (C,) or None.
+        eps: added to the variance.
+        residual: of the shape of ``x``, or None. It is not broadcast.
+        activation: ``"relu"``, ``"relu6"``, ``"silu"``, ``"hardswish"`` or None.
+
+    Returns:
+        A new tensor of the shape and dtype of ``x``. The arithmetic is in fp32 (in fp64 for
+        fp64) and rounds once, whatever the dtypes, under autocast too.
+
+    With weight and bias not requiring grad, nothing of the size of ``x`` is saved for backward
+    without an activation; with relu or relu6 the output is; with silu or hardswish one tensor.
+
+    Raises:
+        ValueError: ``x`` has no channel dimension or a number of channels that is not C;
+            ``residual`` has another shape; ``activation`` is unknown.
+        TypeError: ``x`` is not of a floating dtype.
+    """
+    norm = running_mean, running_var, weight, bias, eps
+    return _apply(x, norm, residual, None, activation)
+
+
+def _frozen_batch_norm_add(
+    x: Tensor, norm: Norm, residual: Tensor, branch: Norm, activation: str | None = None
+) -> Tensor:
+    """``activation(norm(x) + branch(residual))``: two frozen norm layers that meet in one sum.
+
+    The entry point for a fused residual block whose downsample branch ends in a norm layer of
+    its own. As `frozen_batch_norm`; ``residual`` (of the shape of ``x``) is first normalised
+    with ``branch``. Not public: the fusing of `freeze` is its one user.
+    """
+    return _apply(x, norm, residual, branch, activation)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Which path an input takes, and why.
+
+    ``path`` is ``"kernel"`` (the fused CUDA kernel), ``"aten"`` (ATen, with a backward that saves
+    next to nothing) or ``"formula"`` (plain differentiable ATen). ``why`` is a sentence.
+    """
+
+    path: Literal["kernel", "aten", "formula"]
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.why}"
+
+
+def backend(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+) -> Backend:
+    """Tell which path `frozen_batch_norm` takes for these tensors, here and now, and why.
+
+    Args as in `frozen_batch_norm`; those left out are taken to be ordinary fp32 tensors on the
+    device of ``x``. Where it would be the kernel, it is launched once on the first image, so that a
+    kernel which cannot be had is not promised.
+    """
+    if running_mean is None:
+        running_mean = torch.empty(x.shape[1], device=x.device)
+    if running_var is None:
+        running_var = running_mean
+    norm = running_mean, running_var, weight, bias, 1e-5
+    why = why_formula(x, norm, residual, None)
+    if why:
+        return Backend("formula", why)
+    why = _why_aten(x, norm, residual)
+    if why:
+        return Backend("aten", why)
+    return Backend("kernel", "Everything suits the CUDA kernel.")
+
+
+class _FrozenBatchNormAlone(torch.autograd.Function):
+    """A norm layer by itself with weight and bias held: by far the most frequent case.
+
+    It saves nothing. What `_FrozenBatchNorm` does besides costs an eighth of the host's time for
+    a forward and backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        _, var, weight, _, _ = norm
+        launcher, y = _launcher_for(x), None
+        if launcher is not None:
+            try:
+                y = launcher.alone(x, norm)
+            except KernelError as error:
+                _kernel.give_up(error)
+        if y is None:
+            launcher = None
+            _check_shapes(x, norm, None)
+            y = reference.normalised(x, norm)
+        # Autograd would watch over them if they were saved, for twice the time.
+        ctx.how = norm, launcher, var._version, 0 if weight is None else weight._version
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        norm, launcher, var_version, weight_version = ctx.how
+        _, var, weight, _, _ = norm
+        if var._version != var_version or (
+            weight is not None and weight._version != weight_version
+        ):
+            raise RuntimeError(
+                "running_var or weight of a frozen norm layer has been modified by an inplace "
+                "operation between forward and backward."
+            )
+        if must_show(grad):
+            return reference.scaled(grad, norm), None
+        if launcher is not None:
+            try:
+                return launcher.scaled(grad, norm), None
+            except KernelError as error:
+                _kernel.give_up(error)
+        return reference.scaled(grad, norm, eager=True), None
+
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    """Saves the least: what each activation needs, and ``x`` only for the gradient of weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        how: tuple[Norm, Norm | None, str | None],
+    ) -> Any:
+        norm, branch, activation = how
+        mean, var, *_ = norm
+        # With a residual the sum cannot be had from x alone; it becomes a second output, so that
+        # a double backward finds its way through it.
+        from_input = activation in _FROM_INPUT
+        keeps_sum = from_input and residual is not None
+        y, total, launcher = _computed(x, norm, residual, branch, activation, keeps_sum)
+        ctx.how = norm, branch, activation, launcher
+        kept = None
+        if activation is not None:
+            kept = y if not from_input else total if keeps_sum else x
+        ctx.kept_is_input = kept is x
+        needs_x = x if ctx.needs_input_grad[2] else None
+        # Backward takes the parameters from ctx.how; that they are saved as well makes autograd
+        # complain where one of those it reads was changed in between.
+        read = (var, weight) if branch is None else (var, weight, *branch[1:3])
+        if kept is x or needs_x is not None:
+            ctx.save_for_backward(kept, needs_x, *read, mean, bias)
+        else:
+            ctx.save_for_backward(kept, needs_x, *read)
+        if not keeps_sum:
+            return y
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None = None) -> Any:
+        kept, x, *_ = ctx.saved_tensors
+        norm, branch, activation, launcher = ctx.how
+        needs = ctx.needs_input_grad[:4]
+        rest = (norm, branch, activation, kept, ctx.kept_is_input, x, needs)
+        if grad_sum is not None:
+            # Only a double backward gives the sum a gradient of its own, past the activation.
+            total = reference.backward(grad_sum, norm, branch, None, None, False, x, needs)
+            if grad is None:
+                return (*total, None)
+            more = reference.backward(grad, *rest)
+            return (*(_plus(a, b) for a, b in zip(total, more, strict=True)), None)
+        if grad is None:
+            return None, None, None, None, None
+        if must_show(grad):
+            return *reference.backward(grad, *rest), None
+        if launcher is not None:
+            try:
+                return *launcher.backward(grad, *rest), None
+            except KernelError as error:
+                _kernel.give_up(error)
+        return *pieces.backward(grad, *rest), None
+
+
+_FROM_INPUT = frozenset(ACTIVATIONS) - FROM_OUTPUT - {None}
+
+
+def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one + other
+
+
+def _apply(
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None,
+    branch: Norm | None,
+    activation: str | None,
+) -> Tensor:
+    """Compute ``activation(norm(x) + branch(residual))``, as `frozen_batch_norm` describes it."""
+    if activation not in ACTIVATIONS:
+        names = ", ".join(repr(name) for name in ACTIVATIONS if name is not None)
+        raise ValueError(f"There is no activation {activation!r}; there are {names} and None.")
+    why = why_formula(x, norm, residual, branch)
+    if why:
+        if why is not TRACING:  # there a size is a traced value, and to compare it a warning
+            _check_shapes(x, norm, residual)
+        if not x.is_floating_point():
+            raise TypeError(f"The input must be of a floating dtype; it is {x.dtype}.")
+        return reference.forward(x, norm, residual, branch, activation)[0]
+    if not torch.is_grad_enabled():
+        return _computed(x, norm, residual, branch, activation)[0]
+    _, _, weight, bias, _ = norm
+    trained = (weight is not None and weight.requires_grad) or (
+        bias is not None and bias.requires_grad
+    )
+    if not trained and activation is None and residual is None:
+        if x.requires_grad:
+            return _FrozenBatchNormAlone.apply(x, norm)  # type: ignore[no-any-return]
+    elif trained or x.requires_grad or (residual is not None and residual.requires_grad):
+        out: Any = _FrozenBatchNorm.apply(x, residual, weight, bias, (norm, branch, activation))
+        return out[0] if type(out) is tuple else out  # type: ignore[no-any-return]
+    return _computed(x, norm, residual, branch, activation)[0]
+
+
+def _computed(
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None,
+    branch: Norm | None,
+    activation: str | None,
+    keep_sum: bool = False,
+) -> tuple[Tensor, Tensor | None, Launcher | None]:
+    """Compute as `reference.forward`, by the kernel if it takes these tensors; and tell if it did."""
+    launcher = _launcher_for(x)
+    if launcher is not None:
+        try:
+            done = launcher.forward(x, norm, residual, branch, activation, keep_sum)
+            if done is not None:
+                return *done, launcher
+        except KernelError as error:
+            _kernel.give_up(error)
+    _check_shapes(x, norm, residual)
+    return *pieces.forward(x, norm, residual, branch, activation, keep_sum=keep_sum), None
+
+
+def _launcher_for(x: Tensor) -> Launcher | None:
+    """The kernel's launcher, looked for at the first tensor on a CUDA device."""
+    return (_kernel.launcher or _kernel.load()) if _on_cuda(x) else None
+
+
+def _check_shapes(x: Tensor, norm: Norm, residual: Tensor | None) -> None:
+    """Raise what is wrong with the shapes; what the kernel takes needs no second look."""
+    shape, channels = x.shape, norm[0].numel()
+    if len(shape) < 2 or shape[1] != channels:
+        raise ValueError(
+            f"The input has the shape {tuple(shape)}; it must be (N, C, *) with "
+            f"C = {channels} channels, as the running statistics have."
+        )
+    if residual is not None and residual.shape != shape:
+        raise ValueError(
+            f"The residual has the shape {tuple(residual.shape)} and the input "
+            f"{tuple(shape)}; they must agree, a residual is not broadcast."
+        )
+
+
+def _why_aten(x: Tensor, norm: Norm, residual: Tensor | None) -> str:
+    """Why plain eager tensors do not go to the kernel, as a sentence; empty if they do."""
+    if not _on_cuda(x):
+        return "The input is not on a CUDA device."
+    launcher = _kernel.launcher or _kernel.load()
+    if launcher is None:
+        return _kernel.trouble
+    why = launcher.refusal(x, norm, residual, None)
+    if not why:
+        try:
+            launcher.forward(x[:1].detach(), norm)
+        except KernelError as error:
+            _kernel.give_up(error)
+            why = _kernel.trouble
+    return why
+
+
+_on_cuda = attrgetter("is_cuda")

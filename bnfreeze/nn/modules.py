@@ -1,0 +1,244 @@
+"""The frozen layers: drop-ins for nn.BatchNorm1d, 2d and 3d that never leave evaluation.
+
+`forward` and everything else here use only attributes that torch's own norm layers have too, and
+nothing that ``__init__`` leaves behind beyond them: a live `nn.BatchNorm2d` whose ``__class__``
+is replaced by a subclass of `FrozenBatchNorm2d` works as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn, TypeVar, cast
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnfreeze.errors import PolicyError
+from bnfreeze.nn.functional import _apply
+from bnfreeze.nn.reference import Norm
+
+__all__ = ["FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3d"]
+
+# To torch.fx.symbolic_trace, which has no sizes to ask for, the layer is one call.
+torch.fx.wrap("_apply")
+_Proxy = torch.fx.Proxy
+
+_Self = TypeVar("_Self", bound="_FrozenBatchNorm")
+
+
+class _FrozenBatchNorm(nn.Module):
+    """What the three have in common; they differ in the ranks that they accept."""
+
+    # As torch's norm layers, so that their checkpoints and ours are of one format.
+    _version = 2
+
+    _ranks: ClassVar[tuple[int, ...]]
+    _freezes: ClassVar[type[_BatchNorm]]
+
+    num_features: int
+    eps: float
+    affine: bool
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.affine = affine
+        dtype = dtype or torch.get_default_dtype()
+        wide = torch.promote_types(dtype, torch.float32)
+        if affine:
+            ones = torch.ones(num_features, device=device, dtype=dtype)
+            self.weight = nn.Parameter(ones, requires_grad=False)
+            self.bias = nn.Parameter(torch.zeros_like(ones), requires_grad=False)
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=wide))
+        self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=wide))
+        self.register_buffer(
+            "num_batches_tracked", torch.zeros((), device=device, dtype=torch.long)
+        )
+
+    @classmethod
+    def from_batchnorm(cls: type[_Self], bn: nn.Module) -> _Self:
+        """Make a frozen layer with copies of the values of ``bn``, on its device.
+
+        Args:
+            bn: torch's norm layer of the same rank, a SyncBatchNorm, or a frozen layer of
+                another library; what counts is that it has running_mean, running_var and eps.
+                Its weight and bias keep their dtype; statistics below fp32 become fp32.
+
+        Raises:
+            PolicyError: ``bn`` has no running statistics, is of another rank, or does more in
+                its forward than normalise.
+        """
+        mean, var = getattr(bn, "running_mean", None), getattr(bn, "running_var", None)
+        kind = type(bn).__name__
+        if mean is None or var is None:
+            raise PolicyError(
+                f"{kind} has no running statistics, so there is nothing to freeze; a layer "
+                f"made with track_running_stats=False always normalises with the batch."
+            )
+        if isinstance(bn, _BatchNorm):
+            if not isinstance(bn, (cls._freezes, nn.SyncBatchNorm)):
+                raise PolicyError(
+                    f"{kind} takes inputs of another rank than {cls.__name__}, "
+                    f"which stands for {cls._freezes.__name__}."
+                )
+            if type(bn).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+                raise PolicyError(
+                    f"{kind} has a forward of its own, and what it does beyond normalising "
+                    f"would be lost. Use freeze(model, 'eval+affine') for it."
+                )
+        weight, bias = getattr(bn, "weight", None), getattr(bn, "bias", None)
+        eps = cast(float, bn.eps)
+        layer = cls(mean.numel(), eps, weight is not None, mean.device, mean.dtype)
+        with torch.no_grad():
+            for name, value in (("weight", weight), ("bias", bias)):
+                copied = None if value is None else value.detach().clone()
+                setattr(
+                    layer,
+                    name,
+                    None if copied is None else nn.Parameter(copied, requires_grad=False),
+                )
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(var)
+            count = getattr(bn, "num_batches_tracked", None)
+            if layer.num_batches_tracked is not None and count is not None:
+                layer.num_batches_tracked.copy_(count)
+        return layer
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        """Normalise ``x`` with the running statistics; add ``residual``; apply ``activation``.
+
+        Shapes, dtypes and errors as in `bnfreeze.functional.frozen_batch_norm`.
+
+        Raises:
+            ValueError: the rank or the number of channels is not this layer's.
+        """
+        if not isinstance(x, _Proxy) and x.dim() not in self._ranks:
+            ranks = " or ".join(f"{rank}D" for rank in self._ranks)
+            raise ValueError(
+                f"{type(self).__name__} takes a {ranks} input with {self.num_features} channels; "
+                f"this one is {x.dim()}D, of the shape {tuple(x.shape)}."
+            )
+        return _apply(x, self._norm(), residual, None, activation)
+
+    def _norm(self) -> Norm:
+        parameters: Any = self._parameters
+        buffers: Any = self._buffers
+        try:
+            # nn.Module's own lookup of the four costs as much as the launch of a kernel.
+            mean, var = buffers["running_mean"], buffers["running_var"]
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:
+            # Parametrized, or a replica: they are there under other names.
+            mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        return mean, var, weight, bias, self.eps
+
+    @property
+    def training(self) -> bool:
+        """Always False: `train` passes by, and setting it has no effect."""
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["training"] = False
+
+    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+        """As in nn.Module, but the statistics are not cast below fp32."""
+        statistics = [s for s in (self.running_mean, self.running_var) if s is not None]
+
+        def apply(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if (
+                applied.dtype.itemsize < 4 <= tensor.dtype.itemsize
+                and tensor.is_floating_point()
+                and any(tensor is s for s in statistics)
+            ):
+                return tensor.to(applied.device, torch.float32)
+            return applied
+
+        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+    ) -> None:
+        """As in nn.Module; a checkpoint need not have num_batches_tracked."""
+        key = prefix + "num_batches_tracked"
+        if self.num_batches_tracked is not None and key not in state_dict:
+            state_dict[key] = self.num_batches_tracked
+        if local_metadata.get("assign_to_params_buffers"):
+            for name in ("running_mean", "running_var"):
+                value = state_dict.get(prefix + name)
+                if isinstance(value, Tensor) and value.dtype.itemsize < 4:
+                    state_dict[prefix + name] = value.float()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse, for torch.jit.script, which asks here, cannot compile what `forward` chooses.
+
+        Raises:
+            PolicyError: what to do instead.
+        """
+        raise PolicyError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script. Use torch.jit.trace or "
+            f"torch.export.export; or freeze with 'eval+affine' in place of 'fused'."
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, affine={self.affine}"
+
+
+class FrozenBatchNorm1d(_FrozenBatchNorm):
+    """A frozen `nn.BatchNorm1d`: (N, C) or (N, C, L).
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        affine: whether there are weight and bias: Parameters that do not require grad until
+            told to.
+        device, dtype: of the tensors; the statistics are fp32 at least, through ``half()`` too.
+
+    Always normalises with the running statistics and never changes them; ``training`` is always
+    False. The state_dict has the keys of torch's layer and loads with or without
+    ``num_batches_tracked``.
+    """
+
+    _ranks = (2, 3)
+    _freezes = nn.BatchNorm1d
+
+
+class FrozenBatchNorm2d(_FrozenBatchNorm):
+    """A frozen `nn.BatchNorm2d`: (N, C, H, W). As `FrozenBatchNorm1d` in all else."""
+
+    _ranks: ClassVar[tuple[int, ...]] = (4,)
+    _freezes = nn.BatchNorm2d
+
+
+class FrozenBatchNorm3d(_FrozenBatchNorm):
+    """A frozen `nn.BatchNorm3d`: (N, C, D, H, W). As `FrozenBatchNorm1d` in all else."""
+
+    _ranks = (5,)
+    _freezes = nn.BatchNorm3d

@@ -1,0 +1,24 @@
+"""Which class keeps a policy's promise for a norm layer."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from bnfreeze.policies.class_swap import FrozenLayer, make_class
+from bnfreeze.policies.eval import ForceEval, ForceEvalInstance
+from bnfreeze.policies.policy import Policy
+from bnfreeze.policies.stats import BatchOnly, KeepStatistics
+
+__all__ = ["frozen_class"]
+
+
+def frozen_class(base: type[nn.Module], policy: Policy) -> type[nn.Module]:
+    """The subclass of a norm layer's class that keeps the policy's promise; one for each."""
+    behaviour: type[FrozenLayer] = FrozenLayer
+    if policy.forces_eval:
+        behaviour = ForceEvalInstance if issubclass(base, _InstanceNorm) else ForceEval
+    elif policy.freezes_statistics:
+        behaviour = BatchOnly if base.forward is _BatchNorm.forward else KeepStatistics
+    return make_class(base, behaviour)

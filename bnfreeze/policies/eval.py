@@ -1,0 +1,50 @@
+"""The policy ``eval``: the layer always normalises with its running statistics."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bnfreeze.policies.class_swap import FrozenLayer
+from bnfreeze.policies.record import record_of, set_record
+from bnfreeze.policies.stats import OnCopies
+
+__all__ = ["ForceEval", "ForceEvalInstance"]
+
+
+class ForceEval(FrozenLayer):
+    """Normalises with the running statistics, whatever mode is asked for."""
+
+    # torch.jit.script must read the flag in the instance's dict, which is always False, and not
+    # compile the property. The scripted copy is a model of its own: its train() does thaw it.
+    __jit_unused_properties__: tuple[str, ...] = ("training",)
+
+    @property
+    def training(self) -> bool:
+        """Always False."""
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        # train() and eval() of any module above arrive here, and so does a tool that sets the
+        # flag itself. It is remembered for the way back.
+        record = record_of(self)
+        if record is not None:
+            set_record(self, replace(record, training=mode))
+
+
+class ForceEvalInstance(OnCopies, ForceEval):
+    """Forced to eval, for instance norm.
+
+    It uses its running statistics only while it tracks them; and torch 2.10, for one, writes them
+    back in eval mode too, rounded.
+    """
+
+    __jit_unused_properties__ = ("training", "track_running_stats")
+
+    @property
+    def track_running_stats(self) -> bool:
+        return True
+
+    @track_running_stats.setter
+    def track_running_stats(self, value: bool) -> None:
+        self.__dict__["track_running_stats"] = value

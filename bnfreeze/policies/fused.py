@@ -1,0 +1,182 @@
+"""The policies ``fused`` and ``fused-act``: a layer becomes a `FrozenBatchNorm1d/2d/3d`, in place.
+
+As with every policy the layer stays the very object it was, and its class is swapped; only that the
+new class is no subclass of the old one: its forward takes the old one's place. So only layers whose
+forward is known to be nothing but batch norm are converted.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnfreeze.nn.modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+from bnfreeze.norm_layers import is_lookalike
+from bnfreeze.policies.class_swap import FrozenLayer, make_class
+from bnfreeze.policies.eval import ForceEval
+from bnfreeze.policies.record import layer_class
+
+__all__ = ["activation_of", "fused_class", "has_hooks", "own_activation", "takes_more"]
+
+# The activations that a frozen layer can compute along.
+ACTIVATION_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+
+
+class _Fused1d(ForceEval, FrozenBatchNorm1d):
+    replaces = FrozenBatchNorm1d
+
+
+class _Fused2d(ForceEval, FrozenBatchNorm2d):
+    replaces = FrozenBatchNorm2d
+
+
+class _Fused3d(ForceEval, FrozenBatchNorm3d):
+    replaces = FrozenBatchNorm3d
+
+
+class _FusedSync(_Fused2d):
+    # SyncBatchNorm takes an input of any rank.
+    _ranks: ClassVar[tuple[int, ...]] = (2, 3, 4, 5)
+
+
+class _FusedLookalike(_Fused2d):
+    """Fills in what another library's frozen batch norm does not have."""
+
+    eps = 1e-5  # what Transformers' compute with
+    num_batches_tracked = None
+
+    @property
+    def num_features(self) -> int:  # type: ignore[override]
+        return self.running_mean.numel()
+
+    @property
+    def affine(self) -> bool:  # type: ignore[override]
+        return self.weight is not None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # As theirs: a checkpoint of a live layer has a count, and this layer no place for it.
+        if "num_batches_tracked" not in self._buffers:
+            state_dict.pop(f"{prefix}num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _FusedAct(_Fused2d):
+    """timm's BatchNormAct2d: a norm layer, a module that drops, and an activation."""
+
+    act: nn.Module
+    drop: nn.Module
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        """As in `FrozenBatchNorm2d`; then the layer's own activation."""
+        own = own_activation(self)
+        if own is None:
+            # A hook stands on one of the two, or they have been replaced since.
+            return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return]
+        return super().forward(x, residual, own or activation)
+
+
+def own_activation(layer: nn.Module) -> str | None:
+    """The activation that a fused layer computes as its own: empty if it has none.
+
+    None where it must call modules of its own for it: they are no longer the identity and one of
+    the four activations, or a hook stands on one.
+    """
+    if not isinstance(layer, _FusedAct):
+        return ""
+    act, drop = layer.act, layer.drop
+    if type(drop) is not nn.Identity or has_hooks(act) or has_hooks(drop):
+        return None
+    return "" if type(act) is nn.Identity else activation_of(act)
+
+
+def activation_of(module: Any) -> str | None:
+    """The name of the activation that the module is, if a frozen layer can compute it along."""
+    if type(module) is nn.ReLU6 and (module.min_val, module.max_val) != (0.0, 6.0):
+        return None
+    return ACTIVATION_MODULES.get(type(module))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook runs when the module is called, or a forward set on the instance.
+
+    Accelerate, for one, puts its hooks on modules in that way.
+    """
+    return "forward" in module.__dict__ or bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def takes_more(module: nn.Module) -> bool:
+    """Whether the module is a fused layer that can compute a sum and an activation along."""
+    fused = isinstance(module, FrozenBatchNorm1d | FrozenBatchNorm2d | FrozenBatchNorm3d)
+    return fused and own_activation(module) == ""
+
+
+_EXACT: dict[type[nn.Module], type[FrozenLayer]] = {
+    nn.BatchNorm1d: _Fused1d,
+    nn.BatchNorm2d: _Fused2d,
+    nn.BatchNorm3d: _Fused3d,
+    nn.SyncBatchNorm: _FusedSync,
+}
+# The plain ones: FrozenBatchNorm2d and DetrFrozenBatchNorm2d, not timm's FrozenBatchNormAct2d.
+_PLAIN_LOOKALIKE = re.compile(r"\w*FrozenBatchNorm2d", re.ASCII)
+_LIBRARIES = ("torchvision", "detectron2", "timm", "transformers")
+
+
+def fused_class(
+    module: nn.Module, *, activations: bool = False
+) -> tuple[type[nn.Module] | None, str]:
+    """The class that makes a fused layer of `module`, or None and the reason why there is none.
+
+    Args:
+        module: a norm layer, frozen already or not.
+        activations: whether a layer may compute an activation of its own, as timm's do.
+    """
+    base = layer_class(module)
+    if "forward" in module.__dict__:
+        return None, "its forward is overridden on the instance"
+    behaviour = _EXACT.get(base)
+    if is_lookalike(module, base):
+        behaviour = _FusedLookalike if _is_plain(base) else None
+    if activations and _is_timms(base):
+        act, drop = type(module.act), type(module.drop)
+        if drop is not nn.Identity:
+            return None, f"it drops ({drop.__name__}) before its activation"
+        if act is not nn.Identity and activation_of(module.act) is None:
+            return None, f"its activation {act.__name__} is none of those that are fused"
+        behaviour = _FusedAct
+    if behaviour is not None:
+        return make_class(base, behaviour), ""
+    if issubclass(base, _BatchNorm) or is_lookalike(module, base):
+        return None, f"{base.__name__} is a class of its own, whose forward is kept"
+    return None, f"there is no fused layer for {base.__name__}"
+
+
+def _is_timms(base: type[nn.Module]) -> bool:
+    """Whether a layer's forward is that of timm's BatchNormAct2d."""
+    owner = next(kind for kind in base.__mro__ if "forward" in vars(kind))
+    return owner.__name__ == "BatchNormAct2d" and owner.__module__.partition(".")[0] == "timm"
+
+
+def _is_plain(base: type[nn.Module]) -> bool:
+    """Whether a look-alike's forward is its library's, and nothing but batch norm."""
+    if issubclass(base, FrozenBatchNorm1d | FrozenBatchNorm2d | FrozenBatchNorm3d):
+        return False  # it is fused already
+    owner = next(kind for kind in base.__mro__ if "forward" in vars(kind))
+    return (
+        owner.__module__.split(".")[0] in _LIBRARIES
+        and _PLAIN_LOOKALIKE.fullmatch(owner.__name__) is not None
+    )

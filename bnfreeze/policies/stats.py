@@ -1,0 +1,73 @@
+"""The policy ``stats``: the running statistics do not change; train mode uses the batch's own."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from bnfreeze.errors import PolicyError
+from bnfreeze.norm_layers import STATISTICS
+from bnfreeze.policies.class_swap import FrozenLayer
+
+__all__ = ["BatchOnly", "KeepStatistics", "OnCopies"]
+
+
+class BatchOnly(FrozenLayer, _BatchNorm):
+    """Torch's own batch norm, which in train mode is not given its statistics at all."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As before; the statistics are read in eval mode, and never written."""
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        mean = None if self.training else self.running_mean
+        var = None if self.training else self.running_var
+        batch = self.training or (mean is None and var is None)
+        return nn.functional.batch_norm(
+            input, mean, var, self.weight, self.bias, batch, 0.0, self.eps
+        )
+
+
+class OnCopies(FrozenLayer):
+    """Runs the layer's own forward on copies of its statistics.
+
+    That holds them whatever this forward does with them: write in place, assign, pass over
+    ``track_running_stats``. Not meant for several threads that run one and the same layer at once.
+    """
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse, for torch.jit.script, which asks here, cannot compile such a forward.
+
+        Raises:
+            PolicyError: what to do instead.
+        """
+        raise PolicyError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script. Use torch.jit.trace or "
+            f"torch.export.export; or unfreeze first, for what is scripted is not frozen anyway."
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As before, with the statistics out of reach."""
+        held = {}
+        for name in STATISTICS:
+            buffer = self._buffers.get(name)
+            if buffer is not None:
+                held[name] = buffer
+        try:
+            for name, buffer in held.items():
+                self._buffers[name] = buffer.clone()
+            return super().forward(*args, **kwargs)
+        finally:
+            for name, buffer in held.items():
+                self._buffers[name] = buffer
+
+
+class KeepStatistics(OnCopies):
+    """Normalises with the batch in train mode, as before, and leaves the statistics alone."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As before; in eval mode nothing but an instance norm writes to its statistics."""
+        if self.training or isinstance(self, _InstanceNorm):
+            return super().forward(*args, **kwargs)
+        return super(OnCopies, self).forward(*args, **kwargs)

@@ -1,0 +1,24 @@
+"""The fuzzers, a little of them; `python -m tests.hostile.fuzz_checkpoints 20000` for much."""
+
+import pytest
+
+from tests.checkpoints.formats import FORMATS
+
+from . import fuzz_pickles
+from .fuzz_checkpoints import fuzz
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_files_give_a_documented_error_or_the_right_answer(kind, tmp_path):
+    outcomes = fuzz(kind, 200, 0, tmp_path)
+    assert sum(outcomes.values()) == 200
+    # Neither is the damage always fatal, nor is it overlooked.
+    assert outcomes["CorruptCheckpointError"] > 50
+    assert outcomes["agrees"] + outcomes["answered"] > 5
+
+
+def test_pickles_of_torchs_own_words_are_read_as_torch_loads_them_or_refused():
+    outcomes = fuzz_pickles.fuzz(400, 0)
+    assert sum(outcomes.values()) == 400
+    assert outcomes["agrees"] > 100
+    assert outcomes["refused"] > 50

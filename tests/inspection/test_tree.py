@@ -1,0 +1,78 @@
+"""Trees of names and little pictures of values: exact."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bnfreeze.inspection.tree import Scale, grouped, outline
+
+
+def test_names_that_begin_alike_stand_under_a_heading():
+    names = ["bn1", "layer1.0.bn1", "layer1.0.bn2", "layer1.1.bn1", "layer1.1.bn2", "fc.bn"]
+    assert outline(names) == [
+        ("bn1", 0),
+        ("layer1", None),
+        ("  0.bn1", 1),
+        ("  0.bn2", 2),
+        ("  1.bn1", 3),
+        ("  1.bn2", 4),
+        ("fc.bn", 5),
+    ]
+
+
+def test_a_heading_takes_all_that_is_shared():
+    names = [f"model.backbone.{i}.bn{j}" for i in range(2) for j in range(2)]
+    assert outline(names)[0] == ("model.backbone", None)
+    assert outline(names)[1] == ("  0.bn0", 0)
+
+
+def test_few_names_need_no_heading():
+    assert outline(["a.x", "a.y"]) == [("a.x", 0), ("a.y", 1)]
+    assert outline([]) == []
+    assert outline(["", "running"]) == [("", 0), ("running", 1)]
+
+
+@given(st.lists(st.text("ab01.", max_size=8), max_size=12))
+def test_every_name_is_listed_once_and_in_order(names):
+    assert [index for _, index in outline(names) if index is not None] == list(range(len(names)))
+    assert sorted(i for group in grouped(names).values() for i in group) == list(range(len(names)))
+
+
+def test_tensors_are_grouped_where_their_names_part():
+    assert list(grouped(["conv1.weight", "layer1.0.w", "layer1.1.w", "fc.w"])) == [
+        "conv1",
+        "layer1",
+        "fc",
+    ]
+    assert list(grouped(["model.a.w", "model.b.w", "model.b.c.w"])) == ["model.a", "model.b"]
+    assert list(grouped(["bn.weight", "bn.bias"])) == ["bn"]
+    assert list(grouped(["weight", "bias"])) == ["weight", "bias"]
+
+
+def test_a_spread_is_drawn_on_the_scale_of_all():
+    low, high = [float(10**-3)] * 11, [10.0] * 11
+    even = [10 ** (-3 + 4 * i / 10) for i in range(11)]
+    scale = Scale([low, high], positive=True)
+    assert scale.draw(low, 8) == "█       "
+    assert scale.draw(high, 8) == "       █"
+    assert scale.draw(even, 10) == "██████████"
+    assert scale.draw(None, 8) == ""
+    assert scale.ends(12) == "0.001     10"
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=11, max_size=11).map(
+            sorted
+        ),
+        max_size=4,
+    ),
+    st.booleans(),
+)
+@pytest.mark.filterwarnings("error")
+def test_any_values_can_be_drawn(spreads, positive):
+    scale = Scale(spreads, positive=positive)
+    for deciles in spreads:
+        assert len(scale.draw(deciles, 8)) == 8
+        assert scale.draw(deciles, 8).strip()
+    assert scale.ends(12)

@@ -1,0 +1,97 @@
+"""What the trainers' callbacks share, without any trainer; theirs are in tests/ecosystem."""
+
+import subprocess
+import sys
+
+import pytest
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+
+import bnfreeze
+from bnfreeze import DriftError, PolicyError
+from bnfreeze.integrations.keeper import Keeper
+from tests.helpers import step
+
+
+@pytest.fixture
+def group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_sharded_parameters_are_watched_by_all_ranks_together(model, images, group):
+    keeper = Keeper("eval+affine")
+    keeper.hold(model)
+    fully_shard(model, mesh=group)
+    keeper.watch(model)
+    optimizer = step(model, images)
+    model.stem[1].running_mean += 1
+    with pytest.raises(DriftError, match=r"stem.1.running_mean drifted at step 2"):
+        step(model, images, optimizer)
+    keeper.close(DriftError())
+
+
+def test_an_unknown_policy_is_told_at_once():
+    for policy in ("eval+afine", {"backbone": "evil"}):
+        with pytest.raises(PolicyError, match="policy"):
+            Keeper(policy)
+
+
+def test_what_has_been_thawed_is_held_again(model):
+    keeper = Keeper("eval+affine")
+    keeper.hold(model)
+    first = keeper.report
+    assert not keeper.hold(model)
+    assert keeper.report is first
+    model.requires_grad_(True)
+    keeper.hold(model)
+    assert not any(layer.trains_affine for layer in bnfreeze.inspect(model).layers)
+    bnfreeze.unfreeze(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_new_watch_dismisses_the_old_one_and_a_closed_one_is_over(model, images):
+    keeper = Keeper("eval")
+    keeper.hold(model)
+    keeper.watch(model)
+    model.stem[1].running_mean += 1
+    keeper.watch(model)
+    optimizer = step(model, images)
+    keeper.close()
+    keeper.close()
+    model.stem[1].running_mean += 1
+    step(model, images, optimizer)
+
+
+def test_nothing_imports_a_trainer_but_who_asks_for_it():
+    code = (
+        "import sys, bnfreeze, bnfreeze.cli, bnfreeze.integrations; bnfreeze.freeze;"
+        "print([name for name in ('lightning', 'pytorch_lightning', 'transformers') "
+        "if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "trainer"), [("lightning", "pytorch_lightning"), ("transformers", "transformers")]
+)
+def test_without_its_trainer_an_integration_says_what_is_missing(name, trainer):
+    blocked = "sys.modules['lightning'] = sys.modules['transformers'] = None;"
+    code = f"import sys; {blocked} sys.modules['pytorch_lightning'] = None;"
+    code += f"import bnfreeze.integrations.{name}"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert f"import of {trainer}" in ran.stderr
+
+
+def test_pytorch_lightning_will_do():
+    pytest.importorskip("pytorch_lightning")
+    code = (
+        "import sys; sys.modules['lightning'] = sys.modules['lightning.pytorch'] = None\n"
+        "from bnfreeze.integrations.lightning import FreezeBatchNorm\n"
+        "import pytorch_lightning; print(isinstance(FreezeBatchNorm(), pytorch_lightning.Callback))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout.strip() == "True", ran.stderr
