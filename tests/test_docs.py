@@ -184,7 +184,7 @@ def test_the_tools_have_the_same_versions_everywhere():
     tests = (workflows / "tests.yml").read_text(encoding="utf-8")
     for package in ("torch", "torchvision"):
         assert f"'{package}=={re.search(rf'{package}>=([0-9.]+)', project)[1]}.*'" in tests
-    assert re.search(r'python: \[(.*)\]', tests)[1] == ", ".join(
+    assert re.search(r"python: \[(.*)\]", tests)[1] == ", ".join(
         f'"{version}"' for version in re.findall(r"Python :: (3\.\d+)", project)
     )
 
