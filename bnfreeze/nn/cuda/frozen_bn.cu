@@ -31,7 +31,7 @@ typedef unsigned long long u64;
 constexpr u32 THREADS = 256;
 constexpr u32 UNROLL = 4;  // vectors in flight in each thread, for each array that is read
 
-enum Activation { NONE, RELU, RELU6, SILU, HARDSWISH };
+enum Activation { NONE, RELU, RELU6, SILU, HARDSWISH };  // the names in activations.py
 enum Residual { ALONE, ADD, AFFINE_ADD };  // AFFINE_ADD: the residual has a norm layer of its own
 
 // Laid out as launch.py packs it.
@@ -197,7 +197,11 @@ __device__ __forceinline__ float activate(float z) {
     return z;
 }
 
-// g times the derivative; kept is the output for relu and relu6, else what went in.
+// Whether backward needs what goes into the activation. Otherwise it needs the output.
+template <int ACT>
+constexpr bool from_input = ACT == SILU || ACT == HARDSWISH;
+
+// g times the derivative; kept is the input or the output of the activation (see from_input).
 template <int ACT>
 __device__ __forceinline__ float deactivate(float g, float kept) {
     if (ACT == RELU) return kept <= 0.0f ? 0.0f : g;
@@ -217,8 +221,8 @@ template <int ACT, int RES>
 struct Forward {
     static constexpr bool reads1 = RES != ALONE;
     static constexpr bool branch = RES == AFFINE_ADD;
-    // z, for a backward that cannot have it from x alone
-    static constexpr bool writes1 = RES != ALONE && (ACT == SILU || ACT == HARDSWISH);
+    // z, if backward needs it and cannot compute it from x alone
+    static constexpr bool writes1 = RES != ALONE && from_input<ACT>;
 
     __device__ __forceinline__ static void run(float x, float residual, const Channel &n,
                                                const Channel &r, float &y, float &z) {
@@ -231,14 +235,14 @@ struct Forward {
 
 template <int ACT, int RES>
 struct Backward {
-    static constexpr bool from_input = RES == ALONE && (ACT == SILU || ACT == HARDSWISH);
+    static constexpr bool keeps_x = RES == ALONE && from_input<ACT>;  // x, and not z
     static constexpr bool reads1 = ACT != NONE;
     static constexpr bool branch = RES == AFFINE_ADD;
     static constexpr bool writes1 = RES != ALONE;
 
     // The gradient of z.
     __device__ __forceinline__ static float inner(float g, float kept, const Channel &n) {
-        return deactivate<ACT>(g, from_input ? normalise(kept, n) : kept);
+        return deactivate<ACT>(g, keeps_x ? normalise(kept, n) : kept);
     }
 
     __device__ __forceinline__ static void run(float g, float kept, const Channel &n,
@@ -355,7 +359,7 @@ __device__ __forceinline__ void rows(const Args &a) {
                 in0[u] = load<T, V>(a.in0, i);
                 if (Op::reads1) in1[u] = load<T, V>(a.in1, i);
                 if constexpr (TRAINED)
-                    in2[u] = Op::from_input ? in1[u] : load<T, V>(a.in2, i);
+                    in2[u] = Op::keeps_x ? in1[u] : load<T, V>(a.in2, i);
             }
 #pragma unroll
             for (u32 u = 0; u < AHEAD; ++u) {
@@ -431,7 +435,7 @@ __device__ __forceinline__ void planes_trained(const Args &a) {
             at[u] = (((u64)image * a.channels + c) * a.plane + place) * V;
             in0[u] = load<T, V>(a.in0, at[u]);
             if (Op::reads1) in1[u] = load<T, V>(a.in1, at[u]);
-            in2[u] = Op::from_input ? in1[u] : load<T, V>(a.in2, at[u]);
+            in2[u] = Op::keeps_x ? in1[u] : load<T, V>(a.in2, at[u]);
         }
 #pragma unroll
         for (u32 u = 0; u < AHEAD; ++u) {
