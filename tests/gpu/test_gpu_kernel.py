@@ -14,8 +14,8 @@ from torch import nn
 
 from bnfreeze import FrozenBatchNorm2d
 from bnfreeze.nn import functional
+from bnfreeze.nn.activations import ACTIVATIONS, FROM_INPUT
 from bnfreeze.nn.functional import _frozen_batch_norm_add, backend, frozen_batch_norm
-from bnfreeze.nn.reference import ACTIVATIONS
 from bnfreeze.nn.reference import forward as aten_forward
 from tests.helpers import FAKE, Affine
 
@@ -98,7 +98,7 @@ def reference(x, residual, main, branch, activation):
     other, beyond = (None if each is None else each.double() for each in (residual, branch))
     total = aten_forward(x.double(), main.double(), other, beyond, None)[0]
     out = ACTIVATIONS[activation](total)
-    if residual is None or activation not in ("silu", "hardswish"):
+    if residual is None or activation not in FROM_INPUT:
         return out
     kept = ACTIVATIONS[activation](total + (total.to(x.dtype) - total).detach())
     return kept + (out - kept).detach()

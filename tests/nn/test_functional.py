@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.functional import batch_norm
 
+from bnfreeze.nn.activations import ACTIVATIONS, TABLE
 from bnfreeze.nn.functional import _frozen_batch_norm_add, backend, frozen_batch_norm
-from bnfreeze.nn.reference import ACTIVATIONS
 from tests.helpers import Affine
 
 EPS = 1e-3
@@ -74,7 +74,7 @@ def test_fp32_is_bit_identical_to_batchnorm_in_eval(shape, affine):
     assert ours.dtype is x.dtype
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "hardswish"])
+@pytest.mark.parametrize("activation", [each.name for each in TABLE])
 def test_an_activation_is_torchs_own_applied_to_the_norm(activation):
     x, _, norm, _ = tensors((4, 3, 5, 5))
     ours = frozen_batch_norm(x, *norm, activation=activation)
@@ -303,10 +303,10 @@ def test_the_wrong_rank_channels_residual_activation_or_dtype_is_named():
         frozen_batch_norm(x[0, :, 0, 0], *norm)
     with pytest.raises(ValueError, match=r"shape \(2, 1, 4, 4\).*C = 3"):
         frozen_batch_norm(x[:, :1], *norm)
-    with pytest.raises(ValueError, match=r"residual has the shape \(2, 3, 1, 1\).*\(2, 3, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"\(2, 3, 1, 1\).*\(2, 3, 4, 4\)"):
         frozen_batch_norm(x, *norm, residual=x[:, :, :1, :1])
-    with pytest.raises(ValueError, match="'gelu'; there are 'relu', 'relu6', 'silu', 'hardswish'"):
-        frozen_batch_norm(x, *norm, activation="gelu")
+    with pytest.raises(ValueError, match=r"'softmax'.*'relu', 'relu6', 'silu', 'hardswish'"):
+        frozen_batch_norm(x, *norm, activation="softmax")
     with pytest.raises(TypeError, match=r"floating dtype; it is torch\.int64"):
         frozen_batch_norm(x.long(), *norm)
 

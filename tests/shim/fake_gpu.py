@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from bnfreeze.nn.cuda.plan import _ACTIVATIONS, _LANES, _RESIDUALS, ARGS, Variant
+from bnfreeze.nn.activations import KERNEL_NAMES
+from bnfreeze.nn.cuda.plan import _LANES, _RESIDUALS, ARGS, Variant
 from tests.shim.fake_cuda import GXX, compile_all
 
 HERE = Path(__file__).parent
@@ -72,7 +73,7 @@ def build(folder, kernels=None):
 def variants():
     """Every kernel for bf16, and what a residual block in fp32 needs."""
     yield Variant("finish")
-    for dtype, activations in (("bf16", _ACTIVATIONS.values()), ("f32", ("NONE", "RELU"))):
+    for dtype, activations in (("bf16", KERNEL_NAMES.values()), ("f32", ("NONE", "RELU"))):
         for activation, residual in itertools.product(activations, _RESIDUALS):
             for lanes in (1, _LANES[dtype]):
                 forward = f"{dtype}, {lanes}, Forward<{activation}, {residual}>"

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from bnfreeze.nn import functional
+from bnfreeze.nn.activations import ACTIVATIONS, EXACT, FROM_INPUT
 from bnfreeze.nn.cuda import plan as plans
 from bnfreeze.nn.cuda.launch import Launcher
 from bnfreeze.nn.cuda.layouts import DTYPES as NAMES
 from bnfreeze.nn.cuda.plan import Variant
 from bnfreeze.nn.functional import _frozen_batch_norm_add, frozen_batch_norm
-from bnfreeze.nn.reference import ACTIVATIONS
 from tests.helpers import Affine
 from tests.shim import fake_cuda
 from tests.shim.fake_cuda import PROCESSORS, FakeDriver, Libraries, compile_all, fake_host
@@ -55,7 +55,7 @@ def variants():
     yield Variant("finish")
     for shape, rows, dtype, aligned, activation, residual in CASES + OTHERS:
         for direction in ("forward", "backward", "trained"):
-            for kind in {residual, 0 if activation in (None, "relu", "relu6") else residual}:
+            for kind in {residual, 0 if activation in EXACT else residual}:
                 plan = plans.elementwise(
                     shape, NAMES[dtype], rows, aligned, direction, activation, kind, PROCESSORS
                 )
@@ -155,7 +155,7 @@ def check(case, driver, *, trained):
     parameters = torch.float32 if aligned else dtype
     main = norm(shape[1], generator, parameters)
     branch = norm(shape[1], generator, parameters, 0.5) if residual == 2 else None
-    kept_sum = residual and activation in ("silu", "hardswish")
+    kept_sum = residual and activation in FROM_INPUT
     compare(*run(x, r, main, branch, activation, grad, trained=trained), dtype, kept_sum)
     launched = driver.names()
     assert len(launched) == (3 if trained else 2)
