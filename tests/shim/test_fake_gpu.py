@@ -39,6 +39,7 @@ def test_the_tests_for_a_gpu_pass(environment):
     assert int(re.search(r"(\d+) passed", said)[1]) >= 30, said
 
 
+@pytest.mark.slow
 def test_the_benchmarks_for_a_gpu_run(tmp_path):
     # Those in which nobody looks at what is computed, which is nothing.
     works = ["layer", "host", "block", "step", "detection", "memory", "cold"]

@@ -3,26 +3,27 @@
 //     z = (x - mean[c]) * scale[c] + bias[c] + residual        scale = weight / sqrt(var + eps)
 //     y = activation(z)
 //
-// One pass over memory, forward and backward. Two ways of walking it ("mappings") cover every
-// dense tensor, and one small struct ("op") says what is done with an element:
+// One pass over memory, forward and backward. A "mapping" says which thread computes which
+// elements; two mappings cover every dense tensor. An "op" says what is done with an element:
 //
-//   planes   the channel before the plane, (N, C, *) contiguous: the tensor as one long array;
-//            the channel of an element is (i / plane) % channels.
-//   rows     channels last, and (N, C): a matrix (rows, channels). A thread keeps its channels and
-//            walks down the rows.
+//   planes   for (N, C, *) contiguous: the tensor is one long array; the channel of an element is
+//            (i / plane) % channels.
+//   rows     for channels last, and (N, C): a matrix (rows, channels). A thread keeps its channels
+//            and goes down the rows.
 //   planes_trained   as planes, but a block keeps one channel, for the sums over it.
-//   finish   sums what the blocks have left behind, always in the same order.
+//   finish   adds the partial sums of the blocks, always in the same order.
 //
-// scale is computed from weight, var and eps here, in every launch, so that no copy of it can be
-// out of date. The arithmetic is fp32; what is stored is rounded once. Contraction is off
-// (--fmad=false) and every fused multiply-add is written out, so that a CPU computes the same bits.
+// scale is computed here from weight, var and eps, in every launch, so it is never out of date. The
+// arithmetic is fp32; a result is rounded once. Contraction is off (--fmad=false) and every fused
+// multiply-add is written out, so that a CPU computes the same bits.
 //
-// No includes: NVRTC compiles this as it stands. Entry points are appended by the launcher, one
-// for each variant that is used:
+// There are no includes, because NVRTC has no header files. The launcher appends an entry point for
+// each variant that is used:
 //
 //     ENTRY(name, planes<f16, 8, Forward<RELU, ADD>, false>)
 //
-// A program that defines BNFREEZE_SHIM beforehand brings its own ENTRY, conversions and built-ins.
+// A program that defines BNFREEZE_SHIM has its own ENTRY, conversions and built-ins. The tests use
+// this to run the source on a CPU.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -170,7 +171,7 @@ __device__ __forceinline__ Channel branch_channel(const Args &a, u32 c) {
     return {a.mean_r[c], scale, a.bias_r ? parameter(a.bias_r, a.kind_r, c) : 0.0f};
 }
 
-// Member by member, which stays in registers; a choice between two structs has an address.
+// Member by member, so that it stays in registers. A choice between two structs needs addresses.
 __device__ __forceinline__ Channel pick(bool first, const Channel &n, const Channel &m) {
     return {first ? n.mean : m.mean, first ? n.scale : m.scale, first ? n.bias : m.bias};
 }
@@ -183,7 +184,7 @@ __device__ __forceinline__ float normalise(float x, const Channel &n) {
 
 __device__ __forceinline__ float sigmoid(float z) { return reciprocal(1.0f + expf(-z)); }
 
-// Comparisons are written so that NaN goes where ATen lets it go: through.
+// Comparisons are written so that NaN passes through, as in ATen.
 template <int ACT>
 __device__ __forceinline__ float activate(float z) {
     if (ACT == RELU) return z <= 0.0f ? 0.0f : z;
@@ -255,11 +256,11 @@ struct Backward {
 
 // --------------------------------------------------------------------------------------- mappings
 
-// A vector may reach into the next plane, but no further: a plane has V elements at least. What
-// does not fill a vector at the very end is done element by element.
+// A vector may reach into the next plane but not further, because a plane has at least V elements.
+// The elements at the very end that do not fill a vector are computed one by one.
 //
-// WIDE: past 2^31 elements. The block finds its place by one 64-bit division; within the block
-// everything is small again.
+// WIDE: more than 2^31 elements. The block finds its place by one 64-bit division; within the block
+// 32 bits are enough.
 template <class T, int V, class Op, bool WIDE>
 __device__ __forceinline__ void planes(const Args &a) {
     constexpr u32 TILE = THREADS * UNROLL * V;
@@ -318,7 +319,7 @@ __device__ __forceinline__ void planes(const Args &a) {
 
     if (V > 1 && blockIdx.x == gridDim.x - 1 && threadIdx.x < a.size % V) {
         u64 i = a.size - 1 - threadIdx.x;
-        u32 c = a.channels - 1;  // the tensor's last plane has V elements at least
+        u32 c = a.channels - 1;  // the last plane has at least V elements
         n = channel(a, c);
         if (Op::branch) r = branch_channel(a, c);
         float v1 = Op::reads1 ? T::read(load<T, 1>(a.in1, i).lane[0]) : 0.0f;
@@ -387,7 +388,7 @@ __device__ __forceinline__ void rows(const Args &a) {
     }
 
     if constexpr (TRAINED) {
-        // The rows of the block are added in pairs, the same pairs every time.
+        // The rows of the block are added in pairs, always the same pairs.
         __shared__ float shared[2 * V][THREADS];
 #pragma unroll
         for (int k = 0; k < V; ++k) {
