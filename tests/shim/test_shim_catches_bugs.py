@@ -1,4 +1,4 @@
-"""The sanitizers find nothing in the kernel, and the shim would find what is planted."""
+"""The sanitizers find nothing in the kernel, and the shim finds bugs that are put in."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def test_the_sanitizers_find_nothing(tmp_path):
     ],
     ids=["past-the-end", "past-the-channel", "past-the-last-row", "past-the-last-channel"],
 )
-def test_a_planted_overrun_is_found(case, old, new, tmp_path):
+def test_an_overrun_is_found(case, old, new, tmp_path):
     end = sanitized([CASES[case]], tmp_path, (old, new))
     assert end.returncode != 0
     assert "heap-buffer-overflow" in end.stderr

@@ -170,7 +170,7 @@ def check(case, driver, *, trained):
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
-@pytest.mark.parametrize("trained", [False, True], ids=["held", "trained"])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_the_kernel_agrees_with_fp64(case, trained, driver):
     check(case, driver, trained=trained)
 
