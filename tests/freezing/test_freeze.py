@@ -382,9 +382,9 @@ def test_what_is_no_optimizer_is_refused_before_anything_changes(model):
 def test_an_error_half_way_leaves_nothing_half_frozen(model, monkeypatch):
     model.stem[1].weight.grad = torch.ones(4)
     before = description(model)
-    from bnfreeze.freezing import transaction
+    from bnfreeze.freezing import apply
 
-    real, count = transaction.set_record, []
+    real, count = apply.set_record, []
 
     def fails(module, record):
         count.append(module)
@@ -392,7 +392,7 @@ def test_an_error_half_way_leaves_nothing_half_frozen(model, monkeypatch):
             raise RuntimeError("disk on fire")
         real(module, record)
 
-    monkeypatch.setattr(transaction, "set_record", fails)
+    monkeypatch.setattr(apply, "set_record", fails)
     with pytest.raises(RuntimeError, match="disk on fire"):
         freeze(model, "eval+affine+weights")
     assert len(count) > 7

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 
 import bnfreeze
 from bnfreeze import DriftError, PolicyError
-from bnfreeze.integrations.keeper import Keeper
+from bnfreeze.integrations.callback import FreezeCallback
 from tests.helpers import step
 
 
@@ -21,45 +21,45 @@ def group():
 
 
 def test_sharded_parameters_are_watched_by_all_ranks_together(model, images, group):
-    keeper = Keeper("eval+affine")
-    keeper.hold(model)
+    callback = FreezeCallback("eval+affine")
+    callback.freeze(model)
     fully_shard(model, mesh=group)
-    keeper.watch(model)
+    callback.watch(model)
     optimizer = step(model, images)
     model.stem[1].running_mean += 1
     with pytest.raises(DriftError, match=r"stem.1.running_mean drifted at step 2"):
         step(model, images, optimizer)
-    keeper.close(DriftError())
+    callback.close(DriftError())
 
 
 def test_an_unknown_policy_is_told_at_once():
     for policy in ("eval+afine", {"backbone": "evil"}):
         with pytest.raises(PolicyError, match="policy"):
-            Keeper(policy)
+            FreezeCallback(policy)
 
 
 def test_what_has_been_thawed_is_held_again(model):
-    keeper = Keeper("eval+affine")
-    keeper.hold(model)
-    first = keeper.report
-    assert not keeper.hold(model)
-    assert keeper.report is first
+    callback = FreezeCallback("eval+affine")
+    callback.freeze(model)
+    first = callback.report
+    assert not callback.freeze(model)
+    assert callback.report is first
     model.requires_grad_(True)
-    keeper.hold(model)
+    callback.freeze(model)
     assert not any(layer.trains_affine for layer in bnfreeze.inspect(model).layers)
     bnfreeze.unfreeze(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_new_watch_dismisses_the_old_one_and_a_closed_one_is_over(model, images):
-    keeper = Keeper("eval")
-    keeper.hold(model)
-    keeper.watch(model)
+    callback = FreezeCallback("eval")
+    callback.freeze(model)
+    callback.watch(model)
     model.stem[1].running_mean += 1
-    keeper.watch(model)
+    callback.watch(model)
     optimizer = step(model, images)
-    keeper.close()
-    keeper.close()
+    callback.close()
+    callback.close()
     model.stem[1].running_mean += 1
     step(model, images, optimizer)
 
