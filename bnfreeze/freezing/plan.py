@@ -76,7 +76,9 @@ def plan(modules: Sequence[NamedModule], selected: Sequence[Selected]) -> list[C
         raise PolicyError("\n".join(problems[:5]) + more)
     frozen = [(change.entry, list(change.frozen.values())) for change in changes]
     thawed = [(change.entry, _thawed(change)) for change in changes]
-    if any(parameters for _, parameters in (*frozen, *thawed)):
+    stops = any(p.requires_grad for _, parameters in frozen for p in parameters)
+    starts = any(not p.requires_grad for _, parameters in thawed for p in parameters)
+    if stops or starts:
         wrappers = wrappers_around(modules)
         refuse_freezing(wrappers, frozen)
         refuse_thawing(wrappers, thawed)
