@@ -77,7 +77,10 @@ class FreezeReport(Printable):
         }
 
     def __repr__(self) -> str:
-        return f"<FreezeReport of {self.call}: {self._verdict()} {len(self.findings)} findings>"
+        return (
+            f"<FreezeReport of {self.call}: {self._verdict()} "
+            f"{_count(len(self.findings), 'finding')}>"
+        )
 
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
