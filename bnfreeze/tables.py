@@ -28,6 +28,7 @@ __all__ = ["Printable", "Sheet", "escaped", "html_of", "svg_of", "told_kinds"]
 # A colour says what it means for a person who wants the layer frozen.
 _STYLES = {
     "held": "bold green",
+    "frozen": "bold green",
     "still": "green",
     "running": "green",
     "update": "yellow",

@@ -21,10 +21,12 @@ def shown(what, width):
 def test_the_report_at_80_columns(model):
     report = freeze(model, {"": "eval+affine", "backbone": "stats", "head": "none"})
     text = "\n".join(shown(report, 80))
-    assert re.search(r"stem\.1 +BatchNorm2d +eval\+affine +running +held +held", text)
-    assert re.search(r"backbone\.0\.1 +BatchNorm2d +stats +batch +held +train", text)
-    assert re.search(r"(?m)head\.2 +BatchNorm1d +none$", text)
-    assert text.endswith("3 of 4 norm layers frozen.")
+    assert re.search(r"stem\.1 +BatchNorm2d +eval\+affine +running +frozen +frozen", text)
+    assert re.search(r"backbone\.0\.1 +BatchNorm2d +stats +batch +frozen +train", text)
+    assert re.search(r"head\.2 +BatchNorm1d +none +batch +update +train", text)
+    assert text.endswith(
+        "Of 4 norm layers, 3 have frozen statistics and 1 frozen weight and bias."
+    )
 
 
 def test_the_inspection_at_80_columns(model):
@@ -109,12 +111,12 @@ def test_printing_gives_the_table_without_colour(model, monkeypatch):
     report = freeze(model, "eval")
     assert "\x1b" not in str(report)
     assert "stem.1" in str(report)
-    assert "4 of 4 norm layers given back." in str(unfreeze(model))
+    assert "4 of 4 norm layers restored." in str(unfreeze(model))
 
 
 def test_weights_of_other_modules_are_counted_and_not_listed(model):
     report = freeze(model, "eval+weights")
-    assert str(report).endswith("4 of 4 norm layers frozen, and the weights of 4 other modules.")
+    assert " ".join(str(report).split()).endswith("4 other modules have frozen weights.")
     assert "stem.0" not in str(report)
     assert "stem.0" in {row.name for row in report.layers}
 

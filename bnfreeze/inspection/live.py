@@ -140,6 +140,18 @@ def inspect(
                 "Leave out what shall train, the head, say: {'**': 'eval+weights', 'fc': 'none'}.",
             )
         )
+    if optimized and not any(id(parameter) in optimized for parameter in model.parameters()):
+        findings.append(
+            Finding(
+                "warning",
+                "optimizer-without-parameters",
+                "",
+                "The optimizer holds none of the model's parameters, so its steps do not change "
+                "the model.",
+                "Build the optimizer from model.parameters(), after the model got its final "
+                "parameters (moved to its device, wrapped, or loaded whole).",
+            )
+        )
     return ModelInspection(tuple(layers), by_gravity(findings))
 
 

@@ -1,4 +1,4 @@
-"""Which class keeps a policy's promise for a norm layer."""
+"""Which class a norm layer gets, so that it does what its policy says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["frozen_class"]
 
 
 def frozen_class(base: type[nn.Module], policy: Policy) -> type[nn.Module]:
-    """The subclass of a norm layer's class that keeps the policy's promise; one for each."""
+    """The subclass of a norm layer's class that does what the policy says; always the same one."""
     behaviour: type[FrozenLayer] = FrozenLayer
     if policy.forces_eval:
         behaviour = ForceEvalInstance if issubclass(base, _InstanceNorm) else ForceEval

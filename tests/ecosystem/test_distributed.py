@@ -74,15 +74,15 @@ def test_ten_steps_on_two_ranks_move_nothing_that_is_held(both, policy, how):
 @cell("DDP, frozen after wrapping")
 def test_frozen_once_ddp_waits_for_gradients(both, policy):
     held = Policy.parse(policy).freezes_affine
-    says = "would wait for their gradients. Freeze first and wrap then, or wrap with "
+    says = "would wait for their gradients. Freeze first, then wrap; or wrap with "
     both("ddp_wrapped_first", f"{says}find_unused_parameters=True." if held else None)
 
 
 @cell("DDP, frozen, wrapped, then thawed")
 def test_ddp_does_not_average_what_was_held_when_it_was_made(both, policy):
     held = Policy.parse(policy).freezes_affine
-    says = "would not average their gradients over the ranks. Unfreeze its .module and wrap that"
-    both("ddp_thawed", f"{says} anew." if held else None)
+    says = "would not average their gradients over the ranks. Call unfreeze(ddp.module), then"
+    both("ddp_thawed", f"{says} wrap it again." if held else None)
 
 
 @cell("FSDP2, `MixedPrecisionPolicy` for all")

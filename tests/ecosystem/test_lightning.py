@@ -304,7 +304,7 @@ class Converts(Callback):
 
 
 def test_live_layers_in_place_of_frozen_ones_are_refused_before_training(model, trainer, loader):
-    with pytest.raises(PolicyError, match=r"Of 6 frozen norm layers 0 are left.*sync_batchnorm"):
+    with pytest.raises(PolicyError, match=r"Only 0 of 6 frozen.*sync_batchnorm"):
         trainer(Converts(), FreezeBatchNorm()).fit(Classifier(model), loader)
 
 

@@ -177,7 +177,7 @@ def test_freezing_as_training_begins_is_refused_where_ddp_wraps_the_model_alread
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         late = FreezeBatchNorm()
-        with pytest.raises(PolicyError, match="give FreezeBatchNorm to the Trainer as it is built"):
+        with pytest.raises(PolicyError, match="pass FreezeBatchNorm to the Trainer"):
             late.on_train_begin(None, None, None, model=model, optimizer=None)
         unfreeze(model)
         early = FreezeBatchNorm()

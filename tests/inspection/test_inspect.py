@@ -97,8 +97,8 @@ def test_the_dict_is_plain_json_with_stable_keys(model):
         "name": "head.2",
         "kind": "BatchNorm1d",
         "policy": "eval+affine",
-        "absorbs": "",
-        "actions": ["force-eval", "hold-statistics", "hold-weight", "hold-bias"],
+        "fuses": "",
+        "actions": ["force-eval", "freeze-statistics", "freeze-weight", "freeze-bias"],
         "note": "",
     }
 
