@@ -11,14 +11,14 @@ from bnfreeze.findings import Finding
 from bnfreeze.freezing.apply import carry_out, thaw
 from bnfreeze.freezing.plan import plan
 from bnfreeze.freezing.report import FreezeReport, LayerRow
-from bnfreeze.freezing.rules import matching, parse_rules, select
+from bnfreeze.freezing.rules import matches, matching, parse_rules, select
 from bnfreeze.fusion.survey import Absorption
 from bnfreeze.inspection.behaviour import optimizers_by_id
 from bnfreeze.inspection.live import inspect
 from bnfreeze.norm_layers import NamedModule, check_model, is_norm, named_modules
 from bnfreeze.patterns import Pattern
 from bnfreeze.policies.policy import Policy
-from bnfreeze.policies.record import layer_class, policy_name, record_of
+from bnfreeze.policies.record import layer_class, mark_left_alone, policy_name, record_of
 
 __all__ = ["freeze", "unfreeze"]
 
@@ -62,6 +62,10 @@ def freeze(
     modules = named_modules(model)
     changes = plan(modules, select(modules, rules))
     actions, absorbed = carry_out(modules, changes)
+    for entry in modules:
+        matched = [rule.policy for rule in rules if matches(entry, rule.pattern)]
+        if matched:
+            mark_left_alone(entry.module, is_norm(entry.module) and not matched[-1])
     done = {
         id(change.module): (did, change.note) for change, did in zip(changes, actions, strict=True)
     }
@@ -101,6 +105,8 @@ def unfreeze(model: nn.Module, match: str | Iterable[str] | None = None) -> Free
     if match is not None:
         texts = [match] if isinstance(match, str) else match
         chosen = matching(modules, [Pattern.parse(text) for text in texts])
+    for entry in chosen:
+        mark_left_alone(entry.module, False)
     frozen = [entry.module for entry in chosen if record_of(entry.module) is not None]
     absorbed = thaw(modules, frozen)
     done = {id(module): (("restore",), "") for module in frozen}

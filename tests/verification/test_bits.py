@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bnfreeze
-from bnfreeze.verification import bits
+from bnfreeze.inspection.in_memory import TensorInMemory, read_tensor, why_unreadable
+from bnfreeze.verification import on_device, values
 
 DTYPES = [
     torch.float64,

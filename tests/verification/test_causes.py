@@ -20,7 +20,7 @@ def layer(policy=None):
     return model
 
 
-def told(model, change, *, tensors="held", optimizer=None):
+def told(model, change, *, tensors="frozen", optimizer=None):
     before = bnfreeze.snapshot(model, tensors=tensors, optimizer=optimizer)
     change(model)
     return bnfreeze.verify(model, before)
@@ -92,25 +92,25 @@ CAUSES = {
     "new statistics, assigned": (
         lambda m: (ran(m), bnfreeze.freeze(m)),
         assign_new_statistics,
-        "held",
+        "frozen",
         "Lightning's StochasticWeightAveraging does",
     ),
     "unfrozen and run": (
         lambda m: bnfreeze.freeze(m, "eval"),
         lambda m: (bnfreeze.unfreeze(m), ran(m)),
-        "held",
+        "frozen",
         "was held by policy 'eval' and is a BatchNorm1d with policy 'none' now",
     ),
     "an assignment": (
         lambda m: bnfreeze.freeze(m),
         lambda m: setattr(m.bn, "running_mean", torch.ones(2)),
-        "held",
+        "frozen",
         "Another tensor is registered under its name",
     ),
     "a new storage": (
         lambda m: bnfreeze.freeze(m),
         lambda m: setattr(m.bn.bias, "data", torch.ones(2)),
-        "held",
+        "frozen",
         "Its storage was replaced",
     ),
     "a write to a layer in train mode that did not run": (
@@ -122,19 +122,19 @@ CAUSES = {
     "a load": (
         lambda m: bnfreeze.freeze(m),
         lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
-        "held",
+        "frozen",
         "All 5 tensors of the snapshot were written in place: by load_state_dict()",
     ),
     "a copy": (
         lambda m: bnfreeze.freeze(m),
         lambda m: m.bn.running_mean.copy_(torch.ones(2)),
-        "held",
+        "frozen",
         "written in place once, by an operation that autograd sees",
     ),
     "a write through .data": (
         lambda m: bnfreeze.freeze(m),
         lambda m: m.bn.weight.data.zero_(),
-        "held",
+        "frozen",
         "written past autograd",
     ),
 }

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import bnfreeze
-from bnfreeze.verification import bits
+from bnfreeze.verification import on_device
 
 
 class Tiny(nn.Module):
@@ -67,10 +67,10 @@ def test_a_drift_is_raised_by_the_step_after_which_it_was_seen(model, optimizer)
 @pytest.fixture
 def elsewhere(monkeypatch):
     """Tensors on the CPU, compared as those on an accelerator are."""
-    monkeypatch.setattr(bits, "_is_here", lambda tensor: False)
+    monkeypatch.setattr(on_device, "_on_cpu", lambda tensor: False)
 
 
-def test_an_accelerators_verdict_comes_one_check_later_and_names_its_own_step(
+def test_an_accelerators_verdict_comes_one_check_pending_and_names_its_own_step(
     model, optimizer, elsewhere
 ):
     watch = bnfreeze.guard(model, optimizer=optimizer)
@@ -101,13 +101,13 @@ def test_a_drift_undone_before_the_verdict_is_read_is_a_drift_all_the_same(
     with verdict as caught, bnfreeze.guard(model, optimizer=optimizer) as watch:
         train(model, optimizer, 2)
         model.norm.running_mean[2] += 1
-        watch._later.launch(
-            [(watch.before.state.values["norm.running_mean"], model.norm.running_mean)]
+        watch._pending.launch(
+            [(watch.before.state.values["norm.running_mean"].tensor, model.norm.running_mean)]
         )
         # What was asked is computed in the order of the stream; here, as soon as it is asked.
-        asked = watch._later.differed()
-        watch._later._read = lambda: asked
-        model.norm.running_mean.copy_(watch.before.state.values["norm.running_mean"])
+        asked = watch._pending.differed()
+        watch._pending._read = lambda: asked
+        model.norm.running_mean.copy_(watch.before.state.values["norm.running_mean"].tensor)
         train(model, optimizer, 1)
     assert not caught.value.report.ok
 

@@ -156,7 +156,7 @@ def test_that():
     assert [1, 2] == [1, 3]
 """)
     result.assert_outcomes(failed=2)
-    result.stdout.fnmatch_lines(["E*assert <Snapshot of 5 tensors (held), a copy> == 3"])
+    result.stdout.fnmatch_lines(["E*assert <Snapshot of 5 tensors (frozen), a copy> == 3"])
     result.stdout.fnmatch_lines(["E*At index 1 diff: 2 != 3"])
 
 

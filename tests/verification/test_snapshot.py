@@ -24,7 +24,7 @@ def small(frozen=True):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ("held", r"Nothing in the model is held.*freeze"),
+        ("frozen", r"Nothing in the model is held.*freeze"),
         ("1.runing_mean", r"matches no tensor.*Did you mean '1.running_mean'"),
     ],
 )
@@ -61,7 +61,7 @@ def test_each_selection_is_of_its_tensors():
     model = small(frozen=False)
     bnfreeze.freeze(model, {"1": "eval", "3": "affine", "0": "weights"})
     names = {
-        "held": [
+        "frozen": [
             *("0.weight", "0.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"),
             *("3.weight", "3.bias"),
         ],

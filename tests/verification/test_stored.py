@@ -33,7 +33,7 @@ def files(model, tmp_path):
 
 @pytest.mark.parametrize("more", [[], ["--digest"], ["--all"], ["--all", "--digest"]])
 def test_a_checkpoint_equals_its_own_snapshot_and_a_flipped_bit_is_found(files, capsys, more):
-    held = str(files / "held")
+    held = str(files / "frozen")
     assert main(["snapshot", str(files / "start.pt"), "-o", held, *more]) == 0
     assert main(["verify", str(files / "start.pt"), held]) == 0
     capsys.readouterr()
@@ -65,8 +65,8 @@ def test_only_what_is_selected_is_compared(files, capsys):
 
 
 def test_a_snapshot_of_a_checkpoint_is_held_against_a_live_model(files, model):
-    main(["snapshot", str(files / "end.pt"), "-o", str(files / "held"), "--all"])
-    held = bnfreeze.Snapshot.load(files / "held")
+    main(["snapshot", str(files / "end.pt"), "-o", str(files / "frozen"), "--all"])
+    held = bnfreeze.Snapshot.load(files / "frozen")
     bnfreeze.freeze(model, "eval")
     assert bnfreeze.verify(model, held).ok
     with torch.no_grad():
@@ -135,9 +135,9 @@ def test_a_shard_in_a_snapshot_is_not_held_against_a_whole_tensor(model, tmp_pat
     facts = state.facts.tensors[name]._replace(placement="Shard(dim=0) over (2,)")
     state.facts.tensors[name] = facts
     state.values[name] = state.values[name][:2].clone()
-    bnfreeze.Snapshot(state).save(tmp_path / "held")
+    bnfreeze.Snapshot(state).save(tmp_path / "frozen")
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    assert main(["verify", str(tmp_path / "model.pt"), str(tmp_path / "held"), "--plain"]) == 1
+    assert main(["verify", str(tmp_path / "model.pt"), str(tmp_path / "frozen"), "--plain"]) == 1
     assert capsys.readouterr().out.startswith(f"{name}\tunverified\tits sharding changed")
 
 
@@ -145,7 +145,7 @@ def test_a_shard_in_a_snapshot_is_not_held_against_a_whole_tensor(model, tmp_pat
 def test_a_snapshot_takes_no_more_than_the_file_holds(more, tmp_path, capsys):
     whole = torch.zeros(10_000_000)
     torch.save({f"{i}.running_var": whole[:] for i in range(500)}, tmp_path / "a.pt")
-    assert main(["snapshot", str(tmp_path / "a.pt"), "-o", str(tmp_path / "held"), *more]) == 2
+    assert main(["snapshot", str(tmp_path / "a.pt"), "-o", str(tmp_path / "frozen"), *more]) == 2
     assert "its tensors claim 20,000,000,000 bytes" in capsys.readouterr().err
 
 
@@ -156,7 +156,7 @@ def test_a_snapshot_takes_no_more_than_the_file_holds(more, tmp_path, capsys):
         (["verify", "nothing", "live.safetensors"], "Cannot be opened"),
         (["verify", "end.pt", "start.pt"], "is no snapshot"),
         (["snapshot", "start.pt", "-o", "end.pt"], "is there already, and is no snapshot"),
-        (["snapshot", "linear.pt", "-o", "held"], "holds no norm layer"),
+        (["snapshot", "linear.pt", "-o", "frozen"], "holds no norm layer"),
         (["snapshot", "start.pt", "-o", "no/where"], "no/where: cannot be written"),
         (["snapshot", "start.pt", "-o", ""], "the name of a file is empty"),
     ],
@@ -174,8 +174,8 @@ def test_what_cannot_be_done_is_told_with_exit_code_2(files, capsys, monkeypatch
 
 def test_an_earlier_snapshot_may_be_written_over(files):
     for name in ("start.pt", "end.pt"):
-        assert main(["snapshot", str(files / name), "-o", str(files / "held")]) == 0
-    assert main(["verify", str(files / "end.pt"), str(files / "held")]) == 0
+        assert main(["snapshot", str(files / name), "-o", str(files / "frozen")]) == 0
+    assert main(["verify", str(files / "end.pt"), str(files / "frozen")]) == 0
 
 
 def test_a_checkpoint_of_another_model_is_told_so(files, capsys):
@@ -188,7 +188,7 @@ def test_a_checkpoint_of_another_model_is_told_so(files, capsys):
 
 @pytest.mark.parametrize("more", [[], ["--digest"]])
 def test_of_files_nothing_is_said_about_live_models(files, capsys, more):
-    held = str(files / "held")
+    held = str(files / "frozen")
     main(["snapshot", str(files / "start.pt"), "-o", held, *more])
     capsys.readouterr()
     assert main(["verify", str(files / "start.pt"), held]) == 0
