@@ -97,8 +97,10 @@ def test_an_accelerators_verdict_on_the_last_step_is_read_on_exit(model, optimiz
 def test_a_drift_undone_before_the_verdict_is_read_is_a_drift_all_the_same(
     model, optimizer, elsewhere
 ):
-    verdict = pytest.raises(bnfreeze.DriftError, match=r"do no longer: something wrote")
-    with verdict as caught, bnfreeze.guard(model, optimizer=optimizer) as watch:
+    with (
+        pytest.raises(bnfreeze.DriftError) as caught,
+        bnfreeze.guard(model, optimizer=optimizer) as watch,
+    ):
         train(model, optimizer, 2)
         model.norm.running_mean[2] += 1
         watch._pending.launch(
@@ -109,15 +111,17 @@ def test_a_drift_undone_before_the_verdict_is_read_is_a_drift_all_the_same(
         watch._pending._read = lambda: asked
         model.norm.running_mean.copy_(watch.before.state.values["norm.running_mean"].tensor)
         train(model, optimizer, 1)
-    assert not caught.value.report.ok
+    (drift,) = caught.value.report.drifts
+    assert (drift.kind, drift.cause_code, drift.step) == ("value", "restored", 2)
 
 
 def test_flags_are_compared_at_once_on_an_accelerator_too(model, optimizer, elsewhere):
-    with pytest.raises(bnfreeze.DriftError, match=r"another requires_grad at step 1"):
+    with pytest.raises(bnfreeze.DriftError) as caught:
         with bnfreeze.guard(model, optimizer=optimizer) as watch:
             bnfreeze.unfreeze(model)
             train(model, optimizer, 2)
     assert watch.step == 1
+    assert {"requires-grad", "thawed"} < {drift.kind for drift in caught.value.report.drifts}
 
 
 def test_a_frozen_model_on_an_accelerator_passes(model, optimizer, elsewhere):
@@ -180,7 +184,7 @@ def test_the_exception_of_the_block_is_kept_and_the_drift_is_noted(model, optimi
     # Before Python 3.11 exceptions have no notes.
     told = getattr(caught.value, "__notes__", None) or [str(w.message) for w in warned]
     assert len(told) == 1
-    assert told[0].startswith("Besides, the guarded model drifted: norm.running_var drifted after")
+    assert "norm.running_var drifted after step 0" in told[0]
 
 
 def test_the_exception_of_the_block_is_kept_where_warnings_are_errors(model):
@@ -214,7 +218,7 @@ def test_the_step_itself_has_been_taken_when_the_drift_is_raised(model, optimize
     assert not torch.equal(before, model.head.weight)
 
 
-def test_putting_a_held_parameter_into_the_optimizer_is_seen(model, optimizer):
+def test_putting_a_frozen_parameter_into_the_optimizer_is_seen(model, optimizer):
     with pytest.raises(bnfreeze.DriftError, match=r"norm.weight was put into the optimizer"):
         with bnfreeze.guard(model, optimizer=optimizer):
             optimizer.add_param_group({"params": [model.norm.weight]})
@@ -242,10 +246,17 @@ def test_what_it_cannot_watch_is_refused(model, optimizer):
         bnfreeze.guard(model, every=0)
     with pytest.raises(TypeError, match="not Linear"):
         bnfreeze.guard(model, optimizer=model.head)
-    with pytest.raises(bnfreeze.PolicyError, match="Nothing in the model is held"):
+    with pytest.raises(bnfreeze.PolicyError, match="Nothing in the model is frozen"):
         bnfreeze.guard(Tiny()).__enter__()
-    with pytest.raises(RuntimeError, match="not on watch"):
+    with pytest.raises(RuntimeError, match="not active"):
         bnfreeze.guard(model).check()
+
+
+def test_its_repr_says_what_it_watches(model):
+    with bnfreeze.guard(model, every=5, tensors="norm") as watch:
+        text = repr(watch)
+    for part in ("Tiny", "'norm'", "5 tensors", "every 5 steps", "step 0"):
+        assert part in text
 
 
 def test_a_drift_error_pickles_with_its_report(model):
@@ -292,7 +303,7 @@ def test_a_trace_blames_no_operation_for_a_write_that_it_did_not_see(model):
             model(torch.randn(2, 4))
     (drift,) = caught.value.report.drifts
     assert drift.operation is None
-    assert "something that torch does not dispatch" in drift.cause
+    assert drift.cause_code == "undispatched"
 
 
 def test_a_trace_is_raised_though_the_caller_swallows_it(model):
