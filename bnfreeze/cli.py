@@ -219,11 +219,9 @@ def _snapshot(options: argparse.Namespace) -> int:
         raise BnfreezeError("-o: the name of a file is empty.")
     if os.path.exists(options.output):
         try:
-            Snapshot.load(options.output)  # an earlier one may be written over, and nothing else
+            Snapshot.load(options.output)  # only an earlier snapshot may be overwritten
         except (BnfreezeError, OSError):
-            raise BnfreezeError(
-                f"{options.output} exists and is not a snapshot."
-            ) from None
+            raise BnfreezeError(f"{options.output} exists and is not a snapshot.") from None
     with open_checkpoint(options.path) as checkpoint:
         tensors, origin = _part(checkpoint, options)
         with telling(checkpoint.path):

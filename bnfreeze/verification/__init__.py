@@ -10,6 +10,7 @@ state         facts and values at one moment                                    
 drift         one change (`Drift`)                                              no torch
 messages      a change as text                                                  no torch
 drift_report  all changes (`DriftReport`, `DriftError`)                         no torch
+reasons       causes that follow from the kind of a drift alone                 no torch
 causes        the likeliest cause of a change                                   no torch
 compare       two states → the changes: the one comparison that all others use  no torch
 snapshot_file a snapshot as a file                                              no torch

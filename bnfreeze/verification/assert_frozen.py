@@ -110,12 +110,19 @@ def _reasons(entry: NamedModule, facts: LayerFacts | None, strict: bool) -> Iter
         if facts is None:
             yield f"{type(module).__name__} keeps running statistics, and is not frozen"
         elif facts.updates_statistics:
-            yield f"it is not frozen, and its statistics update ({facts.why['statistics']})"
+            yield _because("it is not frozen, and its statistics update", facts, "statistics")
     if strict and facts is not None:
         if facts.normalizes_with != "running":
-            yield f"it normalises with the batch ({facts.why['normalizes_with']})"
+            yield _because(
+                "it does not normalise with its running statistics", facts, "normalizes_with"
+            )
         if facts.trains_affine:
-            yield f"it trains ({facts.why['affine']})"
+            yield _because("its weight or bias trains", facts, "affine")
+
+
+def _because(text: str, facts: LayerFacts, answer: str) -> str:
+    why = facts.why.get(answer, "")
+    return f"{text} ({why})" if why else text
 
 
 def _broken_promises(module: nn.Module, facts: LayerFacts | None) -> Iterator[str]:

@@ -9,28 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.verification.drift import Drift
 from bnfreeze.verification.facts import OwnerFacts, TensorFacts
+from bnfreeze.verification.reasons import BY_KIND, TRACE, UNKNOWN, Reason
 from bnfreeze.verification.state import Identity, State
 
-__all__ = ["TRACE", "explained"]
-
-
-class _Reason(NamedTuple):
-    code: str
-    cause: str
-    remedy: str
+__all__ = ["explained"]
 
 
 # The same words as bnfreeze.norm_layers, which imports torch.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _FREEZE = 'Use freeze(model, "eval").'
-# The remedy if only a trace would tell more.
-TRACE = "Train under guard(model, trace=True): it names the line that writes."
-_UNKNOWN = _Reason("unknown", "The two states do not show the cause.", TRACE)
 
 
 def explained(drifts: Iterable[Drift], before: State, after: State) -> tuple[Drift, ...]:
@@ -43,20 +35,20 @@ def explained(drifts: Iterable[Drift], before: State, after: State) -> tuple[Dri
     )
 
 
-def _with(drift: Drift, reason: _Reason) -> Drift:
+def _with(drift: Drift, reason: Reason) -> Drift:
     return replace(drift, cause_code=reason.code, cause=reason.cause, remedy=reason.remedy)
 
 
-def _reason(drift: Drift, before: State, after: State) -> _Reason:
+def _reason(drift: Drift, before: State, after: State) -> Reason:
     case = _Case(drift, before, after)
     for rule in _RULES.get(drift.kind, ()):
         reason = rule(case)
         if reason is not None:
             return reason
-    return _BY_KIND.get(drift.kind, _UNKNOWN)
+    return BY_KIND.get(drift.kind, UNKNOWN)
 
 
-def _other_model(drifts: Sequence[Drift], before: State, after: State) -> dict[str, _Reason]:
+def _other_model(drifts: Sequence[Drift], before: State, after: State) -> dict[str, Reason]:
     """The cause of several kinds of drift at once, if this is another model; by kind."""
     ours, theirs = before.facts.tensors, after.facts.tensors
     gone = sum(name not in theirs for name in ours)
@@ -64,7 +56,7 @@ def _other_model(drifts: Sequence[Drift], before: State, after: State) -> dict[s
     replaced = {drift.name for drift in drifts if drift.kind == "replaced"}
     parameters = {n for n, facts in ours.items() if facts.kind == "parameter" and n in theirs}
     if 2 * (gone + reshaped) > len(ours):
-        reason = _Reason(
+        reason = Reason(
             "other-model",
             f"{gone} of {len(ours)} names are missing and {reshaped} have another shape: this is "
             f"another model, or its names begin differently.",
@@ -73,7 +65,7 @@ def _other_model(drifts: Sequence[Drift], before: State, after: State) -> dict[s
         )
         return dict.fromkeys(("removed", "added", "shape", "replaced"), reason)
     if len(parameters) > 1 and parameters <= replaced:
-        reason = _Reason(
+        reason = Reason(
             "other-objects",
             f"All {len(parameters)} parameters are other objects: this is another model or a "
             f"copy, or load_state_dict(assign=True) ran.",
@@ -133,7 +125,7 @@ def _known(facts: OwnerFacts | None) -> OwnerFacts | None:
 # Values -----------------------------------------------------------------------------------------
 
 
-def _was_reset(case: _Case) -> _Reason | None:
+def _was_reset(case: _Case) -> Reason | None:
     if not case.is_statistic:
         return None
     mean, var, count = (
@@ -146,12 +138,12 @@ def _was_reset(case: _Case) -> _Reason | None:
         return None
     text = "Every mean of its layer is 0 and every variance is 1: the statistics were reset, by "
     if case.was is None or case.was.policy in _MOVING:
-        return _Reason(
+        return Reason(
             "reset",
             text + "reset_running_stats() or a new initialisation.",
             "Freeze the layer: a frozen layer refuses reset_running_stats().",
         )
-    return _Reason(
+    return Reason(
         "reset",
         text + "a tool that assigns new ones (Lightning's StochasticWeightAveraging does).",
         "Such tools look for torch's own batch norm. Use freeze(model, 'fused'), which is not one.",
@@ -162,11 +154,11 @@ def _was_reset(case: _Case) -> _Reason | None:
 _MOVING = ("none", "affine", "weights", "affine+weights")
 
 
-def _layer_thawed(case: _Case) -> _Reason | None:
+def _layer_thawed(case: _Case) -> Reason | None:
     was, now = case.was, case.now
     if was is None or now is None or was.policy == "none" or now.policy == was.policy:
         return None
-    return _Reason(
+    return Reason(
         "thawed",
         f"Its layer was frozen by policy {was.policy!r}, and is now a {now.short_kind} with policy "
         f"{now.policy!r}: unfreeze() was called, or something replaced the layer.",
@@ -174,7 +166,7 @@ def _layer_thawed(case: _Case) -> _Reason | None:
     )
 
 
-def _forward_in_training(case: _Case) -> _Reason | None:
+def _forward_in_training(case: _Case) -> Reason | None:
     layer = case.now
     if not case.is_statistic or (layer is not None and layer.policy not in _MOVING):
         return None
@@ -203,14 +195,14 @@ def _forward_in_training(case: _Case) -> _Reason | None:
         text += "activation checkpointing run it twice?)"
     if layer is not None and layer.momentum == 0 and case.key == "num_batches_tracked":
         text += "; momentum=0 does not stop the count"
-    return _Reason("forward-in-training", f"{text}.", _FREEZE)
+    return Reason("forward-in-training", f"{text}.", _FREEZE)
 
 
-def _object_replaced(case: _Case) -> _Reason | None:
+def _object_replaced(case: _Case) -> Reason | None:
     old, new = case.before_id, case.after_id
     if old is None or new is None or old.tensor is new.tensor:
         return None
-    return _Reason(
+    return Reason(
         "other-tensor",
         "Another tensor is registered under its name: load_state_dict(assign=True), or an "
         "assignment to the attribute.",
@@ -218,32 +210,32 @@ def _object_replaced(case: _Case) -> _Reason | None:
     )
 
 
-def _storage_replaced(case: _Case) -> _Reason | None:
+def _storage_replaced(case: _Case) -> Reason | None:
     old, new = case.before_id, case.after_id
     if old is None or new is None or not (old.pointer and new.pointer):
         return None
     if old.pointer == new.pointer:
         return None
-    return _Reason(
+    return Reason(
         "other-storage",
         "Its storage was replaced: something assigned to .data, or moved the tensor.",
         "Do not assign to .data of a frozen tensor.",
     )
 
 
-def _was_trained(case: _Case) -> _Reason | None:
+def _was_trained(case: _Case) -> Reason | None:
     if case.new is None or case.new.kind != "parameter" or not case.new.requires_grad:
         return None
     optimizer = next((name for name, _ in case.groups()), "")
     where = f" and it is in {optimizer}" if optimizer else ""
-    return _Reason(
+    return Reason(
         "trained",
         f"Its requires_grad is True{where}: it trains.",
         'Use freeze(model, "affine"), or "weights" for what is not a norm layer.',
     )
 
 
-def _leftover_grad(case: _Case) -> _Reason | None:
+def _leftover_grad(case: _Case) -> Reason | None:
     grad = case.after_id.tensor.grad if case.after_id and case.new and case.new.has_grad else None
     if grad is None or case.new is None or case.new.requires_grad:
         return None
@@ -255,7 +247,7 @@ def _leftover_grad(case: _Case) -> _Reason | None:
         ]
         by = name + (f" with {' and '.join(forces)}" if forces else "")
         zeros = ".grad of zeros, which zero_grad(set_to_none=False) leaves,"
-        return _Reason(
+        return Reason(
             "leftover-grad",
             f"Its requires_grad is False, but it has a {'.grad' if grad.any() else zeros} and is "
             f"in {by}, which applies it.",
@@ -264,14 +256,14 @@ def _leftover_grad(case: _Case) -> _Reason | None:
     return None
 
 
-def _averaged(case: _Case) -> _Reason | None:
+def _averaged(case: _Case) -> Reason | None:
     """An average d * x + (1 - d) * x of equal numbers rounds, in some elements."""
     drift = case.drift
     if not drift.changed or drift.changed < 2 or drift.max_ulps is None:
         return None
     if not 0 < drift.max_ulps <= 4:
         return None
-    return _Reason(
+    return Reason(
         "averaging",
         f"No element moved by more than {drift.max_ulps} units of its last place. That is "
         f"rounding, as an average (EMA, SWA) of equal numbers has.",
@@ -279,13 +271,13 @@ def _averaged(case: _Case) -> _Reason | None:
     )
 
 
-def _was_loaded(case: _Case) -> _Reason | None:
+def _was_loaded(case: _Case) -> Reason | None:
     """A load_state_dict or an EMA writes to every tensor in place, changed or not."""
     facts = case.before.facts.tensors
     for where, owner in (("the snapshot", None), ("its layer", case.layer)):
         names = [name for name, one in facts.items() if owner in (None, one.owner)]
         if len(names) > 1 and all(_rewritten(case, name) for name in names):
-            return _Reason(
+            return Reason(
                 "loaded",
                 f"All {len(names)} tensors of {where} were written in place: by "
                 f"load_state_dict(), an EMA or another copy.",
@@ -301,18 +293,18 @@ def _rewritten(case: _Case, name: str) -> bool:
     return old.tensor is new.tensor and old.version != new.version
 
 
-def _written_in_place(case: _Case) -> _Reason | None:
+def _written_in_place(case: _Case) -> Reason | None:
     old, new = case.before_id, case.after_id
     if old is None or new is None or old.version is None or new.version is None:
         return None
     if old.version != new.version:
-        return _Reason(
+        return Reason(
             "in-place",
             f"It was written in place {_times(new.version - old.version)}, by an operation that "
             f"autograd sees: copy_, an EMA, a broadcast, an optimizer.",
             TRACE,
         )
-    return _Reason(
+    return Reason(
         "hidden-write",
         "It was written without autograd noticing: through .data, a numpy or dlpack view, or by "
         "a kernel that does not report its writes.",
@@ -327,55 +319,55 @@ def _times(count: int) -> str:
 # Layers and flags -------------------------------------------------------------------------------
 
 
-def _class_changed(case: _Case) -> _Reason | None:
+def _class_changed(case: _Case) -> Reason | None:
     was, now = case.was, case.now
     if was is None or now is None or was.kind == now.kind:
         return None
     if now.short_kind == "SyncBatchNorm":
-        return _Reason(
+        return Reason(
             "sync-batchnorm",
             "convert_sync_batchnorm rebuilt the layer, which is not frozen any more.",
             "Convert first, then freeze.",
         )
     if now.parametrized:
-        return _Reason(
+        return Reason(
             "parametrized",
             "A parametrization was registered on the layer.",
             "Parametrize first, then freeze.",
         )
     if was.policy not in ("none", "frozen") and now.policy == "none":
-        return _Reason(
+        return Reason(
             "unfrozen",
             "unfreeze() was called, or something replaced the layer.",
             "Freeze it again.",
         )
-    return _Reason(
+    return Reason(
         "class-changed",
         "Something changed the layer's class, or replaced the layer.",
         "Change the layer first, then freeze.",
     )
 
 
-def _layer_replaced(case: _Case) -> _Reason | None:
+def _layer_replaced(case: _Case) -> Reason | None:
     is_tensor = case.old is not None or case.new is not None
     return None if is_tensor else _class_changed(case)
 
 
-def _mode_changed(case: _Case) -> _Reason | None:
+def _mode_changed(case: _Case) -> Reason | None:
     if case.was is None or case.now is None or (case.was.mode, case.now.mode) != ("eval", "train"):
         return None
-    return _Reason(
+    return Reason(
         "train-called", "model.train() was called after an eval() that does not last.", _FREEZE
     )
 
 
-def _policy_changed(case: _Case) -> _Reason | None:
+def _policy_changed(case: _Case) -> Reason | None:
     if case.was is None or case.now is None or case.was.policy == case.now.policy:
         return None
-    return _Reason("frozen-again", "freeze() was called again.", "Take the snapshot afterwards.")
+    return Reason("frozen-again", "freeze() was called again.", "Take the snapshot afterwards.")
 
 
-_RULES: dict[str, tuple[Callable[[_Case], _Reason | None], ...]] = {
+_RULES: dict[str, tuple[Callable[[_Case], Reason | None], ...]] = {
     "value": (
         _was_reset,
         _layer_thawed,
@@ -391,68 +383,4 @@ _RULES: dict[str, tuple[Callable[[_Case], _Reason | None], ...]] = {
     "thawed": (_class_changed, _mode_changed, _policy_changed),
     "mode": (_mode_changed,),
     "replaced": (_layer_replaced,),
-}
-
-# Kinds that are their own cause.
-_BY_KIND: dict[str, _Reason] = {
-    "dtype": _Reason(
-        "converted",
-        "The tensor was converted, as model.half(), .bfloat16() and .double() do.",
-        "Convert first, then freeze and take the snapshot.",
-    ),
-    "shape": _Reason(
-        "resized",
-        "The tensor was resized or replaced, or this is another model.",
-        "Freeze the model in its final form.",
-    ),
-    "device": _Reason(
-        "moved",
-        "The tensor was moved to another device.",
-        "Move first, then take the snapshot; or save it, and verify against the file.",
-    ),
-    "added": _Reason(
-        "added",
-        "The snapshot does not have this tensor, so it cannot be compared.",
-        "Take the snapshot when the model is complete and frozen.",
-    ),
-    "removed": _Reason(
-        "removed",
-        "No tensor has this name any more.",
-        "Take the snapshot of the model in its final form; save all of it.",
-    ),
-    "aliasing": _Reason(
-        "retied",
-        "Names that had their own memory now share it, or names that shared it do not: an "
-        "assignment, a .data, a copy or load_state_dict(assign=True).",
-        "Tie weights first, then freeze.",
-    ),
-    "replaced": _Reason(
-        "replaced",
-        "Something else is registered under its name: load_state_dict(assign=True), an assignment, "
-        "register_buffer, or fully_shard.",
-        "Optimizers still have the old parameter: replace first, then build the optimizer and "
-        "freeze.",
-    ),
-    "requires-grad": _Reason(
-        "flag-set",
-        "Something set the flag: requires_grad_() on the model or on the parameter.",
-        "Set flags first, then freeze.",
-    ),
-    "optimizer": _Reason(
-        "regrouped",
-        "The optimizer's groups changed: add_param_group, or a parameter was replaced.",
-        "Give the optimizer only what trains.",
-    ),
-    "grad": _Reason(
-        "grad-left",
-        "A backward ran while it required a gradient, or .grad was assigned: the next optimizer "
-        "step moves it.",
-        "Clear it with .grad = None; freeze(model, optimizer=…) does that.",
-    ),
-    "unverified": _Reason(
-        "unverified",
-        "A tensor that cannot be compared does not count as unchanged.",
-        "Leave it out with a pattern. For sharded tensors, pass process_group=…, and each rank "
-        "checks its own shards.",
-    ),
 }

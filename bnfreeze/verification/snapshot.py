@@ -59,6 +59,10 @@ class Snapshot:
         With a copy of the values it is a safetensors file, whose metadata has the facts; with
         ``digest=True`` it is JSON. Not written are which objects the tensors were, where their
         memory was, and what optimizers had.
+
+        Raises:
+            UnsupportedFormatError: a tensor has a dtype that cannot be written.
+            OSError: the file cannot be written; what was there before is still there.
         """
         snapshot_file.save(self.state, Path(path))
 

@@ -59,7 +59,12 @@ def _write_safetensors(
     described: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, value in values.items():
-        size = value.words().nbytes
+        if value.dtype not in ITEM_SIZES:
+            raise UnsupportedFormatError(
+                f"{name} has the dtype {value.dtype}, which cannot be written. Take the snapshot "
+                f"with digest=True, or leave it out with tensors=…"
+            )
+        size = value.numel * ITEM_SIZES[value.dtype]
         known = value.dtype in _CODES
         described[name] = {
             "dtype": _CODES.get(value.dtype, "U8"),

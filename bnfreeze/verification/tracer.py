@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfreeze.inspection.in_memory import TensorInMemory, read_tensor, shard_of, why_unreadable
-from bnfreeze.verification.causes import TRACE
 from bnfreeze.verification.drift import Drift
 from bnfreeze.verification.drift_report import DriftError, DriftReport
 from bnfreeze.verification.on_device import unequal_tensors
+from bnfreeze.verification.reasons import TRACE
 from bnfreeze.verification.state import State
 
 __all__ = ["Tracer", "user_line"]

@@ -185,7 +185,7 @@ def _donor():
     return donor
 
 
-def _hold(**tensors):
+def _shifted(**tensors):
     return {name: value + 1 for name, value in tensors.items()}
 
 
@@ -215,9 +215,9 @@ MUTANTS = [
     M("assigned to the attribute", lambda w: setattr(w.bn, "running_mean", torch.zeros(64)), V),
     # Loading and averaging.
     M("load_state_dict", lambda w: w.model.load_state_dict(_donor().state_dict()), f"{STATS}; {AFFINE}", tensors=S, writes=LINE),
-    M("load_state_dict of one tensor", lambda w: w.bn.load_state_dict(_hold(bias=w.bn.bias), strict=False), "value ~.bias", writes=LINE),
+    M("load_state_dict of one tensor", lambda w: w.bn.load_state_dict(_shifted(bias=w.bn.bias), strict=False), "value ~.bias", writes=LINE),
     M("load_state_dict assigns equal values", lambda w: w.bn.load_state_dict(copy.deepcopy(w.bn.state_dict()), assign=True), "replaced ~.weight; replaced ~.bias"),
-    M("load_state_dict assigns other values", lambda w: w.bn.load_state_dict(_hold(running_mean=w.bn.running_mean), strict=False, assign=True), V),
+    M("load_state_dict assigns other values", lambda w: w.bn.load_state_dict(_shifted(running_mean=w.bn.running_mean), strict=False, assign=True), V),
     M("AveragedModel", lambda w: w.model.update_parameters(_donor()), f"{STATS}; {AFFINE}", prepare=_average, tensors=S, writes=LINE),
     # Dtype, shape, device.
     M("one buffer in half", lambda w: setattr(w.bn, "running_mean", w.bn.running_mean.half()), "dtype ~.running_mean"),

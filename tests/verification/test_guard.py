@@ -130,7 +130,7 @@ def test_a_frozen_model_on_an_accelerator_passes(model, optimizer, elsewhere):
     assert (watch.step, watch.report.ok) == (5, True)
 
 
-def test_with_every_the_steps_are_told_between_which_it_drifted(model, optimizer):
+def test_with_every_the_steps_are_named_between_which_it_drifted(model, optimizer):
     with pytest.raises(bnfreeze.DriftError, match=r"drifted between steps 5 and 8:") as caught:
         with bnfreeze.guard(model, optimizer=optimizer, every=4):
             train(model, optimizer, 20, drift_at=6)
@@ -182,9 +182,9 @@ def test_the_exception_of_the_block_is_kept_and_the_drift_is_noted(model, optimi
             model.norm.running_var[0] = 9
             _ = 1 / 0
     # Before Python 3.11 exceptions have no notes.
-    told = getattr(caught.value, "__notes__", None) or [str(w.message) for w in warned]
-    assert len(told) == 1
-    assert "norm.running_var drifted after step 0" in told[0]
+    notes = getattr(caught.value, "__notes__", None) or [str(w.message) for w in warned]
+    assert len(notes) == 1
+    assert "norm.running_var drifted after step 0" in notes[0]
 
 
 def test_the_exception_of_the_block_is_kept_where_warnings_are_errors(model):
@@ -206,8 +206,8 @@ def test_a_failure_to_compare_does_not_hide_the_exception_of_the_block(model):
         with bnfreeze.guard(model) as watch:
             watch._model = "no model any more"
             _ = 1 / 0
-    told = getattr(caught.value, "__notes__", None) or [str(w.message) for w in warned]
-    assert "could not compare" in told[0]
+    notes = getattr(caught.value, "__notes__", None) or [str(w.message) for w in warned]
+    assert "could not compare" in notes[0]
 
 
 def test_the_step_itself_has_been_taken_when_the_drift_is_raised(model, optimizer):

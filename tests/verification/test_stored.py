@@ -36,11 +36,11 @@ def files(model, tmp_path):
 
 @pytest.mark.parametrize("more", [[], ["--digest"], ["--all"], ["--all", "--digest"]])
 def test_a_checkpoint_equals_its_own_snapshot_and_a_flipped_bit_is_found(files, capsys, more):
-    held = str(files / "frozen")
-    assert main(["snapshot", str(files / "start.pt"), "-o", held, *more]) == 0
-    assert main(["verify", str(files / "start.pt"), held]) == 0
+    kept = str(files / "frozen")
+    assert main(["snapshot", str(files / "start.pt"), "-o", kept, *more]) == 0
+    assert main(["verify", str(files / "start.pt"), kept]) == 0
     capsys.readouterr()
-    assert main(["verify", str(files / "end.pt"), held, "--plain"]) == 1
+    assert main(["verify", str(files / "end.pt"), kept, "--plain"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[:2] for line in lines] == [["body.1.running_var", "value"]]
 
@@ -70,12 +70,12 @@ def test_only_what_is_selected_is_compared(files, capsys):
 
 def test_a_snapshot_of_a_checkpoint_is_compared_with_a_live_model(files, model):
     main(["snapshot", str(files / "end.pt"), "-o", str(files / "frozen"), "--all"])
-    held = bnfreeze.Snapshot.load(files / "frozen")
+    kept = bnfreeze.Snapshot.load(files / "frozen")
     bnfreeze.freeze(model, "eval")
-    assert bnfreeze.verify(model, held).ok
+    assert bnfreeze.verify(model, kept).ok
     with torch.no_grad():
         model.head.bias += 1
-    (drift,) = bnfreeze.verify(model, held).drifts
+    (drift,) = bnfreeze.verify(model, kept).drifts
     assert (drift.name, drift.kind) == ("head.bias", "value")
 
 
@@ -108,8 +108,8 @@ def tied(tmp_path):
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     model["b"].weight = model["a"].weight
     for digest in (False, True):
-        held = bnfreeze.snapshot(model, tensors="all", digest=digest)
-        held.save(tmp_path / f"held-{digest}")
+        kept = bnfreeze.snapshot(model, tensors="all", digest=digest)
+        kept.save(tmp_path / f"kept-{digest}")
     return model.state_dict()
 
 
@@ -118,7 +118,7 @@ def test_a_tied_weight_that_a_file_unties_is_compared_under_each_name(
     tied, digest, tmp_path, capsys
 ):
     torch.save({**tied, "b.weight": tied["b.weight"] + 1}, tmp_path / "a.pt")
-    arguments = ["verify", str(tmp_path / "a.pt"), str(tmp_path / f"held-{digest}"), "--plain"]
+    arguments = ["verify", str(tmp_path / "a.pt"), str(tmp_path / f"kept-{digest}"), "--plain"]
     assert main(arguments) == 1
     assert capsys.readouterr().out.split("\t")[:2] == ["b.weight", "value"]
 
@@ -127,7 +127,7 @@ def test_a_tied_weight_that_a_file_unties_is_compared_under_each_name(
 def test_a_tied_weight_is_compared_under_the_names_that_are_there(tied, digest, tmp_path, capsys):
     # As save_pretrained leaves all names but one out.
     torch.save({n: t for n, t in tied.items() if n != "a.weight"}, tmp_path / "a.pt")
-    arguments = ["verify", str(tmp_path / "a.pt"), str(tmp_path / f"held-{digest}"), "--plain"]
+    arguments = ["verify", str(tmp_path / "a.pt"), str(tmp_path / f"kept-{digest}"), "--plain"]
     assert main(arguments) == 1
     assert capsys.readouterr().out == "a.weight\tremoved\t\n"
     assert main([*arguments, "--select", "b"]) == 0
@@ -211,10 +211,10 @@ def test_the_command_imports_no_torch(files, arguments):
 
 @pytest.mark.parametrize("more", [[], ["--digest"]])
 def test_of_files_nothing_is_said_about_live_models(files, capsys, more):
-    held = str(files / "frozen")
-    main(["snapshot", str(files / "start.pt"), "-o", held, *more])
+    kept = str(files / "frozen")
+    main(["snapshot", str(files / "start.pt"), "-o", kept, *more])
     capsys.readouterr()
-    assert main(["verify", str(files / "start.pt"), held]) == 0
+    assert main(["verify", str(files / "start.pt"), kept]) == 0
     out = capsys.readouterr().out
     assert "unchanged, bit for bit." in out
     assert "guard" not in out
