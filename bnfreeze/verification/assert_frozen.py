@@ -113,9 +113,7 @@ def _reasons(entry: NamedModule, facts: LayerFacts | None, strict: bool) -> Iter
             yield _because("it is not frozen, and its statistics update", facts, "statistics")
     if strict and facts is not None:
         if facts.normalizes_with != "running":
-            yield _because(
-                "it does not normalise with its running statistics", facts, "normalizes_with"
-            )
+            yield _because("it does not use its running statistics", facts, "normalizes_with")
         if facts.trains_affine:
             yield _because("its weight or bias trains", facts, "affine")
 
