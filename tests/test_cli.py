@@ -344,7 +344,7 @@ def test_diff_says_what_moved_and_what_did_not(command, sound, tuned):
     assert code == 1
     assert re.search(r"backbone +identical +identical +identical", out)
     assert re.search(r"head +identical +1 of 2 moved +1 of 2 moved +1", out)
-    assert "Bit-identical but for head. All 12 running statistics are bit-identical." in (
+    assert "Bit-identical except for head. All 12 running statistics are bit-identical." in (
         " ".join(out.split())
     )
     assert "without 'module.'" in " ".join(out.split())
@@ -356,27 +356,29 @@ def test_diff_in_json_and_plain(command, sound, tuned):
     told = json.loads(command("diff", sound, tuned, "--json")[1])
     assert list(told) == [
         "schema",
-        "identical",
+        "ok",
         "first",
         "second",
         "modules",
         "tensors",
         "findings",
     ]
-    assert told["schema"] == 1
+    assert told["schema"] == 2
     assert told["modules"] == {"stem": True, "backbone": True, "head": False}
-    moved = {x["name"]: x for x in told["tensors"] if x["status"] != "identical"}
+    moved = {x["name"]: x for x in told["tensors"] if x["kind"] != "identical"}
     assert set(moved) == {"head.1.weight", "head.2.bias"}
     assert moved["head.1.weight"] == {
         "name": "head.1.weight",
         "role": "weight",
-        "status": "moved",
+        "kind": "value",
         "total": 5 * 6 * 64,
         "changed": 1,
         "max_abs": pytest.approx(0.5),
+        "cause_code": "unknown",
+        "cause": moved["head.1.weight"]["cause"],
     }
     lines = command("diff", sound, tuned, "--plain")[1].splitlines()
-    assert f"moved\thead.1.weight\t1/{5 * 6 * 64}\t0.5" in lines
+    assert f"value\thead.1.weight\t1/{5 * 6 * 64}\t0.5" in lines
     assert len(lines) == 28
 
 
@@ -420,16 +422,16 @@ def test_diff_compares_bits_and_names(command, tmp_path):
     }
     paths = [save_zip(one, tmp_path / "a.pt"), save_zip(two, tmp_path / "b.pt")]
     told = json.loads(command("diff", *paths, "--json")[1])["tensors"]
-    assert {x["name"]: (x["status"], x["changed"], x["max_abs"]) for x in told} == {
+    assert {x["name"]: (x["kind"], x["changed"], x["max_abs"]) for x in told} == {
         "same.nan": ("identical", 0, None),
-        "zero.sign": ("moved", 1, 0.0),
+        "zero.sign": ("value", 1, 0.0),
         "other.dtype": ("dtype", 0, None),
         "other.shape": ("shape", 0, None),
         "gone.away": ("removed", 0, None),
-        "inf.x": ("moved", 1, None),
-        "half.x": ("moved", 1, 2.0),
-        "f8.x": ("moved", 2, None),
-        "c.x": ("moved", 2, None),
+        "inf.x": ("value", 1, None),
+        "half.x": ("value", 1, 2.0),
+        "f8.x": ("value", 2, None),
+        "c.x": ("value", 2, pytest.approx(2**0.5)),
         "t.x": ("identical", 0, None),
         "new.one": ("added", 0, None),
     }
@@ -450,8 +452,8 @@ def test_diff_of_large_tensors_goes_piece_by_piece(command, tmp_path):
     two["y.weight"] = two["y.weight"].reshape(3, -1).t().contiguous().t().reshape(-1)
     paths = [save_zip(one, tmp_path / "a.pt"), save_zip(two, tmp_path / "b.pt")]
     told = json.loads(command("diff", *paths, "--json")[1])["tensors"]
-    assert [(x["status"], x["changed"], x["max_abs"]) for x in told] == [
-        ("moved", 1, 1.0),
+    assert [(x["kind"], x["changed"], x["max_abs"]) for x in told] == [
+        ("value", 1, 1.0),
         ("identical", 0, None),
     ]
 
@@ -464,7 +466,7 @@ def test_an_unforeseen_error_is_no_difference_and_reaches_no_terminal(
     def fail(*_, **__):
         raise RuntimeError("\x1b[31m")
 
-    monkeypatch.setattr("bnfreeze.inspection.diff.compare", fail)
+    monkeypatch.setattr("bnfreeze.verification.diff.diff_stored", fail)
     assert main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "a.pt")]) == 2
     error = capsys.readouterr().err
     assert "a defect of bnfreeze" in error

@@ -10,14 +10,20 @@ from torch.optim import Optimizer
 from bnfreeze.freezing.apply import carry_out, thaw, transaction
 from bnfreeze.freezing.plan import Change, plan
 from bnfreeze.freezing.report import FreezeReport, LayerRow
-from bnfreeze.freezing.rules import matching, parse_rules, selected_by
+from bnfreeze.freezing.rules import Rule, matches, matching, parse_rules, selected_by
 from bnfreeze.fusion.survey import Absorption
 from bnfreeze.inspection.behaviour import optimizers_by_id
 from bnfreeze.inspection.live import inspect
 from bnfreeze.norm_layers import AFFINE, NamedModule, check_model, is_norm, named_modules
 from bnfreeze.patterns import Pattern
 from bnfreeze.policies.policy import Policy
-from bnfreeze.policies.record import layer_class, policy_name, record_of, was_lookalike
+from bnfreeze.policies.record import (
+    layer_class,
+    mark_left_alone,
+    policy_name,
+    record_of,
+    was_lookalike,
+)
 
 __all__ = ["freeze", "unfreeze"]
 
@@ -72,6 +78,7 @@ def freeze(
     changes = plan(modules, selected_by(modules, rules))
     with transaction(modules, keep=not dry_run):
         actions, fused = carry_out(modules, changes)
+        left_alone = _mark_left_alone(modules, rules)
         done = {
             id(change.module): (did, change.note)
             for change, did in zip(changes, actions, strict=True)
@@ -83,11 +90,27 @@ def freeze(
             tuple(f for f in found.findings if f.layer in chosen or f.code in _OF_THE_MODEL),
             {layer.name: layer for layer in found.layers},
             "freeze (dry run)" if dry_run else "freeze",
-            (lambda: None) if dry_run else lambda: _thaw_again(model, changes),
+            (lambda: None) if dry_run else lambda: _thaw_again(model, changes, left_alone),
         )
 
 
-def _thaw_again(model: nn.Module, changes: Sequence[Change]) -> None:
+def _mark_left_alone(modules: Sequence[NamedModule], rules: Sequence[Rule]) -> list[nn.Module]:
+    """Mark the norm layers whose last matching rule is ``none``, for `bnfreeze.assert_frozen`."""
+    marked = []
+    for entry in modules:
+        policies = [rule.policy for rule in rules if matches(entry, rule.pattern)]
+        if policies:
+            alone = is_norm(entry.module) and not policies[-1]
+            mark_left_alone(entry.module, alone)
+            marked += [entry.module] if alone else []
+    return marked
+
+
+def _thaw_again(
+    model: nn.Module, changes: Sequence[Change], left_alone: Sequence[nn.Module]
+) -> None:
+    for module in left_alone:
+        mark_left_alone(module, False)
     thaw(named_modules(model), [change.module for change in changes])
 
 
@@ -119,6 +142,8 @@ def unfreeze(model: nn.Module, select: str | Iterable[str] | None = None) -> Fre
     if select is not None:
         texts = [select] if isinstance(select, str) else select
         chosen = matching(modules, [Pattern.parse(text) for text in texts])
+    for entry in chosen:
+        mark_left_alone(entry.module, False)
     frozen = [entry.module for entry in chosen if record_of(entry.module) is not None]
     fused = thaw(modules, frozen)
     done = {id(module): (("restore",), "") for module in frozen}

@@ -12,12 +12,12 @@ from bnfreeze.errors import PolicyError
 from bnfreeze.freezing.freeze import freeze
 from bnfreeze.freezing.report import FreezeReport
 from bnfreeze.freezing.rules import parse_rules
+from bnfreeze.inspection.in_memory import shard_of
 from bnfreeze.inspection.live import inspect
 from bnfreeze.policies.policy import Policy
 from bnfreeze.torch_private import _BatchNorm
-from bnfreeze.verification.bits import shard
+from bnfreeze.verification.drift_report import DriftError
 from bnfreeze.verification.guard import Guard, guard
-from bnfreeze.verification.report import DriftError
 
 __all__ = ["FreezeCallback"]
 
@@ -43,7 +43,7 @@ class FreezeCallback:
         *,
         guard: bool = True,
         every: int = 1,
-        tensors: str = "held",
+        tensors: str = "frozen",
         trace: bool = False,
     ) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class FreezeCallback:
         self.close(DriftError())
         if self._guarded:
             # With sharded parameters each rank sees only its own part, so all check together.
-            sharded = any(shard(parameter) is not None for parameter in model.parameters())
+            sharded = any(shard_of(parameter) is not None for parameter in model.parameters())
             group = distributed.group.WORLD if sharded else None
             watch = guard(model, optimizer=optimizer, process_group=group, **self._options)
             self._guard = watch.__enter__()

@@ -16,7 +16,9 @@ __all__ = [
     "frozen_by",
     "frozen_names",
     "frozen_parameters",
+    "is_left_alone",
     "layer_class",
+    "mark_left_alone",
     "policy_name",
     "record_of",
     "set_record",
@@ -24,6 +26,7 @@ __all__ = [
 ]
 
 _RECORD = "_bnfreeze"
+_LEFT_ALONE = "_bnfreeze_left_alone"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,19 @@ def set_record(module: nn.Module, record: Record | None) -> None:
         module.__dict__.pop(_RECORD, None)
     else:
         module.__dict__[_RECORD] = record
+
+
+def is_left_alone(module: nn.Module) -> bool:
+    """Whether the last rule for the module was ``none``: it is not frozen on purpose."""
+    return _LEFT_ALONE in module.__dict__
+
+
+def mark_left_alone(module: nn.Module, alone: bool) -> None:
+    """Note whether the rule for the module was ``none``."""
+    if alone:
+        module.__dict__[_LEFT_ALONE] = True
+    else:
+        module.__dict__.pop(_LEFT_ALONE, None)
 
 
 def layer_class(module: nn.Module) -> type[nn.Module]:
