@@ -20,17 +20,20 @@ from benchmarks.facts import Record, Run
 TITLES = {
     "layer": "The layer alone, in the shapes of a ResNet-50",
     "host": "A call on eight elements",
-    "driver": "A call on eight elements, on CUDA with a fake driver (host time only)",
+    "driver": "A call on eight elements, on CUDA with a driver that does nothing",
     "block": "A bottleneck block, forward and backward",
     "step": "A training step of a ResNet-50",
-    "detection": "A training step of the backbone of a detector (ResNet-50 with feature pyramid)",
+    "detection": "A training step of a detector's ResNet-50 with feature pyramid",
     "memory": "Memory of a ResNet-50 at 224 × 224",
-    "guard": "The cost of guard, snapshot and verify",
-    "inspect": "The cost of `bnfreeze inspect`",
+    "guard": "What verifying costs",
+    "inspect": "What `bnfreeze inspect` costs",
     "cold": "The first call of the CUDA kernel",
 }
 # These become columns; every other value of a case makes a table of its own.
 _COLUMNS = ("precision", "layout", "call", "file")
+# How the values and the names of a case are written in a title.
+_WORDS = {"nothing": "batch norm alone", "relu": "with ReLU", "add+relu": "with add and ReLU"}
+_NAMES = {"what": "", "pass": "", "weights": "convolutions"}
 _UNITS = {"x": "", "MiB": " MiB", "%": " %"}
 
 
@@ -158,7 +161,7 @@ def _table(record: Record) -> tuple[str, ...]:
     for name, value in case.items():
         if name in _COLUMNS or (name, value) == ("shape", "all"):
             continue
-        words.append({"what": value, "pass": value}.get(name, f"{name} {value}"))
+        words.append(_WORDS.get(value) or f"{_NAMES.get(name, name)} {value}".strip())
     return (*words, record.unit, record.base)
 
 

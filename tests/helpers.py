@@ -66,7 +66,7 @@ def statistics(names):
 
 
 def copied(model, how):
-    """Copy the model with ``"deepcopy"``, ``"pickle"`` or ``"save"`` (``torch.save`` of the whole)."""
+    """Copy the model with ``"deepcopy"``, ``"pickle"`` or, with ``torch.save``, ``"save"``."""
     if how == "deepcopy":
         return copy.deepcopy(model)
     if how == "pickle":
