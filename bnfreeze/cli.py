@@ -180,7 +180,7 @@ def _inspect(options: argparse.Namespace) -> int:
         told.append({name: fact for name, fact in inspection.to_dict().items() if name != "schema"})
         code = max(code, 0 if inspection.ok else 1)
     if options.json:
-        _print_json({"schema": 1, "ok": code == 0, "files": told})
+        _print_json({"schema": 2, "ok": code == 0, "files": told})
     elif options.plain:
         for inspection in shown:
             prefix = (inspection.origin.path,) if len(options.paths) > 1 else ()
