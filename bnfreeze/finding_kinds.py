@@ -106,8 +106,7 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "norm layers nor a frozen batch norm of another library.",
         "bnfreeze does not know what its forward does, so it leaves it alone. Its statistics may "
         "change in training.",
-        "Derive the class from torch's batch norm, or watch it with "
-        "guard(model, tensors='norm').",
+        "Derive the class from torch's batch norm, or watch it with guard(model, tensors='norm').",
         "class MyNorm(nn.Module):\n    def __init__(self, features):\n        super().__init__()\n"
         "        self.register_buffer('running_mean', torch.zeros(features))",
     ),
@@ -140,8 +139,7 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "No parameter of the model is left to train",
         "The policy 'weights' froze every parameter.",
         "loss.backward() fails: no parameter requires grad.",
-        "Leave out what shall train, for example the head: "
-        "{'**': 'eval+weights', 'fc': 'none'}.",
+        "Leave out what shall train, for example the head: {'**': 'eval+weights', 'fc': 'none'}.",
         "freeze(model, 'eval+weights')                            # nothing trains\n"
         "freeze(model, {'**': 'eval+weights', 'fc': 'none'})      # fc trains",
     ),
@@ -162,8 +160,7 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "The optimizer was built with parameters that are frozen. It is a warning for LBFGS.",
         "Most optimizers skip a parameter whose .grad is None, so this is harmless. LBFGS does "
         "not: it moves all its parameters along its past steps.",
-        "Freeze first, then build the optimizer from the parameters that have "
-        "requires_grad=True.",
+        "Freeze first, then build the optimizer from the parameters that have requires_grad=True.",
         "freeze(model, 'eval+affine')\n"
         "optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)",
     ),

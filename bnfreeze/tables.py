@@ -133,7 +133,7 @@ class Printable(ABC):
     def _repr_html_(self) -> str:
         return _recorded([self], _WIDE).export_html(
             inline_styles=True,
-            code_format="<pre style=\"font-family:monospace;line-height:1.2\">{code}</pre>",
+            code_format='<pre style="font-family:monospace;line-height:1.2">{code}</pre>',
         )
 
     def __rich_console__(

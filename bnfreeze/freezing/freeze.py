@@ -147,6 +147,5 @@ def _findings(
         finding
         for finding in inspect_model(model, optimizer=optimizer).findings
         if finding.name in frozen
-        or finding.code
-        in ("layer-foreign", "model-nothing-trains", "optimizer-without-parameters")
+        or finding.code in ("layer-foreign", "model-nothing-trains", "optimizer-without-parameters")
     )

@@ -132,7 +132,9 @@ def inspect_checkpoint(
     with open_checkpoint(path) as checkpoint:
         found = checkpoint.state_dict(key)
         with telling(checkpoint.path):
-            return _inspection_of(found, str(checkpoint.path), checkpoint.kind, select=select, sort=sort)
+            return _inspection_of(
+                found, str(checkpoint.path), checkpoint.kind, select=select, sort=sort
+            )
 
 
 def _inspection_of(
