@@ -176,9 +176,9 @@ def _explain(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from bnfreeze.finding_kinds import KINDS
-    from bnfreeze.findings import explain
+    from bnfreeze.findings import finding_kind
 
-    kinds = [explain(options.code)] if options.code else KINDS
+    kinds = [finding_kind(options.code)] if options.code else KINDS
     if options.json:
         _print_json({"schema": 2, "findings": [asdict(kind) for kind in kinds]})
     elif options.code:

@@ -13,7 +13,7 @@ from typing import Final
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.finding_kinds import KINDS, FindingKind, Level
 
-__all__ = ["Finding", "Level", "explain", "finding", "worst_first"]
+__all__ = ["Finding", "Level", "finding", "finding_kind", "worst_first"]
 
 _BY_CODE: Final = {kind.code: kind for kind in KINDS}
 _ORDER: Final[dict[str, int]] = {"error": 0, "warning": 1, "note": 2}
@@ -25,7 +25,8 @@ class Finding:
 
     Attributes:
         level: ``"error"``, ``"warning"`` or ``"note"``.
-        code: a stable name of the kind, such as ``"never-trained"``; `explain` says more.
+        code: a stable name of the kind, such as ``"never-trained"``, which
+            ``bnfreeze explain`` explains.
         name: the layer's dotted name; empty for the model as a whole.
         message: what was seen.
         remedy: what to do about it.
@@ -75,7 +76,7 @@ def finding(
     )
 
 
-def explain(code: str) -> FindingKind:
+def finding_kind(code: str) -> FindingKind:
     """Say what a code means.
 
     Raises:

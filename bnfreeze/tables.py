@@ -62,7 +62,8 @@ _INSTEAD: Final = {"…": "..", "→": "->", "·": "-", "×": "x", "–": "-", "
 _ASCII_BARS: Final = str.maketrans("▁▂▃▄▅▆▇█", ".:-=+*#@")
 # Where a word too long for its line may be broken: at dots, else inside the segments.
 _SEGMENT: Final = re.compile(r"[^.]*\.|[^.]+")
-_PART: Final = re.compile(r".+?(?:[_/-]+|(?<=[a-z0-9])(?=[A-Z])|$)")
+_PART: Final = re.compile(r"[^_/-]*[_/-]+|[^_/-]+")
+_CAMEL: Final = re.compile(r".+?(?:(?<=[a-z0-9])(?=[A-Z])|$)")
 
 
 @dataclass(frozen=True)
@@ -338,7 +339,12 @@ def _wrapped(text: str, width: int) -> list[str]:
     lines = [indent]
     for word in text.split():
         pieces = [word]
-        for split in (_SEGMENT.findall, _PART.findall, lambda p: chop_cells(p, width)):
+        for split in (
+            _SEGMENT.findall,
+            _PART.findall,
+            _CAMEL.findall,
+            lambda piece: chop_cells(piece, width),
+        ):
             pieces = [
                 part
                 for piece in pieces

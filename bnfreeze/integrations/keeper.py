@@ -75,7 +75,8 @@ class Keeper:
 
     def looks_live(self, model: nn.Module) -> bool:
         """Whether a tool that looks for torch's batch norm takes a held layer for a live one."""
-        still = {layer.name for layer in inspect_model(model).layers if not layer.updates_statistics}
+        layers = inspect_model(model).layers
+        still = {layer.name for layer in layers if not layer.updates_statistics}
         return any(
             isinstance(module, _BatchNorm) and name in still
             for name, module in model.named_modules()

@@ -20,7 +20,7 @@ from tests.checkpoints.formats import FORMATS, save_zip
 from tests.helpers import bits
 
 # Findings that come of the statistics' values, and so can be seen in a file as well.
-OF_VALUES = {"stats-dtype", "stats-nonfinite", "var-nonpositive", "never-trained"}
+OF_VALUES = {"stats-dtype", "stats-nonfinite", "stats-var-nonpositive", "never-trained"}
 
 
 def trained(model, images):
@@ -84,7 +84,7 @@ def test_real_models_give_the_same_facts_in_every_format_and_alive(make, tmp_pat
     assert [x.name for x in in_memory.layers] == [x.name for x in alive.layers]
     assert [x.num_features for x in in_memory.layers] == [x.num_features for x in alive.layers]
     of_values = [
-        {(f.code, f.layer) for f in x.findings if f.code in OF_VALUES} for x in (alive, in_memory)
+        {(f.code, f.name) for f in x.findings if f.code in OF_VALUES} for x in (alive, in_memory)
     ]
     assert of_values[0] == of_values[1]
     for kind, save in FORMATS.items():
@@ -359,8 +359,8 @@ def test_statistics_that_do_not_pair_up_are_told():
     }
     for words, broken in cases.items():
         said = inspect({f"bn.{name}": value for name, value in broken.items()})
-        (finding,) = [f for f in said.findings if f.code == "unpaired"]
-        assert finding.layer == "bn"
+        (finding,) = [f for f in said.findings if f.code == "stats-unpaired"]
+        assert finding.name == "bn"
         assert words in finding.message
         assert said.layers == ()
 
@@ -372,8 +372,8 @@ def test_mixed_counts_tiny_variances_and_missing_counts_are_told(model):
     state["stem.1.running_var"][0] = 1e-9
     del state["backbone.0.1.num_batches_tracked"]
     said = inspect(state)
-    assert codes(said) == {"count-mixed", "var-tiny", "no-count"}
-    (mixed,) = [f for f in said.findings if f.code == "count-mixed"]
+    assert codes(said) == {"stats-count-mixed", "stats-var-tiny", "stats-count-missing"}
+    (mixed,) = [f for f in said.findings if f.code == "stats-count-mixed"]
     assert "is 3 in 2 layers, and 8 in 1 (first in head.2)" in mixed.message
     assert said.layers[1].kind == "frozen or old batch norm"
     assert said.layers[1].batches is None
@@ -386,7 +386,7 @@ def test_broken_values_are_errors(model):
     said = inspect(state)
     assert [(f.level, f.code) for f in said.findings] == [
         ("error", "stats-nonfinite"),
-        ("error", "var-nonpositive"),
+        ("error", "stats-var-nonpositive"),
     ]
     assert not said.ok
 
