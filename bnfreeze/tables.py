@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from bnfreeze.files import write_whole
 from bnfreeze.findings import Finding
@@ -111,6 +111,12 @@ class Printable(ABC):
 
     ``str()`` uses only characters that ``sys.stdout`` can show.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # A dataclass keeps a __repr__ that its class has, and overrides an inherited one.
+        if "__repr__" not in cls.__dict__:
+            cls.__repr__ = Printable.__repr__  # type: ignore[method-assign]
 
     @abstractmethod
     def sheet(self) -> Sheet:

@@ -40,7 +40,7 @@ class LayerRow:
     note: str = ""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class FreezeReport(Printable):
     """What `freeze` or `unfreeze` did: a row a layer, and the findings.
 

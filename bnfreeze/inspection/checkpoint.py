@@ -17,7 +17,7 @@ __all__ = ["CheckpointInspection"]
 _BAR = 12
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class CheckpointInspection(Inspection):
     """The norm layers of a checkpoint or a state_dict.
 

@@ -47,7 +47,7 @@ class TensorChange:
     max_abs: float | None = None
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Difference(Printable):
     """Two checkpoints compared, tensor by tensor.
 

@@ -35,7 +35,7 @@ from bnfreeze.tables import Sheet, shared_kind
 __all__ = ["ModelInspection", "inspect_model"]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class ModelInspection(Inspection):
     """The norm layers of a live model, and what they will do in the next training step."""
 
@@ -122,7 +122,7 @@ def inspect_model(
         findings.append(finding("model-no-norm-layer", ""))
     if _all_frozen(modules):
         findings.append(finding("model-nothing-trains", ""))
-    if optimized is not None and not any(id(p) in optimized for p in model.parameters()):
+    if optimized and not any(id(p) in optimized for p in model.parameters()):
         findings.append(finding("optimizer-without-parameters", ""))
     return ModelInspection(tuple(layers), worst_first(findings))
 

@@ -30,7 +30,7 @@ class DriftError(BnfreezeError, AssertionError):
         return (type(self), (str(self), self.report))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class DriftReport(Printable):
     """What `verify` found.
 

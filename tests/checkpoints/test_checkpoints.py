@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,6 +77,11 @@ MODELS = [
 ]
 
 
+def keyless(rows):
+    """Rows or findings without the key under which their state_dict lies in its file."""
+    return [replace(row, key="") for row in rows]
+
+
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 def test_real_models_give_the_same_facts_in_every_format_and_alive(make, tmp_path):
     model = make()
@@ -92,8 +98,8 @@ def test_real_models_give_the_same_facts_in_every_format_and_alive(make, tmp_pat
         read = inspect(path)
         assert read.origin.kind == kind
         order = (lambda layer: layer.name) if kind == "safetensors" else (lambda layer: 0)
-        assert sorted(read.layers, key=order) == sorted(in_memory.layers, key=order)
-        assert set(read.findings) == set(in_memory.findings)
+        assert sorted(keyless(read.layers), key=order) == sorted(in_memory.layers, key=order)
+        assert set(keyless(read.findings)) == set(in_memory.findings)
         with open_checkpoint(path) as checkpoint:
             tensors = checkpoint.state_dict().tensors
             assert set(tensors) == set(model.state_dict())
@@ -327,7 +333,7 @@ def test_a_checkpoint_of_two_ranks_is_read(tmp_path):
     subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
     assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 2
     said, whole = inspect(tmp_path / "dcp"), inspect(tmp_path / "whole.pt")
-    assert said.layers == whole.layers
+    assert keyless(said.layers) == keyless(whole.layers)
     assert said.origin.key == "model"
     with open_checkpoint(tmp_path / "dcp") as a, open_checkpoint(tmp_path / "whole.pt") as b:
         one, other = a.state_dict().tensors, b.state_dict().tensors
@@ -416,7 +422,7 @@ def test_one_inspect_takes_models_mappings_and_paths(model, tmp_path):
         said = inspect(what)
         assert isinstance(said, bnfreeze.Inspection)
         assert [layer.num_features for layer in said.layers] == [4, 6, 6, 5]
-        assert said.to_dict()["schema"] == 1
+        assert said.to_dict()["schema"] == 2
     with pytest.raises(TypeError, match="a checkpoint is not trained"):
         inspect(path, optimizer=torch.optim.SGD(model.parameters()))
     with pytest.raises(TypeError, match="a live model has no keys"):
