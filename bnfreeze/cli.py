@@ -266,14 +266,14 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _print_lines(lines: Sequence[tuple[str, ...]]) -> None:
-    from bnfreeze.tables import escaped
+    from bnfreeze.text import escaped
 
     for line in lines:
         sys.stdout.write("\t".join(map(escaped, line)) + "\n")
 
 
 def _complain(message: str) -> int:
-    from bnfreeze.tables import escaped
+    from bnfreeze.text import escaped
 
     sys.stderr.write(f"bnfreeze: {escaped(message)}\n")
     return 2
@@ -283,7 +283,7 @@ def _complain_of_defect() -> int:
     """Show the traceback of an unforeseen error; exit code 1 would say that something differs."""
     import traceback
 
-    from bnfreeze.tables import escaped
+    from bnfreeze.text import escaped
 
     for line in traceback.format_exc().splitlines():
         sys.stderr.write(f"{escaped(line)}\n")
