@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bnfreeze.errors import PolicyError
 from bnfreeze.norm_layers import NamedModule
+from bnfreeze.torch_private import averaged_parameters
 
 __all__ = ["Owned", "refuse_freezing", "refuse_thawing"]
 
@@ -67,8 +68,7 @@ def _wrapped(
 
 def _averaged(ddp: DistributedDataParallel) -> set[int]:
     """By identity, the parameters whose gradients it averages, and those it was told to leave."""
-    buckets = ddp.reducer._get_zeros_like_grad_buckets()
     left = ddp.parameters_to_ignore
-    return {id(p) for bucket in buckets for p in bucket.parameters()} | {
+    return averaged_parameters(ddp) | {
         id(p) for name, p in ddp.module.named_parameters() if name in left
     }

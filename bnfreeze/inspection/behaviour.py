@@ -9,7 +9,6 @@ from typing import Literal, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 
 from bnfreeze.norm_layers import (
@@ -22,6 +21,7 @@ from bnfreeze.norm_layers import (
     keeps_statistics,
 )
 from bnfreeze.policies.record import layer_class, policy_name, record_of
+from bnfreeze.torch_private import _InstanceNorm
 
 __all__ = ["FrozenBy", "LiveLayer", "affine_parameters", "live_layer", "optimizers_by_id"]
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from bnfreeze.errors import PolicyError
@@ -15,6 +14,7 @@ from bnfreeze.freezing.report import FreezeReport
 from bnfreeze.freezing.rules import parse_rules
 from bnfreeze.inspection.live import inspect_model
 from bnfreeze.policies.policy import Policy
+from bnfreeze.torch_private import _BatchNorm
 from bnfreeze.verification.bits import shard
 from bnfreeze.verification.guard import Guard, guard
 from bnfreeze.verification.report import DriftError

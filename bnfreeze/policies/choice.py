@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfreeze.policies.class_swap import FrozenLayer, make_class
 from bnfreeze.policies.eval import ForceEval, ForceEvalInstance
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.stats import BatchOnly, KeepStatistics
+from bnfreeze.torch_private import _BatchNorm, _InstanceNorm
 
 __all__ = ["frozen_class"]
 

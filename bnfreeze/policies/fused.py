@@ -11,23 +11,16 @@ import re
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfreeze.nn.activations import activation_of
 from bnfreeze.nn.modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from bnfreeze.norm_layers import is_lookalike
 from bnfreeze.policies.class_swap import FrozenLayer, make_class
 from bnfreeze.policies.eval import ForceEval
 from bnfreeze.policies.record import layer_class
+from bnfreeze.torch_private import _BatchNorm
 
-__all__ = ["activation_of", "fused_class", "has_hooks", "own_activation", "takes_more"]
-
-# The activations that a frozen layer can compute along.
-ACTIVATION_MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-}
+__all__ = ["fused_class", "has_hooks", "own_activation", "takes_more"]
 
 
 class _Fused1d(ForceEval, FrozenBatchNorm1d):
@@ -97,13 +90,6 @@ def own_activation(layer: nn.Module) -> str | None:
     if type(drop) is not nn.Identity or has_hooks(act) or has_hooks(drop):
         return None
     return "" if type(act) is nn.Identity else activation_of(act)
-
-
-def activation_of(module: Any) -> str | None:
-    """The name of the activation that the module is, if a frozen layer can compute it along."""
-    if type(module) is nn.ReLU6 and (module.min_val, module.max_val) != (0.0, 6.0):
-        return None
-    return ACTIVATION_MODULES.get(type(module))
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfreeze.errors import PolicyError
 from bnfreeze.norm_layers import STATISTICS
 from bnfreeze.policies.class_swap import FrozenLayer
+from bnfreeze.torch_private import _BatchNorm, _InstanceNorm
 
 __all__ = ["BatchOnly", "KeepStatistics", "OnCopies"]
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedParameter
 
+from bnfreeze.torch_private import DisableTorchFunctionSubclass
+
 __all__ = [
     "Difference",
     "Later",
@@ -76,7 +78,7 @@ def read(tensor: Tensor) -> Tensor:
     Of a DTensor, this rank's shard. Only for what `why_unreadable` says nothing of.
     """
     own = shard(tensor)
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         plain = (tensor if own is None else own).detach()
         if plain.is_conj() or plain.is_neg():
             plain = plain.resolve_conj().resolve_neg()

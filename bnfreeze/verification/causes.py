@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfreeze.norm_layers import STATISTICS
+from bnfreeze.torch_private import _InstanceNorm
 from bnfreeze.verification.drift import Drift
 from bnfreeze.verification.facts import OwnerFacts, TensorFacts
 from bnfreeze.verification.state import State

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnfreeze.torch_private import TorchDispatchMode
 from bnfreeze.verification import bits
 from bnfreeze.verification.causes import TRACE
 from bnfreeze.verification.drift import Drift
