@@ -1,7 +1,7 @@
-"""bnfreeze: freeze batch norm in PyTorch models, and prove that it stayed frozen.
+"""bnfreeze: freeze batch norm in PyTorch models, and verify that it stays frozen.
 
 Importing this module imports neither torch nor rich: each name is loaded when it is first used
-(PEP 562), because the command and the pytest plugin must start at once.
+(PEP 562), so that the command and the pytest plugin start at once.
 """
 
 from importlib import import_module
@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from bnfreeze.findings import Finding
     from bnfreeze.freezing.freeze import freeze, unfreeze
     from bnfreeze.freezing.report import FreezeReport, LayerRow
+    from bnfreeze.inspection.behaviour import LiveLayer
+    from bnfreeze.inspection.checkpoint import CheckpointInspection
     from bnfreeze.inspection.inspect import inspect
+    from bnfreeze.inspection.live import ModelInspection
     from bnfreeze.inspection.result import Inspection
+    from bnfreeze.inspection.stored_layers import StoredLayer
     from bnfreeze.nn.modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
     from bnfreeze.policies.policy import Policy
     from bnfreeze.verification.assert_frozen import assert_frozen
@@ -38,6 +42,7 @@ __all__ = [
     "BnfreezeError",
     "BnfreezeWarning",
     "CheckpointError",
+    "CheckpointInspection",
     "CorruptCheckpointError",
     "Diff",
     "Drift",
@@ -51,10 +56,13 @@ __all__ = [
     "Guard",
     "Inspection",
     "LayerRow",
+    "LiveLayer",
+    "ModelInspection",
     "NotFrozenError",
     "Policy",
     "PolicyError",
     "Snapshot",
+    "StoredLayer",
     "TensorChange",
     "UnsafeCheckpointError",
     "UnsupportedFormatError",
@@ -73,6 +81,7 @@ _HOME = {
     "BnfreezeError": "errors",
     "BnfreezeWarning": "errors",
     "CheckpointError": "errors",
+    "CheckpointInspection": "inspection.checkpoint",
     "CorruptCheckpointError": "errors",
     "Diff": "verification.diff",
     "Drift": "verification.drift",
@@ -83,6 +92,8 @@ _HOME = {
     "Guard": "verification.guard",
     "Inspection": "inspection.result",
     "LayerRow": "freezing.report",
+    "LiveLayer": "inspection.behaviour",
+    "ModelInspection": "inspection.live",
     "FrozenBatchNorm1d": "nn.modules",
     "FrozenBatchNorm2d": "nn.modules",
     "FrozenBatchNorm3d": "nn.modules",
@@ -90,6 +101,7 @@ _HOME = {
     "Policy": "policies.policy",
     "PolicyError": "errors",
     "Snapshot": "verification.snapshot",
+    "StoredLayer": "inspection.stored_layers",
     "TensorChange": "verification.diff",
     "UnsafeCheckpointError": "errors",
     "UnsupportedFormatError": "errors",

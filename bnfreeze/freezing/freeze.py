@@ -13,7 +13,7 @@ from bnfreeze.freezing.report import FreezeReport, LayerRow
 from bnfreeze.freezing.rules import Rule, matches, matching, parse_rules, selected_by
 from bnfreeze.fusion.survey import Absorption
 from bnfreeze.inspection.behaviour import optimizers_by_id
-from bnfreeze.inspection.live import inspect
+from bnfreeze.inspection.live import inspect_model
 from bnfreeze.norm_layers import AFFINE, NamedModule, check_model, is_norm, named_modules
 from bnfreeze.patterns import Pattern
 from bnfreeze.policies.policy import Policy
@@ -28,7 +28,7 @@ from bnfreeze.policies.record import (
 __all__ = ["freeze", "unfreeze"]
 
 # Findings about the model as a whole, which a report of freezing shows too.
-_OF_THE_MODEL = frozenset({"unknown-norm", "nothing-trains", "optimizer-without-parameters"})
+_OF_THE_MODEL = frozenset({"layer-foreign", "model-nothing-trains", "optimizer-without-parameters"})
 
 
 def freeze(
@@ -84,10 +84,10 @@ def freeze(
             for change, did in zip(changes, actions, strict=True)
         }
         chosen = {change.entry.name for change in changes}
-        found = inspect(model, optimizer=optimizer)
+        found = inspect_model(model, optimizer=optimizer)
         return FreezeReport(
             _rows(modules, done, fused),
-            tuple(f for f in found.findings if f.layer in chosen or f.code in _OF_THE_MODEL),
+            tuple(f for f in found.findings if f.name in chosen or f.code in _OF_THE_MODEL),
             {layer.name: layer for layer in found.layers},
             "freeze (dry run)" if dry_run else "freeze",
             (lambda: None) if dry_run else lambda: _thaw_again(model, changes, left_alone),
@@ -149,7 +149,7 @@ def unfreeze(model: nn.Module, select: str | Iterable[str] | None = None) -> Fre
     done = {id(module): (("restore",), "") for module in frozen}
     return FreezeReport(
         _rows(modules, done, fused),
-        facts={layer.name: layer for layer in inspect(model).layers},
+        facts={layer.name: layer for layer in inspect_model(model).layers},
         call="unfreeze",
     )
 

@@ -9,9 +9,9 @@ from types import TracebackType
 from typing import Any
 
 from bnfreeze.findings import Finding
-from bnfreeze.inspection.behaviour import LayerFacts
+from bnfreeze.inspection.behaviour import LiveLayer
 from bnfreeze.policies.policy import Policy
-from bnfreeze.tables import Printable, Sheet, told_kinds
+from bnfreeze.tables import Printable, Sheet, shared_kind
 
 __all__ = ["FreezeReport", "LayerRow"]
 
@@ -64,7 +64,7 @@ class FreezeReport(Printable):
     # By name of each norm layer what `inspect` says of it, so that the table never contradicts it.
     # Other modules, of which the policy "weights" freezes parameters, are counted and not drawn:
     # they are as many as the norm layers, and their rows would all say the same.
-    facts: Mapping[str, LayerFacts] = field(default_factory=dict, compare=False)
+    facts: Mapping[str, LiveLayer] = field(default_factory=dict, compare=False)
     call: str = field(default="freeze", compare=False)
     undo: Callable[[], object] = field(default=lambda: None, compare=False)
 
@@ -85,7 +85,7 @@ class FreezeReport(Printable):
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
         norms = self._norms()
-        title, further = told_kinds(f"Norm layers after {self.call}", [row.kind for row in norms])
+        title, further = shared_kind(f"Norm layers after {self.call}", [row.kind for row in norms])
         return Sheet(
             title=title,
             columns=("layer", "kind", "policy", "fuses", "uses", "statistics", "affine", "note"),

@@ -13,7 +13,7 @@ from bnfreeze.freezing.freeze import freeze
 from bnfreeze.freezing.report import FreezeReport
 from bnfreeze.freezing.rules import parse_rules
 from bnfreeze.inspection.in_memory import shard_of
-from bnfreeze.inspection.live import inspect
+from bnfreeze.inspection.live import inspect_model
 from bnfreeze.policies.policy import Policy
 from bnfreeze.torch_private import _BatchNorm
 from bnfreeze.verification.drift_report import DriftError
@@ -76,7 +76,8 @@ class FreezeCallback:
 
     def looks_live(self, model: nn.Module) -> bool:
         """Whether a tool that looks for torch's batch norm would find a frozen layer."""
-        still = {layer.name for layer in inspect(model).layers if not layer.updates_statistics}
+        layers = inspect_model(model).layers
+        still = {layer.name for layer in layers if not layer.updates_statistics}
         return any(
             isinstance(module, _BatchNorm) and name in still
             for name, module in model.named_modules()
@@ -126,4 +127,4 @@ class FreezeCallback:
 
 
 def _frozen(model: nn.Module) -> int:
-    return sum(layer.policy != "none" for layer in inspect(model).layers)
+    return sum(layer.policy != "none" for layer in inspect_model(model).layers)

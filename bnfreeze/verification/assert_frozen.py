@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from bnfreeze.errors import NotFrozenError, PolicyError
-from bnfreeze.inspection.live import inspect
+from bnfreeze.inspection.live import inspect_model
 from bnfreeze.norm_layers import (
     NamedModule,
     check_model,
@@ -24,7 +24,7 @@ from bnfreeze.verification.verify import verify
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from bnfreeze.inspection.behaviour import LayerFacts
+    from bnfreeze.inspection.behaviour import LiveLayer
 
 __all__ = ["assert_frozen"]
 
@@ -69,7 +69,7 @@ def assert_frozen(
     chosen = _chosen(modules, select)
     if not chosen and (before is None or select is not None):
         raise PolicyError(_nothing(select))
-    facts = {layer.name: layer for layer in inspect(model).layers}
+    facts = {layer.name: layer for layer in inspect_model(model).layers}
     found = [
         (entry.name, "; ".join(reasons))
         for entry in chosen
@@ -101,7 +101,7 @@ def _matches(entry: NamedModule, pattern: Pattern) -> bool:
     return any(pattern.matches(name) for name in (*entry.plain_names, *entry.names))
 
 
-def _reasons(entry: NamedModule, facts: LayerFacts | None, strict: bool) -> Iterator[str]:
+def _reasons(entry: NamedModule, facts: LiveLayer | None, strict: bool) -> Iterator[str]:
     """Why the module is not frozen as it should be."""
     module, record = entry.module, record_of(entry.module)
     if record is not None:
@@ -118,12 +118,12 @@ def _reasons(entry: NamedModule, facts: LayerFacts | None, strict: bool) -> Iter
             yield _because("its weight or bias trains", facts, "affine")
 
 
-def _because(text: str, facts: LayerFacts, answer: str) -> str:
+def _because(text: str, facts: LiveLayer, answer: str) -> str:
     why = facts.why.get(answer, "")
     return f"{text} ({why})" if why else text
 
 
-def _broken_promises(module: nn.Module, facts: LayerFacts | None) -> Iterator[str]:
+def _broken_promises(module: nn.Module, facts: LiveLayer | None) -> Iterator[str]:
     record = record_of(module)
     assert record is not None
     policy = policy_name(module)

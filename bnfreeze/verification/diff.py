@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bnfreeze.checkpoints import StoredTensor, open_checkpoint, telling
 from bnfreeze.errors import CheckpointError
-from bnfreeze.findings import Finding
+from bnfreeze.findings import Finding, finding
 from bnfreeze.inspection.inspect import selected
 from bnfreeze.inspection.origin import Origin
 from bnfreeze.inspection.tree import grouped
@@ -126,7 +126,7 @@ class Diff(Printable):
             notes=tuple(
                 f"{'from' if number == 0 else 'to  '} {line}"
                 for number, origin in enumerate((self.first, self.second))
-                for line in origin.told()[:1]
+                for line in origin.summary()[:1]
             ),
             findings_first=True,
         )
@@ -308,11 +308,8 @@ def _leaks(changes: Iterable[TensorChange]) -> Iterator[Finding]:
         affine = [parts[part] for part in ("weight", "bias") if part in parts]
         moved = "value" in (parts.get("running_mean"), parts.get("running_var"))
         if moved and affine and all(kind == "identical" for kind in affine):
-            yield Finding(
-                "warning",
-                "statistics-drift",
+            yield finding(
+                "stats-not-frozen",
                 layer,
                 "weight and bias are bit-identical, and the running statistics moved.",
-                "Running statistics are buffers: neither the optimizer nor requires_grad=False "
-                "keeps them from changing. Use freeze(model, 'eval').",
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from bnfreeze.tables import escaped
+from bnfreeze.text import escaped
 from bnfreeze.verification.drift import Drift
 from bnfreeze.verification.values import Scalar
 

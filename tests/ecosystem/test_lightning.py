@@ -325,7 +325,7 @@ def test_layers_that_are_not_there_yet_are_refused(trainer, loader):
 
 def test_inspect_names_base_finetuning(model, trainer, loader):
     trainer(Finetuning(train_bn=False), max_epochs=1).fit(Classifier(model), loader)
-    found = [one for one in bnfreeze.inspect(model).findings if one.layer == "layer1.bn1"]
+    found = [one for one in bnfreeze.inspect(model).findings if one.name == "layer1.bn1"]
     assert [one.code for one in found] == ["batch-stats-in-train"]
     assert "BaseFinetuning" in found[0].message
 
