@@ -40,8 +40,11 @@ class Pattern:
         segments = text.split(".") if text else []
         return cls(text, tuple(_segment(segment, text) for segment in segments))
 
-    def matches(self, name: str) -> bool:
-        """Whether the pattern matches `name` or a module above it."""
+    def matches(self, *names: str) -> bool:
+        """Whether the pattern matches any of the names, or a module above one."""
+        return any(map(self._matches, names))
+
+    def _matches(self, name: str) -> bool:
         # How many segments of the pattern can be matched so far. A single regex would take
         # forever for several ``**`` and a long name that does not match.
         end = len(self._segments)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from bnfreeze.freezing.apply import carry_out, thaw, transaction
 from bnfreeze.freezing.plan import Change, plan
 from bnfreeze.freezing.report import FreezeReport, LayerRow
-from bnfreeze.freezing.rules import Rule, matches, matching, parse_rules, selected_by
+from bnfreeze.freezing.rules import matching, parse_rules, policies_for, selected_by
 from bnfreeze.fusion.survey import Absorption
 from bnfreeze.inspection.behaviour import optimizers_by_id
 from bnfreeze.inspection.live import inspect_model
@@ -28,7 +28,14 @@ from bnfreeze.policies.record import (
 __all__ = ["freeze", "unfreeze"]
 
 # Findings about the model as a whole, which a report of freezing shows too.
-_OF_THE_MODEL = frozenset({"layer-foreign", "model-nothing-trains", "optimizer-without-parameters"})
+_OF_THE_MODEL = frozenset(
+    {
+        "layer-foreign",
+        "layer-unregistered",
+        "model-nothing-trains",
+        "optimizer-without-parameters",
+    }
+)
 
 
 def freeze(
@@ -75,10 +82,16 @@ def freeze(
         optimizer = list(optimizer)  # it is read twice
     optimizers_by_id(optimizer)  # refuse what is no optimizer before anything is changed
     modules = named_modules(model)
-    changes = plan(modules, selected_by(modules, rules))
+    policies = policies_for(modules, rules)
+    changes = plan(modules, selected_by(modules, policies))
     with transaction(modules, keep=not dry_run):
         actions, fused = carry_out(modules, changes)
-        left_alone = _mark_left_alone(modules, rules)
+        left_alone = []
+        for index, chosen_policy in policies.items():
+            module = modules[index].module
+            alone = is_norm(module) and not chosen_policy
+            mark_left_alone(module, alone)
+            left_alone += [module] if alone else []
         done = {
             id(change.module): (did, change.note)
             for change, did in zip(changes, actions, strict=True)
@@ -92,18 +105,6 @@ def freeze(
             "freeze (dry run)" if dry_run else "freeze",
             (lambda: None) if dry_run else lambda: _thaw_again(model, changes, left_alone),
         )
-
-
-def _mark_left_alone(modules: Sequence[NamedModule], rules: Sequence[Rule]) -> list[nn.Module]:
-    """Mark the norm layers whose last matching rule is ``none``, for `bnfreeze.assert_frozen`."""
-    marked = []
-    for entry in modules:
-        policies = [rule.policy for rule in rules if matches(entry, rule.pattern)]
-        if policies:
-            alone = is_norm(entry.module) and not policies[-1]
-            mark_left_alone(entry.module, alone)
-            marked += [entry.module] if alone else []
-    return marked
 
 
 def _thaw_again(

@@ -14,6 +14,9 @@ from bnfreeze.norm_layers import (
     AFFINE,
     NamedModule,
     computed_affine,
+    has_known_forward,
+    is_foreign,
+    is_in_graph,
     is_lazy,
     is_norm,
     keeps_statistics,
@@ -125,7 +128,10 @@ def _plan_one(choice: Selected, flags: Mapping[int, bool]) -> Change:
         key: parameter
         for key, parameter in module._parameters.items()
         if parameter is not None
-        and (Policy.WEIGHTS in policy or (norm and policy.freezes_affine and key in AFFINE))
+        and (
+            Policy.WEIGHTS in policy
+            or (norm and policy.freezes_affine and (key in AFFINE or is_foreign(module)))
+        )
     }
     if norm and not frozen and policy.freezes_affine and not was_lookalike(module):
         notes.append("has no weight or bias")
@@ -167,12 +173,29 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
             + (f" with the rule {{{entry.name!r}: 'none'}}" if entry.name else "")
             + ", or build it with track_running_stats=True."
         )
+    if is_norm(module) and policy.freezes_statistics and not was_lookalike(module):
+        _check_forward(name, module, policy)
     computed = computed_affine(module) if is_norm(module) else []
     if computed and policy.freezes_affine and Policy.WEIGHTS not in policy:
         raise PolicyError(
             f"{name}: its {' and '.join(computed)} is computed from other parameters (by a "
             f"parametrization or by pruning), which policy '{policy}' does not freeze. Undo that "
             f"first, or freeze them too: '{policy}+weights'."
+        )
+
+
+def _check_forward(name: str, module: nn.Module, policy: Policy) -> None:
+    """Refuse a layer whose forward cannot be kept from writing to the statistics."""
+    if is_in_graph(module):
+        raise PolicyError(
+            f"{name} belongs to a graph that was exported or traced, and the graph writes to its "
+            f"statistics: freeze the original model, then export that."
+        )
+    known = has_known_forward(module, layer_class(module))
+    if not (known and policy.forces_eval) and "forward" in module.__dict__:
+        raise PolicyError(
+            f"{name}: its forward is set on the instance (Accelerate's hooks do that), where "
+            f"policy '{policy}' cannot keep it from its statistics. Freeze first, then set it."
         )
 
 
@@ -190,7 +213,7 @@ def _kind(name: str, module: nn.Module, policy: Policy) -> tuple[type[nn.Module]
     if was_lookalike(module):
         return base, policy, "frozen already, by its own class"
     try:
-        return frozen_class(base, policy), policy, note
+        return frozen_class(module, policy), policy, note
     except Exception as error:
         # A metaclass or an __init_subclass__ of the user's own may refuse a subclass.
         raise PolicyError(

@@ -16,9 +16,12 @@ from bnfreeze.norm_layers import (
     NamedModule,
     computed_affine,
     eps_of,
+    has_known_forward,
+    is_foreign,
     is_lazy,
     is_lookalike,
     keeps_statistics,
+    statistics_in,
 )
 from bnfreeze.policies.record import frozen_by, layer_class, policy_name, record_of
 from bnfreeze.torch_private import _InstanceNorm
@@ -44,8 +47,9 @@ class LiveLayer:
         trains_affine: whether an optimizer step can move weight or bias.
         frozen_by: ``"bnfreeze"`` (by a policy), ``"class"`` (another library's frozen layer),
             ``"requires_grad"`` (by hand, weight and bias alone) or None.
-        num_features: the number of channels C.
-        eps: what is added to the variance.
+        num_features: the number of channels C; of a foreign norm layer that does not say so, the
+            elements of one statistic.
+        eps: what is added to the variance; None if it is not known.
         why: for each of the three answers, the reason.
         aliases: the other names under which the very same layer is registered.
     """
@@ -58,7 +62,7 @@ class LiveLayer:
     trains_affine: bool
     frozen_by: FrozenBy | None
     num_features: int
-    eps: float
+    eps: float | None
     why: dict[str, str]
     aliases: tuple[str, ...] = ()
 
@@ -102,7 +106,6 @@ def live_layer(
     normalizes, why_normalizes = _normalizes_with(layer, training)
     updates, why_updates = _updates_statistics(layer, training)
     trains, why_trains = _trains_affine(layer, optimized)
-    mean = getattr(layer, "running_mean", None)
     return LiveLayer(
         name=entry.name,
         kind=layer_class(layer).__name__,
@@ -111,18 +114,35 @@ def live_layer(
         updates_statistics=updates,
         trains_affine=trains,
         frozen_by=frozen_by(layer),
-        num_features=int(
-            getattr(layer, "num_features", 0 if mean is None or is_lazy(layer) else mean.numel())
-        ),
+        num_features=_num_features(layer),
         eps=eps_of(layer),
         why={"normalizes_with": why_normalizes, "statistics": why_updates, "affine": why_trains},
         aliases=entry.names[1:],
     )
 
 
+def _num_features(layer: nn.Module) -> int:
+    known = getattr(layer, "num_features", None)
+    if isinstance(known, int) or is_lazy(layer):
+        return known or 0
+    return max((holder[name].numel() for holder, name in statistics_in(layer)), default=0)
+
+
+def _why_unknown(layer: nn.Module) -> str:
+    """Why it is not known what the layer's forward does; empty if it is."""
+    kind = layer_class(layer)
+    if is_foreign(layer):
+        return f"{kind.__name__} keeps running statistics in a way of its own"
+    if "forward" in layer.__dict__:
+        return "its forward is set on the instance"
+    return "" if has_known_forward(layer, kind) else f"{kind.__name__} has a forward of its own"
+
+
 def _normalizes_with(layer: nn.Module, training: bool) -> tuple[NormalizesWith, str]:
     if is_lookalike(layer):
         return "running", _why_eval(layer)
+    if unknown := _why_unknown(layer):
+        return "unknown", unknown
     if not keeps_statistics(layer) and not is_lazy(layer):
         return "batch", "it keeps no running statistics"
     if isinstance(layer, _InstanceNorm) and not layer.track_running_stats:
@@ -140,6 +160,9 @@ def _updates_statistics(layer: nn.Module, training: bool) -> tuple[bool, str]:
         return False, "there are none"
     if record and record.policy.freezes_statistics:
         return False, f"frozen by policy {record.policy}"
+    if unknown := _why_unknown(layer):
+        # The careful answer, in eval mode too.
+        return True, "train mode" if training and not is_foreign(layer) else unknown
     if isinstance(layer, _InstanceNorm):
         # F.instance_norm writes to the statistics that it is given whenever it normalises with
         # the input's own.
@@ -179,8 +202,10 @@ def _why_eval(layer: nn.Module) -> str:
 
 def affine_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     """Weight and bias, as far as the layer has them as parameters, or what they come from."""
-    own = {n: p for n in AFFINE if isinstance(p := layer._parameters.get(n), nn.Parameter)}
-    return dict(layer.named_parameters()) if computed_affine(layer) else own
+    if computed_affine(layer):
+        return dict(layer.named_parameters())
+    own = dict(layer._parameters.items())  # of a scripted module it is no dict
+    return {n: p for n, p in own.items() if p is not None and (n in AFFINE or is_foreign(layer))}
 
 
 def _trains_affine(layer: nn.Module, optimized: Mapping[int, str] | None) -> tuple[bool, str]:

@@ -18,14 +18,16 @@ from bnfreeze.inspection.behaviour import (
 from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.statistics import statistics_findings
 from bnfreeze.inspection.train_mode import training_flags
+from bnfreeze.inspection.unregistered import Unregistered, unregistered
 from bnfreeze.norm_layers import (
     STATISTICS,
     NamedModule,
     check_model,
+    foreign_remedy,
+    is_foreign,
     is_lazy,
     is_norm,
     keeps_statistics,
-    keeps_unknown_statistics,
     named_modules,
 )
 from bnfreeze.policies.policy import Policy
@@ -52,7 +54,7 @@ class ModelInspection(Inspection):
                 layer.normalizes_with,
                 "update" if layer.updates_statistics else _unchanged(layer.why["statistics"]),
                 "train" if layer.trains_affine else _unchanged(layer.why["affine"]),
-                f"{layer.eps:g}",
+                "" if layer.eps is None else f"{layer.eps:g}",
                 layer.why["statistics"],
                 layer.why["affine"],
             )
@@ -116,8 +118,8 @@ def inspect_model(
             layer = live_layer(entry, flags[id(entry.module)], optimized)
             layers.append(layer)
             findings += _layer_findings(layer, entry.module, model.training, optimized)
-        elif keeps_unknown_statistics(entry.module):
-            findings.append(_foreign(entry))
+    for hidden in unregistered(modules):
+        findings += _unregistered(hidden)
     if not layers and not findings:
         findings.append(finding("model-no-norm-layer", ""))
     if _all_frozen(modules):
@@ -125,6 +127,21 @@ def inspect_model(
     if optimized and not any(id(p) in optimized for p in model.parameters()):
         findings.append(finding("optimizer-without-parameters", ""))
     return ModelInspection(tuple(layers), worst_first(findings))
+
+
+def _unregistered(hidden: Unregistered) -> Iterator[Finding]:
+    open_layers = [
+        m for m in hidden.layers if not {"running_mean", "running_var"} & {*frozen_names(m)}
+    ]
+    if open_layers:
+        number = len(open_layers)
+        yield finding(
+            "layer-unregistered",
+            hidden.path,
+            f"{number} norm layer{'' if number == 1 else 's'} that the model has not registered: "
+            f"freeze, guard, state_dict() and train() do not reach such layers.",
+            level="warning" if any(m.training for m in open_layers) else "note",
+        )
 
 
 def _all_frozen(modules: Iterable[NamedModule]) -> bool:
@@ -143,7 +160,27 @@ def _layer_findings(
     if is_lazy(layer):
         yield finding("layer-lazy", name)
         return
-    if not keeps_statistics(layer):
+    inner = [inner for inner, m in layer.named_modules() if m is not layer and is_norm(m)]
+    if inner and (record is not None or not is_foreign(layer)):
+        forced = record is not None and record.policy.forces_eval
+        yield finding(
+            "layer-inside-norm",
+            name,
+            f"{inner[0]}{f' and {len(inner) - 1} more' if len(inner) > 1 else ''} inside this norm "
+            f"layer: {facts.kind} decides by itself whether it runs"
+            + (", and in eval mode it may never run." if forced else "."),
+            level="warning" if forced else "note",
+        )
+    if is_foreign(layer):
+        if facts.updates_statistics:
+            yield finding(
+                "layer-foreign",
+                name,
+                f"{facts.kind} keeps running statistics, and bnfreeze does not know what its "
+                f"forward does: its statistics may change.",
+                foreign_remedy(layer, name),
+            )
+    elif not keeps_statistics(layer):
         yield finding("stats-missing", name)
     elif facts.normalizes_with == "batch" and _statistics_stay(facts, layer):
         chosen = record is not None and record.policy.freezes_statistics
@@ -162,26 +199,26 @@ def _layer_findings(
             f"but the running statistics still update in each forward pass.",
             level="note" if record is not None else "warning",
         )
-    if root_training and not layer.training and facts.why["normalizes_with"] == "train mode":
+    if root_training and not layer.training and "train mode" in facts.why.values():
         yield finding("train-undoes-eval", name)
     yield from _gradient_findings(name, layer, optimized)
-    if keeps_statistics(layer):
-        mean, var, count = (getattr(layer, stat, None) for stat in STATISTICS)
-        if isinstance(mean, Tensor) and isinstance(var, Tensor):
-            yield from statistics_findings(
-                name,
-                _on_cpu(mean),
-                _on_cpu(var),
-                None if count is None or count.is_meta else int(count),
-                facts.eps,
-                dtypes=(_dtype_name(mean), _dtype_name(var)),
-            )
+    mean, var, count = (getattr(layer, stat, None) for stat in STATISTICS)
+    if isinstance(mean, Tensor) and isinstance(var, Tensor):
+        known = isinstance(count, Tensor) and not count.is_meta and count.numel() == 1
+        yield from statistics_findings(
+            name,
+            _on_cpu(mean),
+            _on_cpu(var),
+            int(count) if known and count is not None else None,
+            facts.eps,
+            dtypes=(_dtype_name(mean), _dtype_name(var)),
+        )
 
 
 def _on_cpu(stat: Tensor) -> Tensor | None:
-    if stat.is_meta:
+    if stat.is_meta or stat.is_complex():
         return None
-    stat = stat.detach().cpu()
+    stat = stat.detach().cpu().reshape(-1)
     return stat.float() if stat.is_floating_point() and stat.dtype.itemsize < 4 else stat
 
 
@@ -247,12 +284,3 @@ def _gradient_findings(
 
 def _and(names: list[str]) -> str:
     return " and ".join(names) + (" has" if len(names) == 1 else " have")
-
-
-def _foreign(entry: NamedModule) -> Finding:
-    return finding(
-        "layer-foreign",
-        entry.name,
-        f"{type(entry.module).__name__} keeps running statistics, but is no norm layer "
-        f"that bnfreeze knows: it is left alone.",
-    )

@@ -7,7 +7,7 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from bnfreeze.norm_layers import AFFINE, STATISTICS, computed_affine, is_lookalike, is_norm
+from bnfreeze.norm_layers import AFFINE, computed_affine, is_lookalike, is_norm, statistics_in
 from bnfreeze.policies.policy import Policy
 
 __all__ = [
@@ -87,7 +87,7 @@ def frozen_names(module: nn.Module) -> tuple[str, ...]:
     policy = record.policy if record else Policy.NONE
     names: list[str] = []
     if is_norm(module) and (policy.freezes_statistics or was_lookalike(module)):
-        names += STATISTICS
+        names += [name for _, name in statistics_in(module)]
     if was_lookalike(module):
         names += [name for name in AFFINE if name in module._buffers]
     names += record.requires_grad if record else ()
@@ -129,7 +129,7 @@ def frozen_by(module: nn.Module) -> Literal["bnfreeze", "class", "requires_grad"
         return "class"
     if not is_norm(module):
         return None
-    own = [p for name in AFFINE if (p := module._parameters.get(name)) is not None]
+    own = [p for name in AFFINE if isinstance(p := getattr(module, name, None), nn.Parameter)]
     parameters = list(module.parameters()) if computed_affine(module) else own
     by_hand = bool(parameters) and not any(p.requires_grad for p in parameters)
     return "requires_grad" if by_hand else None

@@ -13,7 +13,6 @@ from bnfreeze.norm_layers import (
     NamedModule,
     check_model,
     is_norm,
-    keeps_unknown_statistics,
     named_modules,
 )
 from bnfreeze.patterns import Pattern
@@ -88,17 +87,9 @@ def _chosen(
     return [
         entry
         for entry in modules
-        if (
-            record_of(entry.module) is not None
-            or is_norm(entry.module)
-            or keeps_unknown_statistics(entry.module)
-        )
-        and (patterns is None or any(_matches(entry, pattern) for pattern in patterns))
+        if (record_of(entry.module) is not None or is_norm(entry.module))
+        and (patterns is None or any(p.matches(*entry.all_names) for p in patterns))
     ]
-
-
-def _matches(entry: NamedModule, pattern: Pattern) -> bool:
-    return any(pattern.matches(name) for name in (*entry.plain_names, *entry.names))
 
 
 def _reasons(entry: NamedModule, facts: LiveLayer | None, strict: bool) -> Iterator[str]:
@@ -106,14 +97,12 @@ def _reasons(entry: NamedModule, facts: LiveLayer | None, strict: bool) -> Itera
     module, record = entry.module, record_of(entry.module)
     if record is not None:
         yield from _broken_promises(module, facts)
-    elif not is_left_alone(module):
-        if facts is None:
-            yield f"{type(module).__name__} keeps running statistics, and is not frozen"
-        elif facts.updates_statistics:
-            yield _because("it is not frozen, and its statistics update", facts, "statistics")
+    elif not is_left_alone(module) and facts is not None and facts.updates_statistics:
+        yield _because("it is not frozen, and its statistics update", facts, "statistics")
     if strict and facts is not None:
         if facts.normalizes_with != "running":
-            yield _because("it does not use its running statistics", facts, "normalizes_with")
+            uses = "does not use" if facts.normalizes_with == "batch" else "may not use"
+            yield _because(f"it {uses} its running statistics", facts, "normalizes_with")
         if facts.trains_affine:
             yield _because("its weight or bias trains", facts, "affine")
 

@@ -195,7 +195,7 @@ def _forward_in_training(case: _Case) -> Reason | None:
         text += "activation checkpointing run it twice?)"
     if layer is not None and layer.momentum == 0 and case.key == "num_batches_tracked":
         text += "; momentum=0 does not stop the count"
-    return Reason("forward-in-training", f"{text}.", _FREEZE)
+    return Reason("forward-in-training", f"{text}.", (layer and layer.remedy) or _FREEZE)
 
 
 def _object_replaced(case: _Case) -> Reason | None:
@@ -357,7 +357,9 @@ def _mode_changed(case: _Case) -> Reason | None:
     if case.was is None or case.now is None or (case.was.mode, case.now.mode) != ("eval", "train"):
         return None
     return Reason(
-        "train-called", "model.train() was called after an eval() that does not last.", _FREEZE
+        "train-called",
+        "model.train() was called after an eval() that does not last.",
+        case.now.remedy or _FREEZE,
     )
 
 

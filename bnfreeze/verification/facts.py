@@ -57,6 +57,7 @@ class OwnerFacts(NamedTuple):
         counts: whether it counts batches in training mode; an instance norm does not.
         momentum: its momentum, if it has one.
         parametrized: whether torch.nn.utils.parametrize has changed it.
+        remedy: of a foreign norm layer that is not frozen, what would freeze it.
     """
 
     kind: str
@@ -66,6 +67,7 @@ class OwnerFacts(NamedTuple):
     counts: bool = True
     momentum: float | None = None
     parametrized: bool = False
+    remedy: str = ""
 
     @property
     def short_kind(self) -> str:
@@ -110,7 +112,7 @@ class Facts:
             for name, fields in data["tensors"].items()
         }
         owners = {name: OwnerFacts(**fields) for name, fields in data["owners"].items()}
-        texts = [text for facts in owners.values() for text in facts[:3]]
+        texts = [text for facts in owners.values() for text in (*facts[:3], facts[-1])]
         for facts in tensors.values():
             texts += [facts.kind, facts.dtype, facts.device, facts.owner, facts.first]
             texts += [facts.placement, facts.unreadable]

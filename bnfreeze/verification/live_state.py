@@ -15,7 +15,14 @@ from torch.optim import Optimizer
 from bnfreeze.errors import PolicyError
 from bnfreeze.inspection.behaviour import optimizers_by_id
 from bnfreeze.inspection.in_memory import TensorInMemory, shard_of
-from bnfreeze.norm_layers import NamedModule, is_lookalike, is_norm, named_modules
+from bnfreeze.norm_layers import (
+    NamedModule,
+    foreign_remedy,
+    is_foreign,
+    is_lookalike,
+    is_norm,
+    named_modules,
+)
 from bnfreeze.patterns import Pattern, nearest
 from bnfreeze.policies.record import frozen_names, policy_name, record_of
 from bnfreeze.verification.facts import LISTED, Facts, OwnerFacts, TensorFacts
@@ -88,7 +95,7 @@ def read_state(
             version = None if tensor.is_inference() else tensor._version
         identities[name] = Identity(tensor, pointer, version)
     groups = tuple(group for places in ranges.values() for group in _overlapping(places))
-    noted = {name: _owner_facts(module) for name, module in owners.items()}
+    noted = {name: _owner_facts(name, module) for name, module in owners.items()}
     return State(
         Facts(selection, tensors, noted, groups),
         values,
@@ -212,7 +219,7 @@ def _name(what: torch.dtype | torch.device) -> str:
     return str(what).removeprefix("torch.")
 
 
-def _owner_facts(module: nn.Module) -> OwnerFacts:
+def _owner_facts(name: str, module: nn.Module) -> OwnerFacts:
     record = record_of(module)
     free = not is_norm(module) or (
         not record.policy.forces_eval if record else is_lookalike(module)
@@ -230,4 +237,5 @@ def _owner_facts(module: nn.Module) -> OwnerFacts:
         counts=not isinstance(module, _InstanceNorm),
         momentum=float(momentum) if isinstance(momentum, int | float) else None,
         parametrized=hasattr(module, "parametrizations"),
+        remedy="" if record or not is_foreign(module) else foreign_remedy(module, name),
     )
