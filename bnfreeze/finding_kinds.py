@@ -120,7 +120,8 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "outer one is frozen in eval mode.",
         "In eval mode the inner layer may never run: timm's SplitBatchNorm2d then sends all of a "
         "batch through the outer layer.",
-        "Freeze before such a conversion, or freeze with the policy 'stats', which keeps the mode.",
+        "To go on with the inner layers, use the policy 'stats', which keeps the mode. Otherwise "
+        "build the model without them.",
         "model = timm.layers.convert_splitbn_model(model)\nfreeze(model, 'eval')",
     ),
     FindingKind(

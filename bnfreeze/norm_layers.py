@@ -17,6 +17,7 @@ __all__ = [
     "AFFINE",
     "STATISTICS",
     "NamedModule",
+    "affine_names",
     "check_model",
     "computed_affine",
     "eps_of",
@@ -41,9 +42,9 @@ AFFINE = ("weight", "bias")
 _LOOKALIKE_NAME = re.compile(r"Frozen\w*BatchNorm", re.ASCII)
 
 # Packages whose norm layers normalise as their mode says, and write only to their statistics.
-_LIBRARIES = frozenset(
-    ("bnfreeze", "torch", "torchvision", "timm", "transformers", "ultralytics", "detectron2")
-    + ("mmcv", "mmengine", "mmdet", "mmpretrain", "mmseg", "segmentation_models_pytorch")
+_LIBRARIES = re.compile(
+    r"(bnfreeze|torch|torchvision|timm|transformers|ultralytics|detectron2"
+    r"|mmcv|mmengine|mmdet|mmpretrain|mmseg|segmentation_models_pytorch)(\.|$)"
 )
 
 # A flattened graph has names such as L__self___bn1_running_mean.
@@ -91,6 +92,19 @@ def statistics_in(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
         for name, value in holder.items()
         if isinstance(value, Tensor)
         and (_STATISTIC.fullmatch(name) or (foreign and holder is module._buffers))
+    ]
+
+
+def affine_names(module: nn.Module) -> list[str]:
+    """Which of the norm layer's own parameters are its weight and bias.
+
+    Those named so; of a foreign norm layer all that are no statistics, for it may call them gamma.
+    """
+    kept = [name for _, name in statistics_in(module)] if is_foreign(module) else None
+    return [
+        name
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (name in AFFINE if kept is None else name not in kept)
     ]
 
 
@@ -176,8 +190,8 @@ def has_known_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
         kind: the class that it had before freezing.
     """
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
-    known = owner.__module__.partition(".")[0] in _LIBRARIES
-    return not is_foreign(module) and (known or is_lookalike(module, kind))
+    known = is_lookalike(module, kind) or _LIBRARIES.match(owner.__module__) is not None
+    return known and not is_foreign(module)
 
 
 def is_in_graph(module: nn.Module) -> bool:

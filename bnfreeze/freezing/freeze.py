@@ -12,7 +12,7 @@ from bnfreeze.freezing.plan import Change, plan
 from bnfreeze.freezing.report import FreezeReport, LayerRow
 from bnfreeze.freezing.rules import matching, parse_rules, policies_for, selected_by
 from bnfreeze.fusion.survey import Absorption
-from bnfreeze.inspection.behaviour import optimizers_by_id
+from bnfreeze.inspection.behaviour import affine_parameters, optimizers_by_id
 from bnfreeze.inspection.live import inspect_model
 from bnfreeze.norm_layers import AFFINE, NamedModule, check_model, is_norm, named_modules
 from bnfreeze.patterns import Pattern
@@ -188,9 +188,9 @@ def _frozen_by_hand(module: nn.Module) -> str:
     record = record_of(module)
     names = [
         name
-        for name in AFFINE
-        if (parameter := module._parameters.get(name)) is not None
-        and not parameter.requires_grad
+        for name, parameter in affine_parameters(module).items()
+        if not parameter.requires_grad
+        and name in AFFINE
         and not (record and name in record.requires_grad)
     ]
     return f"{' and '.join(names)} frozen by you (requires_grad=False)" if names else ""

@@ -11,11 +11,10 @@ from bnfreeze.errors import PolicyError
 from bnfreeze.freezing.ddp import refuse_freezing, refuse_thawing, wrappers_around
 from bnfreeze.freezing.rules import Selected
 from bnfreeze.norm_layers import (
-    AFFINE,
     NamedModule,
+    affine_names,
     computed_affine,
     has_known_forward,
-    is_foreign,
     is_in_graph,
     is_lazy,
     is_norm,
@@ -130,7 +129,7 @@ def _plan_one(choice: Selected, flags: Mapping[int, bool]) -> Change:
         if parameter is not None
         and (
             Policy.WEIGHTS in policy
-            or (norm and policy.freezes_affine and (key in AFFINE or is_foreign(module)))
+            or (norm and policy.freezes_affine and key in affine_names(module))
         )
     }
     if norm and not frozen and policy.freezes_affine and not was_lookalike(module):

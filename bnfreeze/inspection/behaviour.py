@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bnfreeze.norm_layers import (
-    AFFINE,
     NamedModule,
+    affine_names,
     computed_affine,
     eps_of,
     has_known_forward,
@@ -204,8 +204,7 @@ def affine_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     """Weight and bias, as far as the layer has them as parameters, or what they come from."""
     if computed_affine(layer):
         return dict(layer.named_parameters())
-    own = dict(layer._parameters.items())  # of a scripted module it is no dict
-    return {n: p for n, p in own.items() if p is not None and (n in AFFINE or is_foreign(layer))}
+    return {name: getattr(layer, name) for name in affine_names(layer)}
 
 
 def _trains_affine(layer: nn.Module, optimized: Mapping[int, str] | None) -> tuple[bool, str]:

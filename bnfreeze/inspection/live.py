@@ -204,12 +204,12 @@ def _layer_findings(
     yield from _gradient_findings(name, layer, optimized)
     mean, var, count = (getattr(layer, stat, None) for stat in STATISTICS)
     if isinstance(mean, Tensor) and isinstance(var, Tensor):
-        known = isinstance(count, Tensor) and not count.is_meta and count.numel() == 1
+        counted = isinstance(count, Tensor) and not count.is_meta and count.numel() == 1
         yield from statistics_findings(
             name,
             _on_cpu(mean),
             _on_cpu(var),
-            int(count) if known and count is not None else None,
+            int(count) if counted else None,  # type: ignore[arg-type]
             facts.eps,
             dtypes=(_dtype_name(mean), _dtype_name(var)),
         )

@@ -7,7 +7,14 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from bnfreeze.norm_layers import AFFINE, computed_affine, is_lookalike, is_norm, statistics_in
+from bnfreeze.norm_layers import (
+    AFFINE,
+    affine_names,
+    computed_affine,
+    is_lookalike,
+    is_norm,
+    statistics_in,
+)
 from bnfreeze.policies.policy import Policy
 
 __all__ = [
@@ -129,7 +136,7 @@ def frozen_by(module: nn.Module) -> Literal["bnfreeze", "class", "requires_grad"
         return "class"
     if not is_norm(module):
         return None
-    own = [p for name in AFFINE if isinstance(p := getattr(module, name, None), nn.Parameter)]
+    own = [getattr(module, name) for name in affine_names(module)]
     parameters = list(module.parameters()) if computed_affine(module) else own
     by_hand = bool(parameters) and not any(p.requires_grad for p in parameters)
     return "requires_grad" if by_hand else None

@@ -92,7 +92,7 @@ class _Case:
 
     @property
     def is_statistic(self) -> bool:
-        return self.key in _STATISTICS and self.old is not None and self.old.kind != "parameter"
+        return self.key in _STATISTICS and self.old is not None
 
     def statistics(self, state: State) -> list[StoredTensor | None]:
         """Mean, variance and count of the layer in one of the states."""
