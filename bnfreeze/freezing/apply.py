@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from bnfreeze.freezing.ddp import refuse_thawing
 from bnfreeze.freezing.plan import Change, check_class
-from bnfreeze.fusion.blocks import PROGRAMS, absorb_in, release
-from bnfreeze.fusion.survey import Absorption
+from bnfreeze.fusion.blocks import GENERATED, Fusion, fuse_blocks, release
 from bnfreeze.norm_layers import STATISTICS, NamedModule, is_norm, keeps_statistics
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
@@ -29,17 +28,20 @@ _FUSED = Policy.FUSED | Policy.FUSED_ACT
 
 
 def carry_out(
-    modules: Sequence[NamedModule], changes: Sequence[Change]
-) -> tuple[list[tuple[str, ...]], dict[int, Absorption]]:
+    modules: Sequence[NamedModule],
+    changes: Sequence[Change],
+    traceable: Sequence[type | str] = (),
+) -> tuple[list[tuple[str, ...]], dict[int, Fusion]]:
     """Take every layer back to its original state, then hold it; on an error, undo it all.
 
     Args:
         modules: all of the model's.
         changes: what is to become of some of them.
+        traceable: as for `freeze`.
 
     Returns:
         For each change the actions that were needed, in the words of `LayerRow.actions`; and by
-        identity of each norm layer under the policy ``fused-act`` what it absorbs.
+        identity of each norm layer under the policy ``fused-act`` what it fuses.
     """
     before = [_State.of(entry.module) for entry in modules]
     records = [record_of(change.module) for change in changes]
@@ -49,12 +51,12 @@ def carry_out(
             _restore(change.module, change.record)
         done = [_hold(change, old) for change, old in zip(changes, records, strict=True)]
         _freeze_tied(modules)
-        absorbed = absorb_in(modules)
+        fusions = fuse_blocks(modules, traceable)
     except BaseException:
         for state in before:
             state.put_back()
         raise
-    return done, absorbed
+    return done, fusions
 
 
 def _hold(change: Change, old: Record | None) -> tuple[str, ...]:
@@ -121,11 +123,11 @@ def _cast_along(module: nn.Module) -> None:
                 buffer.data = buffer.data.to(weight.dtype)
 
 
-def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[int, Absorption]:
+def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[int, Fusion]:
     """Take the chosen among a model's modules back to what they were.
 
     Returns:
-        By identity of each norm layer under the policy ``fused-act`` what it absorbs from now on.
+        By identity of each norm layer under the policy ``fused-act`` what it fuses from now on.
 
     Raises:
         PolicyError: a layer whose class something else has changed since, or one that must not
@@ -143,7 +145,7 @@ def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[in
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
     _freeze_tied(modules)
-    return absorb_in(modules)
+    return fuse_blocks(modules)
 
 
 def _flags(thawed: Sequence[NamedModule]) -> list[tuple[nn.Parameter, bool]]:
@@ -186,7 +188,7 @@ class _State:
     def of(cls, module: nn.Module) -> _State:
         attributes: dict[str, object] = {
             key: module.__dict__[key]
-            for key in ("training", "_bnfreeze", PROGRAMS)
+            for key in ("training", "_bnfreeze", GENERATED)
             if key in module.__dict__
         }
         parameters = [
@@ -198,7 +200,7 @@ class _State:
         if type(self.module) is not self.kind:
             self.module.__class__ = self.kind
         set_record(self.module, None)
-        self.module.__dict__.pop(PROGRAMS, None)
+        self.module.__dict__.pop(GENERATED, None)
         self.module.__dict__.update(self.attributes)
         for parameter, flag, grad in self.parameters:
             parameter.requires_grad_(flag)

@@ -12,7 +12,7 @@ from bnfreeze.freezing.apply import carry_out, thaw
 from bnfreeze.freezing.plan import plan
 from bnfreeze.freezing.report import FreezeReport, LayerRow
 from bnfreeze.freezing.rules import matching, parse_rules, select
-from bnfreeze.fusion.survey import Absorption
+from bnfreeze.fusion.blocks import Fusion
 from bnfreeze.inspection.behaviour import optimizers_by_id
 from bnfreeze.inspection.live import inspect
 from bnfreeze.norm_layers import NamedModule, check_model, is_norm, named_modules
@@ -28,6 +28,7 @@ def freeze(
     policy: Policy | str | Mapping[str, Policy | str] = "eval+affine",
     *,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    traceable: Sequence[type | str] = (),
 ) -> FreezeReport:
     """Freeze the norm layers of `model`, in place and undoably.
 
@@ -44,6 +45,9 @@ def freeze(
             that matches stands for itself and all below it. The last rule that matches wins.
             Layers that no rule matches, or that ``none`` does, keep what they have.
         optimizer: the optimizer, or several. Held parameters that stand in it are then listed.
+        traceable: classes of your own, or names of packages, whose forward torch.fx may trace for
+            the policy ``fused-act``, besides those of known libraries. Their forwards must do
+            nothing that a trace misses.
 
     Returns:
         A `FreezeReport` with a row for each norm layer. Leaving it as a context manager unfreezes
@@ -61,12 +65,12 @@ def freeze(
     optimizers_by_id(optimizer)  # what is no optimizer is refused before anything is changed
     modules = named_modules(model)
     changes = plan(modules, select(modules, rules))
-    actions, absorbed = carry_out(modules, changes)
+    actions, fusions = carry_out(modules, changes, traceable)
     done = {
         id(change.module): (did, change.note) for change, did in zip(changes, actions, strict=True)
     }
     return FreezeReport(
-        _rows(modules, done, absorbed),
+        _rows(modules, done, fusions),
         _findings(model, {change.entry.name for change in changes}, optimizer),
         _norm_names(modules),
         lambda: thaw(named_modules(model), [change.module for change in changes]),
@@ -102,15 +106,15 @@ def unfreeze(model: nn.Module, match: str | Iterable[str] | None = None) -> Free
         texts = [match] if isinstance(match, str) else match
         chosen = matching(modules, [Pattern.parse(text) for text in texts])
     frozen = [entry.module for entry in chosen if record_of(entry.module) is not None]
-    absorbed = thaw(modules, frozen)
+    fusions = thaw(modules, frozen)
     done = {id(module): (("restore",), "") for module in frozen}
-    return FreezeReport(_rows(modules, done, absorbed), norm_names=_norm_names(modules))
+    return FreezeReport(_rows(modules, done, fusions), norm_names=_norm_names(modules))
 
 
 def _rows(
     modules: Sequence[NamedModule],
     done: Mapping[int, tuple[tuple[str, ...], str]],
-    absorbed: Mapping[int, Absorption],
+    fusions: Mapping[int, Fusion],
 ) -> tuple[LayerRow, ...]:
     """A row for each norm layer and for each other module that something was done to."""
     rows = []
@@ -119,13 +123,13 @@ def _rows(
         actions, note = done.get(id(module), ((), ""))
         if id(module) not in done and not is_norm(module):
             continue
-        found = absorbed.get(id(module), Absorption("", ""))
+        found = fusions.get(id(module), Fusion("", ""))
         rows.append(
             LayerRow(
                 entry.name,
                 layer_class(module).__name__,
                 policy_name(module),
-                found.absorbs,
+                found.fuses,
                 actions,
                 "; ".join(filter(None, [note, found.note])),
             )

@@ -33,11 +33,13 @@ class Record:
         policy: the policy that holds the module.
         training: the mode last asked for by ``train()`` or ``eval()``.
         requires_grad: the flag that each held parameter had, by its name in the module.
+        traceable: full names of classes and packages that may be traced besides known ones.
     """
 
     policy: Policy
     training: bool
     requires_grad: dict[str, bool]
+    traceable: tuple[str, ...] = ()
 
 
 def record_of(module: nn.Module) -> Record | None:

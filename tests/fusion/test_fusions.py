@@ -1,4 +1,4 @@
-"""What is absorbed in real models: as much as is there, and it computes what `fused` does."""
+"""What is fused in real models: as much as is there, and it computes what `fused` does."""
 
 import copy
 from collections import Counter
@@ -13,32 +13,32 @@ from tests.fusion import fusions
 
 
 @pytest.mark.parametrize("name", fusions.FOLLOWED)
-def test_all_that_follows_a_norm_layer_is_absorbed_and_nothing_else_changes(name):
+def test_all_that_follows_a_norm_layer_is_fused_and_nothing_else_changes(name):
     model = fusions.lively(fusions.build(name))
     report = freeze(copy.deepcopy(model), "fused-act")
     acts, sums, both = fusions.FOLLOWED[name]
     found = Counter()
-    for absorbs, count in fusions.counts(report).items():
-        words = absorbs.split("+")
-        found["both" if len(words) > 1 or words == ["absorbed"] else words[0]] += count
+    for fuses, count in fusions.counts(report).items():
+        words = fuses.split("+")
+        found["both" if len(words) > 1 or words == ["fused"] else words[0]] += count
     nothing = found.pop("", 0)
     assert found.pop("both", 0) == both
     assert found.pop("add", 0) == sums
     assert found.total() == acts
     # The rest is followed by something else, and the report says by what.
-    silent = [row for row in report.layers if not row.absorbs]
+    silent = [row for row in report.layers if not fusions.fused(report)[row.name]]
     assert len(silent) == nothing
     assert all(row.note.endswith(" follows") for row in silent)
     assert fusions.same_as_fused(model, fusions.batch(name))
 
 
-def test_a_resnet_50_absorbs_everything():
+def test_a_resnet_50_fuses_everything():
     report = freeze(fusions.build("resnet50"), "fused-act")
     assert fusions.counts(report) == {
         "relu": 33,
         "add+relu": 12,
         "affine+add+relu": 4,
-        "absorbed": 4,
+        "fused": 4,
     }
     assert not fusions.reasons(report)
 
@@ -46,7 +46,7 @@ def test_a_resnet_50_absorbs_everything():
 @pytest.mark.parametrize(
     "name", ["deeplabv3_resnet50", "r2plus1d_18", "timm/resnet50", "timm/efficientnet_b0"]
 )
-def test_other_models_absorb_too_and_compute_the_same(name):
+def test_other_models_fuse_too_and_compute_the_same(name):
     model = fusions.lively(fusions.build(name))
     report = freeze(copy.deepcopy(model), "fused-act")
     assert fusions.counts(report)[""] == (7 if name == "timm/efficientnet_b0" else 0)
@@ -125,7 +125,7 @@ def test_resnet_50_keeps_the_outputs_only_for_backward(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "efficientnet_b0", "regnet_y_400mf"])
-def test_no_more_is_kept_for_backward_than_without_absorbing(name, monkeypatch):
+def test_no_more_is_kept_for_backward_than_without_fusing(name, monkeypatch):
     model, x = fusions.build(name), torch.randn(2, 3, 64, 64)
     freeze(model, "fused")
     torch.manual_seed(0)
