@@ -55,6 +55,8 @@ class _Holder:
 
     def has_changed(self, block: nn.Module) -> bool:
         module = block if self.module is None else self.module
+        if module is not block and has_hooks(module):
+            return True
         if self.in_mode and module.training is not block.training:
             return True
         if layer_class(module).forward is not self.forward:
@@ -93,7 +95,10 @@ class Generated:
         if run is None:
             return None
         for module, kind in self.passed:
-            if type(module) is not kind or has_hooks(module):
+            # One that is a block itself may have got its generated forward since.
+            if type(module) is not kind and layer_class(module) is not kind:
+                return None
+            if has_hooks(module):
                 return None
         if any(holder.has_changed(block) for holder in self.holders):
             return None

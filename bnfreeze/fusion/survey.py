@@ -256,7 +256,7 @@ def _generated(block: nn.Module, inlined: Sequence[nn.Module], attempt: _Attempt
     calls = [call for calls in attempt.calls.values() for call in calls if call.fuses]
     passed = [module for call in calls for module in call.passed]
     looked_into = visible(block, inlined, attempt.called)
-    return generate(block, attempt.forwards, looked_into, [*passed, *inlined])
+    return generate(block, attempt.forwards, looked_into, passed)
 
 
 def _cannot(block: nn.Module, error: UntraceableError) -> str:

@@ -493,6 +493,14 @@ def test_a_summand_that_must_be_broadcast_or_promoted_is_added_as_before(x, call
     assert [call for call in calls if call] == ["+relu"]
 
 
+def with_mode(model):
+    def run(x):
+        with torch.overrides.BaseTorchFunctionMode():
+            return model(x)
+
+    return run
+
+
 @pytest.mark.parametrize(
     "how", ["compile", "export", "trace", "fx", "functional_call", "vmap", "mode"]
 )
@@ -515,8 +523,7 @@ def test_blocks_work_with_the_tools_of_torch(model, x, how, calls):
     elif how == "vmap":
         other = lambda x: torch.vmap(model)(x[None])[0]  # noqa: E731
     else:
-        with torch.overrides.BaseTorchFunctionMode():
-            other = lambda _, out=model(x): out  # noqa: E731
+        other = with_mode(model)
     assert torch.allclose(other(x), expected, atol=1e-5)
     if how not in ("functional_call", "compile"):
         assert set(calls) <= {""}
@@ -692,9 +699,10 @@ def test_an_error_leaves_nothing_half_changed(model, monkeypatch):
 
     freeze(model, "fused")
     before = description(model)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="half-way"):
+    with monkeypatch.context() as patch:
         patch.setattr(blocks, "make_class", fail)
-        freeze_here(model)
+        with pytest.raises(RuntimeError, match="half-way"):
+            freeze_here(model)
     assert description(model) == before
     fuse(model)
     fusing = description(model)

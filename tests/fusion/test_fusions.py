@@ -8,12 +8,12 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from bnfreeze import freeze
-from bnfreeze.nn import functional
+from bnfreeze.nn import functional, modules
 from tests.fusion import fusions
 
 
 @pytest.mark.parametrize("name", fusions.FOLLOWED)
-def test_all_that_follows_a_norm_layer_is_fused_and_nothing_else_changes(name):
+def test_all_that_follows_a_norm_layer_is_fused_and_nothing_else_changes(name, monkeypatch):
     model = fusions.lively(fusions.build(name))
     report = freeze(copy.deepcopy(model), "fused-act")
     acts, sums, both = fusions.FOLLOWED[name]
@@ -30,6 +30,27 @@ def test_all_that_follows_a_norm_layer_is_fused_and_nothing_else_changes(name):
     assert len(silent) == nothing
     assert all(row.note.endswith(" follows") for row in silent)
     assert fusions.same_as_fused(model, fusions.batch(name))
+    freeze(model, "fused-act")
+    whole = {name for name, fuses in fusions.fused(report).items() if fuses not in ("", "fused")}
+    assert fusing_layers(model, fusions.batch(name), monkeypatch) == whole
+
+
+def fusing_layers(model, inputs, monkeypatch):
+    """The names of the layers that fuse something when the model runs in one mode or the other."""
+    names = {id(m.running_mean): n for n, m in model.named_modules() if hasattr(m, "running_mean")}
+    found, real = set(), functional._apply
+
+    def spy(x, norm, residual, branch, activation):
+        if residual is not None or activation is not None:
+            found.add(names[id(norm[0])])
+        return real(x, norm, residual, branch, activation)
+
+    monkeypatch.setattr(functional, "_apply", spy)
+    monkeypatch.setattr(modules, "_apply", spy)
+    with torch.no_grad():
+        for mode in (True, False):
+            model.train(mode)(*inputs)
+    return found
 
 
 def test_a_resnet_50_fuses_everything():
@@ -140,8 +161,8 @@ def test_the_comparison_would_notice_another_activation(monkeypatch):
     model = fusions.lively(fusions.build("resnet18"))
     real = fusions.freeze
 
-    def freeze_wrongly(model, policy):
-        report = real(model, policy)
+    def freeze_wrongly(model, policy, **options):
+        report = real(model, policy, **options)
         if policy == "fused-act":
             model.layer1[0].bn1.weight.data[0] += 1e-6
         return report
