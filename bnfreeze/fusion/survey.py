@@ -133,13 +133,13 @@ class _Walk:
             found = attempt.calls
             needed = [m for m in inner if id(self.open[id(m)]) in attempt.fusing]
             if attempt.fusing and len(needed) < len(inner):
-                inner, attempt = needed, self.attempt(block, needed)
                 # The layers whose blocks are not inlined any more fuse nothing here.
-                again = {id(call.layer) for calls in attempt.calls.values() for call in calls}
+                dropped = {id(self.open[id(m)]) for m in inner if m not in needed}
+                inner, attempt = needed, self.attempt(block, needed)
                 found = {
                     mode: [
                         *attempt.calls.get(mode, ()),
-                        *(call for call in calls if id(call.layer) not in again),
+                        *(call for call in calls if id(call.layer) in dropped),
                     ]
                     for mode, calls in found.items()
                 }

@@ -181,14 +181,14 @@ def check(model, inputs, policy, head=None):
         wrong.append(f"verify: {verified.message}")
     mine = {name for name in before if name.rpartition(".")[0] in owners}
     stats = statistics(mine)
-    held = set()
-    held |= stats if flags.freezes_statistics else set()
-    held |= mine - stats if flags.freezes_affine else set()
-    held |= {n for n, _ in model.named_parameters()} if Policy.WEIGHTS in flags else set()
-    held -= {name for name in held if head and name.startswith(f"{head}.")}
-    wrong += [f"{name} is frozen and moved" for name in sorted(held & changed)]
+    frozen = set()
+    frozen |= stats if flags.freezes_statistics else set()
+    frozen |= mine - stats if flags.freezes_affine else set()
+    frozen |= {n for n, _ in model.named_parameters()} if Policy.WEIGHTS in flags else set()
+    frozen -= {name for name in frozen if head and name.startswith(f"{head}.")}
+    wrong += [f"{name} is frozen and moved" for name in sorted(frozen & changed)]
     # A parameter whose gradient is exactly 0 has weight decay to move it, unless it is 0 itself.
-    still = {n for n in received - held - changed if dict(model.named_parameters())[n].any()}
+    still = {n for n in received - frozen - changed if dict(model.named_parameters())[n].any()}
     wrong += [f"{name} should train and did not move" for name in sorted(still)]
     trained = set() if flags.freezes_statistics else {n for n in stats if "batches" in n}
     # A layer that the forward pass leaves out counts nothing (auxiliary heads in some models).
