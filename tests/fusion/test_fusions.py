@@ -11,7 +11,6 @@ from bnfreeze import freeze
 from bnfreeze.nn import functional, modules
 from tests.fusion import fusions
 
-
 # Large inputs or many layers, and no form of block that the others have not.
 SLOW = {"inception_v3", "googlenet", "vgg11_bn", "mnasnet1_0"}
 
