@@ -152,7 +152,7 @@ def finish(path, policies=POLICIES):
         f"{len(fitting - lines.keys())} were not",
         f"reached, and {len(broken)} do not run unfrozen either.",
         "",
-        "layers: norm layers. fused: those that the policy fused makes frozen layers; the others are",
+        "layers: norm layers. fused: those that the policy fused makes frozen layers; others are",
         "frozen by eval+affine. fusing: those that fuse what follows them by fused-act.",
         "side: of the square images. alike: whether train mode, frozen, was compared bit for bit",
         "with eval mode; not where other parts of the model act by the mode.",
