@@ -15,6 +15,7 @@ from bnfreeze.torch_private import _InstanceNorm, _NormBase
 
 __all__ = [
     "AFFINE",
+    "KNOWN",
     "STATISTICS",
     "NamedModule",
     "affine_names",
@@ -41,10 +42,11 @@ AFFINE = ("weight", "bias")
 # Transformers has a copy in each detection model: DetrFrozenBatchNorm2d, RTDetrFrozenBatchNorm2d.
 _LOOKALIKE_NAME = re.compile(r"Frozen\w*BatchNorm", re.ASCII)
 
-# Packages whose norm layers normalise as their mode says, and write only to their statistics.
-_LIBRARIES = re.compile(
-    r"(bnfreeze|torch|torchvision|timm|transformers|ultralytics|detectron2"
-    r"|mmcv|mmengine|mmdet|mmpretrain|mmseg|segmentation_models_pytorch)(\.|$)"
+# The packages whose norm layers normalise as their mode says, and write only to their statistics.
+# Their forwards are traced for the policy fused-act without asking.
+KNOWN = frozenset(
+    {"bnfreeze", "torch", "torchvision", "timm", "transformers", "ultralytics", "mmengine"}
+    | {"mmcv", "mmdet", "mmpretrain", "mmseg", "detectron2", "segmentation_models_pytorch"}
 )
 
 # A flattened graph has names such as L__self___bn1_running_mean.
@@ -190,7 +192,7 @@ def has_known_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
         kind: the class that it had before freezing.
     """
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
-    known = is_lookalike(module, kind) or _LIBRARIES.match(owner.__module__) is not None
+    known = is_lookalike(module, kind) or owner.__module__.partition(".")[0] in KNOWN
     return known and not is_foreign(module)
 
 
