@@ -45,7 +45,7 @@ _LOOKALIKE_NAME = re.compile(r"Frozen\w*BatchNorm", re.ASCII)
 # The packages whose norm layers normalise as their mode says, and write only to their statistics.
 # Their forwards are traced for the policy fused-act without asking.
 KNOWN = frozenset(
-    {"bnfreeze", "torch", "torchvision", "timm", "transformers", "ultralytics", "mmengine"}
+    {"bnfreeze", "torch", "torchvision", "timm", "transformers", "ultralytics"}
     | {"mmcv", "mmdet", "mmpretrain", "mmseg", "detectron2", "segmentation_models_pytorch"}
 )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bnfreeze.errors import PolicyError
 
-__all__ = ["Pattern", "nearest"]
+__all__ = ["Pattern", "hint", "with_parents"]
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,28 @@ def _segment(segment: str, whole: str) -> re.Pattern[str] | None:
     return re.compile(fnmatch.translate(segment.replace("[", "[[]")))
 
 
-def nearest(text: str, names: Iterable[str], limit: int = 3) -> list[str]:
-    """The existing names that a mistyped pattern most likely meant, best first.
+def hint(text: str, names: Iterable[str]) -> str:
+    """``" Did you mean …?"`` with the names that a mistyped pattern most likely meant, best first.
 
-    Compared whole, and by the last segment: ``layer4`` finds ``backbone.layer4``.
+    Compared whole, and by the last segment: ``layer4`` finds ``backbone.layer4``. Empty if no name
+    is near.
     """
     names = [name for name in names if name]
     by_leaf: dict[str, list[str]] = {}
     for name in names:
         by_leaf.setdefault(name.rpartition(".")[2], []).append(name)
-    found = difflib.get_close_matches(text, names, n=limit, cutoff=0.6)
-    for leaf in difflib.get_close_matches(text.rpartition(".")[2], by_leaf, n=limit, cutoff=0.6):
+    found = difflib.get_close_matches(text, names, n=3, cutoff=0.6)
+    for leaf in difflib.get_close_matches(text.rpartition(".")[2], by_leaf, n=3, cutoff=0.6):
         found += by_leaf[leaf]
-    return list(dict.fromkeys(found))[:limit]
+    near = list(dict.fromkeys(found))[:3]
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def with_parents(names: Iterable[str], most: int = 20_000) -> dict[str, None]:
+    """The names and those above them, in order; of very many, the first."""
+    found: dict[str, None] = {}
+    for name in names:
+        while name and name not in found and len(found) < most:
+            found[name] = None
+            name = name.rpartition(".")[0]
+    return found

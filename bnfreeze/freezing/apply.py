@@ -16,9 +16,10 @@ from bnfreeze.norm_layers import STATISTICS, NamedModule, is_norm, keeps_statist
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
     FreezeRecord,
-    frozen_parameters,
     layer_class,
+    original_flags,
     record_of,
+    recorded,
     set_record,
     was_lookalike,
 )
@@ -110,10 +111,8 @@ def _restore(module: nn.Module, following: FreezeRecord | None = None) -> None:
     record = record_of(module)
     if record is None:
         return
-    for name, flag in record.requires_grad.items():
-        parameter = module._parameters.get(name)
-        if parameter is not None:
-            parameter.requires_grad_(flag)
+    for _, parameter, flag in recorded(module):
+        parameter.requires_grad_(flag)
     base = layer_class(module)
     if type(module) is not base:
         module.__class__ = base
@@ -149,44 +148,24 @@ def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[in
     for entry in thawed:
         check_class(entry)
     # Only wrappers that were given count: unfreeze(ddp.module) is the way to wrap again.
-    owned = [(entry, frozen_parameters(entry.module)) for entry in thawed]
+    owned = [(e, [p for _, p, flag in recorded(e.module) if flag]) for e in thawed]
     refuse_thawing(wrappers_in(modules), owned)
     with transaction(modules):
         release(modules)
-        flags = _flags(thawed)
+        flags = original_flags(thawed)
         for entry in thawed:
             _restore(entry.module)
-        for parameter, flag in flags:
+        for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         _freeze_tied(modules)
         return fuse_blocks(modules)
 
 
-def _flags(thawed: Sequence[NamedModule]) -> list[tuple[nn.Parameter, bool]]:
-    """The flag that each parameter gets back.
-
-    A tied parameter has several records. If its layers were frozen one after another, the later
-    record saw it frozen already; so it required a gradient if any record says so.
-    """
-    found: dict[int, tuple[nn.Parameter, bool]] = {}
-    for entry in thawed:
-        record = record_of(entry.module)
-        for name, flag in record.requires_grad.items() if record else ():
-            parameter = entry.module._parameters.get(name)
-            if parameter is not None:
-                before = found.get(id(parameter), (parameter, False))[1]
-                found[id(parameter)] = (parameter, flag or before)
-    return list(found.values())
-
-
 def _freeze_tied(modules: Sequence[NamedModule]) -> None:
     """A tied parameter stays frozen as long as any module that has it is frozen."""
     for entry in modules:
-        record = record_of(entry.module)
-        for name in record.requires_grad if record else ():
-            parameter = entry.module._parameters.get(name)
-            if parameter is not None:
-                parameter.requires_grad_(False)
+        for _, parameter, _ in recorded(entry.module):
+            parameter.requires_grad_(False)
 
 
 @dataclass

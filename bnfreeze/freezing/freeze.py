@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from bnfreeze.freezing.apply import carry_out, thaw, transaction
 from bnfreeze.freezing.plan import Change, plan
 from bnfreeze.freezing.report import FreezeReport, LayerRow
-from bnfreeze.freezing.rules import matching, parse_rules, policies_for, selected_by
+from bnfreeze.freezing.rules import matching, parse_rules, policies_for
 from bnfreeze.fusion.blocks import Fusion
 from bnfreeze.inspection.behaviour import affine_parameters, optimizers_by_id
 from bnfreeze.inspection.live import inspect_model
@@ -87,7 +87,7 @@ def freeze(
     optimizers_by_id(optimizer)  # refuse what is no optimizer before anything is changed
     modules = named_modules(model)
     policies = policies_for(modules, rules)
-    changes = plan(modules, selected_by(modules, policies))
+    changes = plan(modules, policies)
     with transaction(modules, keep=not dry_run):
         actions, fusions = carry_out(modules, changes, traceable)
         left_alone = []

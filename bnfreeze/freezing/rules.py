@@ -12,11 +12,10 @@ from torch import nn
 from bnfreeze.errors import PolicyError
 from bnfreeze.inspection.unregistered import unregistered
 from bnfreeze.norm_layers import NamedModule, foreign_remedy, is_foreign, is_norm
-from bnfreeze.patterns import Pattern, nearest
+from bnfreeze.patterns import Pattern, hint, with_parents
 from bnfreeze.policies.policy import Policy
-from bnfreeze.policies.record import record_of
 
-__all__ = ["Rule", "Selected", "matching", "parse_rules", "policies_for", "selected_by"]
+__all__ = ["Rule", "eligible", "matching", "parse_rules", "policies_for"]
 
 
 _STATELESS = re.compile(r"(Layer|Group|RMS|Instance)_?Norm")
@@ -50,14 +49,6 @@ def parse_rules(policy: object) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-@dataclass(frozen=True)
-class Selected:
-    """A module and the policy that it gets."""
-
-    entry: NamedModule
-    policy: Policy
-
-
 def policies_for(modules: Sequence[NamedModule], rules: Iterable[Rule]) -> dict[int, Policy]:
     """By index in `modules`, the policy of the last rule that matches any of the module's names.
 
@@ -73,7 +64,7 @@ def policies_for(modules: Sequence[NamedModule], rules: Iterable[Rule]) -> dict[
             if rule.pattern.matches(*entry.all_names)
             and (policy := _policy_of(rule, entry)) is not None
         }
-        if not any(not p or _eligible(modules[index].module, p) for index, p in reached.items()):
+        if not any(not p or eligible(modules[index].module, p) for index, p in reached.items()):
             raise PolicyError(_nothing_found(modules, rule))
         chosen |= reached
     return chosen
@@ -96,26 +87,6 @@ def _policy_of(rule: Rule, entry: NamedModule) -> Policy | None:
     return Policy.WEIGHTS if Policy.WEIGHTS in rule.policy and module._parameters else None
 
 
-def selected_by(modules: Sequence[NamedModule], chosen: Mapping[int, Policy]) -> list[Selected]:
-    """The norm layers, and with ``weights`` the modules with parameters, that get a policy.
-
-    A module whose policy is ``none`` is not selected. A module that an earlier call froze, and
-    that its new policy does not freeze, is selected with the policy ``none``: it will be restored.
-
-    Raises:
-        PolicyError: one of them is a TorchScript module.
-    """
-    selected = []
-    for index, entry in enumerate(modules):
-        policy = chosen.get(index, Policy.NONE)
-        if policy and _eligible(entry.module, policy):
-            _refuse_script(entry)
-            selected.append(Selected(entry, policy))
-        elif policy and record_of(entry.module) is not None:
-            selected.append(Selected(entry, Policy.NONE))
-    return selected
-
-
 def matching(modules: Sequence[NamedModule], patterns: Iterable[Pattern]) -> list[NamedModule]:
     """The modules that any of the patterns matches.
 
@@ -132,7 +103,8 @@ def matching(modules: Sequence[NamedModule], patterns: Iterable[Pattern]) -> lis
     return [entry for entry in modules if any(p.matches(*entry.all_names) for p in patterns)]
 
 
-def _eligible(module: nn.Module, policy: Policy) -> bool:
+def eligible(module: nn.Module, policy: Policy) -> bool:
+    """Whether the policy freezes something of the module."""
     if is_norm(module):
         return True
     return Policy.WEIGHTS in policy and any(p is not None for p in module._parameters.values())
@@ -141,15 +113,6 @@ def _eligible(module: nn.Module, policy: Policy) -> bool:
 def _stateless(module: nn.Module) -> bool:
     """Whether the module normalises without running statistics; by name, for RMSNorm has many."""
     return any(_STATELESS.search(kind.__name__) for kind in type(module).__mro__)
-
-
-def _refuse_script(entry: NamedModule) -> None:
-    if isinstance(entry.module, torch.jit.ScriptModule):
-        raise PolicyError(
-            f"{entry.name} is a TorchScript module, whose layers are compiled and cannot be "
-            f"changed: freeze the original module before you script it, or leave this one out "
-            f"with {{{entry.name!r}: 'none'}} as the last rule."
-        )
 
 
 def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
@@ -163,7 +126,7 @@ def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
                 f"running statistics in a way of its own; there is no other norm layer. "
                 + foreign_remedy(entry.module, entry.plain_names[0], str(wanted))
             )
-    if wanted and not any(_eligible(entry.module, wanted) for entry in modules):
+    if wanted and not any(eligible(entry.module, wanted) for entry in modules):
         for hidden in unregistered(modules):
             return (
                 f"The model has no {what} that it has registered; {hidden.path} is not. Keep it in "
@@ -183,29 +146,15 @@ def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
     if set("[]{}()|") & set(text):
         problem += " Only *, ? and ** are special in a pattern."
     return f"Pattern {text!r} {problem}" + _suggest(
-        text, modules, lambda module: _eligible(module, wanted), skip=reached
+        text, modules, lambda module: eligible(module, wanted)
     )
 
 
 def _suggest(
-    text: str,
-    modules: Sequence[NamedModule],
-    eligible: Callable[[nn.Module], bool],
-    skip: Sequence[NamedModule] = (),
+    text: str, modules: Iterable[NamedModule], eligible: Callable[[nn.Module], bool]
 ) -> str:
     """Name the nearest modules that are eligible, or contain a module that is."""
-    names: dict[str, None] = {}
-    for entry in modules:
-        if eligible(entry.module):
-            for name in entry.plain_names:
-                while name:
-                    names[name] = None
-                    name = name.rpartition(".")[0]
-    for entry in skip:
-        for name in entry.plain_names:
-            names.pop(name, None)
-    near = nearest(text, names)
-    if near:
-        return " Did you mean " + " or ".join(map(repr, near)) + "?"
+    names = with_parents(n for e in modules if eligible(e.module) for n in e.plain_names)
     top = list(dict.fromkeys(name.partition(".")[0] for name in names))[:6]
-    return " There are: " + ", ".join(map(repr, top)) + "." if top else ""
+    there_are = " There are: " + ", ".join(map(repr, top)) + "." if top else ""
+    return hint(text, names) or there_are

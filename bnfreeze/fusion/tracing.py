@@ -33,6 +33,7 @@ __all__ = [
     "why_not_traced",
 ]
 
+
 class UntraceableError(Exception):
     """A graph cannot stand for the forward; the message says why."""
 

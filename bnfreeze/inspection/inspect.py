@@ -12,7 +12,7 @@ from bnfreeze.inspection.checkpoint import CheckpointInspection
 from bnfreeze.inspection.origin import Origin
 from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.stored_layers import StoredLayer, stored_layers
-from bnfreeze.patterns import Pattern, nearest
+from bnfreeze.patterns import Pattern, hint, with_parents
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,9 +31,6 @@ SORTS: Final[dict[str, Callable[[StoredLayer], Any]]] = {
     "var": lambda layer: layer.var.low if layer.var else float("-inf"),
     "dead": lambda layer: -layer.near_dead / (layer.num_features or 1),
 }
-
-# Of a file's module names: a suggestion is looked for among the first.
-_SUGGESTED_FROM: Final = 20_000
 
 
 @overload
@@ -160,24 +157,9 @@ def selected(tensors: Mapping[str, StoredTensor], select: Sequence[str]) -> dict
         pattern = Pattern.parse(text)
         matching = {module for module in set(modules.values()) if pattern.matches(module)}
         if not matching:
-            raise PolicyError(f"Pattern {text!r} matches nothing in it.{_hint(text, modules)}")
+            near = hint(text, with_parents(modules.values()))
+            if text in modules:
+                near = f" It is a tensor; patterns name modules: {modules[text]!r}."
+            raise PolicyError(f"Pattern {text!r} matches nothing in it.{near}")
         wanted |= matching
     return {name: tensors[name] for name, module in modules.items() if module in wanted}
-
-
-def _hint(text: str, modules: Mapping[str, str]) -> str:
-    """What a pattern that matches no module may have meant; `modules` are those of the tensors."""
-    if text in modules:
-        return f" It is a tensor; patterns name modules: {modules[text]!r}."
-    close = nearest(text, _with_parents(modules.values()))
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-
-
-def _with_parents(names: Iterable[str]) -> dict[str, None]:
-    """The names and those above them, as many as a suggestion is worth."""
-    found: dict[str, None] = {}
-    for name in names:
-        while name and name not in found and len(found) < _SUGGESTED_FROM:
-            found[name] = None
-            name = name.rpartition(".")[0]
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from bnfreeze.norm_layers import (
     AFFINE,
+    NamedModule,
     affine_names,
     computed_affine,
     is_lookalike,
@@ -22,12 +24,13 @@ __all__ = [
     "class_changed_since",
     "frozen_by",
     "frozen_names",
-    "frozen_parameters",
     "is_left_alone",
     "layer_class",
     "mark_left_alone",
+    "original_flags",
     "policy_name",
     "record_of",
+    "recorded",
     "set_record",
     "was_lookalike",
 ]
@@ -105,14 +108,27 @@ def frozen_names(module: nn.Module) -> tuple[str, ...]:
     )
 
 
-def frozen_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The module's own parameters that freezing froze: they required a gradient before."""
+def recorded(module: nn.Module) -> list[tuple[str, nn.Parameter, bool]]:
+    """The module's own parameters that its policy freezes, each with the flag that it had."""
     record = record_of(module)
     return [
-        parameter
+        (name, parameter, flag)
         for name, flag in (record.requires_grad.items() if record else ())
-        if flag and (parameter := module._parameters.get(name)) is not None
+        if (parameter := module._parameters.get(name)) is not None
     ]
+
+
+def original_flags(modules: Iterable[NamedModule]) -> dict[nn.Parameter, bool]:
+    """The requires_grad that each frozen parameter had before any freezing.
+
+    A tied parameter has several records. If its layers were frozen one after another, the later
+    record saw it frozen already; so it required a gradient if any record says so.
+    """
+    flags: dict[nn.Parameter, bool] = {}
+    for entry in modules:
+        for _, parameter, flag in recorded(entry.module):
+            flags[parameter] = flag or flags.get(parameter, False)
+    return flags
 
 
 def policy_name(module: nn.Module) -> str:

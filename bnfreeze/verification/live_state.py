@@ -22,7 +22,7 @@ from bnfreeze.norm_layers import (
     is_norm,
     named_modules,
 )
-from bnfreeze.patterns import Pattern, nearest
+from bnfreeze.patterns import Pattern, hint
 from bnfreeze.policies.record import frozen_names, policy_name, record_of
 from bnfreeze.torch_private import _InstanceNorm
 from bnfreeze.verification.facts import LISTED, Facts, OwnerFacts, TensorFacts
@@ -186,9 +186,8 @@ def _nothing(selection: str, slots: Iterable[_Slot]) -> str:
         return "The model has no norm layer, so there is nothing to check. Use tensors='all'."
     if selection == "all":
         return "The model has no tensor, so there is nothing to check."
-    near = nearest(selection, ["frozen", "norm", "all", *(slot.name for slot in slots)])
-    hint = " Did you mean " + " or ".join(map(repr, near)) + "?" if near else ""
-    return f"Pattern {selection!r} matches no tensor of the model.{hint}"
+    near = hint(selection, ["frozen", "norm", "all", *(slot.name for slot in slots)])
+    return f"Pattern {selection!r} matches no tensor of the model.{near}"
 
 
 def _tensor_facts(
