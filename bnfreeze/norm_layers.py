@@ -49,9 +49,10 @@ KNOWN = frozenset(
     | {"mmcv", "mmdet", "mmpretrain", "mmseg", "detectron2", "segmentation_models_pytorch"}
 )
 
-# A flattened graph has names such as L__self___bn1_running_mean.
-_MEAN_OR_VARIANCE = re.compile(r"(?:\w+_)?running_(?:mean|var)")
-_STATISTIC = re.compile(r"(?:\w+_)?(?:running_\w+|num_batches_tracked)")
+# A flattened graph has names such as L__self___bn1_running_mean; tutorials say moving_mean, and
+# batch renormalisation running_avg_std.
+_MEAN_OR_VARIANCE = re.compile(r"(?:\w+_)?(?:running|moving)_(?:\w+_)?(?:mean|var|std)")
+_STATISTIC = re.compile(r"(?:\w+_)?(?:(?:running|moving)_\w+|num_batches_tracked)")
 _OBSERVER = re.compile("Observer|FakeQuantize")
 
 # Classes that wrap a whole model, and the attribute in which they keep it. By class name, so that
@@ -72,7 +73,8 @@ def eps_of(module: nn.Module) -> float | None:
 
     Transformers' frozen batch norms have none, and compute with 1e-5.
     """
-    eps = getattr(module, "eps", None if is_foreign(module) else 1e-5)
+    transformers = type(module).__module__.startswith("transformers.")
+    eps = getattr(module, "eps", 1e-5 if transformers else None)
     return float(eps) if isinstance(eps, int | float) else None
 
 
@@ -165,8 +167,8 @@ def is_plain_norm(module: nn.Module) -> bool:
 def is_foreign(module: nn.Module) -> bool:
     """Whether the module is a foreign norm layer: it keeps running statistics in a way of its own.
 
-    Any module with a tensor running_mean or running_var that `is_plain_norm` does not know. One
-    of the two is enough: EvoNorm-B0 keeps only a variance. Observers of quantisation are none.
+    Any module with a tensor such as running_mean or running_var that `is_plain_norm` does not
+    know. One is enough: EvoNorm-B0 keeps only a variance. Observers of quantisation are none.
     """
     return (
         any(

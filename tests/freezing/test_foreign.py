@@ -54,15 +54,15 @@ class NeverEval(OwnNorm):
 
 
 class PlainAttribute(nn.Module):
-    """Keeps its statistics in no registry."""
+    """As in Dive into Deep Learning: under another name, and in no registry."""
 
     def __init__(self):
         super().__init__()
-        self.running_mean = torch.zeros(3)
+        self.moving_mean = torch.zeros(3)
 
     def forward(self, x):
-        self.running_mean = self.running_mean + x.detach().mean((0, 2, 3))
-        return x - self.running_mean.view(1, 3, 1, 1)
+        self.moving_mean = self.moving_mean + x.detach().mean((0, 2, 3))
+        return x - self.moving_mean.view(1, 3, 1, 1)
 
 
 class PerDomain(nn.Module):
