@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from bnfreeze.verification.causes import with_reason
 from bnfreeze.verification.drift import Drift
 from bnfreeze.verification.drift_report import DriftReport
+from bnfreeze.verification.reasons import because
 from bnfreeze.verification.state import State
-from bnfreeze.verification.values import digest
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,25 +34,19 @@ def across_ranks(report: DriftReport, state: State, group: ProcessGroup) -> Drif
         group: the process group; every rank of it has to call this.
     """
     own = [replace(drift, rank=dist.get_rank(group)) for drift in report.drifts]
-    digests = {
-        name: digest(name, state.values[name])
-        for name, facts in state.facts.tensors.items()
-        if name in state.values and not facts.placement
-    }
-    sent = (own, digests, report.checked, report.notes)
-    gathered: list[tuple[list[Drift], dict[str, str], int, tuple[str, ...]]]
+    whole = [name for name in state.values if not state.tensors[name].placement]
+    sent = (own, {name: state.digest(name) for name in whole}, report.checked)
+    gathered: list[tuple[list[Drift], dict[str, str], int]]
     gathered = [sent] * dist.get_world_size(group)
     dist.all_gather_object(gathered, sent, group=group)
-    drifts = [drift for found, *_ in gathered for drift in found]
-    drifts += _diverged(drifts, [found[1] for found in gathered])
-    checked = min(found[2] for found in gathered)
-    return DriftReport(tuple(drifts), checked, report.notes)
+    drifts = [drift for found, _, _ in gathered for drift in found]
+    drifts += _diverged(drifts, [digests for _, digests, _ in gathered])
+    return DriftReport(tuple(drifts), min(found[2] for found in gathered), report.notes)
 
 
-def _diverged(known: list[Drift], digests: list[dict[str, str]]) -> list[Drift]:
+def _diverged(known: Sequence[Drift], digests: Sequence[dict[str, str]]) -> Iterator[Drift]:
     """The tensors that are not the same on all ranks, though none of these drifted by itself."""
     known_here = {(drift.name, drift.rank) for drift in known}
-    found = []
     for name in dict.fromkeys(name for own in digests for name in own):
         # What drifted on a rank is reported already; that rank has no vote on what is right.
         kept = {
@@ -62,17 +58,6 @@ def _diverged(known: list[Drift], digests: list[dict[str, str]]) -> list[Drift]:
         first = next((rank for rank, bits in kept.items() if bits == right), 0)
         for rank, bits in kept.items():
             if bits != right:
-                found.append(
-                    Drift(
-                        name,
-                        "value",
-                        rank=rank,
-                        before=f"other bits than on rank {first}",
-                        cause_code="ranks-differ",
-                        cause="The ranks have different models, each unchanged since its own "
-                        "snapshot: they started apart.",
-                        remedy="Broadcast the model, or load it on every rank, before the "
-                        "snapshot.",
-                    )
-                )
-    return found
+                what = f"other bits than on rank {first}"
+                drift = Drift(name, "value", rank=rank, before=what)
+                yield with_reason(drift, because("ranks-differ"))

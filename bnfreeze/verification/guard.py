@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from types import TracebackType
@@ -15,9 +15,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bnfreeze.errors import BnfreezeWarning
+from bnfreeze.verification.causes import with_reason
 from bnfreeze.verification.drift import Drift
 from bnfreeze.verification.drift_report import DriftError, DriftReport
-from bnfreeze.verification.on_device import PendingCheck
+from bnfreeze.verification.on_device import Pair, start_comparing
+from bnfreeze.verification.reasons import because
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.tracer import Tracer
 from bnfreeze.verification.verify import check, snapshot
@@ -100,9 +102,12 @@ class Guard:
         self._optimizers = _with_hooks(optimizer)
         self._trace, self._group = trace, process_group
         self._tracer: Tracer | None = None
-        self._checked_at = 0
-        self._pending = PendingCheck()
         self._stack = ExitStack()
+        # The optimizer steps completed at the last check.
+        self._checked_at = 0
+        # What that check left to a GPU: the answer, and the steps that it is about. It is read one
+        # check later, so that no check waits for the device.
+        self._pending: tuple[Callable[[], bool], int, int] | None = None
 
     def __repr__(self) -> str:
         kind = type(self._model).__name__
@@ -116,12 +121,13 @@ class Guard:
 
     def __enter__(self) -> Guard:
         self.step = self._checked_at = 0
+        self._pending = None
         self.before = snapshot(self._model, tensors=self._tensors, optimizer=self._optimizers)
         with ExitStack() as stack:
-            for one in self._optimizers or ():
-                stack.callback(one.register_step_post_hook(self._after_step).remove)
             if self._optimizers is None:
                 stack.callback(register_optimizer_step_post_hook(self._after_step).remove)
+            for one in self._optimizers or ():
+                stack.callback(one.register_step_post_hook(self._after_step).remove)
             if self._trace:
                 self._tracer = stack.enter_context(Tracer(self.before.state, self._midway))
             self._stack = stack.pop_all()
@@ -151,32 +157,20 @@ class Guard:
         """
         __tracebackhide__ = True
         self._settle()
-        report = self._compare(self.step)
+        report = self._compare()
         report.raise_if_drifted()
         return report
 
-    def _compare(
-        self,
-        step: int,
-        *,
-        since: int | None = None,
-        exchange: bool = True,
-        pending: PendingCheck | None = None,
-    ) -> DriftReport:
+    def _compare(self, step: int | None = None, **options: Any) -> DriftReport:
+        """Compare, with more `options` of `check` and `compare`."""
         if self.before is None:
             raise RuntimeError("The guard is not active: enter it with a with statement.")
+        options = {"since": self._checked_at, **options}
+        step = self.step if step is None else step
         if self._tracer is not None:
             self._tracer.paused = True
         try:
-            self.report = check(
-                self._model,
-                self.before.state,
-                self._group,
-                exchange=exchange,
-                step=step,
-                since=self._checked_at if since is None else since,
-                pending=pending,
-            )
+            self.report = check(self._model, self.before.state, self._group, step=step, **options)
         finally:
             if self._tracer is not None:
                 self._tracer.paused = False
@@ -190,18 +184,19 @@ class Guard:
             DriftError: something had changed at that check.
         """
         __tracebackhide__ = True
-        if not self._pending.differed():
+        pending, self._pending = self._pending, None
+        if pending is None or not pending[0]():
             return
-        step, since = self._pending.step, self._pending.since
+        _, step, since = pending
         report = self._compare(step, since=since)
         if report.ok:  # the bits are right again, but they were not
-            report = replace(report, drifts=(_undone(step, since),))
+            drift = Drift("", "value", step=step, since=since, before="some values differed")
+            report = replace(report, drifts=(with_reason(drift, because("restored")),))
         report.raise_if_drifted()
 
     def _midway(self) -> DriftReport:
         """Compare in the middle of a step; the trace has seen every write up to here."""
-        self._checked_at = self.step
-        return self._compare(self.step + 1, exchange=False)
+        return self._compare(self.step + 1, since=self.step, exchange=False)
 
     def _after_step(self, *_: Any) -> None:
         __tracebackhide__ = True
@@ -215,39 +210,27 @@ class Guard:
         # started, and its answer read after the next steps, when it has arrived.
         self._settle()
         since = self._checked_at
-        self._compare(self.step, pending=self._pending).raise_if_drifted()
-        self._pending.step, self._pending.since = self.step, since
+        later: list[Pair] = []
+        self._compare(later=later).raise_if_drifted()
+        self._pending = start_comparing(later), self.step, since
 
     def _note_on(self, error: BaseException) -> None:
         """Add what drifted to the block's own exception, which is the one that counts."""
         try:
-            step = self._pending.step if self._pending.differed() else self.step
-            report = self._compare(step, exchange=False)
+            self._settle()
+            self._compare(exchange=False).raise_if_drifted()
+        except DriftError as drift:
+            text = f"The guarded model also drifted: {drift}"
         except Exception as failure:
             text = f"bnfreeze could not compare the model: {failure}"
         else:
-            if report.ok:
-                return
-            text = f"The guarded model also drifted: {report.message}"
+            return
         if sys.version_info >= (3, 11):
             error.add_note(text)
         else:
             # If warnings are errors, the block's own exception is still the one that counts.
             with suppress(BnfreezeWarning):
                 warnings.warn(text, BnfreezeWarning, stacklevel=3)
-
-
-def _undone(step: int, since: int) -> Drift:
-    return Drift(
-        "",
-        "value",
-        step=step,
-        since=since,
-        before="some values differed",
-        cause_code="restored",
-        cause="Frozen values on the GPU changed and were then restored.",
-        remedy="guard(trace=True) stops at the operation that writes.",
-    )
 
 
 def _with_hooks(

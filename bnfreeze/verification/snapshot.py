@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,14 +10,7 @@ from bnfreeze.verification.compare import compare
 from bnfreeze.verification.drift_report import DriftReport
 from bnfreeze.verification.state import State
 
-__all__ = ["Snapshot", "next_moment"]
-
-_clock = itertools.count(1)
-
-
-def next_moment() -> int:
-    """A number that is larger for each later snapshot."""
-    return next(_clock)
+__all__ = ["Snapshot"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,18 +22,16 @@ class Snapshot:
     """
 
     state: State = field(repr=False)
-    # Which of two was taken first; 0 for one from a file.
-    taken: int = 0
 
     @property
     def tensors(self) -> str:
         """Which tensors were asked for: ``"frozen"``, ``"norm"``, ``"all"`` or a pattern."""
-        return self.state.facts.selection
+        return self.state.selection
 
     @property
     def names(self) -> tuple[str, ...]:
         """The dotted names of the tensors, aliases included, in the model's order."""
-        return tuple(self.state.facts.tensors)
+        return tuple(self.state.tensors)
 
     @property
     def digest(self) -> bool:
@@ -50,8 +40,8 @@ class Snapshot:
 
     def compared_to(self, other: Snapshot) -> DriftReport:
         """What changed from the earlier of the two snapshots to the later one."""
-        first, second = sorted((self, other), key=lambda one: one.taken)
-        return compare(first.state, second.state, gathered=True)
+        first, second = sorted((self.state, other.state), key=lambda state: state.taken)
+        return compare(first, second, gathered=True)
 
     def save(self, path: str | Path) -> None:
         """Write the snapshot to `path`, whole or not at all.
@@ -79,14 +69,12 @@ class Snapshot:
         return cls(snapshot_file.load(Path(path)))
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Snapshot):
-            return NotImplemented
-        return self.compared_to(other).ok
+        return self.compared_to(other).ok if isinstance(other, Snapshot) else NotImplemented
 
     __hash__ = None  # type: ignore[assignment]  # equality is of what tensors hold
 
     def __len__(self) -> int:
-        return len(self.state.facts.tensors)
+        return len(self.state.tensors)
 
     def __repr__(self) -> str:
         kept = "digests" if self.digest else "a copy"

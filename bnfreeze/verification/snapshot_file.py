@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ from bnfreeze.checkpoints import StoredTensor, open_checkpoint
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 from bnfreeze.files import replacement
-from bnfreeze.verification.facts import Facts
-from bnfreeze.verification.state import State
+from bnfreeze.verification.state import OwnerFacts, State, TensorFacts
 from bnfreeze.verification.values import KeptTensor
 
 __all__ = ["load", "save"]
@@ -44,7 +44,13 @@ _CODES = {
 
 def save(state: State, path: Path) -> None:
     """Write the state to `path`: to a new file beside it first, which then takes its name."""
-    header = {"format": _FORMAT, "schema": _SCHEMA, "facts": state.facts.to_dict()}
+    facts = {
+        "selection": state.selection,
+        "tensors": {name: facts._asdict() for name, facts in state.tensors.items()},
+        "owners": {name: facts._asdict() for name, facts in state.owners.items()},
+        "groups": state.groups,
+    }
+    header = {"format": _FORMAT, "schema": _SCHEMA, "facts": facts}
     with replacement(path) as fresh:
         if state.digests:
             text = json.dumps({**header, "sha256": dict(state.digests)}, indent=1)
@@ -100,16 +106,15 @@ def load(path: Path) -> State:
 def _load_digests(path: Path) -> State:
     if path.stat().st_size > _MOST_DIGESTS:
         raise _corrupt(path, "it is larger than any list of digests")
-    try:
-        header = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(path, f"it is not valid JSON ({error})") from error
-    facts = _facts(path, header)
+    header = _parsed(path, path.read_bytes())
+    state = _facts(path, header)
     digests = header.get("sha256")
-    if not isinstance(digests, dict) or not all(_is_digest(value) for value in digests.values()):
+    if not isinstance(digests, dict) or not all(
+        isinstance(value, str) and len(value) == 64 for value in digests.values()
+    ):
         raise _corrupt(path, "it has no list of SHA-256 digests")
-    _check_names(path, facts, digests, set(facts.tensors))
-    return State(facts, {}, digests)
+    _check_names(path, state, digests, set(state.tensors))
+    return replace(state, digests=digests)
 
 
 def _load_values(path: Path) -> State:
@@ -123,16 +128,21 @@ def _load_values(path: Path) -> State:
                 f"{path} is a safetensors file, but not a snapshot: it lacks the facts that "
                 f"Snapshot.save writes. `bnfreeze snapshot` makes a snapshot of a checkpoint."
             )
-        try:
-            header = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise _corrupt(path, f"its facts are not valid JSON ({error})") from error
-        facts = _facts(path, header)
-        _check_names(path, facts, stored, {fact.first for fact in facts.tensors.values()})
-        return State(facts, {name: _typed(path, name, stored[name], facts) for name in stored})
+        state = _facts(path, _parsed(path, text))
+        _check_names(path, state, stored, {facts.first for facts in state.tensors.values()})
+        values = {name: _typed(path, name, stored[name], state.tensors[name]) for name in stored}
+        return replace(state, values=values)
 
 
-def _facts(path: Path, header: Any) -> Facts:
+def _parsed(path: Path, text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(path, f"its facts are not valid JSON ({error})") from error
+
+
+def _facts(path: Path, header: Any) -> State:
+    """The state without values."""
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
         raise UnsupportedFormatError(f"{path} is not a snapshot: Snapshot.save writes one.")
     if header.get("schema") != _SCHEMA:
@@ -141,24 +151,37 @@ def _facts(path: Path, header: Any) -> Facts:
             f"bnfreeze reads schema {_SCHEMA}: use the version that wrote it, or a later one."
         )
     try:
-        return Facts.from_dict(header["facts"])
+        facts = header["facts"]
+        tensors = {
+            name: TensorFacts(**{**fields, "shape": tuple(map(int, fields["shape"]))})
+            for name, fields in facts["tensors"].items()
+        }
+        owners = {name: OwnerFacts(**fields) for name, fields in facts["owners"].items()}
+        groups = tuple(tuple(map(str, group)) for group in facts["groups"])
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise _corrupt(path, f"its facts are incomplete ({error!r:.200})") from error
+    texts = [text for owner in owners.values() for text in owner[:2]]
+    for one in tensors.values():
+        texts += [one.kind, one.dtype, one.device, one.owner, one.first]
+        texts += [one.placement, one.unreadable]
+    if not all(isinstance(text, str) for text in texts):
+        raise _corrupt(path, "a name in its facts is not text")
+    known = all(one.first in tensors and one.owner in owners for one in tensors.values())
+    if not (tensors and known and tensors.keys() >= {name for group in groups for name in group}):
+        raise _corrupt(path, "the names in its facts do not fit together")
+    return State(str(facts["selection"]), tensors, owners, groups)
 
 
-def _check_names(path: Path, facts: Facts, stored: Mapping[str, Any], wanted: set[str]) -> None:
+def _check_names(path: Path, state: State, stored: Mapping[str, Any], wanted: set[str]) -> None:
     """Every readable tensor has its values, and nothing else has."""
-    wanted = {name for name in wanted if not facts.tensors[name].unreadable}
-    missing, extra = sorted(wanted - stored.keys()), sorted(stored.keys() - wanted)
-    if missing:
-        raise _corrupt(path, f"{missing[0]} is noted, but its values are missing")
-    if extra:
-        raise _corrupt(path, f"there are values of {extra[0]}, which is not noted")
+    wanted = {name for name in wanted if not state.tensors[name].unreadable}
+    for name in sorted(wanted ^ stored.keys()):
+        what = "is noted, but its values are missing" if name in wanted else "is not noted"
+        raise _corrupt(path, f"{name} {what}")
 
 
-def _typed(path: Path, name: str, stored: StoredTensor, facts: Facts) -> KeptTensor:
+def _typed(path: Path, name: str, stored: StoredTensor, noted: TensorFacts) -> KeptTensor:
     """The stored values in the dtype and shape that the facts say."""
-    noted = facts.tensors[name]
     if noted.dtype not in ITEM_SIZES:
         raise UnsupportedFormatError(
             f"{path}: {name} has the dtype {noted.dtype!r:.40}, which bnfreeze does not know."
@@ -175,10 +198,6 @@ def _typed(path: Path, name: str, stored: StoredTensor, facts: Facts) -> KeptTen
     if not noted.placement and shape != noted.shape:
         raise _corrupt(path, f"{name} is noted with the shape {noted.shape} and stored as {shape}")
     return KeptTensor(noted.dtype, shape, words)
-
-
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64
 
 
 def _corrupt(path: Path, what: str) -> CorruptCheckpointError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -15,10 +15,8 @@ from bnfreeze.verification.compare import compare
 from bnfreeze.verification.distributed import across_ranks
 from bnfreeze.verification.drift_report import DriftReport
 from bnfreeze.verification.live_state import read_state
-from bnfreeze.verification.on_device import PendingCheck
-from bnfreeze.verification.snapshot import Snapshot, next_moment
+from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.state import State
-from bnfreeze.verification.values import digest as digest_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,20 +53,18 @@ def snapshot(
         TypeError: `model` is not an `nn.Module`, or is TorchScript.
     """
     live = read_state(check_model(model), tensors, optimizer)
+    if digest:
+        readable = [name for name, facts in live.tensors.items() if facts.first in live.values]
+        return Snapshot(
+            replace(live, values={}, digests={name: live.digest(name) for name in readable})
+        )
     # The state must not share the model's memory.
-    if not digest:
-        copies = {name: TensorInMemory(value.tensor.clone()) for name, value in _live(live)}
-        return Snapshot(replace(live, values=copies), next_moment())
-    digests = {
-        name: digest_of(name, live.values[facts.first])
-        for name, facts in live.facts.tensors.items()
-        if facts.first in live.values
+    copies = {
+        name: TensorInMemory(value.tensor.clone())
+        for name, value in live.values.items()
+        if isinstance(value, TensorInMemory)
     }
-    return Snapshot(replace(live, values={}, digests=digests), next_moment())
-
-
-def _live(state: State) -> Iterable[tuple[str, TensorInMemory]]:
-    return ((n, value) for n, value in state.values.items() if isinstance(value, TensorInMemory))
+    return Snapshot(replace(live, values=copies))
 
 
 def verify(
@@ -107,23 +103,18 @@ def check(
     group: ProcessGroup | None,
     *,
     exchange: bool = True,
-    step: int | None = None,
-    since: int | None = None,
-    pending: PendingCheck | None = None,
+    **options: Any,
 ) -> DriftReport:
-    """What `verify` does, with the training steps that `guard` counts.
+    """What `verify` does, with more `options` of `compare`.
 
-    Without `exchange` each rank of the group checks its own tensors and asks no other. Values on
-    an accelerator are left to `pending`, if it is given.
+    Without `exchange` each rank of the group checks its own tensors and asks no other.
     """
     after = read_state(
         model,
-        before.facts.selection,
+        before.selection,
         before.live_optimizers(),
-        also=before.facts.tensors,
+        also=before.tensors,
         lenient=True,
     )
-    report = compare(
-        before, after, gathered=group is not None, step=step, since=since, pending=pending
-    )
+    report = compare(before, after, gathered=group is not None, **options)
     return report if group is None or not exchange else across_ranks(report, after, group)

@@ -9,8 +9,7 @@ from torch import nn
 
 import bnfreeze
 from bnfreeze.checkpoints import open_checkpoint
-from bnfreeze.verification.drift import Drift
-from bnfreeze.verification.messages import sentence
+from bnfreeze.verification.drift import Drift, sentence
 from bnfreeze.verification.stored import verify_stored
 
 
