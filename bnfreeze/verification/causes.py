@@ -49,12 +49,6 @@ class _Case:
         self.now = _known(after.owners.get(self.layer))
         self.identities = _identities(self, drift.name)
 
-    @property
-    def woken(self) -> bool:
-        """Whether the layer went from eval to train mode."""
-        was, now = self.was, self.now
-        return bool(was and now and was.mode_matters and now.training and not was.training)
-
     def statistics(self, state: State) -> list[StoredTensor | None]:
         """Mean, variance and count of the layer in one of the states."""
         prefix = f"{self.layer}." if self.layer else ""
@@ -117,23 +111,18 @@ def _statistics_moved(case: _Case) -> Reason | None:
         return because("thawed", was=was.policy, now=now.policy, kind=now.short_kind)
     if not is_statistic or (now and now.policy not in _MOVING):
         return None
-    # By how many batches the count rose; an instance norm does not count them.
-    counts = [one and one.item() for one in (case.statistics(s)[2] for s in _both(case))]
-    batches = None if None in counts else int(counts[1] - counts[0])  # type: ignore[operator]
-    if now and "InstanceNorm" in now.kind:
-        batches = None
-    training = now is not None and now.training
+    batches, training = _batches(case), now is not None and now.training
     if (batches is not None and batches <= 0) or not (training or batches):
         return None
     sentences = []
     if now:
-        kind = f"plain {now.short_kind}"
+        text = f"The layer is a plain {now.short_kind}"
         if now.policy != "none":
-            kind = f"{now.short_kind} whose policy {now.policy!r} lets statistics update,"
-        why = ": model.train() was called after an eval() that does not last" if case.woken else ""
-        sentences.append(
-            f"The layer is a {kind} in {'training' if training else 'eval'} mode{why}."
-        )
+            text = f"The layer's policy {now.policy!r} lets statistics update, and it is"
+        text += f" in {'training' if training else 'eval'} mode"
+        if was and now.woken_since(was):
+            text += ": model.train() was called after an eval() that does not last"
+        sentences.append(f"{text}.")
     if batches:
         steps = (case.drift.step or 0) - (case.drift.since or 0)
         text = f"{'It' if now else 'The layer'} ran {_times(batches)} in training mode since"
@@ -144,8 +133,14 @@ def _statistics_moved(case: _Case) -> Reason | None:
     return because("forward-in-training", sentences=" ".join(sentences))
 
 
-def _both(case: _Case) -> tuple[State, State]:
-    return case.before, case.after
+def _batches(case: _Case) -> int | None:
+    """By how much num_batches_tracked rose; None if that is not known, or not counted."""
+    start, end = (
+        None if (count := case.statistics(state)[2]) is None else count.item()
+        for state in (case.before, case.after)
+    )
+    counts = case.now is None or "InstanceNorm" not in case.now.kind
+    return int(end - start) if counts and start is not None and end is not None else None
 
 
 def _was_reset(case: _Case) -> bool:
@@ -222,8 +217,8 @@ def _writes(case: _Case, name: str) -> int | None:
     known = _identities(case, name)
     if known is None or known[0].tensor is not known[1].tensor:
         return None
-    versions = [one.version for one in known]
-    return None if None in versions else versions[1] - versions[0]  # type: ignore[operator]
+    start, end = known[0].version, known[1].version
+    return None if start is None or end is None else end - start
 
 
 def _times(count: int) -> str:
@@ -243,6 +238,6 @@ def _layer_changed(case: _Case) -> Reason | None:
         return because("unfrozen")
     if was.kind != now.kind:
         return because("class-changed")
-    if case.woken:
+    if now.woken_since(was):
         return because("train-called")
     return because("frozen-again") if was.policy != now.policy else None

@@ -61,8 +61,10 @@ def compare(
         later: takes the pairs of tensors on an accelerator, which are then not compared here.
         progress: is called with how many tensors of files are compared, and of how many.
     """
-    found = [*_changes(before, after, gathered, later, progress)]
-    drifts = [replace(drift, step=step, since=since) for drift in found]
+    drifts = [
+        replace(drift, step=step, since=since)
+        for drift in _changes(before, after, gathered, later, progress)
+    ]
     names = [*before.tensors, *after.tensors]
     places = {name: place for place, name in reversed(list(enumerate(names)))}
     # In the model's order, a layer after its tensors.
@@ -158,36 +160,31 @@ def _values(
             if not equal:
                 yield Drift(name, "value", total=prod(before.tensors[name].shape))
         return
-    pairs = {name: (before.value(name), after.value(name)) for name in names}
-    for name, (old, new) in list(pairs.items()):
-        if old.shape != new.shape:  # shards: their facts have the shape of the whole tensor
+    pairs: dict[str, tuple[StoredTensor, StoredTensor]] = {}
+    for name in names:
+        old, new = before.value(name), after.value(name)
+        if old.shape == new.shape:
+            pairs[name] = old, new
+        else:  # shards: their facts have the shape of the whole tensor
             sizes = f"{old.shape} → {new.shape}"
             yield Drift(name, "unverified", after=f"the shape of its shard changed: {sizes}")
-            del pairs[name]
-    unequal = _without_equal_live_ones(pairs, later)
-    for done, (name, pair) in enumerate(unequal.items()):
-        progress(done, len(unequal))
-        with telling(name):
-            drift = locate(name, *pair)
-        if drift is not None:
-            yield drift
-
-
-def _without_equal_live_ones(
-    pairs: dict[str, tuple[StoredTensor, StoredTensor]], later: list[Pair] | None
-) -> dict[str, tuple[StoredTensor, StoredTensor]]:
-    """Compare live tensors on their own device; only what differs there is read from it."""
+    # Live tensors are compared on their own device; only what differs there is read from it.
     live = {
         name: (old.tensor, new.tensor)
         for name, (old, new) in pairs.items()
         if hasattr(old, "tensor") and hasattr(new, "tensor")
     }
-    if not live:
-        return pairs
-    from bnfreeze.verification.on_device import unequal_tensors
+    if live:
+        from bnfreeze.verification.on_device import unequal_tensors
 
-    unequal = unequal_tensors(live, later)
-    return {name: pair for name, pair in pairs.items() if name not in live or name in unequal}
+        for name in live.keys() - unequal_tensors(live, later):
+            del pairs[name]
+    for done, (name, (old, new)) in enumerate(pairs.items()):
+        progress(done, len(pairs))
+        with telling(name):
+            drift = locate(name, old, new)
+        if drift is not None:
+            yield drift
 
 
 def _aliases(before: State, after: State) -> Iterator[Drift]:
@@ -214,13 +211,12 @@ def _partners(state: State, common: set[str]) -> dict[str, tuple[str, ...]]:
 def _layer(name: str, was: OwnerFacts, now: OwnerFacts, *, exact: bool) -> Iterator[Drift]:
     # In another process a class may come from another module: __main__, or an older torch.
     same = was.kind == now.kind if exact else was.short_kind == now.short_kind
-    woken = was.mode_matters and now.mode_matters and now.training and not was.training
     never_frozen = was.policy == "none"
     if not same and (not never_frozen or now.policy == "none"):
         kind: Kind = "replaced" if never_frozen else "thawed"
         yield Drift(name, kind, before=was.short_kind, after=now.short_kind)
     elif not never_frozen and was.policy != now.policy:
         yield Drift(name, "thawed", before=f"policy {was.policy}", after=f"policy {now.policy}")
-    elif woken:
+    elif now.woken_since(was):
         kind = "mode" if never_frozen else "thawed"
         yield Drift(name, kind, before="eval mode", after="train mode")

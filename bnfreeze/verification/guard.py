@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +74,10 @@ def guard(
     """
     if every < 1:
         raise ValueError(f"every: the number of optimizer steps, at least 1, not {every}.")
-    return Guard(model, optimizer, every, tensors, trace, process_group)
+    return Guard(model, _with_hooks(optimizer), every, tensors, trace, process_group)
 
 
+@dataclass(eq=False, repr=False)
 class Guard:
     """What `guard` returns: a context manager.
 
@@ -86,38 +87,29 @@ class Guard:
         report: the last comparison; None before the first.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer] | None,
-        every: int,
-        tensors: str,
-        trace: bool,
-        process_group: ProcessGroup | None,
-    ) -> None:
-        self.step = 0
-        self.before: Snapshot | None = None
-        self.report: DriftReport | None = None
-        self._model, self._every, self._tensors = model, every, tensors
-        self._optimizers = _with_hooks(optimizer)
-        self._trace, self._group = trace, process_group
-        self._tracer: Tracer | None = None
-        self._stack = ExitStack()
-        # The optimizer steps completed at the last check.
-        self._checked_at = 0
-        # What that check left to a GPU: the answer, and the steps that it is about. It is read one
-        # check later, so that no check waits for the device.
-        self._pending: tuple[Callable[[], bool], int, int] | None = None
+    _model: nn.Module
+    _optimizers: list[Optimizer] | None
+    _every: int
+    _tensors: str
+    _trace: bool
+    _group: ProcessGroup | None
+    step: int = 0
+    before: Snapshot | None = None
+    report: DriftReport | None = None
+    _tracer: Tracer | None = None
+    _stack: ExitStack = field(default_factory=ExitStack)
+    # The optimizer steps completed at the last check.
+    _checked_at: int = 0
+    # What that check left to a GPU: the answer, and the steps that it is about. It is read one
+    # check later, so that no check waits for the device.
+    _pending: tuple[Callable[[], bool], int, int] | None = None
 
     def __repr__(self) -> str:
         kind = type(self._model).__name__
         every = f"every {self._every} steps" if self._every > 1 else "every step"
         count = "" if self.before is None else f": {len(self.before)} tensors"
-        trace = ", traced" if self._trace else ""
-        return (
-            f"<Guard of {kind}, tensors={self._tensors!r}{count}, checked {every}{trace}, "
-            f"at step {self.step}>"
-        )
+        what = f"tensors={self._tensors!r}{count}, checked {every}"
+        return f"<Guard of {kind}, {what}{', traced' * self._trace}, at step {self.step}>"
 
     def __enter__(self) -> Guard:
         self.step = self._checked_at = 0
@@ -161,19 +153,13 @@ class Guard:
         report.raise_if_drifted()
         return report
 
-    def _compare(self, step: int | None = None, **options: Any) -> DriftReport:
+    def _compare(self, **options: Any) -> DriftReport:
         """Compare, with more `options` of `check` and `compare`."""
         if self.before is None:
             raise RuntimeError("The guard is not active: enter it with a with statement.")
-        options = {"since": self._checked_at, **options}
-        step = self.step if step is None else step
-        if self._tracer is not None:
-            self._tracer.paused = True
-        try:
-            self.report = check(self._model, self.before.state, self._group, step=step, **options)
-        finally:
-            if self._tracer is not None:
-                self._tracer.paused = False
+        options = {"step": self.step, "since": self._checked_at, **options}
+        with self._tracer.pause() if self._tracer else nullcontext():
+            self.report = check(self._model, self.before.state, self._group, **options)
         self._checked_at = self.step
         return self.report
 
@@ -188,7 +174,7 @@ class Guard:
         if pending is None or not pending[0]():
             return
         _, step, since = pending
-        report = self._compare(step, since=since)
+        report = self._compare(step=step, since=since)
         if report.ok:  # the bits are right again, but they were not
             drift = Drift("", "value", step=step, since=since, before="some values differed")
             report = replace(report, drifts=(with_reason(drift, because("restored")),))
@@ -196,7 +182,7 @@ class Guard:
 
     def _midway(self) -> DriftReport:
         """Compare in the middle of a step; the trace has seen every write up to here."""
-        return self._compare(self.step + 1, since=self.step, exchange=False)
+        return self._compare(step=self.step + 1, since=self.step, exchange=False)
 
     def _after_step(self, *_: Any) -> None:
         __tracebackhide__ = True

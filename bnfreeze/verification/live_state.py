@@ -79,17 +79,13 @@ def read_state(
         if name not in chosen and name not in also:
             continue
         known = first.setdefault(id(tensor), name)
-        if known == name:
-            value = TensorInMemory(tensor)
-            unreadable = value.why
-            if not unreadable:
-                values[name] = value
-        else:
-            unreadable = tensors[known].unreadable
-        tensors[name] = _tensor_facts(slot, known, optimized, unreadable)
+        value = TensorInMemory(tensor)
+        if known == name and value.has_values:
+            values[name] = value
+        tensors[name] = _tensor_facts(slot, known, optimized, value)
         owners[slot.owner] = slot.module
         pointer, version = 0, None
-        if not unreadable:
+        if value.has_values:
             own = shard_of(tensor)
             local = tensor if own is None else own
             pointer = local.untyped_storage().data_ptr()
@@ -197,7 +193,7 @@ def _nothing(selection: str, slots: Iterable[_Slot]) -> str:
 
 
 def _tensor_facts(
-    slot: _Slot, first: str, optimized: Mapping[int, str] | None, unreadable: str
+    slot: _Slot, first: str, optimized: Mapping[int, str] | None, value: TensorInMemory
 ) -> TensorFacts:
     tensor: Any = slot.tensor
     placement = ""
@@ -207,7 +203,7 @@ def _tensor_facts(
     return TensorFacts(
         kind=slot.kind,
         dtype=_name(tensor.dtype),
-        shape=() if unreadable.startswith("it has not seen") else tuple(tensor.shape),
+        shape=tuple(tensor.shape) if placement else value.shape,
         device=_name(tensor.device),
         requires_grad=tensor.requires_grad,
         has_grad=tensor.is_leaf and tensor.grad is not None,
@@ -215,7 +211,7 @@ def _tensor_facts(
         owner=slot.owner,
         first=first,
         placement=placement,
-        unreadable=unreadable,
+        unreadable=value.why,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,9 +17,6 @@ Pair = tuple[Tensor, Tensor]
 _memcmp = (ctypes.CDLL(None) if os.name == "posix" else ctypes.CDLL("msvcrt")).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _memcmp.restype = ctypes.c_int
-
-# An accelerator compares up to eight bytes at a time.
-_WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 # Tensors up to this many bytes are compared together on an accelerator, where each launch costs.
 _SMALL = 1 << 20
 
@@ -46,7 +42,7 @@ def unequal_tensors(pairs: Mapping[str, Pair], later: list[Pair] | None = None) 
     if later is not None:
         later += elsewhere.values()
     elif start_comparing(list(elsewhere.values()))():
-        found |= {name for name, pair in elsewhere.items() if not torch.equal(*_words(*pair))}
+        found |= {name for name, pair in elsewhere.items() if not torch.equal(*_octets(pair))}
     return found
 
 
@@ -62,17 +58,16 @@ def start_comparing(pairs: Sequence[Pair]) -> Callable[[], bool]:
     """
     jobs: dict[torch.device, list[Pair]] = {}
     small: dict[torch.device, list[Pair]] = {}
-    for before, after in pairs:
-        where = small if before.nbytes <= _SMALL else jobs
-        flat = before.reshape(-1).view(torch.uint8), after.reshape(-1).view(torch.uint8)
-        where.setdefault(before.device, []).append(flat)
+    for old, new in pairs:
+        where = small if new.nbytes <= _SMALL else jobs
+        where.setdefault(new.device, []).append(_octets((old, new)))
     for device, group in small.items():
-        joined = torch.cat([pair[0] for pair in group]), torch.cat([pair[1] for pair in group])
-        jobs.setdefault(device, []).append(joined)
-    answers = []
-    for job in jobs.values():
-        differing = [torch.ne(*_words(before, after)).any() for before, after in job]
-        answers.append(_on_its_way(torch.stack(differing).any()))
+        old, new = map(torch.cat, zip(*group, strict=True))
+        jobs.setdefault(device, []).append((old, new))
+    answers = [
+        _on_its_way(torch.stack([torch.ne(old, new).any() for old, new in job]).any())
+        for job in jobs.values()
+    ]
     return lambda: any(answer() for answer in answers)
 
 
@@ -93,11 +88,6 @@ def _on_its_way(verdict: Tensor) -> Callable[[], bool]:
     return answer
 
 
-def _words(first: Tensor, second: Tensor) -> Pair:
-    """Both as flat integers, as wide as size and alignment of both allow."""
-    size = first.element_size()
-    # The word must divide the length, and the place in their storage where both begin.
-    lengths = first.nbytes, first.storage_offset() * size, second.storage_offset() * size
-    unit = math.gcd(*lengths, 8)
-    word = next(word for word in _WORDS if unit % word.itemsize == 0)
-    return first.reshape(-1).view(word), second.reshape(-1).view(word)
+def _octets(pair: Pair) -> Pair:
+    """Both tensors as flat bytes."""
+    return pair[0].reshape(-1).view(torch.uint8), pair[1].reshape(-1).view(torch.uint8)

@@ -24,11 +24,9 @@ _CLEAR_GRAD = "Clear it with .grad = None; freeze(model, optimizer=…) does tha
 _REASONS = {
     # Values.
     "reset": (
-        "Every mean of the layer is 0 and every variance is 1: the statistics were reset, by "
-        "reset_running_stats(), a new initialisation, or a tool that assigns new ones (Lightning's "
-        "StochasticWeightAveraging does).",
-        'Use freeze(model, "fused"): such tools do not find its layers, and a frozen layer refuses '
-        "reset_running_stats().",
+        "Every mean of the layer is 0 and every variance is 1: reset_running_stats(), a new "
+        "initialisation, or a tool that assigns new ones (Lightning's StochasticWeightAveraging).",
+        'Use freeze(model, "fused"): a frozen layer refuses a reset, and tools do not find it.',
     ),
     "thawed": (
         "The layer was frozen by policy {was!r}, and is now a {kind} with policy {now!r}: "
@@ -37,8 +35,7 @@ _REASONS = {
     ),
     "forward-in-training": ("{sentences}", _FREEZE),
     "other-tensor": (
-        "Another tensor is registered under its name: load_state_dict(assign=True), or an "
-        "assignment to the attribute.",
+        "Another tensor has its name now: load_state_dict(assign=True), or an assignment.",
         "Copy into the existing tensor, before freezing.",
     ),
     "other-storage": (
@@ -59,8 +56,7 @@ _REASONS = {
         "Leave frozen tensors out of the average: copy them instead.",
     ),
     "loaded": (
-        "All {count} tensors of {where} were written in place: by load_state_dict(), an EMA or "
-        "another copy.",
+        "All {count} tensors of {where} were written in place, as load_state_dict() and EMA do.",
         "Load before freezing; leave frozen tensors out of the EMA's copy.",
     ),
     "in-place": (
@@ -96,15 +92,14 @@ _REASONS = {
         "Take the snapshot of the model in its final form; save all of it.",
     ),
     "aliasing": (
-        "Names that had their own memory now share it, or names that shared it do not: an "
-        "assignment, a .data, a copy or load_state_dict(assign=True).",
+        "Names share memory that did not, or no longer do: an assignment, a .data, a copy, "
+        "load_state_dict(assign=True).",
         "Tie weights first, then freeze.",
     ),
     "replaced": (
-        "Something else is registered under its name: load_state_dict(assign=True), an assignment, "
-        "register_buffer, or fully_shard.",
-        "Optimizers still have the old parameter: replace first, then build the optimizer and "
-        "freeze.",
+        "Something else has its name now: load_state_dict(assign=True), an assignment, "
+        "register_buffer, or fully_shard. Optimizers still have the old parameter.",
+        "Replace first, then build the optimizer and freeze.",
     ),
     "requires-grad": (
         "Something set the flag: requires_grad_() on the model or on the parameter.",
@@ -115,14 +110,12 @@ _REASONS = {
         "Give the optimizer only what trains.",
     ),
     "grad": (
-        "A backward ran while it required a gradient, or .grad was assigned: the next optimizer "
-        "step moves it.",
+        "A backward ran before it was frozen, or .grad was assigned: the next step applies it.",
         _CLEAR_GRAD,
     ),
     "unverified": (
         "A tensor that cannot be compared does not count as unchanged.",
-        "Leave it out with a pattern. For sharded tensors, pass process_group=…, and each rank "
-        "checks its own shards.",
+        "Leave it out with a pattern. If it is sharded, pass process_group=… on every rank.",
     ),
     # Layers.
     "sync-batchnorm": (
@@ -144,18 +137,15 @@ _REASONS = {
     "other-model": (
         "{gone} of {all} names are missing and {reshaped} have another shape: this is another "
         "model, or its names begin differently.",
-        "Compare one model with itself. If the file has several state_dicts, choose one with "
-        "--key.",
+        "Compare one model with itself. For one of several state_dicts in a file, use --key.",
     ),
     "other-objects": (
         "All {count} parameters are other objects: this is another model or a copy, or "
         "load_state_dict(assign=True) ran.",
-        "Check the model of which the snapshot was taken. For a copy, save the snapshot and use "
-        "Snapshot.load.",
+        "Check the model of the snapshot itself. For a copy, save the snapshot and load it.",
     ),
     "ranks-differ": (
-        "The ranks have different models, each unchanged since its own snapshot: they started "
-        "apart.",
+        "The ranks have different models, each unchanged since its snapshot: they started apart.",
         "Broadcast the model, or load it on every rank, before the snapshot.",
     ),
     # What only a guard sees.
@@ -168,10 +158,7 @@ _REASONS = {
         "assignment to .data, numpy, a raw pointer, compiled code.",
         TRACE,
     ),
-    "operation": (
-        "{operation} wrote to it.",
-        "Leave frozen tensors out of it, or freeze later.",
-    ),
+    "operation": ("{operation} wrote to it.", "Leave frozen tensors out of it, or freeze later."),
 }
 
 

@@ -74,7 +74,7 @@ def _write_safetensors(
         known = value.dtype in _CODES
         described[name] = {
             "dtype": _CODES.get(value.dtype, "U8"),
-            "shape": list(value.shape) if known else [size],
+            "shape": value.shape if known else [size],
             "data_offsets": [end, end + size],
         }
         end += size
@@ -93,9 +93,9 @@ def load(path: Path) -> State:
         raise UnsupportedFormatError(f"{path} is not a snapshot: it is not a regular file.")
     with path.open("rb") as stream:
         start = stream.read(9)
-    if start.lstrip().startswith(b"{"):
+    if start.startswith(b"{"):
         return _load_digests(path)
-    if len(start) == 9 and start[8:] == b"{":
+    if start[8:] == b"{":
         return _load_values(path)
     raise UnsupportedFormatError(
         f"{path} is not a snapshot: neither safetensors nor JSON. Snapshot.save writes one of "
@@ -161,9 +161,8 @@ def _facts(path: Path, header: Any) -> State:
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise _corrupt(path, f"its facts are incomplete ({error!r:.200})") from error
     texts = [text for owner in owners.values() for text in owner[:2]]
-    for one in tensors.values():
-        texts += [one.kind, one.dtype, one.device, one.owner, one.first]
-        texts += [one.placement, one.unreadable]
+    # All but shape, requires_grad, has_grad and optimized.
+    texts += [text for one in tensors.values() for text in (*one[:2], one.device, *one[7:])]
     if not all(isinstance(text, str) for text in texts):
         raise _corrupt(path, "a name in its facts is not text")
     known = all(one.first in tensors and one.owner in owners for one in tensors.values())
@@ -186,18 +185,14 @@ def _typed(path: Path, name: str, stored: StoredTensor, noted: TensorFacts) -> K
         raise UnsupportedFormatError(
             f"{path}: {name} has the dtype {noted.dtype!r:.40}, which bnfreeze does not know."
         )
-    words, shape, size = stored.words(), stored.shape, ITEM_SIZES[noted.dtype]
-    if stored.dtype != noted.dtype:
-        if noted.dtype in _CODES or stored.dtype != "uint8" or words.nbytes % size:
-            raise _corrupt(path, f"{name} is noted as {noted.dtype} and stored as {stored.dtype}")
-        words = words.view(np.dtype(f"<u{min(size, 8)}"))
-        shape = (len(words) * words.itemsize // size,)
-        if not noted.placement and shape == (prod(noted.shape),):
-            shape = noted.shape
-    # A shard has a shape of its own; the noted one is that of the whole tensor.
-    if not noted.placement and shape != noted.shape:
-        raise _corrupt(path, f"{name} is noted with the shape {noted.shape} and stored as {shape}")
-    return KeptTensor(noted.dtype, shape, words)
+    octets, size = stored.words().view(np.uint8), ITEM_SIZES[noted.dtype]
+    shape = noted.shape
+    if noted.placement:  # a shard has a shape of its own; the noted one is of the whole tensor
+        shape = stored.shape if stored.dtype == noted.dtype else (len(octets) // size,)
+    if len(octets) != prod(shape) * size:
+        wanted = f"{noted.dtype} of shape {shape}"
+        raise _corrupt(path, f"{name} is noted as {wanted}, and has {len(octets)} bytes")
+    return KeptTensor(noted.dtype, shape, octets.view(f"<u{min(size, 8)}"))
 
 
 def _corrupt(path: Path, what: str) -> CorruptCheckpointError:

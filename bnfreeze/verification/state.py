@@ -73,6 +73,11 @@ class OwnerFacts(NamedTuple):
         """The class's own name."""
         return self.kind.rpartition(".")[2]
 
+    def woken_since(self, was: OwnerFacts) -> bool:
+        """Whether it went from eval to train mode, and that matters."""
+        matters = was.mode_matters and self.mode_matters
+        return matters and self.training and not was.training
+
 
 class Identity(NamedTuple):
     """Which object had a name, and its memory: known only in the process that saw it.

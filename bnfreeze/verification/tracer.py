@@ -12,15 +12,17 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from bnfreeze.inspection.in_memory import TensorInMemory, read_tensor, shard_of, why_unreadable
+from bnfreeze.inspection.in_memory import TensorInMemory, shard_of, why_unreadable
 from bnfreeze.torch_private import TorchDispatchMode
 from bnfreeze.verification.causes import with_reason
 from bnfreeze.verification.drift_report import DriftError, DriftReport
@@ -41,28 +43,31 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, before: State, look: Callable[[], DriftReport]) -> None:
         """Watch the tensors of `before`; `look` compares the model with it in full."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.paused = False
+        self._paused = False
         # What it raised: some callers, load_state_dict among them, raise their own instead.
         self.error: DriftError | None = None
         self._before, self._look = before, look
         # By the address of the memory, the first names of the frozen tensors there.
         self._names: dict[int, list[str]] = {}
-        self._values = {
-            name: value.tensor
-            for name, value in before.values.items()
-            if isinstance(value, TensorInMemory)
-        }
-        for name in self._values:
-            pointer = before.identities[name].pointer
-            if pointer:
+        for name in before.values:
+            if pointer := before.identities[name].pointer:
                 self._names.setdefault(pointer, []).append(name)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Watch nothing in a ``with`` block."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         __tracebackhide__ = True
         kwargs = kwargs or {}
-        names = [] if self.paused else self._touched((args, kwargs))
+        names = [] if self._paused else self._touched((args, kwargs))
         if not names:
             return func(*args, **kwargs)
         if any(map(self._differs, names)):
@@ -73,16 +78,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _touched(self, arguments: object) -> list[str]:
-        names: dict[str, None] = {}
-        for tensor in _tensors(arguments):
-            names.update(dict.fromkeys(self._names.get(_pointer(tensor), ())))
-        return list(names)
+        found = [self._names.get(_pointer(tensor), []) for tensor in _tensors(arguments)]
+        return list(dict.fromkeys(chain.from_iterable(found)))
 
     def _differs(self, name: str) -> bool:
-        tensor = self._before.identities[name].tensor
-        if why_unreadable(tensor):
+        now = TensorInMemory(self._before.identities[name].tensor)
+        before = cast("TensorInMemory", self._before.values[name])
+        if now.why:
             return False  # the full comparison will say so
-        old, new = self._values[name], read_tensor(tensor)
+        old, new = before.tensor, now.tensor
         if (old.dtype, old.shape, old.device) != (new.dtype, new.shape, new.device):
             return True
         return bool(unequal_tensors({name: (old, new)}))
