@@ -14,6 +14,7 @@ from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedPara
 from bnfreeze.checkpoints import StateDict, StoredTensor
 from bnfreeze.checkpoints.state_dicts import find_state_dict
 from bnfreeze.checkpoints.stored_tensor import Words
+from bnfreeze.torch_private import DisableTorchFunctionSubclass
 
 __all__ = ["TensorInMemory", "read_tensor", "shard_of", "state_dict_in", "why_unreadable"]
 
@@ -29,14 +30,13 @@ def shard_of(tensor: Tensor) -> Tensor | None:
 
 def why_unreadable(tensor: Tensor) -> str:
     """Why the tensor's bits cannot be read; empty if they can."""
-    if type(tensor) not in (Tensor, Parameter):
-        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-            return "it has not seen an input yet"
-        own = shard_of(tensor)
-        if own is not None:
-            return why_unreadable(own)
-        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return f"bnfreeze cannot read the values of a {type(tensor).__name__}"
+    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+        return "it has not seen an input yet"
+    own = shard_of(tensor)
+    if own is not None:
+        return why_unreadable(own)
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"bnfreeze cannot read the values of a {type(tensor).__name__}"
     if tensor.is_meta:
         return "it is on the meta device and has no values"
     if tensor.is_nested or tensor.layout is not torch.strided:
@@ -54,7 +54,7 @@ def read_tensor(tensor: Tensor) -> Tensor:
     For a DTensor: this rank's shard. Call it only if `why_unreadable` gives nothing.
     """
     own = shard_of(tensor)
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         plain = (tensor if own is None else own).detach()
         if plain.is_conj() or plain.is_neg():
             plain = plain.resolve_conj().resolve_neg()

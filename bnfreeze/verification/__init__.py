@@ -11,13 +11,11 @@ drift_report  all changes (`DriftReport`, `DriftError`)                      no 
 reasons       the causes that are known, with their remedies                 no torch
 causes        which of them is the likeliest                                 no torch
 compare       two states → the changes: the comparison that all others use   no torch
-snapshot_file a snapshot as a file                                           no torch
-snapshot      `Snapshot`                                                     no torch
+snapshot      `Snapshot`, in memory and as a file                            no torch
 stored        a checkpoint compared with a snapshot                          no torch
 diff          `diff`, of checkpoints, state_dicts and models                 no torch
 live_state    the state of a live model
-distributed   a check across the ranks of a process group
-verify        `snapshot`, `verify`
+verify        `snapshot`, `verify`, on one rank or on all
 assert_frozen `assert_frozen`
 tracer        the operation that writes to a frozen tensor
 guard         `guard`

@@ -18,6 +18,7 @@ from bnfreeze.errors import BnfreezeWarning
 from bnfreeze.verification.causes import with_reason
 from bnfreeze.verification.drift import Drift
 from bnfreeze.verification.drift_report import DriftError, DriftReport
+from bnfreeze.verification.live_state import as_list
 from bnfreeze.verification.on_device import Pair, start_comparing
 from bnfreeze.verification.reasons import because
 from bnfreeze.verification.snapshot import Snapshot
@@ -74,7 +75,13 @@ def guard(
     """
     if every < 1:
         raise ValueError(f"every: the number of optimizer steps, at least 1, not {every}.")
-    return Guard(model, _with_hooks(optimizer), every, tensors, trace, process_group)
+    optimizers = None if optimizer is None else as_list(optimizer)
+    for one in optimizers or ():
+        if not hasattr(one, "register_step_post_hook"):
+            raise TypeError(
+                f"optimizer: {type(one).__name__} has no step hooks; pass the optimizer inside it."
+            )
+    return Guard(model, optimizers, every, tensors, trace, process_group)
 
 
 @dataclass(eq=False, repr=False)
@@ -217,24 +224,3 @@ class Guard:
             # If warnings are errors, the block's own exception is still the one that counts.
             with suppress(BnfreezeWarning):
                 warnings.warn(text, BnfreezeWarning, stacklevel=3)
-
-
-def _with_hooks(
-    optimizer: Optimizer | Iterable[Optimizer] | None,
-) -> list[Optimizer] | None:
-    if optimizer is None:
-        return None
-    several = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-    # Accelerate's wrapper, which Transformers' Trainer uses too, is an Optimizer by class, but its
-    # base was never initialised. The steps are those of the optimizer inside.
-    several = [
-        inner if isinstance(inner := getattr(one, "optimizer", None), Optimizer) else one
-        for one in several
-    ]
-    for one in several:
-        if not hasattr(one, "register_step_post_hook"):
-            raise TypeError(
-                f"optimizer: expected a torch.optim.Optimizer or several, not "
-                f"{type(one).__name__}; for a wrapper, pass the optimizer inside it."
-            )
-    return several

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from bnfreeze.patterns import Pattern, nearest
 from bnfreeze.policies.record import frozen_names, policy_name, record_of
 from bnfreeze.verification.state import LISTED, Identity, OwnerFacts, State, TensorFacts
 
-__all__ = ["read_state"]
+__all__ = ["as_list", "read_state"]
 
 _clock = itertools.count(1)
 
@@ -61,7 +60,7 @@ def read_state(
     Raises:
         PolicyError: there is nothing to check.
     """
-    optimizers = _several(optimizer)
+    optimizers = as_list(optimizer)
     optimized = optimizers_by_id(optimizers) if optimizers else None
     modules = named_modules(model)
     slots = list(_slots(modules))
@@ -125,12 +124,21 @@ def _overlapping(places: Sequence[tuple[int, int, str]]) -> Iterator[tuple[str, 
     return (tuple(group) for group in groups if len(group) > 1)
 
 
-def _several(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+def as_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    """The optimizers, without wrappers.
+
+    Raises:
+        TypeError: something is not an optimizer.
+    """
     if optimizer is None:
         return []
     several = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-    optimizers_by_id(several)  # refuses what is not an optimizer
-    return several
+    for one in several:
+        optimizers_by_id(one)  # refuses what is not an optimizer
+    # Accelerate's wrapper, which Transformers' Trainer uses too, is an Optimizer by class, but its
+    # base was never initialised. The steps are those of the optimizer inside.
+    inside = (getattr(one, "optimizer", None) for one in several)
+    return [i if isinstance(i, Optimizer) else o for i, o in zip(inside, several, strict=True)]
 
 
 def _slots(modules: Iterable[NamedModule]) -> Iterator[_Slot]:
@@ -202,9 +210,9 @@ def _tensor_facts(
         placement = f"{shards} over {tuple(tensor.device_mesh.shape)}"
     return TensorFacts(
         kind=slot.kind,
-        dtype=_name(tensor.dtype),
+        dtype=value.dtype,
         shape=tuple(tensor.shape) if placement else value.shape,
-        device=_name(tensor.device),
+        device=str(tensor.device),
         requires_grad=tensor.requires_grad,
         has_grad=tensor.is_leaf and tensor.grad is not None,
         optimized=None if optimized is None else id(tensor) in optimized,
@@ -213,11 +221,6 @@ def _tensor_facts(
         placement=placement,
         unreadable=value.why,
     )
-
-
-@functools.cache
-def _name(what: torch.dtype | torch.device) -> str:
-    return str(what).removeprefix("torch.")
 
 
 def _owner_facts(module: nn.Module) -> OwnerFacts:
