@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bnfreeze.checkpoints import StateDict, StoredTensor
 from bnfreeze.checkpoints.state_dicts import find_state_dict
