@@ -206,8 +206,3 @@ def test_equal(model):
 def test_the_plugin_loads_no_torch():
     code = "import sys, bnfreeze.pytest_plugin; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_the_check_for_torch_can_fail():
-    code = "import sys, bnfreeze.verification.on_device; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1

@@ -49,7 +49,7 @@ def flip(tensor, element, bit):
     octets[element * tensor.element_size() + bit // 8] ^= 1 << bit % 8
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(
     dtype=st.sampled_from([*FLOATS, *OTHERS, *COMPLEX, *INTEGERS, *UNSIGNED]),
     shape=st.lists(st.integers(1, 5), max_size=4),
