@@ -119,7 +119,7 @@ def _statistics_moved(case: _Case) -> Reason | None:
         text = f"The layer is a plain {now.short_kind}"
         if now.policy != "none":
             text = f"The layer's policy {now.policy!r} lets statistics update, and it is"
-        text += f" in {'training' if training else 'eval'} mode"
+        text += " in training mode" if training else " in eval mode now"
         if was and now.woken_since(was):
             text += ": model.train() was called after an eval() that does not last"
         sentences.append(f"{text}.")

@@ -103,14 +103,14 @@ class Drift:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data; numbers that JSON lacks are strings."""
-        return {
-            key: str(value)
-            if isinstance(value, complex) or (isinstance(value, float) and not math.isfinite(value))
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-            for key, value in asdict(self).items()
-        }
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    is_number = isinstance(value, float) and math.isfinite(value)
+    return str(value) if isinstance(value, float | complex) and not is_number else value
 
 
 def sentence(drift: Drift) -> str:

@@ -234,8 +234,9 @@ def _facts(path: Path, header: Any) -> State:
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise _corrupt(path, f"its facts are incomplete ({error!r:.200})") from error
     texts = [text for owner in owners.values() for text in owner[:2]]
-    # All but shape, requires_grad, has_grad and optimized.
-    texts += [text for one in tensors.values() for text in (*one[:2], one.device, *one[7:])]
+    for one in tensors.values():
+        texts += [one.kind, one.dtype, one.device, one.owner, one.first]
+        texts += [one.placement, one.unreadable]
     if not all(isinstance(text, str) for text in texts):
         raise _corrupt(path, "a name in its facts is not text")
     known = all(one.first in tensors and one.owner in owners for one in tensors.values())
