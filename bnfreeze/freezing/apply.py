@@ -17,6 +17,7 @@ from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
     FreezeRecord,
     layer_class,
+    mark_left_alone,
     original_flags,
     record_of,
     recorded,
@@ -134,7 +135,7 @@ def _cast_statistics(module: nn.Module) -> None:
 
 
 def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[int, Fusion]:
-    """Restore the chosen ones among a model's modules.
+    """Restore the chosen ones among a model's modules, and forget which were left alone.
 
     Returns:
         By identity of each norm layer under the policy ``fused-act`` what it fuses from now on.
@@ -155,6 +156,8 @@ def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[in
         flags = original_flags(thawed)
         for entry in thawed:
             _restore(entry.module)
+        for module in chosen:
+            mark_left_alone(module, False)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         _freeze_tied(modules)

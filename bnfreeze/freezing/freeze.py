@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bnfreeze.freezing.apply import carry_out, thaw, transaction
-from bnfreeze.freezing.plan import Change, plan
+from bnfreeze.freezing.plan import plan
 from bnfreeze.freezing.report import FreezeReport, LayerRow
 from bnfreeze.freezing.rules import matching, parse_rules, policies_for
 from bnfreeze.fusion.blocks import Fusion
@@ -88,14 +88,17 @@ def freeze(
     modules = named_modules(model)
     policies = policies_for(modules, rules)
     changes = plan(modules, policies)
+
+    def undo() -> None:
+        thaw(named_modules(model), [change.module for change in changes])
+        for index in policies:
+            mark_left_alone(modules[index].module, False)
+
     with transaction(modules, keep=not dry_run):
         actions, fusions = carry_out(modules, changes, traceable)
-        left_alone = []
         for index, chosen_policy in policies.items():
             module = modules[index].module
-            alone = is_norm(module) and not chosen_policy
-            mark_left_alone(module, alone)
-            left_alone += [module] if alone else []
+            mark_left_alone(module, is_norm(module) and not chosen_policy)
         done = {
             id(change.module): (did, change.note)
             for change, did in zip(changes, actions, strict=True)
@@ -107,16 +110,8 @@ def freeze(
             tuple(f for f in found.findings if f.name in chosen or f.code in _OF_THE_MODEL),
             {layer.name: layer for layer in found.layers},
             "freeze (dry run)" if dry_run else "freeze",
-            (lambda: None) if dry_run else lambda: _thaw_again(model, changes, left_alone),
+            (lambda: None) if dry_run else undo,
         )
-
-
-def _thaw_again(
-    model: nn.Module, changes: Sequence[Change], left_alone: Sequence[nn.Module]
-) -> None:
-    for module in left_alone:
-        mark_left_alone(module, False)
-    thaw(named_modules(model), [change.module for change in changes])
 
 
 def unfreeze(model: nn.Module, select: str | Iterable[str] | None = None) -> FreezeReport:
@@ -147,11 +142,8 @@ def unfreeze(model: nn.Module, select: str | Iterable[str] | None = None) -> Fre
     if select is not None:
         texts = [select] if isinstance(select, str) else select
         chosen = matching(modules, [Pattern.parse(text) for text in texts])
-    for entry in chosen:
-        mark_left_alone(entry.module, False)
-    frozen = [entry.module for entry in chosen if record_of(entry.module) is not None]
-    fusions = thaw(modules, frozen)
-    done = {id(module): (("restore",), "") for module in frozen}
+    done = {id(e.module): (("restore",), "") for e in chosen if record_of(e.module) is not None}
+    fusions = thaw(modules, [entry.module for entry in chosen])
     return FreezeReport(
         _rows(modules, done, fusions),
         facts={layer.name: layer for layer in inspect_model(model).layers},

@@ -9,8 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from bnfreeze.findings import Finding
-from bnfreeze.inspection.behaviour import LiveLayer
-from bnfreeze.policies.policy import Policy
+from bnfreeze.inspection.behaviour import LiveLayer, fate
 from bnfreeze.tables import Printable, Sheet, shared_kind
 
 __all__ = ["FreezeReport", "LayerRow"]
@@ -131,10 +130,6 @@ class FreezeReport(Printable):
     def _cells(self, row: LayerRow) -> tuple[str, ...]:
         """What the layer does from now on, in the words of the inspection's table."""
         facts = self.facts[row.name]
-        frozen = row.policy == "frozen"
-        policy = Policy.NONE if frozen else Policy.parse(row.policy)
-        statistics = "frozen" if frozen or Policy.STATS in policy else "still"
-        affine = "frozen" if frozen or Policy.AFFINE in policy else "still"
         words = {"clear-grad": "gradient cleared", "restore": "restored"}
         notes = [words[action] for action in row.actions if action in words]
         if row.policy != "none" and not row.actions and not row.note:
@@ -145,8 +140,7 @@ class FreezeReport(Printable):
             row.policy,
             row.fuses,
             facts.normalizes_with,
-            "update" if facts.updates_statistics else statistics,
-            "train" if facts.trains_affine else affine,
+            *fate(facts),
             "; ".join([*notes, *filter(None, [row.note])]),
         )
 

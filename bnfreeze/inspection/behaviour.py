@@ -23,10 +23,18 @@ from bnfreeze.norm_layers import (
     keeps_statistics,
     statistics_in,
 )
+from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import frozen_by, layer_class, policy_name, record_of
 from bnfreeze.torch_private import _InstanceNorm
 
-__all__ = ["FrozenBy", "LiveLayer", "affine_parameters", "live_layer", "optimizers_by_id"]
+__all__ = [
+    "FrozenBy",
+    "LiveLayer",
+    "affine_parameters",
+    "fate",
+    "live_layer",
+    "optimizers_by_id",
+]
 
 
 FrozenBy = Literal["bnfreeze", "class", "requires_grad"]
@@ -65,6 +73,21 @@ class LiveLayer:
     eps: float | None
     why: dict[str, str]
     aliases: tuple[str, ...] = ()
+
+
+def fate(layer: LiveLayer) -> tuple[str, str]:
+    """What becomes of the statistics, and of weight and bias, in a word or two for a table.
+
+    ``"update"`` or ``"train"``; ``"frozen"``; or ``"still"``: they stay, and nobody promises it.
+    """
+    frozen = layer.policy == "frozen"
+    policy = Policy.NONE if frozen else Policy.parse(layer.policy)
+    statistics = "frozen" if frozen or Policy.STATS in policy else "still"
+    affine = "frozen" if frozen or Policy.AFFINE in policy else "still"
+    return (
+        "update" if layer.updates_statistics else statistics,
+        "train" if layer.trains_affine else affine,
+    )
 
 
 def optimizers_by_id(
@@ -208,31 +231,25 @@ def affine_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _trains_affine(layer: nn.Module, optimized: Mapping[int, str] | None) -> tuple[bool, str]:
-    parameters = affine_parameters(layer)
-    if not parameters:
-        return False, "it has neither"
     record = record_of(layer)
-    policy = f"frozen by policy {record.policy}" if record else ""
-    frozen = record.requires_grad if record else {}
-    reasons = {
-        name: _why_moves(parameter, optimized, policy if name in frozen else "")
-        for name, parameter in parameters.items()
-    }
-    moving = {name: why for name, (moves, why) in reasons.items() if moves}
-    shown = moving or {name: why for name, (_, why) in reasons.items()}
-    if len(set(shown.values())) == 1 and len(shown) == len(parameters):
-        return bool(moving), next(iter(shown.values()))
-    return bool(moving), "; ".join(f"{name}: {why}" for name, why in shown.items())
-
-
-def _why_moves(
-    parameter: nn.Parameter, optimized: Mapping[int, str] | None, frozen: str
-) -> tuple[bool, str]:
-    if optimized is not None and id(parameter) not in optimized:
-        return False, "in no optimizer"
-    if parameter.requires_grad:
-        return True, "requires_grad" + (", in the optimizer" if optimized is not None else "")
-    if parameter.grad is not None:
-        # Without an optimizer at hand, the careful answer: a step would move it.
-        return True, "requires_grad is False, but a leftover .grad is applied by the next step"
-    return False, frozen or "requires_grad is False"
+    reasons: dict[str, tuple[bool, str]] = {}
+    for name, parameter in affine_parameters(layer).items():
+        if optimized is not None and id(parameter) not in optimized:
+            reasons[name] = False, "in no optimizer"
+        elif parameter.requires_grad:
+            reasons[name] = True, "requires_grad" + (", in the optimizer" if optimized else "")
+        elif parameter.grad is not None:
+            # Without an optimizer at hand, the careful answer: a step would move it.
+            why = "requires_grad is False, but a leftover .grad is applied by the next step"
+            reasons[name] = True, why
+        elif record and name in record.requires_grad:
+            reasons[name] = False, f"frozen by policy {record.policy}"
+        else:
+            reasons[name] = False, "requires_grad is False"
+    if not reasons:
+        return False, "it has neither"
+    trains = any(moves for moves, _ in reasons.values())
+    shown = {name: why for name, (moves, why) in reasons.items() if moves is trains}
+    if len(shown) == len(reasons) and len(set(shown.values())) == 1:
+        return trains, next(iter(shown.values()))
+    return trains, "; ".join(f"{name}: {why}" for name, why in shown.items())

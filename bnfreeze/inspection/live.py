@@ -12,6 +12,7 @@ from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.behaviour import (
     LiveLayer,
     affine_parameters,
+    fate,
     live_layer,
     optimizers_by_id,
 )
@@ -21,7 +22,6 @@ from bnfreeze.inspection.train_mode import training_flags
 from bnfreeze.inspection.unregistered import Unregistered, unregistered
 from bnfreeze.norm_layers import (
     STATISTICS,
-    NamedModule,
     check_model,
     foreign_remedy,
     is_foreign,
@@ -29,9 +29,10 @@ from bnfreeze.norm_layers import (
     is_norm,
     keeps_statistics,
     named_modules,
+    statistics_in,
 )
 from bnfreeze.policies.policy import Policy
-from bnfreeze.policies.record import frozen_names, policy_name, record_of
+from bnfreeze.policies.record import frozen_names, policy_name, record_of, recorded
 from bnfreeze.tables import Sheet, shared_kind
 
 __all__ = ["ModelInspection", "inspect_model"]
@@ -52,8 +53,7 @@ class ModelInspection(Inspection):
                 str(layer.num_features),
                 layer.policy,
                 layer.normalizes_with,
-                "update" if layer.updates_statistics else _unchanged(layer.why["statistics"]),
-                "train" if layer.trains_affine else _unchanged(layer.why["affine"]),
+                *fate(layer),
                 "" if layer.eps is None else f"{layer.eps:g}",
                 layer.why["statistics"],
                 layer.why["affine"],
@@ -62,7 +62,8 @@ class ModelInspection(Inspection):
         ]
         updating = sum(layer.updates_statistics for layer in self.layers)
         training = sum(layer.trains_affine for layer in self.layers)
-        on_batch = sum(layer.normalizes_with == "batch" for layer in self.layers)
+        uses = [layer.normalizes_with for layer in self.layers]
+        unknown = f", {n} in a way that is not known" if (n := uses.count("unknown")) else ""
         title, further = shared_kind(
             "What the next training step does", [layer.kind for layer in self.layers]
         )
@@ -84,17 +85,13 @@ class ModelInspection(Inspection):
             findings=self.findings,
             verdict=(
                 f"{len(rows)} norm layer{'' if len(rows) == 1 else 's'}: "
-                f"{on_batch} normalise with the batch, "
+                f"{uses.count('batch')} normalise with the batch{unknown}, "
                 f"{updating} update their statistics, {training} train weight or bias."
                 if rows
                 else "No norm layer."
             ),
             further=further | {"eps", "statistics, because", "affine, because"},
         )
-
-
-def _unchanged(why: str) -> str:
-    return "frozen" if why.startswith("frozen") else "still"
 
 
 def inspect_model(
@@ -122,7 +119,10 @@ def inspect_model(
         findings += _unregistered(hidden)
     if not layers and not findings:
         findings.append(finding("model-no-norm-layer", ""))
-    if _all_frozen(modules):
+    records = [record_of(entry.module) for entry in modules]
+    if any(record and Policy.WEIGHTS in record.policy for record in records) and not any(
+        p.requires_grad for p in model.parameters()
+    ):
         findings.append(finding("model-nothing-trains", ""))
     if optimized and not any(id(p) in optimized for p in model.parameters()):
         findings.append(finding("optimizer-without-parameters", ""))
@@ -131,10 +131,9 @@ def inspect_model(
 
 def _unregistered(hidden: Unregistered) -> Iterator[Finding]:
     open_layers = [
-        m for m in hidden.layers if not {"running_mean", "running_var"} & {*frozen_names(m)}
+        m for m in hidden.layers if not {n for _, n in statistics_in(m)} & {*frozen_names(m)}
     ]
-    if open_layers:
-        number = len(open_layers)
+    if number := len(open_layers):
         yield finding(
             "layer-unregistered",
             hidden.path,
@@ -142,14 +141,6 @@ def _unregistered(hidden: Unregistered) -> Iterator[Finding]:
             f"freeze, guard, state_dict() and train() do not reach such layers.",
             level="warning" if any(m.training for m in open_layers) else "note",
         )
-
-
-def _all_frozen(modules: Iterable[NamedModule]) -> bool:
-    records = [record_of(entry.module) for entry in modules]
-    if not any(record is not None and Policy.WEIGHTS in record.policy for record in records):
-        return False
-    parameters = [p for entry in modules for p in entry.module._parameters.values()]
-    return not any(p is not None and p.requires_grad for p in parameters)
 
 
 def _layer_findings(
@@ -182,13 +173,15 @@ def _layer_findings(
             )
     elif not keeps_statistics(layer):
         yield finding("stats-missing", name)
-    elif facts.normalizes_with == "batch" and _statistics_stay(facts, layer):
+    elif facts.normalizes_with == "batch" and (
+        not facts.updates_statistics or getattr(layer, "momentum", None) == 0
+    ):
         chosen = record is not None and record.policy.freezes_statistics
         yield finding(
             "batch-stats-in-train",
             name,
-            f"its statistics are fixed ({_why_fixed(facts, layer)}), but train mode normalises "
-            f"with the batch: eval mode is another function.",
+            f"its statistics are fixed ({facts.why['statistics']}), but train mode normalises "
+            f"with the batch: eval mode computes something else.",
             level="note" if chosen else "warning",
         )
     elif facts.updates_statistics and affine_parameters(layer) and not facts.trains_affine:
@@ -201,7 +194,7 @@ def _layer_findings(
         )
     if root_training and not layer.training and "train mode" in facts.why.values():
         yield finding("train-undoes-eval", name)
-    yield from _gradient_findings(name, layer, optimized)
+    yield from _gradient_findings(name, layer, optimized or {})
     mean, var, count = (getattr(layer, stat, None) for stat in STATISTICS)
     if isinstance(mean, Tensor) and isinstance(var, Tensor):
         counted = isinstance(count, Tensor) and not count.is_meta and count.numel() == 1
@@ -211,7 +204,7 @@ def _layer_findings(
             _on_cpu(var),
             int(count) if counted else None,  # type: ignore[arg-type]
             facts.eps,
-            dtypes=(_dtype_name(mean), _dtype_name(var)),
+            dtypes=(str(mean.dtype), str(var.dtype)),
         )
 
 
@@ -222,22 +215,8 @@ def _on_cpu(stat: Tensor) -> Tensor | None:
     return stat.float() if stat.is_floating_point() and stat.dtype.itemsize < 4 else stat
 
 
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _statistics_stay(facts: LiveLayer, layer: nn.Module) -> bool:
-    return not facts.updates_statistics or getattr(layer, "momentum", None) == 0
-
-
-def _why_fixed(facts: LiveLayer, layer: nn.Module) -> str:
-    if facts.updates_statistics:
-        return "momentum is 0; num_batches_tracked still rises"
-    return facts.why["statistics"]
-
-
 def _gradient_findings(
-    name: str, layer: nn.Module, optimized: Mapping[int, str] | None
+    name: str, layer: nn.Module, optimized: Mapping[int, str]
 ) -> Iterator[Finding]:
     own = {n: p for n, p in layer._parameters.items() if p is not None and not p.requires_grad}
     left = [n for n, p in own.items() if p.grad is not None]
@@ -248,14 +227,7 @@ def _gradient_findings(
             f"{_and(left)} requires_grad=False and a .grad that is not None: "
             f"the next optimizer step moves it.",
         )
-    optimized = optimized or {}
-    record = record_of(layer)
-    thawed = [
-        name
-        for name in (record.requires_grad if record else ())
-        if (parameter := layer._parameters.get(name)) is not None and parameter.requires_grad
-    ]
-    if thawed:
+    if thawed := [n for n, parameter, _ in recorded(layer) if parameter.requires_grad]:
         yield finding(
             "affine-thawed",
             name,
@@ -263,23 +235,19 @@ def _gradient_findings(
         )
     listed = [n for n in frozen_names(layer) if n in own and id(own[n]) in optimized]
     if listed and not left:
-        names = " and ".join(listed)
+        lbfgs = "LBFGS" in {optimized[id(own[n])] for n in listed}
+        why = (
+            " LBFGS, which moves its parameters along its past steps, without a gradient too."
+            if lbfgs
+            else ", which skips it while its .grad is None: harmless."
+        )
         are = "is" if len(listed) == 1 else "are"
-        if "LBFGS" in {optimized[id(own[n])] for n in listed}:
-            yield finding(
-                "optimizer-has-frozen",
-                name,
-                f"{names} {are} frozen and in the optimizer LBFGS, which moves its parameters "
-                f"along its past steps, without a gradient too.",
-                level="warning",
-            )
-        else:
-            yield finding(
-                "optimizer-has-frozen",
-                name,
-                f"{names} {are} frozen and in the optimizer, which skips it while its .grad is "
-                f"None: harmless.",
-            )
+        yield finding(
+            "optimizer-has-frozen",
+            name,
+            f"{' and '.join(listed)} {are} frozen and in the optimizer{why}",
+            level="warning" if lbfgs else "note",
+        )
 
 
 def _and(names: list[str]) -> str:

@@ -40,6 +40,7 @@ def statistics_findings(
         ``layer-eps-zero``, ``never-trained`` and ``stats-not-updated``.
     """
     for name, dtype in zip(("running_mean", "running_var"), dtypes, strict=True):
+        dtype = dtype.removeprefix("torch.")
         if dtype in _LOW_PRECISION or dtype.startswith("float8"):
             yield finding("stats-dtype", layer, f"{name} is {dtype}.", key=key)
             break
