@@ -23,6 +23,7 @@ __all__ = [
     "computed_affine",
     "eps_of",
     "foreign_remedy",
+    "forward_owner",
     "has_known_forward",
     "is_foreign",
     "is_in_graph",
@@ -186,6 +187,11 @@ def is_norm(module: nn.Module) -> bool:
     return is_plain_norm(module) or is_foreign(module)
 
 
+def forward_owner(kind: type[nn.Module]) -> type:
+    """The class that defines the forward."""
+    return next(base for base in kind.__mro__ if "forward" in vars(base))
+
+
 def has_known_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the norm layer's forward is that of a library which is known to obey its mode.
 
@@ -193,8 +199,8 @@ def has_known_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
         module: a norm layer.
         kind: the class that it had before freezing.
     """
-    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
-    known = is_lookalike(module, kind) or owner.__module__.partition(".")[0] in KNOWN
+    library = forward_owner(kind).__module__.partition(".")[0]
+    known = is_lookalike(module, kind) or library in KNOWN
     return known and not is_foreign(module)
 
 

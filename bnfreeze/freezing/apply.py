@@ -51,7 +51,7 @@ def carry_out(
     modules: Sequence[NamedModule],
     changes: Sequence[Change],
     traceable: Sequence[type | str] = (),
-) -> tuple[list[tuple[str, ...]], dict[int, Fusion]]:
+) -> tuple[dict[int, tuple[str, ...]], dict[int, Fusion]]:
     """Restore each layer to its original state, then freeze it as planned.
 
     Args:
@@ -60,14 +60,14 @@ def carry_out(
         traceable: as for `freeze`.
 
     Returns:
-        For each change the actions that were needed, in the words of `LayerRow.actions`; and by
-        identity of each norm layer under the policy ``fused-act`` what it fuses.
+        By identity of each changed module the actions that were needed, in the words of
+        `LayerRow.actions`; and of each layer under the policy ``fused-act`` what it fuses.
     """
     records = [record_of(change.module) for change in changes]
     release(modules)
     for change in changes:
         _restore(change.module, change.record)
-    done = [_freeze(change, old) for change, old in zip(changes, records, strict=True)]
+    done = {id(c.module): _freeze(c, old) for c, old in zip(changes, records, strict=True)}
     _freeze_tied(modules)
     return done, fuse_blocks(modules, traceable)
 

@@ -99,10 +99,7 @@ def freeze(
         for index, chosen_policy in policies.items():
             module = modules[index].module
             mark_left_alone(module, is_norm(module) and not chosen_policy)
-        done = {
-            id(change.module): (did, change.note)
-            for change, did in zip(changes, actions, strict=True)
-        }
+        done = {id(c.module): (actions[id(c.module)], c.note) for c in changes}
         chosen = {change.entry.name for change in changes}
         found = inspect_model(model, optimizer=optimizer)
         return FreezeReport(

@@ -127,9 +127,9 @@ def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
                 + foreign_remedy(entry.module, entry.plain_names[0], str(wanted))
             )
     if wanted and not any(eligible(entry.module, wanted) for entry in modules):
-        for hidden in unregistered(modules):
+        for path in unregistered(modules):
             return (
-                f"The model has no {what} that it has registered; {hidden.path} is not. Keep it in "
+                f"The model has no {what} that it has registered; {path} is not. Keep it in "
                 f"an nn.ModuleList or nn.ModuleDict, or call freeze on it."
             )
         others = sorted({type(e.module).__name__ for e in modules if _stateless(e.module)})

@@ -87,11 +87,11 @@ def inspect(
         CheckpointError: the checkpoint was not read. `UnsafeCheckpointError`,
             `CorruptCheckpointError` or `UnsupportedFormatError` says why.
     """
+    if optimizer is not None and isinstance(what, (str, os.PathLike, Mapping)):
+        raise TypeError("optimizer: a checkpoint is not trained; it is for a live model.")
     if isinstance(what, (str, os.PathLike)):
-        _no_optimizer(optimizer)
         return inspect_checkpoint(what, key=key)
     if isinstance(what, Mapping):
-        _no_optimizer(optimizer)
         from bnfreeze.inspection.in_memory import state_dict_in
 
         return _inspection_of(state_dict_in(what, key), "", "state_dict")
@@ -100,11 +100,6 @@ def inspect(
     from bnfreeze.inspection.live import inspect_model
 
     return inspect_model(what, optimizer=optimizer)
-
-
-def _no_optimizer(optimizer: object) -> None:
-    if optimizer is not None:
-        raise TypeError("optimizer: a checkpoint is not trained; it is for a live model.")
 
 
 def inspect_checkpoint(

@@ -19,7 +19,7 @@ from bnfreeze.inspection.behaviour import (
 from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.statistics import statistics_findings
 from bnfreeze.inspection.train_mode import training_flags
-from bnfreeze.inspection.unregistered import Unregistered, unregistered
+from bnfreeze.inspection.unregistered import unregistered
 from bnfreeze.norm_layers import (
     STATISTICS,
     check_model,
@@ -115,8 +115,10 @@ def inspect_model(
             layer = live_layer(entry, flags[id(entry.module)], optimized)
             layers.append(layer)
             findings += _layer_findings(layer, entry.module, model.training, optimized)
-    for hidden in unregistered(modules):
-        findings += _unregistered(hidden)
+    for path, hidden in unregistered(modules).items():
+        drifting = [m for m in hidden if not {n for _, n in statistics_in(m)} & {*frozen_names(m)}]
+        if drifting:
+            findings.append(_unregistered(path, drifting))
     if not layers and not findings:
         findings.append(finding("model-no-norm-layer", ""))
     records = [record_of(entry.module) for entry in modules]
@@ -129,18 +131,15 @@ def inspect_model(
     return ModelInspection(tuple(layers), worst_first(findings))
 
 
-def _unregistered(hidden: Unregistered) -> Iterator[Finding]:
-    open_layers = [
-        m for m in hidden.layers if not {n for _, n in statistics_in(m)} & {*frozen_names(m)}
-    ]
-    if number := len(open_layers):
-        yield finding(
-            "layer-unregistered",
-            hidden.path,
-            f"{number} norm layer{'' if number == 1 else 's'} that the model has not registered: "
-            f"freeze, guard, state_dict() and train() do not reach such layers.",
-            level="warning" if any(m.training for m in open_layers) else "note",
-        )
+def _unregistered(path: str, layers: list[nn.Module]) -> Finding:
+    several = "" if len(layers) == 1 else "s"
+    return finding(
+        "layer-unregistered",
+        path,
+        f"{len(layers)} norm layer{several} that the model has not registered: "
+        f"freeze, guard, state_dict() and train() do not reach such layers.",
+        level="warning" if any(layer.training for layer in layers) else "note",
+    )
 
 
 def _layer_findings(
