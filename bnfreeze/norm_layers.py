@@ -18,7 +18,7 @@ __all__ = [
     "KNOWN",
     "STATISTICS",
     "NamedModule",
-    "affine_names",
+    "affine_parameters",
     "check_model",
     "computed_affine",
     "eps_of",
@@ -100,19 +100,6 @@ def statistics_in(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
     ]
 
 
-def affine_names(module: nn.Module) -> list[str]:
-    """Which of the norm layer's own parameters are its weight and bias.
-
-    Those named so; of a foreign norm layer all that are no statistics, for it may call them gamma.
-    """
-    kept = [name for _, name in statistics_in(module)] if is_foreign(module) else None
-    return [
-        name
-        for name, parameter in module._parameters.items()
-        if parameter is not None and (name in AFFINE if kept is None else name not in kept)
-    ]
-
-
 def computed_affine(module: nn.Module) -> list[str]:
     """Which of weight and bias are computed from other tensors.
 
@@ -125,6 +112,21 @@ def computed_affine(module: nn.Module) -> list[str]:
         and name not in module._buffers
         and isinstance(getattr(module, name, None), Tensor)
     ]
+
+
+def affine_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Weight and bias, as far as the norm layer has them as parameters, or what they come from.
+
+    Of a foreign norm layer all parameters that are no statistics: it may call them gamma.
+    """
+    if computed_affine(module):
+        return dict(module.named_parameters())
+    kept = {name for _, name in statistics_in(module)} if is_foreign(module) else None
+    return {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (name in AFFINE if kept is None else name not in kept)
+    }
 
 
 def is_lazy(module: nn.Module) -> bool:

@@ -12,9 +12,16 @@ from bnfreeze.freezing.plan import plan
 from bnfreeze.freezing.report import FreezeReport, LayerRow
 from bnfreeze.freezing.rules import matching, parse_rules, policies_for
 from bnfreeze.fusion.blocks import Fusion
-from bnfreeze.inspection.behaviour import affine_parameters, optimizers_by_id
+from bnfreeze.inspection.behaviour import optimizers_by_id
 from bnfreeze.inspection.live import inspect_model
-from bnfreeze.norm_layers import AFFINE, NamedModule, check_model, is_norm, named_modules
+from bnfreeze.norm_layers import (
+    AFFINE,
+    NamedModule,
+    affine_parameters,
+    check_model,
+    is_norm,
+    named_modules,
+)
 from bnfreeze.patterns import Pattern
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (

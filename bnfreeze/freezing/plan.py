@@ -13,7 +13,7 @@ from bnfreeze.freezing.ddp import refuse_freezing, refuse_thawing, wrappers_arou
 from bnfreeze.freezing.rules import eligible
 from bnfreeze.norm_layers import (
     NamedModule,
-    affine_names,
+    affine_parameters,
     computed_affine,
     has_known_forward,
     is_in_graph,
@@ -124,7 +124,7 @@ def _plan_one(entry: NamedModule, policy: Policy, flags: Mapping[nn.Parameter, b
         if parameter is not None
         and (
             Policy.WEIGHTS in policy
-            or (norm and policy.freezes_affine and key in affine_names(module))
+            or (norm and policy.freezes_affine and key in affine_parameters(module))
         )
     }
     if norm and not frozen and policy.freezes_affine and not was_lookalike(module):
@@ -174,28 +174,23 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
             + ", or build it with track_running_stats=True."
         )
     if is_norm(module) and policy.freezes_statistics and not was_lookalike(module):
-        _check_forward(name, module, policy)
+        if is_in_graph(module):
+            raise PolicyError(
+                f"{name} belongs to a graph that was exported or traced, and the graph writes to "
+                f"its statistics: freeze the original model, then export that."
+            )
+        known = has_known_forward(module, layer_class(module))
+        if "forward" in module.__dict__ and not (known and policy.forces_eval):
+            raise PolicyError(
+                f"{name}: its forward is set on the instance (Accelerate's hooks do that), where "
+                f"policy '{policy}' cannot keep it from its statistics. Freeze first, then set it."
+            )
     computed = computed_affine(module) if is_norm(module) else []
     if computed and policy.freezes_affine and Policy.WEIGHTS not in policy:
         raise PolicyError(
             f"{name}: its {' and '.join(computed)} is computed from other parameters (by a "
             f"parametrization or by pruning), which policy '{policy}' does not freeze. Undo that "
             f"first, or freeze them too: '{policy}+weights'."
-        )
-
-
-def _check_forward(name: str, module: nn.Module, policy: Policy) -> None:
-    """Refuse a layer whose forward cannot be kept from writing to the statistics."""
-    if is_in_graph(module):
-        raise PolicyError(
-            f"{name} belongs to a graph that was exported or traced, and the graph writes to its "
-            f"statistics: freeze the original model, then export that."
-        )
-    known = has_known_forward(module, layer_class(module))
-    if not (known and policy.forces_eval) and "forward" in module.__dict__:
-        raise PolicyError(
-            f"{name}: its forward is set on the instance (Accelerate's hooks do that), where "
-            f"policy '{policy}' cannot keep it from its statistics. Freeze first, then set it."
         )
 
 

@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 
 from bnfreeze.norm_layers import (
     NamedModule,
-    affine_names,
-    computed_affine,
+    affine_parameters,
     eps_of,
     has_known_forward,
     is_foreign,
@@ -30,7 +29,6 @@ from bnfreeze.torch_private import _InstanceNorm
 __all__ = [
     "FrozenBy",
     "LiveLayer",
-    "affine_parameters",
     "fate",
     "live_layer",
     "optimizers_by_id",
@@ -221,13 +219,6 @@ def _why_eval(layer: nn.Module) -> str:
     if is_lookalike(layer):
         return "a frozen batch norm"
     return "eval mode, also after model.train(), which the model overrides"
-
-
-def affine_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """Weight and bias, as far as the layer has them as parameters, or what they come from."""
-    if computed_affine(layer):
-        return dict(layer.named_parameters())
-    return {name: getattr(layer, name) for name in affine_names(layer)}
 
 
 def _trains_affine(layer: nn.Module, optimized: Mapping[int, str] | None) -> tuple[bool, str]:

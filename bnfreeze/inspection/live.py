@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.behaviour import (
     LiveLayer,
-    affine_parameters,
     fate,
     live_layer,
     optimizers_by_id,
@@ -22,6 +21,7 @@ from bnfreeze.inspection.train_mode import training_flags
 from bnfreeze.inspection.unregistered import unregistered
 from bnfreeze.norm_layers import (
     STATISTICS,
+    affine_parameters,
     check_model,
     foreign_remedy,
     is_foreign,
@@ -156,20 +156,13 @@ def _layer_findings(
         yield finding(
             "layer-inside-norm",
             name,
-            f"{inner[0]}{f' and {len(inner) - 1} more' if len(inner) > 1 else ''} inside this norm "
-            f"layer: {facts.kind} decides by itself whether it runs"
+            f"{' and '.join(inner[:2])}: the forward of {facts.kind} decides whether it runs"
             + (", and in eval mode it may never run." if forced else "."),
             level="warning" if forced else "note",
         )
-    if is_foreign(layer):
-        if facts.updates_statistics:
-            yield finding(
-                "layer-foreign",
-                name,
-                f"{facts.kind} keeps running statistics, and bnfreeze does not know what its "
-                f"forward does: its statistics may change.",
-                foreign_remedy(layer, name),
-            )
+    if is_foreign(layer) and facts.updates_statistics:
+        message = f"{facts.why['statistics']}, and they may change in each forward pass."
+        yield finding("layer-foreign", name, message, foreign_remedy(layer, name))
     elif not keeps_statistics(layer):
         yield finding("stats-missing", name)
     elif facts.normalizes_with == "batch" and (

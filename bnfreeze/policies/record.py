@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from bnfreeze.norm_layers import (
     AFFINE,
     NamedModule,
-    affine_names,
-    computed_affine,
+    affine_parameters,
     is_lookalike,
     is_norm,
     statistics_in,
@@ -63,10 +62,7 @@ def record_of(module: nn.Module) -> FreezeRecord | None:
 
 def set_record(module: nn.Module, record: FreezeRecord | None) -> None:
     """Put a record on the module, or take it off."""
-    if record is None:
-        module.__dict__.pop(_RECORD, None)
-    else:
-        module.__dict__[_RECORD] = record
+    _put(module, _RECORD, record)
 
 
 def is_left_alone(module: nn.Module) -> bool:
@@ -76,10 +72,14 @@ def is_left_alone(module: nn.Module) -> bool:
 
 def mark_left_alone(module: nn.Module, alone: bool) -> None:
     """Note whether the rule for the module was ``none``."""
-    if alone:
-        module.__dict__[_LEFT_ALONE] = True
+    _put(module, _LEFT_ALONE, alone or None)
+
+
+def _put(module: nn.Module, key: str, value: object) -> None:
+    if value is None:
+        module.__dict__.pop(key, None)
     else:
-        module.__dict__.pop(_LEFT_ALONE, None)
+        module.__dict__[key] = value
 
 
 def layer_class(module: nn.Module) -> type[nn.Module]:
@@ -154,10 +154,8 @@ def frozen_by(module: nn.Module) -> Literal["bnfreeze", "class", "requires_grad"
         return "class"
     if not is_norm(module):
         return None
-    own = [getattr(module, name) for name in affine_names(module)]
-    parameters = list(module.parameters()) if computed_affine(module) else own
-    by_hand = bool(parameters) and not any(p.requires_grad for p in parameters)
-    return "requires_grad" if by_hand else None
+    parameters = affine_parameters(module).values()
+    return "requires_grad" if parameters and not any(p.requires_grad for p in parameters) else None
 
 
 def was_lookalike(module: nn.Module) -> bool:
