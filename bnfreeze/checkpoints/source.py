@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -27,6 +28,11 @@ class Source:
         self._start = start
         self.size = size
 
+    @classmethod
+    def of(cls, data: bytes) -> Source:
+        """Bytes that are in memory already."""
+        return cls(io.BytesIO(data), 0, len(data))
+
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`.
 
@@ -48,7 +54,7 @@ class Source:
         return data
 
     def placed(self, start: int, inside: Source) -> None:
-        """Say where this range lies, which the file tells later than how long it is.
+        """Say where this range lies, where the file says so later than how long it is.
 
         Raises:
             CorruptCheckpointError: not inside the other range.
@@ -60,9 +66,9 @@ class Source:
         return Source(self._file, 0, size)
 
     def identity(self) -> tuple[int, int]:
-        """What tells the file from others, whatever name it was opened under."""
-        told = os.fstat(self._file.fileno())
-        return told.st_dev, told.st_ino
+        """The same for the same file, whatever name it was opened under."""
+        status = os.fstat(self._file.fileno())
+        return status.st_dev, status.st_ino
 
     def head(self, length: int) -> bytes:
         """The first bytes, as many as there are."""

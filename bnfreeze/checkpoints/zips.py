@@ -1,22 +1,22 @@
-"""The zip container of torch.save, checked whole before anything of it is used.
+"""Zip archives, checked whole before anything of them is used.
 
-torch writes one shape of zip file: every entry stored as it is, one after the other, the directory
-last, no comment, nothing left over. Only that shape is read, so that no two readers can see two
-different files in the same bytes.
+torch and NumPy write one shape of zip file: entries one after the other, the directory last, no
+comment, nothing left over. Only that shape is read, so that no two readers can see two different
+files in the same bytes. What is read of it must be stored as it is; other entries may be
+compressed.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
 from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, MAX_RECORDS, check_limit
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError
+from bnfreeze.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 
 __all__ = ["Entry", "read_directory"]
 
@@ -33,11 +33,29 @@ _IS_FOLDER: Final = 0x10
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A file in the zip: where its bytes lie, and their CRC-32 (None where it was left out)."""
+    """A file in the archive.
+
+    Attributes:
+        name: as the directory has it.
+        checksum: the CRC-32 of its bytes; None where it was left out.
+        refusal: why it must not be read; None where it may.
+    """
 
     name: str
-    source: Source
     checksum: int | None
+    refusal: CheckpointError | None
+    _source: Source
+
+    @property
+    def source(self) -> Source:
+        """Its bytes, unchecked.
+
+        Raises:
+            CheckpointError: it must not be read.
+        """
+        if self.refusal is not None:
+            raise self.refusal
+        return self._source
 
     def read(self) -> bytes:
         """All of it, checked against the checksum."""
@@ -47,18 +65,11 @@ class Entry:
         return data
 
 
-def read_directory(
-    source: Source, recognise: Callable[[Iterable[str]], None] = lambda names: None
-) -> dict[str, Entry]:
+def read_directory(source: Source) -> dict[str, Entry]:
     """The entries of a zip file, by name.
 
-    Args:
-        source: the file.
-        recognise: is given all names before anything is refused for how it is packed; it may
-            raise an error that tells more.
-
     Raises:
-        UnsafeCheckpointError: compressed or encrypted entries, or more than the limits allow.
+        UnsafeCheckpointError: more than the limits allow.
         CorruptCheckpointError: truncated, ambiguous, or contradicting itself.
     """
     count, start, end = _directory(source)
@@ -68,11 +79,9 @@ def read_directory(
     entries: dict[str, Entry] = {}
     folded: set[str] = set()
     ranges: list[tuple[int, int]] = []
-    refusals: list[str] = []
     position = 0
     for _ in range(count):
-        entry, refusal, extent, position = _entry(source, directory, position, start)
-        refusals += [refusal] if refusal else []
+        entry, extent, position = _entry(source, directory, position, start)
         # torch's reader finds names whatever their case.
         if entry.name.casefold() in folded:
             raise CorruptCheckpointError(
@@ -85,9 +94,6 @@ def read_directory(
         raise CorruptCheckpointError(
             "Damaged: the zip file's directory does not have its own length."
         )
-    recognise(entries)
-    if refusals:
-        raise UnsafeCheckpointError(refusals[0])
     ranges.sort()
     for (_, before), (after, _) in pairwise(ranges):
         if after < before:
@@ -132,12 +138,11 @@ def _directory(source: Source) -> tuple[int, int, int]:
 
 def _entry(
     source: Source, directory: bytes, position: int, limit: int
-) -> tuple[Entry, str, tuple[int, int], int]:
+) -> tuple[Entry, tuple[int, int], int]:
     """One entry of the directory.
 
     Returns:
-        the entry, why it must not be read (empty where it may), the bytes that it takes in the
-        file, and the position of the next.
+        the entry, the bytes that it takes in the file, and the position of the next.
     """
     if position + _CENTRAL.size > len(directory):
         raise CorruptCheckpointError("Damaged: the zip file's directory breaks off.")
@@ -155,20 +160,20 @@ def _entry(
         name = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise CorruptCheckpointError("Damaged: a name in the zip file is no text.") from None
-    # torch's reader gives zeros for what is marked as a folder.
-    if fields[15] & _IS_FOLDER or name.endswith("/"):
-        raise CorruptCheckpointError(f"Ambiguous: the zip file has {name!r} as a folder.")
     if "\0" in name:
         raise CorruptCheckpointError("Ambiguous: a name in the zip file has a NUL in it.")
     extra = directory[position + lengths[0] : position + lengths[0] + lengths[1]]
     size, packed, at = _wide_sizes(extra, size, packed, at)
-    refusal = ""
-    if flags & _ENCRYPTED:
-        refusal = f"Refused: {name!r} in it is encrypted; torch.save never does that."
+    refusal: CheckpointError | None = None
+    if fields[15] & _IS_FOLDER or name.endswith("/"):
+        # torch's reader gives zeros for what is marked as a folder.
+        refusal = CorruptCheckpointError(f"Ambiguous: the zip file has {name!r} as a folder.")
+    elif flags & _ENCRYPTED:
+        refusal = UnsafeCheckpointError(f"Refused: {name!r} in it is encrypted.")
     elif method or packed != size:
-        refusal = (
-            f"Refused: {name!r} in it is compressed and may grow without bounds; torch.save "
-            f"stores plainly. Unpack it, and zip it again with `zip -0`, where you trust it."
+        refusal = UnsafeCheckpointError(
+            f"Refused: {name!r} in it is compressed and may grow without bounds. "
+            f"If you trust the file, unpack it and zip it again with `zip -0`."
         )
     local = _LOCAL.unpack(source.read(at, _LOCAL.size))
     begin = at + _LOCAL.size + local[9] + local[10]
@@ -181,14 +186,14 @@ def _entry(
         raise CorruptCheckpointError(
             f"Damaged: {name!r} is not where the zip file's directory says."
         )
-    told = zip((local[7], local[8]), (packed, size), strict=True)
+    sizes = zip((local[7], local[8]), (packed, size), strict=True)
     if not local[2] & _SIZES_FOLLOW and any(
-        here not in (there, 0xFFFFFFFF) for here, there in told
+        here not in (there, 0xFFFFFFFF) for here, there in sizes
     ):
         raise CorruptCheckpointError(f"Damaged: {name!r} has one size here and another there.")
     # A checksum of 0 is what torch writes when it is told to leave them out.
-    entry = Entry(name, source.part(begin, packed), checksum or None)
-    return entry, refusal, (at, begin + packed), after
+    entry = Entry(name, checksum or None, refusal, source.part(begin, packed))
+    return entry, (at, begin + packed), after
 
 
 def _wide_sizes(extra: bytes, size: int, packed: int, at: int) -> tuple[int, int, int]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from bnfreeze.checkpoints import StateDict, StoredTensor, open_checkpoint, telling
 from bnfreeze.errors import PolicyError
+from bnfreeze.findings import by_gravity
 from bnfreeze.inspection.checkpoint import CheckpointInspection
+from bnfreeze.inspection.code_calls import code_findings
 from bnfreeze.inspection.origin import Origin
 from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.stored_layers import StoredLayer, look_at
@@ -107,7 +110,11 @@ def inspect_checkpoint(
     with open_checkpoint(path) as checkpoint:
         found = checkpoint.state_dict(key)
         with telling(checkpoint.path):
-            return _looked(found, str(checkpoint.path), checkpoint.kind, select=select, sort=sort)
+            inspection = _looked(
+                found, str(checkpoint.path), checkpoint.kind, select=select, sort=sort
+            )
+        further = code_findings(checkpoint.calls)
+        return replace(inspection, findings=by_gravity((*further, *inspection.findings)))
 
 
 def _looked(

@@ -12,7 +12,7 @@ from torch import nn
 import bnfreeze
 from bnfreeze import UnsupportedFormatError, inspect
 from bnfreeze.checkpoints import open_checkpoint
-from bnfreeze.checkpoints.torch_names import ALLOWED, STORAGES
+from bnfreeze.checkpoints.torch_names import STORAGES, TORCH_NAMES
 from bnfreeze.inspection.diff import compare
 from bnfreeze.inspection.in_memory import in_memory
 from bnfreeze.inspection.origin import Origin
@@ -447,7 +447,7 @@ def test_checkpoints_are_inspected_without_importing_torch(model, tmp_path):
 def test_what_is_allowed_here_torch_allows_too():
     from torch._weights_only_unpickler import _get_allowed_globals
 
-    assert set(ALLOWED) <= set(_get_allowed_globals())
+    assert set(TORCH_NAMES) <= set(_get_allowed_globals())
     for name, dtype in STORAGES.items():
         if name != "torch.storage.UntypedStorage":
             kind = name.rpartition(".")[2]

@@ -1,7 +1,7 @@
-"""Files that nobody means well with, made afresh by each run of the tests.
+"""Hostile files, made afresh by each run of the tests.
 
 Each maker takes a folder and gives the path of what is to be looked at. What it makes must be
-answered with the exit code and the words that stand beside it.
+answered with the exit code that stands beside it, and with output that matches the expression.
 """
 
 import collections
@@ -28,6 +28,8 @@ from . import pickling as p
 
 # name → (maker, exit code, a regular expression that what is printed must have)
 HOSTILE = {}
+# Those that take seconds, and show what others show in less.
+SLOW = {"a_quarter_million_tensors", "a_memo_of_millions"}
 MARKER = "executed"
 
 
@@ -72,13 +74,13 @@ FOUR = struct.pack("<4f", 1, 2, 3, 4)
 # Code in a pickle.
 
 
-@hostile(2, r"Refused: needs `posix\.system`")
+@hostile(1, r"runs-code[^}]*posix\.system")
 def os_system_in_a_zip(folder):
     torch.save({"state_dict": state(), "x": payload(folder)}, folder / "a.pt")
     return folder / "a.pt"
 
 
-@hostile(2, r"Refused: needs `posix\.system`")
+@hostile(1, r"runs-code[^}]*posix\.system")
 def os_system_in_a_legacy_file(folder):
     torch.save(
         {"state_dict": state(), "x": payload(folder)},
@@ -88,20 +90,20 @@ def os_system_in_a_legacy_file(folder):
     return folder / "a.pt"
 
 
-@hostile(2, r"Refused: needs `posix\.system`")
+@hostile(2, r"would call `posix\.system`")
 def os_system_in_a_plain_pickle(folder):
     (folder / "a.pt").write_bytes(pickle.dumps(payload(folder)))
     return folder / "a.pt"
 
 
-@hostile(2, r"Refused: needs `posix\.system`")
+@hostile(2, r"would call `posix\.system`")
 def os_system_in_the_metadata_of_a_distributed_checkpoint(folder):
     path = save_distributed(state(), folder / "dcp")
     (path / ".metadata").write_bytes(pickle.dumps(payload(folder)))
     return path
 
 
-@hostile(2, r"Refused: needs `posix\.system`")
+@hostile(2, r"would call `posix\.system`")
 def os_system_in_a_piece_of_a_distributed_checkpoint(folder):
     path = save_distributed(state(), folder / "dcp")
     metadata = torch.distributed.checkpoint.FileSystemReader(path).read_metadata()
@@ -117,7 +119,7 @@ def os_system_in_a_piece_of_a_distributed_checkpoint(folder):
     return path
 
 
-@hostile(2, r"Refused: needs `posix\.system`")
+@hostile(2, r"would call `posix\.system`")
 def os_system_in_the_storage_keys_of_a_legacy_file(folder):
     path = FORMATS["torch legacy"](state(), folder / "a.pt")
     data = path.read_bytes()
@@ -131,47 +133,47 @@ def os_system_in_the_storage_keys_of_a_legacy_file(folder):
     return path
 
 
-@hostile(2, r"Refused: needs `builtins\.eval`")
+@hostile(2, r"would call `builtins\.eval`")
 def a_name_that_is_put_together_on_the_stack(folder):
     body = b"\x8c\x08builtins\x8c\x04eval\x93" + b"(" + p.text("1") + b"tR"
     return torch_zip(folder / "a.pt", b"\x80\x04" + body + b".")
 
 
-@hostile(2, r"Refused: needs `builtins\.getattr`")
+@hostile(2, r"would call `builtins\.getattr`")
 def names_of_python_2(folder):
     return torch_zip(folder / "a.pt", p.whole(p.calls("__builtin__", "getattr", "x")))
 
 
-@hostile(2, r"Refused: needs `torch\.serialization\.add_safe_globals`")
+@hostile(2, r"would call `torch\.serialization\.add_safe_globals`")
 def a_call_that_widens_what_torch_allows(folder):
     body = p.calls("torch.serialization", "add_safe_globals", "os")
     return torch_zip(folder / "a.pt", p.whole(body))
 
 
-@hostile(2, r"uses INST, which torch never writes")
+@hostile(2, r"would call `posix\.system`")
 def code_by_an_old_opcode(folder):
     return torch_zip(folder / "a.pt", b"\x80\x02(" + p.text("x") + b"iposix\nsystem\n.")
 
 
-@hostile(2, r"uses EXT1, which torch never writes")
+@hostile(2, r"uses EXT1, which is not read")
 def a_name_from_the_extension_registry(folder):
     return torch_zip(folder / "a.pt", b"\x80\x02\x82\x01.")
 
 
-@hostile(2, r"Refused: needs `collections\.defaultdict`")
-def a_harmless_name_that_torch_does_not_allow(folder):
+@hostile(0, r"name.: .1.")
+def a_harmless_name_that_weights_only_refuses(folder):
     return FORMATS["torch zip"](
         {"state_dict": state(), "x": collections.defaultdict(list)}, folder / "a.pt"
     )
 
 
-@hostile(2, r"Refused: needs .*holds a whole model.*torch\.save\(model\.state_dict\(\)")
+@hostile(0, r"runs-code[^}]*torch\.nn\.modules\.batchnorm\.BatchNorm2d")
 def a_whole_model(folder):
     torch.save(torch.nn.BatchNorm2d(4), folder / "a.pt")
     return folder / "a.pt"
 
 
-@hostile(2, r"Refused: needs .*holds a whole model.*torch\.save\(model\.state_dict\(\)")
+@hostile(0, r"runs-code[^}]*torch\.nn\.modules\.batchnorm\.BatchNorm2d")
 def a_whole_model_in_a_legacy_file(folder):
     return FORMATS["torch legacy"](torch.nn.BatchNorm2d(4), folder / "a.pt")
 
@@ -220,12 +222,12 @@ def a_million_dimensions(folder):
 
 
 @hostile(2, r"Refused: .*compressed")
-def a_record_that_inflates_to_a_gigabyte(folder):
-    pairs = p.mapping(p.batch_norm(2**28))
+def a_record_that_inflates(folder):
+    pairs = p.mapping(p.batch_norm(2**24))
     with zipfile.ZipFile(folder / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", p.whole(pairs), zipfile.ZIP_STORED)
         with archive.open("a/data/0", "w", force_zip64=True) as file:
-            for _ in range(1024):
+            for _ in range(64):
                 file.write(bytes(2**20))
     return folder / "a.pt"
 
@@ -237,8 +239,8 @@ def a_pickle_that_inflates(folder):
 
 
 @hostile(2, r"Refused: [\d,]+ opcodes of a pickle")
-def a_pickle_of_thirty_million_opcodes(folder):
-    return torch_zip(folder / "a.pt", p.whole(b"(" + b"}" * 30_000_000 + b"t"))
+def a_pickle_of_five_million_opcodes(folder):
+    return torch_zip(folder / "a.pt", p.whole(b"(" + b"}" * 5_000_000 + b"t"))
 
 
 @hostile(2, r"Refused: [\d,]+ bytes of a pickle")
@@ -248,16 +250,16 @@ def a_pickle_of_forty_megabytes(folder):
 
 @hostile(2, r"Refused: [\d,]+ opcodes of a pickle|Damaged")
 def a_memo_of_millions(folder):
-    return torch_zip(folder / "a.pt", b"\x80\x04]" + b"\x94" * 20_000_000 + b".")
+    return torch_zip(folder / "a.pt", b"\x80\x04]" + b"\x94" * 5_000_000 + b".")
 
 
-@hostile(2, r"ends or breaks off|did not write|no known kind")
+@hostile(2, r"no tensors by name")
 def a_memo_index_of_a_quarter_billion(folder):
     (folder / "a.pt").write_bytes(b"\x80\x02Nr\0\0\0\x10.")
     return folder / "a.pt"
 
 
-@hostile(2, r"ends or breaks off")
+@hostile(2, r"ends or breaks off|Refused: [\d,]+ bytes of a pickle")
 def a_string_of_claimed_exabytes(folder):
     body = b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"x."
     return torch_zip(folder / "a.pt", body)
@@ -308,10 +310,10 @@ def a_dict_that_holds_itself(folder):
     return torch_zip(folder / "a.pt", p.whole(body), [("0", FOUR)])
 
 
-@hostile(0, r'"bytes": 400000')
-def a_hundred_thousand_names_on_one_storage(folder):
-    whole = torch.ones(100_000)
-    torch.save({f"n{i}": whole[i : i + 1] for i in range(100_000)}, folder / "a.pt")
+@hostile(0, r'"bytes": 40000')
+def ten_thousand_names_on_one_storage(folder):
+    whole = torch.ones(10_000)
+    torch.save({f"n{i}": whole[i : i + 1] for i in range(10_000)}, folder / "a.pt")
     return folder / "a.pt"
 
 
@@ -530,7 +532,7 @@ def a_header_nested_without_end(folder):
     return safetensors_file(folder / "a.safetensors", text)
 
 
-@hostile(2, r"Damaged")
+@hostile(2, r"dtype 'F31'")
 def a_dtype_that_does_not_exist(folder):
     header = {"x": {"dtype": "F31", "shape": [4], "data_offsets": [0, 16]}}
     return safetensors_file(folder / "a.safetensors", header, bytes(16))
@@ -713,7 +715,7 @@ def a_legacy_file_with_something_after_it(folder):
     return written(folder, path.read_bytes() + b"PK")
 
 
-@hostile(2, r"TorchScript.*torch\.jit\.load\(file\)\.state_dict\(\)")
+@hostile(0, r"TorchScript")
 def torch_script(folder):
     torch.jit.save(torch.jit.script(torch.nn.BatchNorm2d(4)), folder / "a.pt")
     return folder / "a.pt"
@@ -734,7 +736,7 @@ def a_tar_archive(folder):
     return written(folder, b"storages".ljust(257, b"\0") + b"ustar\x0000" + bytes(400))
 
 
-@hostile(2, r"a pickle that torch\.save did not write|A pickle that torch\.save did not write")
+@hostile(2, r"no tensors by name")
 def a_plain_pickle(folder):
     return written(folder, pickle.dumps({"a": 1}))
 
@@ -763,8 +765,8 @@ def a_name_that_is_no_unicode(folder):
     return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", FOUR)])
 
 
-@hostile(2, r"Refused: needs `posix\.\\x1b")
-def a_refused_name_with_an_escape_sequence(folder):
+@hostile(2, r"would call `posix\.\\x1b")
+def a_name_with_an_escape_sequence(folder):
     body = b"\x8c\x05posix\x8c\x05\x1b[31m\x93)R"
     return torch_zip(folder / "a.pt", b"\x80\x04" + body + b".")
 
@@ -791,16 +793,16 @@ def long_names_put_together_again_and_again(folder):
     return torch_zip(folder / "a.pt", p.whole(body))
 
 
-@hostile(2, r"Refused: needs `a0\.b` and|Refused: needs `a0\.b`, `a1\.b`, `a2\.b` and 98 more")
-def a_million_refused_names(folder):
-    body = b"".join(p.name(f"a{i}", "b") for i in range(1_000_000))
+@hostile(2, r"no tensors by name")
+def two_hundred_thousand_names(folder):
+    body = b"".join(p.name(f"a{i}", "b") for i in range(200_000))
     return torch_zip(folder / "a.pt", p.whole(body))
 
 
 @hostile(2, r"Refused: [\d,]+ dicts of tensors")
-def a_tensor_in_a_hundred_thousand_dicts(folder):
+def a_tensor_in_thirty_thousand_dicts(folder):
     body = p.tensor(p.storage("0", 4), [4], [1]) + b"q\0" + p.text("k" * 900) + b"q\1"
-    body += b"(" + pieces_of(b"}h\1h\0s", 100_000) + b"t"
+    body += b"(" + pieces_of(b"}h\1h\0s", 30_000) + b"t"
     return torch_zip(folder / "a.pt", p.whole(b"(" + body + b"t"), [("0", FOUR)])
 
 
@@ -948,7 +950,7 @@ def a_distributed_tensor_of_the_same_piece_many_times(folder):
         name = "model.1.running_mean"
         tensor = told.state_dict_metadata[name]
         tensor.size = tensor.chunks[0].sizes = torch.Size([0])
-        tensor.chunks = tensor.chunks * 300_000
+        tensor.chunks = tensor.chunks * 200_001
 
     return metadata(folder, change)
 

@@ -1,4 +1,6 @@
-"""Truncated and bit-flipped checkpoints: `python -m tests.hostile.fuzz_checkpoints N [SEED] [FORMAT...]`.
+"""Truncated and bit-flipped checkpoints.
+
+`python -m tests.hostile.fuzz_checkpoints N [SEED] [FORMAT...]` makes many.
 
 N files are made of each format, each damaged in another way. Reading one must give a documented
 error or the right answer. The right answer is what the ordinary loader says of the same bytes,
@@ -105,7 +107,7 @@ def check(path, kind):
 
 
 def fuzz(kind, count, seed, folder):
-    """Damage `count` files of a kind; tell how often each outcome came."""
+    """Damage `count` files of a kind; give how often each outcome came."""
     rng = random.Random(f"{kind} {seed}")
     folder = Path(folder)
     original = folder / "original"
