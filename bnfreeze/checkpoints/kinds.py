@@ -45,6 +45,12 @@ def _is_pickle(file: OpenFile) -> bool:
     return header or bool(_OLD_PICKLE.match(file.head))
 
 
+def _is_safetensors(file: OpenFile) -> bool:
+    # A header's size may begin as a pickle does; no pickle gives a size that fits the file.
+    fits = int.from_bytes(file.head[:8], "little") <= file.source.size - 8
+    return file.head[8:9] == b"{" and (fits or not _is_pickle(file))
+
+
 def _is_export(file: OpenFile) -> bool:
     return "serialized_state_dict.pt" in file.names or any(
         name.startswith("data/weights/") for name in file.names
@@ -52,6 +58,7 @@ def _is_export(file: OpenFile) -> bool:
 
 
 _FORMATS: Final = (
+    _Format("safetensors", "safetensors_file", _is_safetensors),
     _Format("TorchScript", "torch_script", lambda file: "constants.pkl" in file.names),
     _Format(
         "torch zip",
@@ -68,7 +75,6 @@ _FORMATS: Final = (
         "torch legacy", "torch_legacy", lambda file: _is_pickle(file) and _LEGACY in file.head[:64]
     ),
     _Format("pickle", "plain_pickle", _is_pickle),
-    _Format("safetensors", "safetensors_file", lambda file: file.head[8:9] == b"{"),
     _Format("shard index", "shards", lambda file: file.head.lstrip()[:1] == b"{"),
     _Format("ONNX", "onnx_file", lambda file: bool(_ONNX.match(file.head))),
 )

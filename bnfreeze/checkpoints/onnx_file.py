@@ -1,8 +1,8 @@
-"""ONNX models, read by the package `onnx`: their initializers. Nothing of the graph is run."""
+"""ONNX models, read by the package `onnx`: the tensors in them. Nothing of the graph is run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, MAX_TENSORS, check_limit
@@ -43,9 +43,9 @@ _PARTS: Final = ("weight", "bias", "running_mean", "running_var")
 
 
 def read(file: OpenFile) -> Content:
-    """The initializers by name, and for each BatchNormalization node a norm layer.
+    """The tensors by name, and for each BatchNormalization node a norm layer.
 
-    A layer is named as its initializers are, or else as its node.
+    A layer is named as its tensors are, or else as its node.
 
     Raises:
         UnsupportedFormatError: the package `onnx` is not installed.
@@ -63,15 +63,16 @@ def read(file: OpenFile) -> Content:
         graph = onnx.ModelProto.FromString(file.source.read(0, file.source.size)).graph
     except DecodeError:
         raise CorruptCheckpointError("Damaged: it begins as ONNX, and is none.") from None
-    check_limit(len(graph.initializer), MAX_TENSORS, "tensors")
     tensors: dict[str, StoredTensor] = {}
-    for proto in graph.initializer:
+    layers: dict[str, LayerSettings] = {}
+    graphs = list(_with_subgraphs(graph))
+    for proto in _tensors_in(graphs):
         check_limit(len(proto.name), MAX_NAME_LENGTH, "characters of a tensor's name")
-        if proto.name in tensors:
+        if proto.name in tensors and len(graphs) == 1:
             raise CorruptCheckpointError(f"Ambiguous: {proto.name!r:.200} is there twice.")
         tensors[proto.name] = _tensor(proto, file)
-    layers: dict[str, LayerSettings] = {}
-    for name, node, parts, settings in _norm_nodes(graph, tensors):
+        check_limit(len(tensors), MAX_TENSORS, "tensors")
+    for name, node, parts, settings in _norm_nodes(graphs, tensors):
         if name in layers:
             name = node
         layers[name] = settings
@@ -80,18 +81,44 @@ def read(file: OpenFile) -> Content:
     return Content(Model(tensors, layers, frozenset(), ()), remarks=remarks)
 
 
+def _with_subgraphs(graph: Any) -> Iterator[Any]:
+    """The graph, and those of the branches and loops in it."""
+    waiting = [graph]
+    while waiting:
+        one = waiting.pop()
+        yield one
+        waiting += [
+            attribute.g
+            for node in one.node
+            for attribute in node.attribute
+            if attribute.HasField("g")
+        ]
+
+
+def _tensors_in(graphs: Iterable[Any]) -> Iterator[Any]:
+    """The initializers, and the tensors of Constant nodes under their outputs' names."""
+    for graph in graphs:
+        yield from graph.initializer
+        for node in graph.node:
+            for attribute in node.attribute:
+                if node.op_type == "Constant" and attribute.HasField("t") and node.output:
+                    attribute.t.name = node.output[0]
+                    yield attribute.t
+
+
 _FOLDED: Final = (
-    "There is no BatchNormalization node in the graph: an exporter folds them into the "
-    "convolutions before them."
+    "There is no BatchNormalization node in the graph. Exporters fold batch norm into the "
+    "convolution before it."
 )
 
 
 def _norm_nodes(
-    graph: Any, tensors: Mapping[str, StoredTensor]
+    graphs: Sequence[Any], tensors: Mapping[str, StoredTensor]
 ) -> Iterator[tuple[str, str, dict[str, StoredTensor], LayerSettings]]:
     """The name of each norm layer, that of its node, its tensors, and its settings."""
-    same = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity"}
-    for number, node in enumerate(graph.node):
+    nodes = [node for graph in graphs for node in graph.node]
+    same = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Identity"}
+    for number, node in enumerate(nodes):
         if node.op_type != "BatchNormalization" or len(node.input) < 5:
             continue
         # An exporter writes equal tensors once.

@@ -8,6 +8,7 @@ that could understand the file differently.
 
 from __future__ import annotations
 
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
@@ -58,9 +59,6 @@ _VALUES: Final = (
 )
 
 _NAMES: Final = {code: name for name, code in CODES.items()}
-
-# Python 2 wrote its own names.
-_RENAMED: Final = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
 def read_pickle(
@@ -270,7 +268,9 @@ class _Machine:
             raise CorruptCheckpointError("Damaged: its pickle names something that is no text.")
         # Few opcodes can put the same long texts together again and again.
         check_limit(len(module) + len(name), MAX_NAME_LENGTH, "characters of a name")
-        return Global(f"{_RENAMED.get(module, module)}.{name}")
+        # Python 2's names, which protocols 0 to 2 use to this day.
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        return Global(f"{module}.{name}")
 
     def popped(self, count: int) -> list[Any]:
         if len(self.stack) - (self.marks[-1] if self.marks else 0) < count:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from bnfreeze.checkpoints.code_names import is_ordinary
 from bnfreeze.checkpoints.limits import (
     MAX_DIMENSIONS,
+    MAX_NAME_LENGTH,
     MAX_OPCODES,
     MAX_PICKLE_BYTES,
     MAX_TENSORS,
@@ -136,6 +137,7 @@ class _Reader:
             "builtins.tuple": lambda arguments: tuple(self._list(arguments)),
             "builtins.dict": self._ordered,
             "builtins.bytearray": self._bytes,
+            "builtins.getattr": _attribute,
             "_codecs.encode": self._bytes,
             **NUMPY_BUILDERS,
         }
@@ -304,6 +306,18 @@ def _check_attributes(state: object) -> None:
             not isinstance(part, Pairs) or not _VALUES.isdisjoint(part.named())
         ):
             raise ValueError
+
+
+def _attribute(arguments: tuple[Any, ...]) -> Global | None:
+    """An attribute of something that is named, as a method of a class: a longer name.
+
+    None of anything else, which stays a call.
+    """
+    if len(arguments) != 2 or not isinstance(arguments[0], Global) or type(arguments[1]) is not str:
+        return None
+    name = f"{arguments[0].name}.{arguments[1]}"
+    check_limit(len(name), MAX_NAME_LENGTH, "characters of a name")
+    return Global(name)
 
 
 def _view(arguments: tuple[Any, ...]) -> tuple[Storage, Any, Any, Any]:

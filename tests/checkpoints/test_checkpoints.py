@@ -1,5 +1,6 @@
 """Honest checkpoints: in every format the same facts, and those of the live model."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ from bnfreeze.checkpoints.torch_names import STORAGES, TORCH_NAMES
 from bnfreeze.inspection.diff import compare
 from bnfreeze.inspection.in_memory import in_memory
 from bnfreeze.inspection.origin import Origin
-from tests.checkpoints.formats import FORMATS, save_zip
+from tests.checkpoints.formats import FORMATS, safetensors_file, save_zip
 from tests.helpers import bits
 
 # Findings that come of the statistics' values, and so can be seen in a file as well.
@@ -502,3 +503,15 @@ def test_a_state_dict_with_tensors_that_cannot_be_read_is_looked_at():
     found = inspect({**unreadable(), **layer, "weight": two})
     assert [finding.code for finding in found.findings] == ["never-trained"]
     assert inspect({**layer, "running_var": two}).findings[0].code == "stats-unread"
+
+
+def test_a_header_whose_size_begins_as_a_pickle_is_read(tmp_path):
+    # 0x0480 bytes: the first two of the file are those of a pickle of protocol 4.
+    name = "bn.running_mean"
+    header = {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {}}
+    text = json.dumps(header).encode().ljust(0x480)
+    path = safetensors_file(tmp_path / "a.safetensors", text, bytes(4))
+    assert path.read_bytes()[:2] == b"\x80\x04"
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.kind == "safetensors"
+        assert list(checkpoint.models[0].tensors) == [name]
