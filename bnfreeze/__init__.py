@@ -1,7 +1,7 @@
-"""bnfreeze: freeze batch norm in PyTorch models, and prove that it stayed frozen.
+"""bnfreeze: freeze batch norm in PyTorch models, and verify that it stays frozen.
 
 Importing this module imports neither torch nor rich: each name is loaded when it is first used
-(PEP 562), because the command and the pytest plugin must start at once.
+(PEP 562), so that the command and the pytest plugin start at once.
 """
 
 from importlib import import_module
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         BnfreezeWarning,
         CheckpointError,
         CorruptCheckpointError,
+        NotFrozenError,
         PolicyError,
         UnsafeCheckpointError,
         UnsupportedFormatError,
@@ -21,20 +22,29 @@ if TYPE_CHECKING:
     from bnfreeze.findings import Finding
     from bnfreeze.freezing.freeze import freeze, unfreeze
     from bnfreeze.freezing.report import FreezeReport, LayerRow
+    from bnfreeze.inspection.behaviour import LiveLayer
+    from bnfreeze.inspection.checkpoint import CheckpointInspection
     from bnfreeze.inspection.inspect import inspect
+    from bnfreeze.inspection.live import ModelInspection
     from bnfreeze.inspection.result import Inspection
+    from bnfreeze.inspection.stored_layers import StoredLayer
     from bnfreeze.nn.modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
     from bnfreeze.policies.policy import Policy
+    from bnfreeze.verification.assert_frozen import assert_frozen
+    from bnfreeze.verification.diff import Diff, TensorChange, diff
     from bnfreeze.verification.drift import Drift
-    from bnfreeze.verification.guard import guard
-    from bnfreeze.verification.report import DriftError, DriftReport
-    from bnfreeze.verification.snapshot import Snapshot, assert_frozen, snapshot, verify
+    from bnfreeze.verification.drift_report import DriftError, DriftReport
+    from bnfreeze.verification.guard import Guard, guard
+    from bnfreeze.verification.snapshot import Snapshot
+    from bnfreeze.verification.verify import snapshot, verify
 
 __all__ = [
     "BnfreezeError",
     "BnfreezeWarning",
     "CheckpointError",
+    "CheckpointInspection",
     "CorruptCheckpointError",
+    "Diff",
     "Drift",
     "DriftError",
     "DriftReport",
@@ -43,14 +53,21 @@ __all__ = [
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
+    "Guard",
     "Inspection",
     "LayerRow",
+    "LiveLayer",
+    "ModelInspection",
+    "NotFrozenError",
     "Policy",
     "PolicyError",
     "Snapshot",
+    "StoredLayer",
+    "TensorChange",
     "UnsafeCheckpointError",
     "UnsupportedFormatError",
     "assert_frozen",
+    "diff",
     "freeze",
     "functional",
     "guard",
@@ -64,29 +81,38 @@ _HOME = {
     "BnfreezeError": "errors",
     "BnfreezeWarning": "errors",
     "CheckpointError": "errors",
+    "CheckpointInspection": "inspection.checkpoint",
     "CorruptCheckpointError": "errors",
+    "Diff": "verification.diff",
     "Drift": "verification.drift",
-    "DriftError": "verification.report",
-    "DriftReport": "verification.report",
+    "DriftError": "verification.drift_report",
+    "DriftReport": "verification.drift_report",
     "Finding": "findings",
     "FreezeReport": "freezing.report",
+    "Guard": "verification.guard",
     "Inspection": "inspection.result",
     "LayerRow": "freezing.report",
+    "LiveLayer": "inspection.behaviour",
+    "ModelInspection": "inspection.live",
     "FrozenBatchNorm1d": "nn.modules",
     "FrozenBatchNorm2d": "nn.modules",
     "FrozenBatchNorm3d": "nn.modules",
+    "NotFrozenError": "errors",
     "Policy": "policies.policy",
     "PolicyError": "errors",
     "Snapshot": "verification.snapshot",
+    "StoredLayer": "inspection.stored_layers",
+    "TensorChange": "verification.diff",
     "UnsafeCheckpointError": "errors",
     "UnsupportedFormatError": "errors",
-    "assert_frozen": "verification.snapshot",
+    "assert_frozen": "verification.assert_frozen",
+    "diff": "verification.diff",
     "freeze": "freezing.freeze",
     "guard": "verification.guard",
     "inspect": "inspection.inspect",
-    "snapshot": "verification.snapshot",
+    "snapshot": "verification.verify",
     "unfreeze": "freezing.freeze",
-    "verify": "verification.snapshot",
+    "verify": "verification.verify",
 }
 _MODULES = {"functional"}
 

@@ -15,8 +15,13 @@ what loading the file would call, by the names in `code_names`.
 """
 
 from bnfreeze.checkpoints.modules import LayerSettings
-from bnfreeze.checkpoints.opening import Checkpoint, naming_file, open_checkpoint, telling
-from bnfreeze.checkpoints.state_dicts import StateDict, StateDicts, find_state_dicts
+from bnfreeze.checkpoints.opening import Checkpoint, naming_file, open_checkpoint
+from bnfreeze.checkpoints.state_dicts import (
+    StateDict,
+    StateDicts,
+    find_state_dicts,
+    tensors_by_name,
+)
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.checkpoints.survey import CodeCall, Uninterpreted
 
@@ -31,5 +36,5 @@ __all__ = [
     "find_state_dicts",
     "naming_file",
     "open_checkpoint",
-    "telling",
+    "tensors_by_name",
 ]

@@ -70,14 +70,14 @@ class Checkpoint:
             except UnsupportedFormatError as error:
                 raise UnsupportedFormatError(f"{error}{would_call(self._content.made)}") from None
 
-    def state_dict(self, key: str | None = None) -> StateDict:
-        """The state_dict under a key.
+    def chosen(self, key: str | None) -> StateDicts:
+        """The state_dict under a key alone; all of them where there is no key.
 
         Raises:
             UnsupportedFormatError: there is none of that name, or there are several.
         """
         with naming_file(self.path):
-            return self.models[0] if key is None else self.state_dicts.under(key)
+            return self.state_dicts.chosen(key)
 
     @property
     def uninterpreted(self) -> tuple[Uninterpreted, ...]:
@@ -155,6 +155,3 @@ def _model_in(folder: Path) -> Path:
         "A folder without .metadata, model.safetensors or pytorch_model.bin, and so neither of "
         "torch.distributed.checkpoint nor of Hugging Face. Name a file in it."
     )
-
-
-telling = naming_file

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -10,9 +10,9 @@ from bnfreeze.checkpoints.limits import MAX_DICTS, MAX_NAME_LENGTH, check_limit
 from bnfreeze.checkpoints.modules import LayerSettings, Model, is_module, model_of, tensor_in
 from bnfreeze.checkpoints.pickled import Opaque, Pairs
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
-from bnfreeze.errors import UnsupportedFormatError
+from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["StateDict", "StateDicts", "find_state_dicts"]
+__all__ = ["StateDict", "StateDicts", "find_state_dicts", "tensors_by_name"]
 
 # Below these, tensors are no model's, unless there are norm layers.
 _OPTIMIZERS: Final = ("optim", "lr_sched", "scaler")
@@ -38,7 +38,6 @@ class StateDict:
     tensors: Mapping[str, StoredTensor]
     layers: Mapping[str, LayerSettings] = field(default_factory=dict)
     stripped: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
 
     @property
     def has_norm_layers(self) -> bool:
@@ -67,6 +66,14 @@ class StateDicts:
         """Those that have norm layers; all of them where none has."""
         return tuple(found for found in self.all if found.has_norm_layers) or self.all
 
+    def chosen(self, key: str | None) -> StateDicts:
+        """The one under a key alone; all of them where there is no key.
+
+        Raises:
+            UnsupportedFormatError: as `under`.
+        """
+        return self if key is None else StateDicts((self.under(key),), {})
+
     def under(self, key: str) -> StateDict:
         """The one under a key: the dotted key, or the last part of it where that is clear.
 
@@ -88,6 +95,29 @@ class StateDicts:
         )
 
 
+def tensors_by_name(parts: Iterable[StateDict], plain: str | None) -> dict[str, StoredTensor]:
+    """The tensors of several state_dicts together, each with its key before the name.
+
+    Args:
+        parts: the state_dicts.
+        plain: the key of the one whose names stay as they are; None for none.
+
+    Raises:
+        CorruptCheckpointError: two tensors would have the same name.
+    """
+    found: dict[str, StoredTensor] = {}
+    for part in parts:
+        prefix = f"{part.key}." if part.key and part.key != plain else ""
+        for name, tensor in part.tensors.items():
+            if prefix + name in found:
+                raise CorruptCheckpointError(
+                    f"Ambiguous: {prefix + name!r:.200} is in two of its state_dicts. Choose one "
+                    f"with the key."
+                )
+            found[prefix + name] = tensor
+    return found
+
+
 def find_state_dicts(root: Any) -> StateDicts:
     """Find all state_dicts and whole models in what was saved.
 
@@ -100,18 +130,18 @@ def find_state_dicts(root: Any) -> StateDicts:
     aliases: dict[str, str] = {}
     found = list(_candidates(root, aliases))
     if len(found) > 1:
-        # Counters beside the models are no model.
-        found = [
-            one for one in found if one.key or len(one.tensors) > _FEW or one.has_norm_layers
-        ] or found
+        found = [one for one in found if not _is_counter(one)] or found
     if not found:
         raise UnsupportedFormatError("It holds no tensors by name, and so no state_dict.")
     return StateDicts(tuple(found), aliases)
 
 
-def find_state_dict(root: Any, key: str | None = None) -> StateDict:
-    found = find_state_dicts(root)
-    return found.models[0] if key is None else found.under(key)
+def _is_counter(one: StateDict) -> bool:
+    """Whether these are counters, losses or class weights that stand beside a model."""
+    if one.has_norm_layers:
+        return False
+    few = not one.key and len(one.tensors) <= _FEW
+    return few or all(tensor.numel <= 1 for tensor in one.tensors.values())
 
 
 def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
@@ -130,7 +160,10 @@ def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
             if found and (found.has_norm_layers or not in_optimizer):
                 count += 1
                 check_limit(count, MAX_DICTS, "dicts of tensors")
-                yielded.add(key)
+                # 0 and "0" are two keys, and look alike.
+                while found.key in yielded:
+                    found = replace(found, key=f"{found.key}'")
+                yielded.add(found.key)
                 yield found
             if model:
                 seen |= {module: key for module in model.visited if module not in seen}

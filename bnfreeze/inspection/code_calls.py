@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from bnfreeze.checkpoints import CodeCall
-from bnfreeze.findings import Finding
+from bnfreeze.findings import Finding, Level, finding
 
 __all__ = ["RUNS_CODE", "code_findings"]
 
@@ -15,40 +15,22 @@ RUNS_CODE: Final = "runs-code"
 _SHOWN: Final = 5
 
 
-def code_findings(calls: Sequence[CodeCall]) -> Iterator[Finding]:
-    """A finding for each level of what loading the file would call.
+def code_findings(calls: Sequence[CodeCall]) -> tuple[Finding, ...]:
+    """A finding for each level of what loading the file would call, the worst first.
 
     bnfreeze itself calls nothing of it.
     """
-    errors, warnings, notes = (
-        [call for call in calls if call.level == level] for level in ("error", "warning", "note")
+    texts: dict[Level, str] = {
+        "error": "loading the file with torch.load(weights_only=False) or pickle calls {}.",
+        "warning": "cannot be judged: loading the file with torch.load(weights_only=False) runs "
+        "the code of {}.",
+        "note": "it holds a whole model: loading it runs the code of its classes, {}.",
+    }
+    return tuple(
+        finding(RUNS_CODE, "", text.format(_listed(found)), level=level)
+        for level, text in texts.items()
+        if (found := [call for call in calls if call.level == level])
     )
-    if errors:
-        yield Finding(
-            "error",
-            RUNS_CODE,
-            "",
-            f"Loading the file with torch.load(weights_only=False) or pickle calls "
-            f"{_listed(errors)}.",
-            "Do not load it, unless you know who wrote it and why. weights_only=True refuses it.",
-        )
-    if warnings:
-        yield Finding(
-            "warning",
-            RUNS_CODE,
-            "",
-            f"Cannot be judged: loading the file with torch.load(weights_only=False) runs the code "
-            f"of {_listed(warnings)}.",
-            "Load it only where you trust that code.",
-        )
-    if notes:
-        yield Finding(
-            "note",
-            RUNS_CODE,
-            "",
-            f"It holds a whole model: loading it runs the code of its classes, {_listed(notes)}.",
-            "Save the values alone: torch.save(model.state_dict(), 'weights.pt').",
-        )
 
 
 def _listed(calls: Sequence[CodeCall]) -> str:

@@ -1,24 +1,25 @@
-"""The norm layers of a state_dict: found by the names of their statistics, and looked at."""
+"""The norm layers of a state_dict, found by the names of their statistics."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bnfreeze.checkpoints import StateDict
 from bnfreeze.checkpoints.limits import MAX_CHANNELS, check_limit
 from bnfreeze.checkpoints.stored_tensor import StoredTensor, shown
 from bnfreeze.errors import CheckpointError
-from bnfreeze.findings import Finding, by_gravity
+from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.statistics import statistics_findings
 
-__all__ = ["BATCH_NORM", "FROZEN_OR_OLD", "Spread", "StoredLayer", "look_at"]
+__all__ = ["BATCH_NORM", "FROZEN_OR_OLD", "Spread", "StoredLayer", "stored_layers"]
 
-# A state_dict has names and values and no classes: more than this cannot be told from it.
+# A state_dict has names and values but no classes, so this is all that can be known of a layer.
 BATCH_NORM: Final = "batch norm"
 FROZEN_OR_OLD: Final = "frozen or old batch norm"
 
@@ -61,7 +62,8 @@ class StoredLayer:
 
     Attributes:
         name: the dotted name; empty where the model itself is the layer.
-        kind: `BATCH_NORM` where the layer counts its batches; else `FROZEN_OR_OLD`: a frozen
+        kind: the name of its class, of a model that was saved whole. Of a state_dict, which has no
+            classes, `BATCH_NORM` where the layer counts its batches; else `FROZEN_OR_OLD`: a frozen
             look-alike, or a batch norm that was saved before torch 0.4.1. An instance norm that
             tracks statistics has the same names, and is called a batch norm.
         num_features: the number of channels C.
@@ -73,6 +75,11 @@ class StoredLayer:
         near_dead: how many channels give next to nothing: the variance is below 1e-5 (eps
             outweighs it) or the weight is below 1e-3. A negative variance is none of these: it is
             an error.
+        key: the dotted key of its state_dict in the checkpoint; empty at the top.
+        eps: of a model that was saved whole; None where it is not known.
+        momentum: likewise.
+        training: the flag it was saved with, likewise.
+        frozen_by: ``"bnfreeze"`` for a layer of a model that was saved whole while frozen.
     """
 
     name: str
@@ -84,21 +91,26 @@ class StoredLayer:
     mean: Spread | None
     var: Spread | None
     near_dead: int
+    key: str = ""
+    eps: float | None = None
+    momentum: float | None = None
+    training: bool | None = None
+    frozen_by: str | None = None
 
 
-def look_at(
-    tensors: Mapping[str, StoredTensor],
-) -> tuple[tuple[StoredLayer, ...], tuple[Finding, ...]]:
-    """Find the norm layers of a state_dict and what a person should know about them.
+def stored_layers(model: StateDict) -> tuple[tuple[StoredLayer, ...], tuple[Finding, ...]]:
+    """Find the norm layers of a model and what a person should know about them.
 
     Only their own tensors are read.
 
     Raises:
         CheckpointError: one of them cannot be read.
     """
+    tensors, key = model.tensors, model.key
     layers: list[StoredLayer] = []
     findings: list[Finding] = []
     channels = 0
+    uncounted: list[str] = []
     for name in _layer_names(tensors):
         own = {
             part: tensors[_join(name, part)]
@@ -107,28 +119,30 @@ def look_at(
         }
         problem = _mismatch(own)
         if problem:
-            findings.append(_unpaired(name, problem))
+            findings.append(finding("stats-unpaired", name, problem, key=key))
             continue
         channels += own["running_mean"].numel
         check_limit(channels, MAX_CHANNELS, f"channels up to {name!r:.200}")
         try:
-            layer, own_findings = _layer(name, own)
+            layer, own_findings = _layer(name, own, model)
         except CheckpointError as error:
             raise type(error)(f"{name}: {error}") from None
         layers.append(layer)
         findings += own_findings
-    findings += _across(layers)
-    if not layers:
+        # Where the class is known, there is nothing to guess.
+        if _STATISTICS[2] not in own and name not in model.layers:
+            uncounted.append(name)
+    findings += _across(layers, key, uncounted)
+    if not layers and not findings:
         findings.append(
-            Finding(
-                "note",
-                "no-norm-layer",
+            finding(
+                "model-no-norm-layer",
                 "",
                 "No tensor looked at is named running_mean or running_var: there is no norm layer.",
-                "Nothing to freeze.",
+                key=key,
             )
         )
-    return tuple(layers), by_gravity(findings)
+    return tuple(layers), worst_first(findings)
 
 
 def _join(name: str, part: str) -> str:
@@ -141,7 +155,7 @@ def _layer_names(tensors: Mapping[str, StoredTensor]) -> list[str]:
 
 
 def _mismatch(own: Mapping[str, StoredTensor]) -> str:
-    """What keeps these tensors from being a norm layer's; empty where nothing does."""
+    """Why these tensors are not those of a norm layer; empty where they are."""
     missing = [part for part in _STATISTICS[:2] if part not in own]
     if missing:
         return f"it has {' and '.join(own)}, and no {' and '.join(missing)}."
@@ -149,33 +163,26 @@ def _mismatch(own: Mapping[str, StoredTensor]) -> str:
     if len(own[_STATISTICS[0]].shape) != 1:
         return f"running_mean has {len(own[_STATISTICS[0]].shape)} dimensions, and not one."
     if len(set(shapes.values())) > 1:
-        told = ", ".join(f"{part} {shown(s)}" for part, s in shapes.items())
-        return f"its tensors differ in shape: {told}."
+        each = ", ".join(f"{part} {shown(s)}" for part, s in shapes.items())
+        return f"its tensors differ in shape: {each}."
     count = own.get(_STATISTICS[2])
     if count is not None and count.numel != 1:
         return f"num_batches_tracked has {count.numel} elements, and not one."
     return ""
 
 
-def _unpaired(name: str, problem: str) -> Finding:
-    return Finding(
-        "warning",
-        "unpaired",
-        name,
-        f"no norm layer keeps its statistics so: {problem}",
-        "A load with strict=True fails where a norm layer is meant; "
-        "get the whole checkpoint, or mend what converted it.",
-    )
-
-
-def _layer(name: str, own: Mapping[str, StoredTensor]) -> tuple[StoredLayer, list[Finding]]:
+def _layer(
+    name: str, own: Mapping[str, StoredTensor], model: StateDict
+) -> tuple[StoredLayer, list[Finding]]:
+    settings, key = model.layers.get(name), model.key
+    guessed = BATCH_NORM if _STATISTICS[2] in own else FROZEN_OR_OLD
     channels = own["running_mean"].numel
     mean, var, weight = (_real(own.get(part)) for part in ("running_mean", "running_var", "weight"))
     count = own[_STATISTICS[2]].item() if _STATISTICS[2] in own else None
     batches = int(count) if isinstance(count, int) else None
     layer = StoredLayer(
         name=name,
-        kind=BATCH_NORM if _STATISTICS[2] in own else FROZEN_OR_OLD,
+        kind=settings.class_name.rpartition(".")[2] or guessed if settings else guessed,
         num_features=channels,
         batches=batches,
         dtype=own["running_var"].dtype,
@@ -183,10 +190,17 @@ def _layer(name: str, own: Mapping[str, StoredTensor]) -> tuple[StoredLayer, lis
         mean=None if mean is None else Spread.of(mean),
         var=None if var is None else Spread.of(var),
         near_dead=_near_dead(var, weight),
+        key=key,
+        eps=settings.eps if settings else None,
+        momentum=settings.momentum if settings else None,
+        training=settings.training if settings else None,
+        frozen_by=(settings.frozen_by or None) if settings else None,
     )
     dtypes = (own["running_mean"].dtype, own["running_var"].dtype)
-    findings = list(statistics_findings(name, mean, var, batches, None, dtypes=dtypes))
-    findings += _own_findings(name, mean, var)
+    findings = list(
+        statistics_findings(name, mean, var, batches, layer.eps, dtypes=dtypes, key=key)
+    )
+    findings += _own_findings(name, mean, var, key)
     return layer, findings
 
 
@@ -209,53 +223,36 @@ def _near_dead(var: NDArray[Any] | None, weight: NDArray[Any] | None) -> int:
 
 
 def _own_findings(
-    name: str, mean: NDArray[Any] | None, var: NDArray[Any] | None
+    name: str, mean: NDArray[Any] | None, var: NDArray[Any] | None, key: str
 ) -> Iterator[Finding]:
     if mean is None or var is None:
-        yield Finding(
-            "warning",
-            "stats-unread",
-            name,
-            "its statistics are of a dtype that has no numbers here, or were saved without values.",
-            "Convert the statistics to float32 to have them looked at.",
-        )
+        yield finding("stats-unread", name, key=key)
         return
     tiny = int(((var > 0) & (var < _HALF_UNDERFLOW)).sum())
     if tiny:
-        yield Finding(
-            "warning",
-            "var-tiny",
+        yield finding(
+            "stats-var-tiny",
             name,
             f"{tiny} of {len(var)} running variances are so small that half precision makes them "
-            f"0: what passes is multiplied by up to 1/sqrt(eps), 316 for an eps of 1e-5.",
-            "Keep the statistics in float32, and eps at what the checkpoint was trained with.",
+            f"0: such a channel is multiplied by up to 1/sqrt(eps), 316 for an eps of 1e-5.",
+            key=key,
         )
 
 
-def _across(layers: list[StoredLayer]) -> Iterator[Finding]:
-    """What can be seen only of all layers together."""
-    uncounted = [layer for layer in layers if layer.kind == FROZEN_OR_OLD]
-    for layer in uncounted:
-        yield Finding(
-            "note",
-            "no-count",
-            layer.name,
-            "no num_batches_tracked: a frozen batch norm, as torchvision, detectron2, timm and "
-            "Transformers have them, or a checkpoint from before torch 0.4.1.",
-            "Both load into a frozen layer as they are.",
-        )
+def _across(layers: list[StoredLayer], key: str, uncounted: Iterable[str]) -> Iterator[Finding]:
+    """What only all layers together show."""
+    for name in uncounted:
+        yield finding("stats-count-missing", name, key=key)
     counts = Counter(layer.batches for layer in layers if layer.batches is not None)
     if len(counts) > 1:
         (usual, number), *rest = counts.most_common()
         odd = [layer for layer in layers if layer.batches not in (None, usual)]
         lowest, highest = min(count for count, _ in rest), max(count for count, _ in rest)
         seen = f"{lowest:,}" if lowest == highest else f"{lowest:,} to {highest:,}"
-        yield Finding(
-            "note",
-            "count-mixed",
+        yield finding(
+            "stats-count-mixed",
             "",
             f"num_batches_tracked is {usual:,} in {number} layers, and {seen} in {len(odd)} "
-            f"(first in {odd[0].name or 'the model'}): some layers stood still while others "
-            f"were trained, or came from elsewhere.",
-            "Meant so where a part was frozen; otherwise find out which layers were not trained.",
+            f"(first in {odd[0].name or 'the model'}).",
+            key=key,
         )

@@ -438,11 +438,14 @@ def test_a_key_chooses_a_model_by_its_path_or_its_last_part(tmp_path):
     with open_checkpoint(tmp_path / "a.pt") as checkpoint:
         # The same dict under two keys is one model.
         assert {model.key for model in checkpoint.models} == {"copy", "run.ema"}
-        assert checkpoint.state_dict("ema").key == "run.ema"
-        assert checkpoint.state_dict("run.net").key == "run.net"
-        assert checkpoint.state_dict("net").tensors == checkpoint.state_dict("copy").tensors
+        assert checkpoint.chosen("ema").all[0].key == "run.ema"
+        assert checkpoint.chosen("run.net").all[0].key == "run.net"
+        assert (
+            checkpoint.state_dicts.under("net").tensors
+            == checkpoint.state_dicts.under("copy").tensors
+        )
         with pytest.raises(UnsupportedFormatError, match="'copy'"):
-            checkpoint.state_dict("nothing")
+            checkpoint.chosen("nothing")
 
 
 # What is named for what it is.

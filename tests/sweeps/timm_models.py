@@ -86,7 +86,7 @@ def counts(model, policy):
     """By policy, how many norm layers it holds then; and how many compute something along."""
     report = freeze(copy.deepcopy(model), policy)
     rows = [row for row in report.layers if row.name in report.norm_names]
-    return Counter(row.policy for row in rows), sum(bool(row.absorbs) for row in rows)
+    return Counter(row.policy for row in rows), sum(bool(row.fuses) for row in rows)
 
 
 def line(name):
