@@ -1181,19 +1181,15 @@ def a_module_that_is_its_own_child(folder):
     return beside_a_batch_norm(folder, body)
 
 
-@hostile(2, r"Refused: [\d,]+ copied entries")
+@hostile(2, r"no tensors by name")
 def a_storage_in_a_pickle_that_is_loaded_again_and_again(folder):
-    # 3,000 opcodes in each of 100,000 calls: read once, and looked up afterwards.
     stream = io.BytesIO()
     storage = torch.ones(4).untyped_storage()
     torch.save(storage, stream, _use_new_zipfile_serialization=False)
     data = stream.getvalue()
     body = b"(" + p.name("torch.storage", "_load_from_bytes") + b"q\0"
     body += b"B" + struct.pack("<I", len(data)) + data + b"\x85q\1"
-    many = pieces_of(b"h\0h\1R", 100_000)
-    endless = p.name("collections", "OrderedDict") + b"q\2]q\3(" + b"N" * 50_000 + b"e"
-    body += many + endless + pieces_of(b"h\2h\3\x85R", 1_000) + b"t"
-    return written(folder, b"\x80\x03" + body + b".", "a.pkl")
+    return written(folder, b"\x80\x03" + body + pieces_of(b"h\0h\1R", 100_000) + b"t.", "a.pkl")
 
 
 @hostile(2, r"a number of another size|arguments that it does not take")
