@@ -22,7 +22,7 @@ def _each(module: str, names: str) -> set[str]:
     return {f"{module}.{name}" for name in names.split()}
 
 
-# Values that stand for themselves; nobody needs to be told that they were not interpreted.
+# Plain values. They are not listed among what was left uninterpreted.
 VALUES: Final[frozenset[str]] = (
     TORCH_NAMES
     | _each(

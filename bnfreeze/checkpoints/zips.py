@@ -220,7 +220,7 @@ def _entry(source: Source, directory: bytes, position: int) -> tuple[Entry, _Pla
         )
     place = _Place(raw, at, packed, size)
     data = source.later(lambda: place.begin(source), packed)
-    # A checksum of 0 is what torch writes when it is told to leave them out.
+    # torch writes a checksum of 0 when checksums are switched off.
     return Entry(name, size, checksum or None, refusal, data), place, after
 
 

@@ -19,7 +19,7 @@ fsspec = pytest.importorskip("fsspec")
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder, by ranges where the server is told to."""
+    """Serves a folder, by ranges if the server's `ranges` is set."""
 
     def log_message(self, *_):
         pass
