@@ -14,7 +14,7 @@ from bnfreeze.checkpoints.torch_tensors import DescribedTensor
 from bnfreeze.checkpoints.zips import Entry
 from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError
 
-__all__ = ["read"]
+__all__ = ["read_npz"]
 
 # A header is a line of text that says the dtype and the shape. Sizes of so many digits are refused
 # as numbers, and not by Python.
@@ -25,7 +25,7 @@ _HEADER: Final = re.compile(
 )
 
 
-def read(file: OpenFile) -> Content:
+def read_npz(file: OpenFile) -> Content:
     """The arrays by name.
 
     Raises:

@@ -27,7 +27,7 @@ def code_findings(calls: Sequence[CodeCall]) -> tuple[Finding, ...]:
         "note": "it holds modules that were saved whole: loading it runs the code of {}.",
     }
     return tuple(
-        finding(RUNS_CODE, "", text.format(_listed(found)), level=level)
+        finding("runs-code", "", text.format(_listed(found)), level=level)
         for level, text in texts.items()
         if (found := [call for call in calls if call.level == level])
     )
