@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from bnfreeze.checkpoints import StoredTensor, telling
+from bnfreeze.checkpoints import StoredTensor, naming_file, tensors_by_name
 from bnfreeze.checkpoints.stored_tensor import check_claims
-from bnfreeze.errors import PolicyError
+from bnfreeze.errors import CheckpointError, PolicyError
+from bnfreeze.inspection.code_calls import code_findings
+from bnfreeze.inspection.origin import Found
 from bnfreeze.patterns import Pattern
 from bnfreeze.verification.compare import DIGESTED, compare
 from bnfreeze.verification.drift_report import DriftReport
@@ -15,7 +17,7 @@ from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.state import LISTED, OwnerFacts, State, TensorFacts
 from bnfreeze.verification.values import KeptTensor
 
-__all__ = ["snapshot_of", "state_of", "verify_stored"]
+__all__ = ["snapshot_of", "state_of", "verify_found", "verify_stored"]
 
 
 def state_of(tensors: Mapping[str, StoredTensor]) -> State:
@@ -74,7 +76,7 @@ def snapshot_of(
     kept: dict[str, StoredTensor] = {}
     digests: dict[str, str] = {}
     for name, tensor in state.values.items():
-        with telling(name):
+        with naming_file(name):
             if digest:
                 digests[name] = state.digest(name)
             else:
@@ -122,3 +124,28 @@ def verify_stored(
     # The other notes are about a live model.
     notes = (DIGESTED,) if before.digests else ()
     return replace(compare(old, after, gathered=True), notes=notes)
+
+
+def verify_found(found: Found, snapshot: Snapshot, *, select: Sequence[str] = ()) -> DriftReport:
+    """Compare all that was found in a checkpoint with a snapshot.
+
+    A snapshot of a model is compared with the only model that the checkpoint has. A snapshot of a
+    checkpoint with several models is compared with those of the same keys.
+
+    Raises:
+        PolicyError: as `verify_stored`.
+        CheckpointError: a tensor cannot be read, or it is not clear which model is meant.
+    """
+    names = snapshot.state.tensors.keys()
+    models = found.parts.models
+    tensors = tensors_by_name(found.parts.all, models[0].key if len(models) == 1 else None)
+    if names.isdisjoint(tensors):
+        if len(models) > 1 and not all(names.isdisjoint(model.tensors) for model in models):
+            keys = ", ".join(repr(model.key) for model in models)
+            raise CheckpointError(
+                f"The snapshot is of one model, and there are several: {keys}. Choose one with "
+                f"--key."
+            )
+        tensors = tensors_by_name(found.parts.all, None)
+    report = verify_stored(tensors, snapshot, select=select)
+    return replace(report, findings=code_findings(found.calls))
