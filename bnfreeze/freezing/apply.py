@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bnfreeze.freezing.ddp import refuse_thawing, wrappers_in
 from bnfreeze.freezing.plan import Change, check_class
@@ -36,15 +35,15 @@ def transaction(modules: Sequence[NamedModule], *, keep: bool = True) -> Iterato
         modules: all of the model's.
         keep: False to undo it also if there was no error.
     """
-    before = [_State.of(entry.module) for entry in modules]
+    before = [_saved(entry.module) for entry in modules]
     done = False
     try:
         yield
         done = keep
     finally:
         if not done:
-            for state in before:
-                state.put_back()
+            for put_back in before:
+                put_back()
 
 
 def carry_out(
@@ -171,35 +170,26 @@ def _freeze_tied(modules: Sequence[NamedModule]) -> None:
             parameter.requires_grad_(False)
 
 
-@dataclass
-class _State:
-    """Everything that freezing may change on a module."""
+def _saved(module: nn.Module) -> Callable[[], None]:
+    """What puts back everything that freezing may change on the module."""
+    kind, attributes = type(module), dict(module.__dict__)
+    parameters = [
+        (p, p.requires_grad, p.grad) for p in module._parameters.values() if p is not None
+    ]
+    buffers = module.named_buffers(recurse=False)
+    statistics = [(buffer, buffer.data) for name, buffer in buffers if name in STATISTICS]
 
-    module: nn.Module
-    kind: type[nn.Module]
-    attributes: dict[str, object]
-    parameters: list[tuple[nn.Parameter, bool, Tensor | None]]
-    statistics: list[tuple[Tensor, Tensor]]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _State:
-        return cls(
-            module,
-            type(module),
-            dict(module.__dict__),
-            [(p, p.requires_grad, p.grad) for p in module._parameters.values() if p is not None],
-            [(b, b.data) for name, b in module.named_buffers(recurse=False) if name in STATISTICS],
-        )
-
-    def put_back(self) -> None:
-        if type(self.module) is not self.kind:
-            self.module.__class__ = self.kind
-        for name in self.module.__dict__.keys() - self.attributes.keys():
-            del self.module.__dict__[name]
-        self.module.__dict__.update(self.attributes)
-        for parameter, flag, grad in self.parameters:
+    def put_back() -> None:
+        if type(module) is not kind:
+            module.__class__ = kind
+        for name in module.__dict__.keys() - attributes.keys():
+            del module.__dict__[name]
+        module.__dict__.update(attributes)
+        for parameter, flag, grad in parameters:
             parameter.requires_grad_(flag)
             parameter.grad = grad
-        for buffer, data in self.statistics:
+        for buffer, data in statistics:
             if buffer.dtype is not data.dtype:
                 buffer.data = data
+
+    return put_back

@@ -36,12 +36,7 @@ __all__ = ["freeze", "unfreeze"]
 
 # Findings about the model as a whole, which a report of freezing shows too.
 _OF_THE_MODEL = frozenset(
-    {
-        "layer-foreign",
-        "layer-unregistered",
-        "model-nothing-trains",
-        "optimizer-without-parameters",
-    }
+    {"layer-foreign", "layer-unregistered", "model-nothing-trains", "optimizer-without-parameters"}
 )
 
 

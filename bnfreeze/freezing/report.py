@@ -83,7 +83,7 @@ class FreezeReport(Printable):
 
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
-        norms = self._norms()
+        norms = [row for row in self.layers if row.name in self.facts]
         title, further = shared_kind(f"Norm layers after {self.call}", [row.kind for row in norms])
         return Sheet(
             title=title,
@@ -105,11 +105,8 @@ class FreezeReport(Printable):
     ) -> None:
         self.undo()
 
-    def _norms(self) -> list[LayerRow]:
-        return [row for row in self.layers if row.name in self.facts]
-
     def _verdict(self) -> str:
-        norms = self._norms()
+        norms = [row for row in self.layers if row.name in self.facts]
         others, total = len(self.layers) - len(norms), _count(len(norms), "norm layer")
         if self.call == "unfreeze":
             restored = sum("restore" in row.actions for row in norms)

@@ -168,9 +168,7 @@ def _normalizes_with(layer: nn.Module, training: bool) -> tuple[NormalizesWith, 
         return "batch", "it keeps no running statistics"
     if isinstance(layer, _InstanceNorm) and not layer.track_running_stats:
         return "batch", "track_running_stats is False: an instance norm ignores its statistics then"
-    if training:
-        return "batch", "train mode"
-    return "running", _why_eval(layer)
+    return ("batch", "train mode") if training else ("running", _why_eval(layer))
 
 
 def _updates_statistics(layer: nn.Module, training: bool) -> tuple[bool, str]:

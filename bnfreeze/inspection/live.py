@@ -38,6 +38,10 @@ from bnfreeze.tables import Sheet, shared_kind
 __all__ = ["ModelInspection", "inspect_model"]
 
 
+# Shown by a wide terminal only.
+_FURTHER = ("eps", "statistics, because", "affine, because")
+
+
 @dataclass(frozen=True)
 class ModelInspection(Inspection):
     """The norm layers of a live model, and what they will do in the next training step."""
@@ -69,18 +73,7 @@ class ModelInspection(Inspection):
         )
         return Sheet(
             title=title if rows else "",
-            columns=(
-                "layer",
-                "kind",
-                "C",
-                "policy",
-                "uses",
-                "statistics",
-                "affine",
-                "eps",
-                "statistics, because",
-                "affine, because",
-            ),
+            columns=("layer", "kind", "C", "policy", "uses", "statistics", "affine", *_FURTHER),
             rows=rows,
             findings=self.findings,
             verdict=(
@@ -90,7 +83,7 @@ class ModelInspection(Inspection):
                 if rows
                 else "No norm layer."
             ),
-            further=further | {"eps", "statistics, because", "affine, because"},
+            further=further | {*_FURTHER},
         )
 
 
