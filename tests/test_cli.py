@@ -415,12 +415,18 @@ def test_diff_in_json_and_plain(command, sound, tuned):
         "ok",
         "first",
         "second",
+        "pairs",
+        "unread",
         "modules",
         "tensors",
         "findings",
     ]
     assert data["schema"] == 2
-    assert data["modules"] == {"stem": True, "backbone": True, "head": False}
+    assert [(part["name"], part["identical"]) for part in data["modules"]] == [
+        ("stem", True),
+        ("backbone", True),
+        ("head", False),
+    ]
     moved = {x["name"]: x for x in data["tensors"] if x["kind"] != "identical"}
     assert set(moved) == {"head.1.weight", "head.2.bias"}
     assert moved["head.1.weight"] == {
@@ -430,8 +436,10 @@ def test_diff_in_json_and_plain(command, sound, tuned):
         "total": 5 * 6 * 64,
         "changed": 1,
         "max_abs": pytest.approx(0.5),
+        "max_ulps": moved["head.1.weight"]["max_ulps"],
         "cause_code": "unknown",
         "cause": moved["head.1.weight"]["cause"],
+        "key": "",
     }
     lines = command("diff", sound, tuned, "--plain")[1].splitlines()
     assert f"value\thead.1.weight\t1/{5 * 6 * 64}\t0.5" in lines
@@ -483,7 +491,7 @@ def test_diff_compares_bits_and_names(command, tmp_path):
         "zero.sign": ("value", 1, 0.0),
         "other.dtype": ("dtype", 0, None),
         "other.shape": ("shape", 0, None),
-        "gone.away": ("removed", 0, None),
+        "gone.away": ("missing", 0, None),
         "inf.x": ("value", 1, None),
         "half.x": ("value", 1, 2.0),
         "f8.x": ("value", 2, None),
@@ -522,7 +530,7 @@ def test_an_unforeseen_error_is_no_difference_and_reaches_no_terminal(
     def fail(*_, **__):
         raise RuntimeError("\x1b[31m")
 
-    monkeypatch.setattr("bnfreeze.verification.diff.diff_stored", fail)
+    monkeypatch.setattr("bnfreeze.verification.diff.diff_found", fail)
     assert main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "a.pt")]) == 2
     error = capsys.readouterr().err
     assert "a defect of bnfreeze" in error
