@@ -11,9 +11,9 @@ import argparse
 import gc
 import os
 import sys
-import time
+import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 from bnfreeze.arguments import command_parser, unknown_command
@@ -73,12 +73,18 @@ def _inspect(options: argparse.Namespace) -> int:
     _check_outputs(options)
     shown: list[CheckpointInspection] = []
     files: list[dict[str, Any]] = []
+    lines: list[tuple[str, ...]] = []
     code = 0
     for path in options.paths:
         try:
-            inspection = inspect_checkpoint(
-                path, key=options.key, select=options.select, sort=options.sort
-            )
+            with _Progress(path):
+                found = inspect_checkpoint(
+                    path,
+                    key=options.key,
+                    select=options.select,
+                    sort=options.sort,
+                    weights=options.weights,
+                )
         except BnfreezeError as error:
             # The others are shown all the same.
             code = _complain(str(error))
@@ -86,21 +92,12 @@ def _inspect(options: argparse.Namespace) -> int:
                 {"path": path, "error": {"kind": type(error).__name__, "message": str(error)}}
             )
             continue
-        shown.append(inspection)
-        files.append(
-            {name: fact for name, fact in inspection.to_dict().items() if name != "schema"}
-        )
-        # A model that was not read may hold anything.
-        code = max(code, 2 if inspection.unread else 0 if inspection.ok else 1)
-    if options.json:
-        _print_json({"schema": 2, "ok": code == 0, "files": files})
-    elif options.plain:
-        for inspection in shown:
-            prefix = (inspection.origin.path,) if len(options.paths) > 1 else ()
-            _print_lines([(*prefix, *line) for line in inspection.lines()])
-    else:
-        _print_sheets(shown)
-    _save_pictures(options, shown)
+        shown.append(found)
+        files.append({name: fact for name, fact in found.to_dict().items() if name != "schema"})
+        prefix = (path,) if len(options.paths) > 1 else ()
+        lines += [(*prefix, *line) for line in found.lines()]
+        code = max(code, _code(found))
+    _show(options, shown, {"schema": 2, "ok": code == 0, "files": files}, lines)
     return code
 
 
@@ -110,18 +107,18 @@ def _diff(options: argparse.Namespace) -> int:
     from bnfreeze.verification.diff import diff_found
 
     _check_outputs(options)
-    with open_checkpoint(options.first) as first, open_checkpoint(options.second) as second:
-        before, after = (Found.in_checkpoint(one, options.key) for one in (first, second))
-        with _Progress("comparing tensor") as progress:
-            found = diff_found(before, after, select=options.select, progress=progress)
-    if options.json:
-        _print_json(found.to_dict())
-    elif options.plain:
-        _print_lines(found.lines())
-    else:
-        _print_sheets([found])
-    _save_pictures(options, [found])
-    return 0 if found.ok else 1
+    keys = (options.key if one is None else one for one in (options.key_a, options.key_b))
+    with _Progress(options.second) as progress, ExitStack() as stack:
+        first, second = (
+            Found.in_checkpoint(stack.enter_context(open_checkpoint(path)), key)
+            for path, key in zip((options.first, options.second), keys, strict=True)
+        )
+        prefixes = dict(options.map) if options.map else None
+        found = diff_found(
+            first, second, select=options.select, prefixes=prefixes, progress=progress
+        )
+    _show(options, [found], found.to_dict(), found.lines())
+    return _code(found)
 
 
 def _snapshot(options: argparse.Namespace) -> int:
@@ -137,7 +134,7 @@ def _snapshot(options: argparse.Namespace) -> int:
             Snapshot.load(options.output)  # only an earlier snapshot may be overwritten
         except (BnfreezeError, OSError):
             raise BnfreezeError(f"{options.output} exists and is not a snapshot.") from None
-    with open_checkpoint(options.path) as checkpoint:
+    with _Progress(options.path), open_checkpoint(options.path) as checkpoint:
         found = checkpoint.chosen(options.key)
         with naming_file(checkpoint.path):
             parts = selected(found.all if options.all else found.models, options.select)
@@ -161,18 +158,13 @@ def _verify(options: argparse.Namespace) -> int:
         before = Snapshot.load(options.snapshot)
     except OSError as error:
         raise BnfreezeError(f"{options.snapshot}: cannot be opened: {error.strerror}.") from None
-    with open_checkpoint(options.path) as checkpoint:
+    with _Progress(options.path), open_checkpoint(options.path) as checkpoint:
         found = Found.in_checkpoint(checkpoint, options.key)
         with naming_file(checkpoint.path):
             report = verify_found(found, before, select=options.select)
-    if options.json:
-        _print_json(report.to_dict())
-    elif options.plain:
-        _print_lines([(d.name, d.kind, what_changed(d)) for d in report.drifts])
-    else:
-        _print_sheets([report])
-    _save_pictures(options, [report])
-    return 0 if report.ok else 1
+    lines = [(d.name, d.kind, what_changed(d)) for d in report.drifts]
+    _show(options, [report], report.to_dict(), lines)
+    return _code(report)
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -221,12 +213,30 @@ def _check_outputs(options: argparse.Namespace) -> None:
                 raise BnfreezeError(f"{output}: is there already, and is no picture.")
 
 
-def _save_pictures(options: argparse.Namespace, sheets: Sequence[Any]) -> None:
-    from bnfreeze.files import write_whole
-    from bnfreeze.tables import html_of, svg_of
+def _code(result: Any) -> int:
+    # A model that was not read may hold anything.
+    return 2 if getattr(result, "unread", ()) else 0 if result.ok else 1
 
-    for path, draw in ((options.html, html_of), (options.svg, svg_of)):
+
+def _show(
+    options: argparse.Namespace,
+    sheets: Sequence[Any],
+    data: dict[str, Any],
+    lines: Sequence[tuple[str, ...]],
+) -> None:
+    """Print the results in the form that was asked for, and save their pictures."""
+    if options.json:
+        _print_json(data)
+    elif options.plain:
+        _print_lines(lines)
+    else:
+        _print_sheets(sheets)
+    for path, form in ((options.html, "html"), (options.svg, "svg")):
         if path:
+            from bnfreeze.files import write_whole
+            from bnfreeze.tables import html_of, svg_of
+
+            draw = html_of if form == "html" else svg_of
             write_whole(path, draw(sheets, width=_PICTURE_WIDTH))
 
 
@@ -280,29 +290,40 @@ def _complain_of_defect() -> int:
 
 
 class _Progress:
-    """A line on stderr that counts: on a terminal, and only after half a second."""
+    """A line on stderr while reading a file takes longer than a second; on a terminal only."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._shown = False
-        self._next = time.monotonic() + 0.5
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._count = ""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __call__(self, done: int, total: int) -> None:
-        if sys.stderr.isatty() and time.monotonic() > self._next:
-            self._next = time.monotonic() + 0.1
-            self._shown = True
-            sys.stderr.write(f"\r{self._what} {done} of {total}")
+        """Show how many tensors are done, and of how many."""
+        self._count = f", tensor {done:,} of {total:,}"
+
+    def _run(self) -> None:
+        from bnfreeze.text import escaped
+
+        name = escaped(os.path.basename(self._path))[:40]
+        seconds = 0
+        while not self._over.wait(_SECOND):
+            seconds += 1
+            sys.stderr.write(f"\r{name}: {seconds} s{self._count}\x1b[K")
+            sys.stderr.flush()
+        if seconds:
+            sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
     def __enter__(self) -> _Progress:
+        if sys.stderr.isatty():
+            self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+    def __exit__(self, *_: object) -> None:
+        if self._thread.ident is not None:
+            self._over.set()
+            self._thread.join()
+
+
+_SECOND: Final = 1.0

@@ -7,11 +7,12 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from bnfreeze.cli import main
+from bnfreeze.cli import _Progress, main
 from bnfreeze.finding_kinds import KINDS
 from tests.checkpoints.formats import save_safetensors, save_zip
 
@@ -67,8 +68,9 @@ def test_the_picture_at_80_columns(command, sick, monkeypatch):
     table = next(i for i, line in enumerate(lines) if line.startswith(" layer"))
     assert re.match(r" layer +C +mean +variance +[\d.e-]+ +[\d.e-]+$", lines[table])
     assert re.match(
-        r" stem\.1 +4 +-?[\d.]+…-?[\d.]+ +[\d.]+…[\d.]+ +[▁▂▃▄▅▆▇█ ]+$", lines[table + 2]
+        r" stem\.1 +4 +-?[\d.]+…-?[\d.]+ +[\d.]+…[\d.]+ +<?[▁▂▃▄▅▆▇█ ]+>?$", lines[table + 2]
     )
+    assert lines[table + 6].startswith(" C: channels; ")
     assert lines[-1] == "4 norm layers in float32, 3 batches counted: 1 layer is broken."
     assert max(map(len, lines)) <= 80
 
@@ -130,6 +132,7 @@ def test_json_is_one_object_with_stable_keys(command, sound, sick, tmp_path):
         "mean",
         "var",
         "near_dead",
+        "weight",
         "key",
         "eps",
         "momentum",
@@ -364,20 +367,36 @@ def test_colour_is_for_terminals_and_no_color_is_honoured(sick):
     assert "\x1b" not in run("-m", "bnfreeze", "inspect", sick).stdout
 
 
-def test_progress_is_shown_to_a_person_alone(monkeypatch, capsys):
-    from bnfreeze.cli import _Progress
+class Terminal(io.StringIO):
+    def __init__(self):
+        super().__init__()
+        self.written = threading.Event()
 
-    monkeypatch.setattr("time.monotonic", iter([0.0, 0.1, 9.0, 9.0, 9.05, 9.2, 9.2]).__next__)
-    with _Progress("comparing") as progress:
-        progress(1, 5)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("time.monotonic", iter([0.0, 0.1, 9.0, 9.0, 9.05]).__next__)
-    with _Progress("comparing") as progress:
-        progress(1, 5)
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        super().write(text)
+        self.written.set()
+
+
+def test_progress_is_shown_after_a_second_on_a_terminal_alone(monkeypatch, capsys):
+    with _Progress("run/last.pt") as progress:
         progress(2, 5)
-        progress(3, 5)
-    assert capsys.readouterr().err == "\rcomparing 2 of 5\r\x1b[K"
+        assert not progress._thread.is_alive()
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with _Progress("run/last.pt"):
+        pass
+    assert sys.stderr.getvalue() == ""  # the second was not over
+    monkeypatch.setattr("bnfreeze.cli._SECOND", 1e-3)
+    progress = _Progress("run/la\x1bst.pt")
+    progress(2, 5)
+    with progress:
+        assert sys.stderr.written.wait(60)
+    shown = sys.stderr.getvalue()
+    assert shown.startswith("\rla\\x1bst.pt: 1 s, tensor 2 of 5\x1b[K")
+    assert shown.endswith("\r\x1b[K")
 
 
 # diff
