@@ -133,8 +133,8 @@ def diff_found(
         pairs.append(
             ModelPair(before and before.key, after and after.key, tuple(used.items()), in_both)
         )
-        # Compared under the second's names, shown under the first's.
-        here = {name: name for name in new} | {new_name: name for name, new_name in there.items()}
+        # Compared under the second's names.
+        here = {name: name for name in new} | {other: name for name, other in there.items()}
         keep = {name for name in here if name in wanted or here[name] in wanted}
         states = (
             {there[name]: tensor for name, tensor in old.items() if there[name] in keep},
@@ -148,7 +148,9 @@ def diff_found(
             # The others are compared all the same.
             unread.append(Unread(key, type(error).__name__, str(error)))
             continue
-        changes = [replace(change, name=here[change.name], key=key) for change in changes]
+        changes = [
+            replace(one, name=min(here[one.name], one.name, key=len), key=key) for one in changes
+        ]
         findings += (*_leaks(changes, key), *_averages(changes, key))
         tensors += changes
     origins = (side.origin(side.parts.all) for side in sides)
@@ -298,8 +300,8 @@ def _averages(changes: Iterable[TensorChange], key: str) -> Iterator[Finding]:
         yield finding(
             "model-averaged",
             "",
-            f"{len(rounded)} of the {len(moved)} tensors that moved differ by rounding alone, at "
-            f"most {most:,} units of the last place: they look like an average (EMA, SWA) of "
-            f"values that did not change.",
+            f"{len(rounded)} of {len(moved)} tensors that moved differ by rounding alone, at most "
+            f"{most:,} units of the last place: they look like an average (EMA, SWA) of values "
+            f"that did not change.",
             key=key,
         )

@@ -23,7 +23,7 @@ class TensorChange:
     """One tensor, on both sides.
 
     Attributes:
-        name: its dotted name in the first; if it is only in the second, its name there.
+        name: its dotted name; the shorter one, if it differs between the two.
         role: ``"statistics"``, ``"weight"``, ``"bias"`` or ``"other"``, by its name.
         kind: ``"identical"`` (every bit), ``"value"``, ``"dtype"``, ``"shape"``, ``"added"`` (only
             in the second), ``"missing"`` (only in the first) or ``"unverified"`` (no values that
@@ -168,8 +168,8 @@ class Diff(Printable):
         if pair.first is None or pair.second is None:
             key, side = (pair.first, "first") if pair.second is None else (pair.second, "second")
             return f"Only the {side} has {key or '(top)'}: it was compared with nothing."
-        names = ", ".join(f"{old or '(start)'} → {new or '(none)'}" for old, new in pair.prefixes)
-        return f"Names: {names}; {pair.in_both} tensors are in both." if names else ""
+        names = ", ".join(f"{old!r} → {new!r}" for old, new in pair.prefixes)
+        return f"Names matched: {names}; {pair.in_both} tensors are in both." if names else ""
 
     def lines(self) -> list[tuple[str, ...]]:
         """One line for each tensor, for grep: a cell for each fact."""
@@ -186,13 +186,11 @@ class Diff(Printable):
 
     def _verdict(self) -> str:
         kinds = {change.kind for change in self.tensors}
-        several = len(self.pairs) > 1
-        parts_of = {
-            f"{key or '(top)'}: {name}" if several else name: _same(changes)
-            for (key, name), changes in self.modules().items()
-        }
-        kept = [name for name, same in parts_of.items() if same]
-        changed = [name for name, same in parts_of.items() if not same]
+        parts_of: dict[str, list[TensorChange]] = {}
+        for (key, name), changes in self.modules().items():
+            parts_of.setdefault(key or "(top)" if len(self.pairs) > 1 else name, []).extend(changes)
+        kept = [name for name, changes in parts_of.items() if _same(changes)]
+        changed = [name for name in parts_of if name not in kept]
         if self.unread:
             parts = [f"{len(self.unread)} of {len(self.pairs)} models were not read."]
         elif not changed:
@@ -207,7 +205,7 @@ class Diff(Printable):
             parts = [f"Bit-identical: {_listed(kept)}. Changed: {_listed(changed)}."]
         for kind in ("missing", "added"):
             count = sum(change.kind == kind for change in self.tensors)
-            parts += [f"{count} of the tensors are {kind}."] if count else []
+            parts += [f"{count} tensor{'s' if count > 1 else ''} {kind}."] if count else []
         statistics = [change for change in self.tensors if change.role == "statistics"]
         if changed and statistics and _same(statistics):
             parts.append(f"All {len(statistics)} running statistics are bit-identical.")

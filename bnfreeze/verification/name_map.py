@@ -20,6 +20,8 @@ _DEEPEST: Final = 8
 _COMMONEST: Final = 16
 # So many of the likeliest prefixes are counted exactly.
 _COUNTED: Final = 12
+# A suggestion is looked for among the first.
+_SUGGESTED_FROM: Final = 20_000
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,8 @@ def check_prefixes(
     for wanted, names in ((prefixes, list(first)), (prefixes.values(), list(second))):
         for prefix in map(_dotted, wanted):
             if not any(name.startswith(prefix) for name in names):
-                modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
-                close = nearest(prefix[:-1], modules)
+                begins = (prefix for name in names[:_SUGGESTED_FROM] for prefix, _ in _splits(name))
+                close = nearest(prefix[:-1], {begin[:-1]: None for begin in begins})
                 hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
                 raise PolicyError(f"No name begins with {prefix[:-1]!r}.{hint}")
 
