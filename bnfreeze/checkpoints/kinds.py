@@ -72,7 +72,7 @@ _FORMATS: Final = (
         lambda file: bool(file.names) and all(name.endswith(".npy") for name in file.names),
     ),
     _Format(
-        "torch legacy", "torch_legacy", lambda file: _is_pickle(file) and _LEGACY in file.head[:64]
+        "torch legacy", "torch_legacy", lambda file: _is_pickle(file) and _LEGACY in file.head[:24]
     ),
     _Format("pickle", "plain_pickle", _is_pickle),
     _Format("shard index", "shards", lambda file: file.head.lstrip()[:1] == b"{"),

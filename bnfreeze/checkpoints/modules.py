@@ -11,12 +11,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, MAX_NESTING, MAX_TENSORS, check_limit
+from bnfreeze.checkpoints.limits import (
+    MAX_NAME_LENGTH,
+    MAX_NESTING,
+    MAX_OPCODES,
+    MAX_TENSORS,
+    check_limit,
+)
 from bnfreeze.checkpoints.numpy_arrays import PickledArray
 from bnfreeze.checkpoints.pickled import Opaque, Pairs
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 
-__all__ = ["LayerSettings", "Model", "is_module", "model_of", "tensor_in"]
+__all__ = ["LayerSettings", "Model", "Work", "is_module", "model_of", "tensor_in"]
 
 _PARTS: Final = ("_parameters", "_buffers", "_modules")
 _STATISTICS: Final = frozenset({"running_mean", "running_var"})
@@ -76,7 +82,7 @@ def is_module(value: object) -> bool:
     if isinstance(value, Opaque):
         if value.name.startswith(_SCRIPT):
             return isinstance(value.state, Pairs)
-        names = value.attributes()
+        names: Mapping[str, Any] = value.attributes()
     elif isinstance(value, Pairs):
         names = value.named()
     else:
@@ -84,8 +90,28 @@ def is_module(value: object) -> bool:
     return all(isinstance(names.get(part), (Pairs, Opaque)) for part in _PARTS)
 
 
-def model_of(root: Opaque | Pairs) -> Model:
+class Work:
+    """How many entries of modules were looked through: a module may be in many others."""
+
+    def __init__(self) -> None:
+        self._done = 0
+
+    def add(self, entries: int) -> None:
+        """Count some more.
+
+        Raises:
+            UnsafeCheckpointError: they are more than any model has.
+        """
+        self._done += entries
+        check_limit(self._done, MAX_OPCODES, "entries of modules")
+
+
+def model_of(root: Opaque | Pairs, work: Work) -> Model:
     """The tensors of a module and of all that are in it, in the order of its `state_dict`.
+
+    Args:
+        root: the module.
+        work: counts along; the same for all modules of a file.
 
     Raises:
         UnsafeCheckpointError: nested too deep, or more than the limits allow.
@@ -106,6 +132,7 @@ def model_of(root: Opaque | Pairs) -> Model:
         is_new = id(module) not in visited
         visited.add(id(module))
         attributes = _attributes(module)
+        work.add(1 + len(attributes) + sum(_length(attributes.get(part)) for part in _PARTS))
         own = dict(_own_tensors(module, attributes))
         prefix = f"{name}." if name else ""
         tensors |= {f"{prefix}{part}": tensor for part, tensor in own.items()}
@@ -121,8 +148,12 @@ def model_of(root: Opaque | Pairs) -> Model:
     return Model(tensors, layers, frozenset(visited), tuple(besides))
 
 
-def _attributes(module: Opaque | Pairs) -> dict[str, Any]:
+def _attributes(module: Opaque | Pairs) -> Mapping[str, Any]:
     return module.attributes() if isinstance(module, Opaque) else module.named()
+
+
+def _length(holder: object) -> int:
+    return len(holder.pairs) if isinstance(holder, (Pairs, Opaque)) else 0
 
 
 def _items(holder: object) -> dict[str, Any]:

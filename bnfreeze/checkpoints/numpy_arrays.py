@@ -22,6 +22,7 @@ from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
 __all__ = ["NUMPY_BUILDERS", "PickledArray", "numpy_dtype", "strided_array"]
 
+_LONGEST_TEXT: Final = 1 << 12
 # NumPy's short names, and torch's.
 _DTYPES: Final = {
     "f8": "float64",
@@ -138,8 +139,8 @@ def _dtype_of(described: object) -> tuple[str, bool] | None:
 
 
 def _bytes_of(data: object) -> Source | bytes:
-    if type(data) is str:
-        # Python 2's byte strings.
+    if type(data) is str and len(data) <= _LONGEST_TEXT:
+        # Python 2's byte strings; those that are longer stay in the file.
         return data.encode("latin-1")
     if isinstance(data, (bytes, Source)):
         return data
@@ -164,9 +165,9 @@ def _scalar(arguments: tuple[Any, ...]) -> object:
     if dtype is None or len(arguments) < 2:
         return None
     data = _bytes_of(arguments[1])
-    data = data.read(0, data.size) if isinstance(data, Source) else data
     name, swapped = dtype
-    if len(data) != ITEM_SIZES[name]:
+    # A number is short, and long bytes stay in the file.
+    if isinstance(data, Source) or len(data) != ITEM_SIZES[name]:
         raise CorruptCheckpointError("Damaged: a number of another size than its dtype.")
     return np.frombuffer(data, np.dtype(name).newbyteorder(">" if swapped else "<"))[0].item()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_NESTING, check_limit
@@ -44,15 +45,13 @@ class Opaque:
         self.pairs: list[tuple[object, object]] = []
         self.given = False
 
-    def attributes(self) -> dict[str, Any]:
-        """The attributes that its state would set, by name."""
+    def attributes(self) -> Mapping[str, Any]:
+        """The attributes that its state would set, by name; nothing is copied."""
         # With slots, the state is a pair: the attributes, and those in slots.
-        parts = self.state if type(self.state) is tuple else (self.state,)
-        found: dict[str, Any] = {}
-        for part in parts:
-            if isinstance(part, Pairs):
-                found |= part.named()
-        return found
+        if type(self.state) is tuple and len(self.state) == 2:
+            parts = [part.named() for part in self.state if isinstance(part, Pairs)]
+            return ChainMap(*reversed(parts))
+        return self.state.named() if isinstance(self.state, Pairs) else {}
 
 
 class Pairs:
@@ -63,15 +62,20 @@ class Pairs:
             missed.
     """
 
-    __slots__ = ("given", "pairs")
+    __slots__ = ("_named", "given", "pairs")
 
     def __init__(self, pairs: list[tuple[object, object]] | None = None) -> None:
         self.pairs = pairs or []
         self.given = False
+        self._named: tuple[int, dict[str, object]] = (0, {})
 
     def named(self) -> dict[str, object]:
         """The pairs whose keys are strings; the last of a name counts, as in Python."""
-        return {key: value for key, value in self.pairs if type(key) is str}
+        # Kept, because a few opcodes can give a large dict to many objects. Pairs are only added.
+        if self._named[0] != len(self.pairs):
+            named = {key: value for key, value in self.pairs if type(key) is str}
+            self._named = (len(self.pairs), named)
+        return self._named[1]
 
 
 def check_nesting(root: object) -> None:
@@ -103,8 +107,9 @@ def parts_of(holder: Any) -> Iterator[Any]:
         for pair in holder.pairs:
             yield from pair
     elif isinstance(holder, Opaque):
-        yield from holder.arguments
+        # Not what is in the arguments: many objects may have the same.
+        yield holder.arguments
         yield holder.state
-        yield from holder.items
+        yield holder.items
         for pair in holder.pairs:
             yield from pair

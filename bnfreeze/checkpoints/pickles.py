@@ -215,7 +215,7 @@ class _Machine:
             made = self.call(described)
         elif isinstance(function, Opaque):
             name = function.name if function.at_run_time else f"{function.name}(…)"
-            made = described = Opaque(name, (function, *arguments), at_run_time=True)
+            made = described = Opaque(name, (function, arguments), at_run_time=True)
         else:
             raise CorruptCheckpointError("Damaged: its pickle calls what is no function.")
         if isinstance(made, Opaque):
@@ -226,7 +226,7 @@ class _Machine:
         kind, arguments, keywords = self.popped(3)
         if type(arguments) is not tuple or not isinstance(keywords, Pairs):
             raise CorruptCheckpointError("Damaged: its pickle calls what is no function.")
-        self.make(kind, (*arguments, keywords) if keywords.pairs else arguments)
+        self.make(kind, (arguments, keywords) if keywords.pairs else arguments)
 
     def make_by_name(self, names: tuple[str, str]) -> None:
         self.make(self.name(*names), tuple(self.marked()))

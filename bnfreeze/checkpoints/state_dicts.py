@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_DICTS, MAX_NAME_LENGTH, check_limit
-from bnfreeze.checkpoints.modules import LayerSettings, Model, is_module, model_of, tensor_in
+from bnfreeze.checkpoints.modules import LayerSettings, Model, Work, is_module, model_of, tensor_in
 from bnfreeze.checkpoints.pickled import Opaque, Pairs
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
@@ -136,6 +136,10 @@ def find_state_dicts(root: Any) -> StateDicts:
     return StateDicts(tuple(found), aliases)
 
 
+def _is_empty(holder: object) -> bool:
+    return isinstance(holder, (list, tuple, dict)) and not holder
+
+
 def _is_counter(one: StateDict) -> bool:
     """Whether these are counters, losses or class weights that stand beside a model."""
     if one.has_norm_layers:
@@ -151,11 +155,12 @@ def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
     # The key under which each object was met first.
     seen = {id(root): ""}
     yielded: set[str] = set()
+    work = Work()
     while level:
         below: list[tuple[str, Any, bool]] = []
         for key, holder, in_optimizer in level:
             model = holder if isinstance(holder, Model) else None
-            model = model_of(holder) if is_module(holder) else model
+            model = model_of(holder, work) if is_module(holder) else model
             found = _state_dict(key, holder, model)
             if found and (found.has_norm_layers or not in_optimizer):
                 count += 1
@@ -168,7 +173,7 @@ def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
             if model:
                 seen |= {module: key for module in model.visited if module not in seen}
             for name, child in model.besides if model else _children(holder):
-                if not isinstance(child, (Pairs, dict, list, tuple, Opaque)) or child == ():
+                if not isinstance(child, (Pairs, dict, list, tuple, Opaque)) or _is_empty(child):
                     continue
                 path = _joined(key, name)
                 if id(child) not in seen:
@@ -214,12 +219,10 @@ def _named(holder: Any) -> dict[str, Any]:
 
 
 def _children(holder: Any) -> Iterator[tuple[str | int, Any]]:
+    """What an object holds, by key; an empty key for the parts of an object itself."""
     if isinstance(holder, Opaque):
-        yield from enumerate(holder.arguments)
-        yield from holder.attributes().items()
-        if isinstance(holder.state, (list, tuple)):
-            yield from enumerate(holder.state)
-        yield from enumerate(holder.items)
+        # Each part as a whole: many objects may have the same.
+        yield from (("", part) for part in (holder.arguments, holder.state, holder.items))
     if isinstance(holder, (Pairs, Opaque)):
         for key, value in holder.pairs:
             if isinstance(key, (str, int)):
@@ -232,6 +235,8 @@ def _children(holder: Any) -> Iterator[tuple[str | int, Any]]:
 
 def _joined(key: str, name: str | int) -> str:
     name = f"{name:.200}" if isinstance(name, str) else str(name)[:200]
+    if not name:
+        return key
     return f"{key}.{name}"[-_KEY_LENGTH:] if key else name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -51,20 +52,15 @@ class Uninterpreted:
 
 def survey(content: Content) -> tuple[tuple[Uninterpreted, ...], tuple[CodeCall, ...]]:
     """What was not interpreted and what would be called, each name once, the worst calls first."""
-    wheres, uninterpreted = _walk(content.root)
+    places, uninterpreted = _walk(content.root)
     calls: dict[str, CodeCall] = {}
     for made in content.made:
-        level = level_of(
-            made.name,
-            at_run_time=made.at_run_time,
-            is_module=not made.arguments and is_module(made),
-        )
-        if level is None:
-            continue
-        call = CodeCall(made.name, wheres.get(id(made), ""), level)
+        is_model = not made.arguments and is_module(made)
+        level = level_of(made.name, at_run_time=made.at_run_time, is_module=is_model)
         before = calls.get(made.name)
-        if before is None or _SEVERITY[level] < _SEVERITY[before.level]:
-            calls[made.name] = call
+        if level and (before is None or _SEVERITY[level] < _SEVERITY[before.level]):
+            place = places.get(id(made))
+            calls[made.name] = CodeCall(made.name, place.path() if place else "", level)
     ordered = sorted(calls.values(), key=lambda call: _SEVERITY[call.level])
     return uninterpreted, tuple(ordered[:_ENOUGH])
 
@@ -72,48 +68,50 @@ def survey(content: Content) -> tuple[tuple[Uninterpreted, ...], tuple[CodeCall,
 _SEVERITY: Final = {"error": 0, "warning": 1, "note": 2}
 
 
-class _Step:
+class _Place:
     """A place in the file: a key in another place."""
 
     __slots__ = ("above", "key")
 
-    def __init__(self, above: _Step | None, key: str) -> None:
+    def __init__(self, above: _Place | None, key: str) -> None:
         self.above = above
         self.key = key
 
     def path(self) -> str:
         keys = []
-        step: _Step | None = self
-        while step is not None and step.key:
-            keys.append(step.key[:200])
-            step = step.above
+        place: _Place | None = self
+        while place is not None and place.key:
+            keys.append(place.key[:200])
+            place = place.above
         return ".".join(reversed(keys))[-_KEY_LENGTH:]
 
 
-def _walk(root: Any) -> tuple[dict[int, str], tuple[Uninterpreted, ...]]:
-    """The key of each placeholder, and those that were not interpreted; each object once."""
-    wheres: dict[int, str] = {}
+def _walk(root: Any) -> tuple[dict[int, _Place], tuple[Uninterpreted, ...]]:
+    """The place of each placeholder, and those that were not interpreted; each object once."""
+    places: dict[int, _Place] = {}
     found: dict[str, Uninterpreted] = {}
     seen = {id(root)}
-    level: list[tuple[_Step, Any, bool]] = [(_Step(None, ""), root, False)]
+    level: list[tuple[_Place, Any, bool]] = [(_Place(None, ""), root, False)]
     while level:
-        below: list[tuple[_Step, Any, bool]] = []
-        for step, value, is_inside in level:
+        below: list[tuple[_Place, Any, bool]] = []
+        for place, value, is_inside in level:
             if isinstance(value, (Opaque, Global)):
-                wheres[id(value)] = step.path()
-                ordinary = (
-                    value.name in VALUES or is_module(value) or value.name.startswith(_SCRIPT)
-                )
-                if not ordinary and not is_inside:
+                places[id(value)] = place
+                # What is in an object that is left out is left out with it.
+                if not is_inside and not _is_interpreted(value):
                     is_inside = True
                     if value.name not in found and len(found) < _ENOUGH:
-                        found[value.name] = Uninterpreted(value.name, step.path())
+                        found[value.name] = Uninterpreted(value.name, place.path())
             for key, child in _children(value):
                 if isinstance(child, _HOLDERS) and id(child) not in seen:
                     seen.add(id(child))
-                    below.append((_Step(step, key) if key else step, child, is_inside))
+                    below.append((_Place(place, key) if key else place, child, is_inside))
         level = below
-    return wheres, tuple(found.values())
+    return places, tuple(found.values())
+
+
+def _is_interpreted(value: Opaque | Global) -> bool:
+    return value.name in VALUES or is_module(value) or value.name.startswith(_SCRIPT)
 
 
 _HOLDERS: Final = (Opaque, Global, Pairs, dict, list, tuple)
@@ -121,18 +119,17 @@ _HOLDERS: Final = (Opaque, Global, Pairs, dict, list, tuple)
 _PARTS: Final = frozenset({"_modules", "_parameters", "_buffers"})
 
 
-def _children(value: Any) -> list[tuple[str, Any]]:
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
     """What an object holds, by key; an empty key stands for the object itself."""
     if isinstance(value, Opaque):
-        named = [("", part) for part in (*value.arguments, value.state, *value.items)]
-        return named + [(_key(key), part) for key, part in value.pairs]
-    if isinstance(value, Pairs):
-        return [(_key(key), part) for key, part in value.pairs]
-    if isinstance(value, dict):
-        return [(_key(key), part) for key, part in value.items()]
-    if isinstance(value, (list, tuple)):
-        return [(str(index), part) for index, part in enumerate(value)]
-    return []
+        # Each part as a whole: many objects may have the same.
+        yield from (("", part) for part in (value.arguments, value.state, value.items))
+    if isinstance(value, (Opaque, Pairs)):
+        yield from ((_key(key), part) for key, part in value.pairs)
+    elif isinstance(value, dict):
+        yield from ((_key(key), part) for key, part in value.items())
+    elif isinstance(value, (list, tuple)):
+        yield from ((str(index), part) for index, part in enumerate(value))
 
 
 def _key(key: object) -> str:

@@ -17,7 +17,9 @@ def read(file: OpenFile) -> Content:
     Raises:
         CheckpointError: refused or damaged.
     """
+    described = read_archive(file)
     return Content(
-        read_archive(file).root,
-        remarks=("TorchScript: its code was not looked at. Calling the model runs that code.",),
+        described.root,
+        tuple(made for made in described.made if not made.name.startswith("__torch__.")),
+        ("TorchScript: its code was not looked at. Calling the model runs that code.",),
     )

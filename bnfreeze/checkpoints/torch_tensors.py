@@ -93,7 +93,7 @@ def read_torch_pickle(
     described = read_pickle(
         source, start=start, call=reader.called, persistent=reader.referred if find else None
     )
-    return replace(described, made=(*described.made, *reader.called_besides))
+    return replace(described, made=(*described.made, *reader.called_besides.values()))
 
 
 class _Reader:
@@ -107,9 +107,11 @@ class _Reader:
         self._tensors = 0
         self._copied = 0
         self._copied_bytes = 0
+        self._nested_bytes = 0
+        self._storages: dict[int, tuple[object, Storage]] = {}
         self._dtypes: dict[str, str] = {}
         # What would be called by a call that is harmless by itself.
-        self.called_besides: list[Opaque] = []
+        self.called_besides: dict[str, Opaque] = {}
         self._builders: Mapping[str, Callable[[tuple[Any, ...]], object]] = {
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
@@ -144,14 +146,13 @@ class _Reader:
 
     def called(self, call: Opaque) -> object:
         """What a call gives: a tensor, a dict, or, where it is not interpreted, the call itself."""
-        made_object = _object_of(call)
-        if made_object is not None:
-            return made_object
+        call = _object_of(call) or call
         if is_ordinary(call.name):
             # Such a call may call what it is given: `collections.defaultdict(os.system)`.
+            self._charge(len(call.arguments))
             for argument in call.arguments:
                 if isinstance(argument, Global) and not is_ordinary(argument.name):
-                    self.called_besides.append(Opaque(argument.name, ()))
+                    self.called_besides.setdefault(argument.name, Opaque(argument.name, ()))
         builder = self._builders.get(call.name)
         if builder is None:
             return call
@@ -199,14 +200,18 @@ class _Reader:
     def _storage_of_bytes(self, arguments: tuple[Any, ...]) -> Storage:
         """The storage in a whole file of torch.save, as `pickle.dump` of a tensor has it."""
         (data,) = arguments
+        # Many calls may be given the same bytes.
+        if id(data) in self._storages:
+            return self._storages[id(data)][1]
         if self._nested is None:
             raise ValueError
-        if type(data) is bytes:
-            data = Source.of(data)
-        described = self._nested(data)
+        described = self._nested(Source.of(data) if type(data) is bytes else data)
+        self._nested_bytes += described.end
+        check_limit(self._nested_bytes, MAX_PICKLE_BYTES, "bytes of pickles in a pickle")
         if not isinstance(described.root, Storage):
             raise TypeError
-        self.called_besides += described.made
+        self.called_besides |= {made.name: made for made in described.made}
+        self._storages[id(data)] = (data, described.root)
         return described.root
 
     def _tensor(self, arguments: tuple[Any, ...]) -> StoredTensor:
@@ -237,16 +242,19 @@ class _Reader:
         given = arguments[0] if arguments else []
         pairs = given.pairs if isinstance(given, Pairs) else given
         # A few opcodes can ask for a long list to be copied again and again.
-        self._copied += len(pairs)
-        check_limit(self._copied, MAX_OPCODES, "copied entries")
+        self._charge(len(pairs))
         return Pairs([(key, value) for key, value in pairs])
+
+    def _charge(self, entries: int) -> None:
+        """Count what a call looks through; few opcodes can give the same to many calls."""
+        self._copied += entries
+        check_limit(self._copied, MAX_OPCODES, "copied entries")
 
     def _list(self, arguments: tuple[Any, ...]) -> list[Any]:
         given = arguments[0] if arguments else []
         if type(given) not in {list, tuple}:
             raise TypeError
-        self._copied += len(given)
-        check_limit(self._copied, MAX_OPCODES, "copied entries")
+        self._charge(len(given))
         return list(given)
 
     def _bytes(self, arguments: tuple[Any, ...]) -> object:
@@ -266,6 +274,7 @@ class _Reader:
 
 _FROM_TYPE: Final = "torch._tensor._rebuild_from_type_v2"
 # What makes a layer that bnfreeze froze: of its class, of how it behaves, and of how it was made.
+_FEW: Final = 16
 _REBUILD: Final = re.compile(r"bnfreeze\.policies\.\w+\._rebuild")
 
 
@@ -274,9 +283,9 @@ def _object_of(call: Opaque) -> Opaque | None:
 
     None where the call is none of these, or could do anything else.
     """
-    kind, *rest = call.arguments or (None,)
-    if not isinstance(kind, Global):
+    if not 1 <= len(call.arguments) <= _FEW or not isinstance(call.arguments[0], Global):
         return None
+    kind, *rest = call.arguments
     if call.name == "copyreg.__newobj__":
         return Opaque(kind.name, tuple(rest))
     if call.name == "copyreg._reconstructor":
@@ -366,6 +375,7 @@ def _elsewhere(arguments: tuple[Any, ...]) -> DescribedTensor:
 
 
 def _sparse(arguments: tuple[Any, ...]) -> DescribedTensor:
+    check_limit(len(arguments[1]), _FEW, "parts of a sparse tensor")
     indices_and_values = [part for part in arguments[1] if isinstance(part, StoredTensor)]
     shapes = [part for part in arguments[1] if type(part) is tuple]
     return DescribedTensor(indices_and_values[-1].dtype, _sizes(shapes[0]), "it is sparse")

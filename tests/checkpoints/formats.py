@@ -109,8 +109,10 @@ def save_torchscript(state, path):
 
 
 def save_export(state, path):
-    program = torch.export.export(_Exported(module_of(state)), (torch.ones(1),))
-    torch.export.save(program, path.with_suffix(".pt2"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the export's own views
+        program = torch.export.export(_Exported(module_of(state)), (torch.ones(1),))
+        torch.export.save(program, path.with_suffix(".pt2"))
     return path.with_suffix(".pt2")
 
 

@@ -13,6 +13,7 @@ import struct
 import zipfile
 import zlib
 
+import numpy as np
 import torch
 
 from tests.checkpoints.formats import (
@@ -1072,3 +1073,166 @@ def a_state_that_changes_after_it_was_set(folder):
     body = information + b")\x81" + fields + b"b" + b"h\0" + p.text("offset") + p.number(1) + b"s"
     (path / ".metadata").write_bytes(p.whole(body))
     return path
+
+
+# Objects that are described and not made.
+
+
+def beside_a_batch_norm(folder, body, **options):
+    """A file with a batch norm, and something else under the key 'x'."""
+    pairs = [("state_dict", p.mapping(p.batch_norm())), ("x", body)]
+    return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", FOUR)], **options)
+
+
+MODULE_PARTS = [(part, b"}") for part in ("_parameters", "_buffers", "_modules")]
+
+
+@hostile(1, r"runs-code[^}]*subprocess\.Popen")
+def a_command_that_looks_like_a_module(folder):
+    body = p.name("subprocess", "Popen") + b")R" + p.mapping(MODULE_PARTS) + b"b"
+    return beside_a_batch_norm(folder, body)
+
+
+@hostile(1, r"runs-code[^}]*posix\.system")
+def a_dict_whose_missing_values_are_made_by_a_command(folder):
+    body = p.name("collections", "defaultdict") + p.name("posix", "system") + b"\x85R"
+    return beside_a_batch_norm(folder, body)
+
+
+@hostile(1, r"runs-code[^}]*posix\.system")
+def a_random_generator_made_by_a_command(folder):
+    body = p.name("numpy.random._pickle", "__generator_ctor")
+    body += b"(" + p.text("true") + p.name("posix", "system") + b"tR"
+    return beside_a_batch_norm(folder, body)
+
+
+@hostile(1, r"runs-code[^}]*bnfreeze\.policies\.class_swap\._rebuild")
+def a_frozen_layer_made_by_a_command(folder):
+    body = p.name("bnfreeze.policies.class_swap", "_rebuild") + b"("
+    body += p.name("torch.nn.modules.batchnorm", "BatchNorm2d")
+    body += p.name("bnfreeze.policies.eval", "ForceEval") + p.name("posix", "system")
+    return beside_a_batch_norm(folder, body + b"(" + p.text("true") + b"ttR")
+
+
+@hostile(1, r"runs-code[^}]*builtins\.getattr\(")
+def a_call_of_what_a_call_gave(folder):
+    made = p.name("types", "SimpleNamespace") + b")R"
+    function = p.name("builtins", "getattr") + b"(" + made + p.text("f") + b"tR"
+    return beside_a_batch_norm(folder, function + b")R")
+
+
+@hostile(1, r"runs-code[^}]*os\.environ\.__setitem__")
+def an_environment_that_is_changed_without_a_call(folder):
+    return beside_a_batch_norm(folder, p.name("os", "environ") + p.text("a") + p.text("b") + b"s")
+
+
+@hostile(1, r"runs-code[^}]*sys\.path\.append")
+def a_path_that_grows_without_a_call(folder):
+    return beside_a_batch_norm(folder, p.name("sys", "path") + p.text("/tmp") + b"a")
+
+
+@hostile(1, r"runs-code[^}]*torch\.Tensor\.__setstate__")
+def a_class_that_gets_another_method(folder):
+    state = b"N" + p.mapping([("__add__", p.name("posix", "system"))]) + b"\x86"
+    return beside_a_batch_norm(folder, p.name("torch", "Tensor") + state + b"b")
+
+
+@hostile(1, r"runs-code[^}]*posix\.system")
+def a_command_in_a_file_that_looks_like_torchscript(folder):
+    pairs = [*p.batch_norm(), ("x", p.calls("posix", "system", "true"))]
+    entries = [("a/data.pkl", p.whole(p.mapping(pairs))), ("a/data/0", FOUR)]
+    return zip_file(folder / "a.pt", [*entries, ("a/constants.pkl", p.whole(b")"))])
+
+
+@hostile(0, r'"name": "bn"')
+def a_state_that_fifty_thousand_objects_share(folder):
+    items = b"".join(p.text(f"k{i}") + b"N" for i in range(50_000))
+    body = b"(" + p.name("argparse", "Namespace") + b"q\0}(" + items + b"uq\x010"
+    return beside_a_batch_norm(folder, body + pieces_of(b"h\0)\x81h\1b", 50_000) + b"t")
+
+
+@hostile(2, r"Refused: [\d,]+ copied entries")
+def arguments_that_fifty_thousand_calls_share(folder):
+    body = b"(" + p.name("argparse", "Namespace") + b"q\0(" + b"N" * 50_000 + b"tq\x010"
+    return beside_a_batch_norm(folder, body + pieces_of(b"h\0h\1R", 50_000) + b"t")
+
+
+@hostile(0, r'"name": "bn"')
+def arguments_of_an_unknown_class_that_fifty_thousand_calls_share(folder):
+    body = b"(" + p.name("config", "Config") + b"q\0(" + b"N" * 50_000 + b"tq\x010"
+    return beside_a_batch_norm(folder, body + pieces_of(b"h\0h\1R", 50_000) + b"t")
+
+
+@hostile(2, r"Refused: [\d,]+ (modules|entries of modules)")
+def a_module_inside_itself_two_to_the_twentieth_times(folder):
+    module = p.name("torch.nn", "Module") + b")\x81"
+    parts = b"}" + p.text("_parameters") + b"}s" + p.text("_buffers") + b"}s" + p.text("_modules")
+    body = module + parts + b"}sbq\0"
+    for _ in range(22):
+        body = body + b"0" + module + parts
+        body += b"}(" + p.text("a") + b"h\0" + p.text("b") + b"h\0usbq\0"
+    return beside_a_batch_norm(folder, body)
+
+
+@hostile(2, r"Refused: [\d,]+ (modules|entries of modules|levels of modules|levels of nesting)")
+def a_module_that_is_its_own_child(folder):
+    body = p.name("torch.nn", "Module") + b")\x81q\0}" + p.text("_parameters") + b"}s"
+    body += p.text("_buffers") + b"}s" + p.text("_modules") + b"}" + p.text("a") + b"h\0ssb"
+    return beside_a_batch_norm(folder, body)
+
+
+@hostile(2, r"no tensors by name")
+def a_storage_in_a_pickle_that_is_loaded_again_and_again(folder):
+    stream = io.BytesIO()
+    storage = torch.ones(4).untyped_storage()
+    torch.save(storage, stream, _use_new_zipfile_serialization=False)
+    data = stream.getvalue()
+    body = b"(" + p.name("torch.storage", "_load_from_bytes") + b"q\0"
+    body += b"B" + struct.pack("<I", len(data)) + data + b"\x85q\1"
+    return written(folder, b"\x80\x03" + body + pieces_of(b"h\0h\1R", 100_000) + b"t.", "a.pkl")
+
+
+@hostile(2, r"a number of another size|arguments that it does not take")
+def a_number_of_a_megabyte(folder):
+    dtype = p.name("numpy", "dtype") + b"(" + p.text("f8") + b"\x89\x88tR"
+    body = p.name("numpy._core.multiarray", "scalar") + b"(" + dtype
+    body += b"B" + struct.pack("<I", 2**20) + bytes(2**20) + b"tR"
+    return beside_a_batch_norm(folder, body)
+
+
+@hostile(2, r"changes something after it was made")
+def a_dtype_that_changes_after_an_array_was_made_of_it(folder):
+    dtype = p.name("numpy", "dtype") + b"(" + p.text("f4") + b"\x89\x88tRq\0"
+    array = p.name("numpy._core.multiarray", "_reconstruct") + b"("
+    array += p.name("numpy", "ndarray") + b"(K\0tC\x01btR"
+    state = b"(K\1(K\1t" + dtype + b"\x89C\x04" + bytes(4) + b"t"
+    order = b"(K\3" + p.text(">") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0t"
+    return beside_a_batch_norm(folder, b"(" + array + state + b"b" + b"h\0" + order + b"bt")
+
+
+@hostile(2, r"said to lie in")
+def an_array_of_a_claimed_size(folder):
+    dtype = p.name("numpy", "dtype") + b"(" + p.text("f4") + b"\x89\x88tR"
+    array = p.name("numpy._core.multiarray", "_reconstruct") + b"("
+    array += p.name("numpy", "ndarray") + b"(K\0tC\x01btR"
+    state = b"(K\1(" + p.number(2**40) + b"t" + dtype + b"\x89C\x04" + bytes(4) + b"t"
+    return beside_a_batch_norm(folder, array + state + b"b")
+
+
+@hostile(2, r"bytes follow after its pickle")
+def a_second_pickle_after_the_first(folder):
+    first = pickle.dumps({"bn.running_mean": 1})
+    return written(folder, first + pickle.dumps(payload(folder)), "a.pkl")
+
+
+@hostile(2, r"numpy\.savez_compressed")
+def an_archive_of_arrays_that_inflate(folder):
+    np.savez_compressed(folder / "a.npz", **{"bn.running_mean": np.zeros(2**24)})
+    return folder / "a.npz"
+
+
+@hostile(2, r"a header that is none|not numbers|no tensors by name|makes no sense|said to lie")
+def an_array_whose_header_is_code(folder):
+    header = b"{'descr': __import__('os').system('true'), 'shape': (4,)}\n"
+    data = b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + bytes(16)
+    return zip_file(folder / "a.npz", [("bn.running_mean.npy", data)])

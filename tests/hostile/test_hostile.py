@@ -97,22 +97,22 @@ def test_diff_does_not_compare_the_same_bytes_without_end(look, tmp_path):
     assert "its tensors claim 80,000,000,000 bytes, and their storages have 40" in done.stderr
 
 
-def test_a_table_of_thirty_thousand_layers_is_cut(look, tmp_path):
+def test_a_table_of_three_thousand_layers_is_cut(look, tmp_path):
     import torch
 
     one = torch.ones(1)
-    state = {f"l{i}.{part}": one for i in range(30_000) for part in ("running_mean", "running_var")}
+    state = {f"l{i}.{part}": one for i in range(3_000) for part in ("running_mean", "running_var")}
     torch.save(state, tmp_path / "a.pt")
     done = look("inspect", tmp_path / "a.pt")
     assert done.returncode == 0, done.stderr
-    assert "28,000 rows more" in done.stdout
-    assert "30000 norm layers" in done.stdout
+    assert "1,000 rows more" in done.stdout
+    assert "3000 norm layers" in done.stdout
 
 
 def test_a_wrong_pattern_does_not_list_every_name_above_every_name(look, tmp_path):
     header = {
         f"{i}.{'.'.join('a' * 500)}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-        for i in range(20_000)
+        for i in range(8_000)
     }
     path = safetensors_file(tmp_path / "a.safetensors", header)
     done = look("inspect", path, "--select", "backbone")
