@@ -261,9 +261,7 @@ def _averaged(case: _Case) -> Reason | None:
     drift = case.drift
     if not drift.changed or drift.changed < 2 or drift.max_ulps is None:
         return None
-    # Repeated, the rounding adds up, to some thousand units for d = 0.9999; most elements stay.
-    most = 4096 if 2 * drift.changed <= (drift.total or 0) else 4
-    if not 0 < drift.max_ulps <= most:
+    if not 0 < drift.max_ulps <= 4:
         return None
     return Reason(
         "averaging",
