@@ -11,13 +11,13 @@ import argparse
 import gc
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 from bnfreeze.arguments import command_parser, unknown_command
 from bnfreeze.errors import BnfreezeError
+from bnfreeze.progress import Progress
 
 if TYPE_CHECKING:
     from bnfreeze.inspection.checkpoint import CheckpointInspection
@@ -77,7 +77,7 @@ def _inspect(options: argparse.Namespace) -> int:
     code = 0
     for path in options.paths:
         try:
-            with _Progress(path):
+            with Progress(path):
                 found = inspect_checkpoint(
                     path,
                     key=options.key,
@@ -108,7 +108,7 @@ def _diff(options: argparse.Namespace) -> int:
 
     _check_outputs(options)
     keys = (options.key if one is None else one for one in (options.key_a, options.key_b))
-    with _Progress(options.second) as progress, ExitStack() as stack:
+    with Progress(options.second) as progress, ExitStack() as stack:
         first, second = (
             Found.in_checkpoint(stack.enter_context(open_checkpoint(path)), key)
             for path, key in zip((options.first, options.second), keys, strict=True)
@@ -134,7 +134,7 @@ def _snapshot(options: argparse.Namespace) -> int:
             Snapshot.load(options.output)  # only an earlier snapshot may be overwritten
         except (BnfreezeError, OSError):
             raise BnfreezeError(f"{options.output} exists and is not a snapshot.") from None
-    with _Progress(options.path), open_checkpoint(options.path) as checkpoint:
+    with Progress(options.path), open_checkpoint(options.path) as checkpoint:
         found = checkpoint.chosen(options.key)
         with naming_file(checkpoint.path):
             parts = selected(found.all if options.all else found.models, options.select)
@@ -158,7 +158,7 @@ def _verify(options: argparse.Namespace) -> int:
         before = Snapshot.load(options.snapshot)
     except OSError as error:
         raise BnfreezeError(f"{options.snapshot}: cannot be opened: {error.strerror}.") from None
-    with _Progress(options.path), open_checkpoint(options.path) as checkpoint:
+    with Progress(options.path), open_checkpoint(options.path) as checkpoint:
         found = Found.in_checkpoint(checkpoint, options.key)
         with naming_file(checkpoint.path):
             report = verify_found(found, before, select=options.select)
@@ -287,43 +287,3 @@ def _complain_of_defect() -> int:
     for line in traceback.format_exc().splitlines():
         sys.stderr.write(f"{escaped(line)}\n")
     return _complain("This is a defect of bnfreeze: please report it with the lines above.")
-
-
-class _Progress:
-    """A line on stderr while reading a file takes longer than a second; on a terminal only."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._count = ""
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __call__(self, done: int, total: int) -> None:
-        """Show how many tensors are done, and of how many."""
-        self._count = f", tensor {done:,} of {total:,}"
-
-    def _run(self) -> None:
-        from bnfreeze.text import escaped
-
-        name = escaped(os.path.basename(self._path))[:40]
-        seconds = 0
-        while not self._over.wait(_SECOND):
-            seconds += 1
-            sys.stderr.write(f"\r{name}: {seconds} s{self._count}\x1b[K")
-            sys.stderr.flush()
-        if seconds:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-
-    def __enter__(self) -> _Progress:
-        if sys.stderr.isatty():
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._thread.ident is not None:
-            self._over.set()
-            self._thread.join()
-
-
-_SECOND: Final = 1.0

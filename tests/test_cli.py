@@ -12,8 +12,9 @@ import threading
 import pytest
 import torch
 
-from bnfreeze.cli import _Progress, main
+from bnfreeze.cli import main
 from bnfreeze.finding_kinds import KINDS
+from bnfreeze.progress import Progress
 from tests.checkpoints.formats import save_safetensors, save_zip
 
 
@@ -381,16 +382,16 @@ class Terminal(io.StringIO):
 
 
 def test_progress_is_shown_after_a_second_on_a_terminal_alone(monkeypatch, capsys):
-    with _Progress("run/last.pt") as progress:
+    with Progress("run/last.pt") as progress:
         progress(2, 5)
         assert not progress._thread.is_alive()
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with _Progress("run/last.pt"):
+    with Progress("run/last.pt"):
         pass
     assert sys.stderr.getvalue() == ""  # the second was not over
-    monkeypatch.setattr("bnfreeze.cli._SECOND", 1e-3)
-    progress = _Progress("run/la\x1bst.pt")
+    monkeypatch.setattr("bnfreeze.progress._SECOND", 1e-3)
+    progress = Progress("run/la\x1bst.pt")
     progress(2, 5)
     with progress:
         assert sys.stderr.written.wait(60)

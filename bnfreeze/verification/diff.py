@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from bnfreeze.checkpoints import StateDict, StoredTensor, open_checkpoint
+from bnfreeze.checkpoints import StoredTensor, open_checkpoint
 from bnfreeze.errors import CheckpointError
 from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.checkpoint import Unread
@@ -18,15 +18,13 @@ from bnfreeze.inspection.origin import Found
 from bnfreeze.verification.compare import compare
 from bnfreeze.verification.diff_report import Diff, ModelPair, TensorChange
 from bnfreeze.verification.drift import Drift
-from bnfreeze.verification.name_map import check_prefixes, mapped, prefix_matches
+from bnfreeze.verification.pairing import check_prefixes, common_prefix, mapped, paired
 from bnfreeze.verification.stored import state_of
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["Diff", "ModelPair", "TensorChange", "diff", "diff_found"]
-
-Pair = tuple[StateDict | None, StateDict | None]
 
 _STATISTICS: Final = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 # If a tensor changed in several ways, the first of these is shown.
@@ -109,10 +107,10 @@ def diff_found(
         CheckpointError: a tensor cannot be read, or several models or prefixes fit.
     """
     sides = (first, second)
-    parts = [part for side in sides for part in side.parts.all]
-    wanted = {name for part in selected(parts, select) for name in part.tensors}
-    if prefixes:
-        check_prefixes(prefixes, *([*_names(side)] for side in sides))
+    names = [[name for part in side.parts.all for name in part.tensors] for side in sides]
+    chosen = selected([part for side in sides for part in side.parts.all], select)
+    wanted = {name for part in chosen for name in part.tensors}
+    check_prefixes(prefixes or {}, *names)
     pairs: list[ModelPair] = []
     tensors: list[TensorChange] = []
     findings = [
@@ -121,18 +119,17 @@ def diff_found(
         for one in code_findings(side.calls)
     ]
     unread: list[Unread] = []
-    matching = _matching(first, second)
+    matching = paired(first, second)
     for before, after in matching:
-        key = before.key if before else after.key if after else ""
         old, new = (part.tensors if part else {} for part in (before, after))
-        used = (
-            {} if not (before and after) else _found_out(old, new) if prefixes is None else prefixes
-        )
+        keys = [part.key if part else None for part in (before, after)]
+        key = keys[0] if before else keys[1]
+        used: Mapping[str, str] = {}
+        if before and after:
+            used = common_prefix(old, new) if prefixes is None else prefixes
         there = mapped(old, used)
         in_both = sum(name in new for name in there.values())
-        pairs.append(
-            ModelPair(before and before.key, after and after.key, tuple(used.items()), in_both)
-        )
+        pairs.append(ModelPair(keys[0], keys[1], tuple(used.items()), in_both))
         # Compared under the second's names.
         here = {name: name for name in new} | {other: name for name, other in there.items()}
         keep = {name for name in here if name in wanted or here[name] in wanted}
@@ -146,79 +143,22 @@ def diff_found(
             if len(matching) == 1:
                 raise
             # The others are compared all the same.
-            unread.append(Unread(key, type(error).__name__, str(error)))
+            unread.append(Unread(key or "", type(error).__name__, str(error)))
             continue
         changes = [
-            replace(one, name=min(here[one.name], one.name, key=len), key=key) for one in changes
+            replace(one, name=min(here[one.name], one.name, key=len), key=key or "")
+            for one in changes
         ]
-        findings += (*_leaks(changes, key), *_averages(changes, key))
+        findings += (*_leaks(changes, key or ""), *_averages(changes, key or ""))
         tensors += changes
-    origins = (side.origin(side.parts.all) for side in sides)
-    return Diff(*origins, tuple(pairs), tuple(tensors), worst_first(findings), tuple(unread))
-
-
-def _names(side: Found) -> Iterator[str]:
-    return (name for part in side.parts.all for name in part.tensors)
-
-
-def _matching(first: Found, second: Found) -> list[Pair]:
-    """Which model is compared with which: those of one key; and two that are left, if they fit."""
-    left = {part.key: part for part in second.parts.all}
-    pairs: list[Pair] = [(part, left.pop(part.key, None)) for part in first.parts.all]
-    ours = _models([one for one, other in pairs if one and not other])
-    theirs = _models(left.values())
-    have = any(one and other and one.has_norm_layers for one, other in pairs)
-    if ours and theirs:
-        fitting = [(one, other) for one in ours for other in theirs if _fit(one, other)]
-        if len(ours) == len(theirs) == 1 and not have:
-            fitting = [(ours[0], theirs[0])]
-        if len(fitting) == 1:
-            [(one, other)] = fitting
-            del left[other.key]
-            pairs = [(part, other if part is one else match) for part, match in pairs]
-        elif not have:
-            raise CheckpointError(_unclear(first, ours, second, theirs))
-    return pairs + [(None, part) for part in left.values()]
-
-
-def _models(parts: Iterable[StateDict]) -> list[StateDict]:
-    parts = list(parts)
-    return [part for part in parts if part.has_norm_layers] or parts
-
-
-def _fit(one: StateDict, other: StateDict) -> bool:
-    return bool(prefix_matches(*(_shapes(part.tensors) for part in (one, other))))
-
-
-def _shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def _unclear(
-    first: Found, ours: Sequence[StateDict], second: Found, theirs: Sequence[StateDict]
-) -> str:
-    there = "; ".join(
-        f"{side.path or side.kind} has {', '.join(part.key or '(top)' for part in parts[:8])}"
-        for side, parts in ((first, ours), (second, theirs))
+    return Diff(
+        first.origin(first.parts.all),
+        second.origin(second.parts.all),
+        tuple(pairs),
+        tuple(tensors),
+        worst_first(findings),
+        tuple(unread),
     )
-    return (
-        f"It is not clear which models to compare: {there}. Choose with --key-a and --key-b "
-        f"(in Python: key=({ours[0].key!r}, {theirs[0].key!r}))."
-    )
-
-
-def _found_out(old: Mapping[str, StoredTensor], new: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """The prefix that makes the names alike; nothing if none does, or they are alike."""
-    matches = prefix_matches(_shapes(old), _shapes(new))
-    if len(matches) > 1:
-        ways = ", ".join(f"'{one.old}' → '{one.new}' ({one.matched} tensors)" for one in matches)
-        best = matches[0]
-        raise CheckpointError(
-            f"The names fit in several ways: {ways}. Choose one with "
-            f"--map {best.old[:-1]}={best.new[:-1]} "
-            f"(in Python: prefixes={{{best.old!r}: {best.new!r}}})."
-        )
-    return {one.old: one.new for one in matches if one.old != one.new}
 
 
 def _changes(

@@ -80,7 +80,7 @@ def test_what_cannot_be_compared_is_not_identical(model):
 
 
 def fine_tuned(state, prefix="model.backbone."):
-    """The state_dict inside another model, as a trainer saves it: without the head, with another."""
+    """The state_dict inside another model, as trainers save it, without the head."""
     body = {f"{prefix}{name}": value.clone() for name, value in state.items() if "head" not in name}
     return {**body, "model.neck.weight": torch.ones(2), "model.neck.bias": torch.ones(2)}
 
