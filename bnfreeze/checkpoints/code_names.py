@@ -22,7 +22,7 @@ def _each(module: str, names: str) -> set[str]:
     return {f"{module}.{name}" for name in names.split()}
 
 
-# Values that stand for themselves; nobody needs to be told that they were not interpreted.
+# Plain values. They are not listed among what was left uninterpreted.
 VALUES: Final[frozenset[str]] = (
     TORCH_NAMES
     | _each(
@@ -49,7 +49,7 @@ VALUES: Final[frozenset[str]] = (
     | _each("torch.jit._pickle", "build_intlist build_doublelist build_boollist build_tensorlist")
     | _each("torch.jit._pickle", "restore_type_tag")
     # What bnfreeze notes on a layer that it froze.
-    | {"bnfreeze.policies.record.Record", "bnfreeze.policies.policy.Policy"}
+    | {"bnfreeze.policies.record.FreezeRecord", "bnfreeze.policies.policy.Policy"}
 )
 
 # Objects that training scripts save beside the weights. Making one sets attributes and does no

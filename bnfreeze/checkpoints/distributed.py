@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -27,7 +26,7 @@ from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs
 from bnfreeze.checkpoints.pickles import read_pickle
 from bnfreeze.checkpoints.reading import Content, OpenFile
 from bnfreeze.checkpoints.shards import beside
-from bnfreeze.checkpoints.source import Source, opened
+from bnfreeze.checkpoints.source import FilePath, Source, opened
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES, StoredTensor, Words
 from bnfreeze.checkpoints.torch_names import DTYPES
 from bnfreeze.checkpoints.torch_zip import read_archive
@@ -62,7 +61,7 @@ _EXPECTED: Final = frozenset(
 )
 
 
-def read_distributed(folder: Path) -> Content:
+def read_distributed(folder: FilePath) -> Content:
     """What was saved, nested as it was, with a `StoredTensor` for each tensor.
 
     There may be thousands of files, a few for each rank: none of them stays open.
@@ -83,7 +82,7 @@ def read_distributed(folder: Path) -> Content:
         raise type(error)(f"{error}{would_call(made)}") from None
 
 
-def _tree(root: Any, folder: Path) -> dict[str, Any]:
+def _tree(root: Any, folder: FilePath) -> dict[str, Any]:
     """The tensors that the metadata describe, in nested dicts."""
     metadata = _fields(root, f"{_METADATA}Metadata")
     tensors = _pairs(metadata.get("state_dict_metadata"))
@@ -129,10 +128,12 @@ def _numbers(value: object) -> tuple[int, ...]:
     return tuple(inner)
 
 
-_Place = tuple[Path, int, int]
+_Place = tuple[FilePath, int, int]
 
 
-def _places(storage: Pairs, folder: Path) -> Iterator[tuple[tuple[str, tuple[int, ...]], _Place]]:
+def _places(
+    storage: Pairs, folder: FilePath
+) -> Iterator[tuple[tuple[str, tuple[int, ...]], _Place]]:
     """For each piece of a tensor, by name and offset: the file, and where in it."""
     sizes: dict[str, int] = {}
     used: dict[str, int] = {}
@@ -231,7 +232,7 @@ class _PiecedTensor(StoredTensor):
             raise CorruptCheckpointError("Damaged: the pieces of a tensor overlap and leave gaps.")
         return whole.reshape(-1)
 
-    def _piece(self, path: Path, start: int, length: int, sizes: tuple[int, ...]) -> Words:
+    def _piece(self, path: FilePath, start: int, length: int, sizes: tuple[int, ...]) -> Words:
         with opened(path) as source:
             described = read_archive(OpenFile(source.part(start, length), path))
             piece = described.root

@@ -13,7 +13,8 @@ from bnfreeze.checkpoints.code_names import would_call
 from bnfreeze.checkpoints.distributed import read_distributed
 from bnfreeze.checkpoints.kinds import read_file
 from bnfreeze.checkpoints.reading import Content, OpenFile
-from bnfreeze.checkpoints.source import opened
+from bnfreeze.checkpoints.remote import RemotePath, is_remote, standard_input
+from bnfreeze.checkpoints.source import FilePath, Source, opened
 from bnfreeze.checkpoints.state_dicts import StateDict, StateDicts, find_state_dicts
 from bnfreeze.checkpoints.survey import CodeCall, Uninterpreted, survey
 from bnfreeze.errors import (
@@ -29,14 +30,14 @@ class Checkpoint:
     """What a file, or a folder, holds.
 
     Attributes:
-        path: where it lies.
+        path: where it lies, as it was named.
         kind: what it is: ``"torch zip"``, ``"torch legacy"``, ``"TorchScript"``,
             ``"torch.export"``, ``"pickle"``, ``"npz"``, ``"safetensors"``, ``"shard index"``,
             ``"ONNX"`` or ``"distributed"``.
         remarks: sentences about the file that a person should read.
     """
 
-    def __init__(self, path: Path, kind: str, content: Content) -> None:
+    def __init__(self, path: str, kind: str, content: Content) -> None:
         """Take what was read."""
         self.path = path
         self.kind = kind
@@ -95,7 +96,7 @@ class Checkpoint:
 
 
 @contextmanager
-def naming_file(path: Path) -> Iterator[None]:
+def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
     """Let an error of the package that comes out of the block say which file it is about."""
     try:
         yield
@@ -109,28 +110,37 @@ def naming_file(path: Path) -> Iterator[None]:
 def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     """Open a checkpoint of any format; its tensors can be read inside the ``with`` block.
 
+    Args:
+        path: a file or a folder; as a string also a URL (``https://…``, ``hf://…``, ``s3://…``),
+            which is read by ranges, or ``"-"`` for standard input.
+
     Raises:
         CheckpointError: it cannot be read (the class says why); nothing of it was run.
     """
-    path = Path(path)
     with ExitStack() as stack:
         with naming_file(path):
             kind, content = _read(path, stack)
-        yield Checkpoint(path, kind, content)
+        yield Checkpoint(os.fspath(path), kind, content)
 
 
-def _read(path: Path, stack: ExitStack) -> tuple[str, Content]:
-    def open_file(file: Path) -> OpenFile:
+def _read(path: str | os.PathLike[str], stack: ExitStack) -> tuple[str, Content]:
+    def open_file(file: FilePath) -> OpenFile:
         return OpenFile(stack.enter_context(opened(file)), file, open_file)
 
+    if path == "-":
+        file = stack.enter_context(standard_input())
+        return read_file(OpenFile(Source(file, 0, file.seek(0, os.SEEK_END)), Path(path)))
+    place: FilePath = Path(path)
+    if isinstance(path, str) and is_remote(path):
+        place = RemotePath(path)
     try:
-        if path.is_dir():
-            if (path / ".metadata").exists():
-                return "distributed", read_distributed(path)
-            path = _model_in(path)
+        if place.is_dir():
+            if (place / ".metadata").exists():
+                return "distributed", read_distributed(place)
+            place = _model_in(place)
     except OSError as error:
         raise CheckpointError(f"Cannot be opened: {error.strerror}.") from None
-    return read_file(open_file(path))
+    return read_file(open_file(place))
 
 
 # What the folders of Hugging Face's libraries are made of, in the order in which they look.
@@ -142,13 +152,13 @@ _MODEL_FILES: Final = (
 )
 
 
-def _model_in(folder: Path) -> Path:
+def _model_in(folder: FilePath) -> FilePath:
     """The file in a folder that has its model."""
     for name in _MODEL_FILES:
         if (folder / name).exists():
             return folder / name
     for pattern in ("*.index.json", "*.safetensors"):
-        found = sorted(folder.glob(pattern))
+        found: list[FilePath] = sorted(folder.glob(pattern), key=str)
         if len(found) == 1:
             return found[0]
     raise UnsupportedFormatError(

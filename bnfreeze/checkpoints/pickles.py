@@ -94,7 +94,7 @@ def read_pickle(
                 name = _NAMES.get(code, f"the byte {code:#04x}")
                 raise CorruptCheckpointError(f"Its pickle uses {name}, which is not read here.")
             step(argument)
-    # A warning is an error where Python is told so: about a bad escape in a string, say.
+    # With python -W error a warning is an error, such as one about a bad escape in a string.
     except (ValueError, IndexError, OverflowError, Warning) as error:
         raise CorruptCheckpointError(
             f"Damaged: its pickle ends or breaks off ({error}).{would_call(machine.made)}"

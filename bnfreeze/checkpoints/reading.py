@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from bnfreeze.checkpoints.pickled import Opaque
-from bnfreeze.checkpoints.source import Source
+from bnfreeze.checkpoints.source import FilePath, Source
 from bnfreeze.checkpoints.zips import Entry, read_directory
 from bnfreeze.errors import CorruptCheckpointError
 
@@ -40,13 +39,16 @@ class OpenFile:
     """
 
     def __init__(
-        self, source: Source, path: Path, open_file: Callable[[Path], OpenFile] | None = None
+        self,
+        source: Source,
+        path: FilePath,
+        open_file: Callable[[FilePath], OpenFile] | None = None,
     ) -> None:
         """Take the bytes, their place, and what opens another file until this one is closed."""
         self.source = source
         self.path = path
         self._open = open_file
-        self._opened: dict[Path, OpenFile] = {}
+        self._opened: dict[FilePath, OpenFile] = {}
 
     @cached_property
     def head(self) -> bytes:
@@ -73,7 +75,7 @@ class OpenFile:
             return frozenset()
         return frozenset(self.entries)
 
-    def beside(self, path: Path) -> OpenFile:
+    def beside(self, path: FilePath) -> OpenFile:
         """Another file, open as long as this one; the same for the same path.
 
         Raises:

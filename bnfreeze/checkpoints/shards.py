@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import PurePosixPath, PureWindowsPath
 
 from bnfreeze.checkpoints.json_objects import read_json
 from bnfreeze.checkpoints.kinds import read_file
 from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_limit
 from bnfreeze.checkpoints.pickled import Opaque, Pairs
 from bnfreeze.checkpoints.reading import Content, OpenFile
+from bnfreeze.checkpoints.source import FilePath
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.errors import (
     CheckpointError,
@@ -69,7 +70,7 @@ def _tensors_of(shard: OpenFile) -> tuple[dict[str, StoredTensor], tuple[Opaque,
     return tensors, content.made
 
 
-def beside(folder: Path, name: str) -> Path:
+def beside(folder: FilePath, name: str) -> FilePath:
     """The path of a file that another file names: a plain name, and so beside it.
 
     Raises:

@@ -63,7 +63,7 @@ def read(file: OpenFile) -> Content:
 
 def _weights(file: OpenFile, config: str) -> dict[str, StoredTensor]:
     entry = entry_of(file, config)
-    check_limit(entry.source.size, MAX_HEADER_BYTES, "bytes of a list of weights")
+    check_limit(entry.size, MAX_HEADER_BYTES, "bytes of a list of weights")
     weights = read_json(entry.read(), "the list of weights").get("config")
     if type(weights) is not dict:
         raise CorruptCheckpointError("Damaged: the list of weights has no config.")

@@ -37,18 +37,20 @@ class Entry:
 
     Attributes:
         name: as the directory has it.
+        size: of its bytes.
         checksum: the CRC-32 of its bytes; None where it was left out.
         refusal: why it must not be read; None where it may.
     """
 
     name: str
+    size: int
     checksum: int | None
     refusal: CheckpointError | None
     _source: Source
 
     @property
     def source(self) -> Source:
-        """Its bytes, unchecked.
+        """Its bytes. What stands before them in the file is checked when they are first read.
 
         Raises:
             CheckpointError: it must not be read.
@@ -59,10 +61,56 @@ class Entry:
 
     def read(self) -> bytes:
         """All of it, checked against the checksum."""
-        data = self.source.read(0, self.source.size)
+        data = self.source.read(0, self.size)
         if self.checksum is not None and zlib.crc32(data) != self.checksum:
             raise CorruptCheckpointError(f"Damaged: {self.name!r} does not match its checksum.")
         return data
+
+
+@dataclass
+class _Place:
+    """What the directory says of where an entry lies.
+
+    Attributes:
+        name: as its bytes.
+        at: where its local header begins.
+        packed: how many bytes it takes behind that.
+        size: how many it has.
+        end: where the next begins.
+    """
+
+    name: bytes
+    at: int
+    packed: int
+    size: int
+    end: int = 0
+
+    def begin(self, source: Source) -> int:
+        """Where its bytes begin, by its local header.
+
+        Raises:
+            CorruptCheckpointError: that is not there, or says something else.
+        """
+        shown = self.name.decode(errors="replace")
+        local = _LOCAL.unpack(source.read(self.at, _LOCAL.size))
+        begin: int = self.at + _LOCAL.size + local[9] + local[10]
+        if (
+            local[0] != b"PK\3\4"
+            or local[2] & _ENCRYPTED
+            or local[3]
+            or source.read(self.at + _LOCAL.size, local[9]) != self.name
+        ):
+            raise CorruptCheckpointError(
+                f"Damaged: {shown!r} is not where the zip file's directory says."
+            )
+        sizes = zip((local[7], local[8]), (self.packed, self.size), strict=True)
+        if not local[2] & _SIZES_FOLLOW and any(
+            here not in (there, 0xFFFFFFFF) for here, there in sizes
+        ):
+            raise CorruptCheckpointError(f"Damaged: {shown!r} has one size here and another there.")
+        if begin + self.packed > self.end:
+            raise CorruptCheckpointError("Damaged: entries of the zip file overlap.")
+        return begin
 
 
 def read_directory(source: Source) -> dict[str, Entry]:
@@ -78,10 +126,10 @@ def read_directory(source: Source) -> dict[str, Entry]:
     directory = source.read(start, end - start)
     entries: dict[str, Entry] = {}
     folded: set[str] = set()
-    ranges: list[tuple[int, int]] = []
+    places: list[_Place] = []
     position = 0
     for _ in range(count):
-        entry, extent, position = _entry(source, directory, position, start)
+        entry, place, position = _entry(source, directory, position)
         # torch's reader finds names whatever their case.
         if entry.name.casefold() in folded:
             raise CorruptCheckpointError(
@@ -89,14 +137,15 @@ def read_directory(source: Source) -> dict[str, Entry]:
             )
         folded.add(entry.name.casefold())
         entries[entry.name] = entry
-        ranges.append(extent)
+        places.append(place)
     if position != len(directory):
         raise CorruptCheckpointError(
             "Damaged: the zip file's directory does not have its own length."
         )
-    ranges.sort()
-    for (_, before), (after, _) in pairwise(ranges):
-        if after < before:
+    places.sort(key=lambda place: place.at)
+    for place, following in pairwise([*places, _Place(b"", start, 0, 0)]):
+        place.end = following.at
+        if place.at + _LOCAL.size + len(place.name) + place.packed > place.end:
             raise CorruptCheckpointError("Damaged: entries of the zip file overlap.")
     return entries
 
@@ -136,14 +185,8 @@ def _directory(source: Source) -> tuple[int, int, int]:
     return count, start, end
 
 
-def _entry(
-    source: Source, directory: bytes, position: int, limit: int
-) -> tuple[Entry, tuple[int, int], int]:
-    """One entry of the directory.
-
-    Returns:
-        the entry, the bytes that it takes in the file, and the position of the next.
-    """
+def _entry(source: Source, directory: bytes, position: int) -> tuple[Entry, _Place, int]:
+    """One entry of the directory, where it lies, and the position of the next."""
     if position + _CENTRAL.size > len(directory):
         raise CorruptCheckpointError("Damaged: the zip file's directory breaks off.")
     fields = _CENTRAL.unpack_from(directory, position)
@@ -175,25 +218,10 @@ def _entry(
             f"Refused: {name!r} in it is compressed and may grow without bounds. "
             f"If you trust the file, unpack it and zip it again with `zip -0`."
         )
-    local = _LOCAL.unpack(source.read(at, _LOCAL.size))
-    begin = at + _LOCAL.size + local[9] + local[10]
-    if (
-        local[0] != b"PK\3\4"
-        or (not refusal and (local[2] & _ENCRYPTED or local[3]))
-        or source.read(at + _LOCAL.size, local[9]) != raw
-        or begin + packed > limit
-    ):
-        raise CorruptCheckpointError(
-            f"Damaged: {name!r} is not where the zip file's directory says."
-        )
-    sizes = zip((local[7], local[8]), (packed, size), strict=True)
-    if not local[2] & _SIZES_FOLLOW and any(
-        here not in (there, 0xFFFFFFFF) for here, there in sizes
-    ):
-        raise CorruptCheckpointError(f"Damaged: {name!r} has one size here and another there.")
-    # A checksum of 0 is what torch writes when it is told to leave them out.
-    entry = Entry(name, checksum or None, refusal, source.part(begin, packed))
-    return entry, (at, begin + packed), after
+    place = _Place(raw, at, packed, size)
+    data = source.later(lambda: place.begin(source), packed)
+    # torch writes a checksum of 0 when checksums are switched off.
+    return Entry(name, size, checksum or None, refusal, data), place, after
 
 
 def _wide_sizes(extra: bytes, size: int, packed: int, at: int) -> tuple[int, int, int]:

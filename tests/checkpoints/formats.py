@@ -185,7 +185,7 @@ def sparse_checkpoint(path, size):
     return norms
 
 
-# Prints the peak memory of the process, in KiB, on stderr. (What getrusage tells is the parent's,
+# Prints the peak memory of the process, in KiB, on stderr. (What getrusage gives is the parent's,
 # where that is larger.)
 MEASURED = """
 import sys

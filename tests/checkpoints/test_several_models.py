@@ -46,8 +46,8 @@ def test_an_error_in_any_model_is_found(save, capsys):
     assert [layer.key for layer in found.layers] == ["netG", "netD"]
     assert main(["inspect", path]) == 1
     out = capsys.readouterr().out
-    assert "netG" in out
-    assert "netD" in out
+    assert "netG:\n" in out
+    assert "netD:\n" in out
     assert main(["inspect", path, "--key", "netG"]) == 0
     capsys.readouterr()
     assert main(["inspect", path, "--plain"]) == 1

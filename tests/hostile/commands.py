@@ -1,4 +1,4 @@
-"""Runs the command on files that nobody trusts: each time in a process of its own, with limits.
+"""Runs the command on untrusted files: each time in a process of its own, with limits.
 
 Starting Python and importing NumPy takes longer than most files do. So one process imports them
 once, and forks for each command.

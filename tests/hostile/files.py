@@ -500,7 +500,7 @@ def a_tensor_with_a_shape_twice(folder):
 
 @hostile(2, r"Damaged")
 def overlapping_offsets(folder):
-    header = {name: {**told, "data_offsets": [0, 16]} for name, told in STATISTICS.items()}
+    header = {name: {**content, "data_offsets": [0, 16]} for name, content in STATISTICS.items()}
     return safetensors_file(folder / "a.safetensors", header, bytes(32))
 
 
@@ -555,9 +555,9 @@ def a_number_of_a_million_digits_in_a_header(folder):
 
 def index(folder, change):
     path = save_shards(state(), folder / "hf")
-    told = json.loads(path.read_text())
-    change(told["weight_map"])
-    path.write_text(json.dumps(told))
+    content = json.loads(path.read_text())
+    change(content["weight_map"])
+    path.write_text(json.dumps(content))
     return path
 
 
@@ -597,15 +597,15 @@ def other_json(folder):
 
 def metadata(folder, change):
     path = save_distributed(state(), folder / "dcp")
-    told = torch.distributed.checkpoint.FileSystemReader(path).read_metadata()
-    change(told)
-    (path / ".metadata").write_bytes(pickle.dumps(told))
+    content = torch.distributed.checkpoint.FileSystemReader(path).read_metadata()
+    change(content)
+    (path / ".metadata").write_bytes(pickle.dumps(content))
     return path
 
 
 def every_place(**fields):
-    def change(told):
-        for info in told.storage_data.values():
+    def change(content):
+        for info in content.storage_data.values():
             for name, value in fields.items():
                 setattr(info, name, value)
 
@@ -629,8 +629,8 @@ def pieces_that_are_all_the_same_bytes(folder):
 
 @hostile(2, r"does not fit|do not make it up")
 def a_distributed_tensor_of_a_claimed_size(folder):
-    def change(told):
-        for tensor in told.state_dict_metadata.values():
+    def change(content):
+        for tensor in content.state_dict_metadata.values():
             tensor.size = torch.Size([10**12])
 
     return metadata(folder, change)
@@ -638,8 +638,8 @@ def a_distributed_tensor_of_a_claimed_size(folder):
 
 @hostile(2, r"does not fit|has another tensor")
 def a_distributed_tensor_of_another_dtype(folder):
-    def change(told):
-        for tensor in told.state_dict_metadata.values():
+    def change(content):
+        for tensor in content.state_dict_metadata.values():
             tensor.properties.dtype = torch.float64
 
     return metadata(folder, change)
@@ -925,10 +925,10 @@ def a_shard_whose_name_is_no_name(folder):
 def shared_metadata(folder, change):
     """Metadata in which the parts of one tensor are changed, and shared by many names."""
 
-    def spread(told):
-        name, tensor = next(iter(told.state_dict_metadata.items()))
+    def spread(content):
+        name, tensor = next(iter(content.state_dict_metadata.items()))
         change(tensor)
-        told.state_dict_metadata |= {f"{name}{i}": tensor for i in range(50_000)}
+        content.state_dict_metadata |= {f"{name}{i}": tensor for i in range(50_000)}
 
     return metadata(folder, spread)
 
@@ -947,9 +947,9 @@ def a_distributed_tensor_of_many_dimensions(folder):
 
 @hostile(2, r"Refused: [\d,]+ pieces of tensors|does not fit|do not make it up|is missing")
 def a_distributed_tensor_of_the_same_piece_many_times(folder):
-    def change(told):
+    def change(content):
         name = "model.1.running_mean"
-        tensor = told.state_dict_metadata[name]
+        tensor = content.state_dict_metadata[name]
         tensor.size = tensor.chunks[0].sizes = torch.Size([0])
         tensor.chunks = tensor.chunks * 200_001
 
@@ -958,11 +958,11 @@ def a_distributed_tensor_of_the_same_piece_many_times(folder):
 
 @hostile(2, r"the place of .* is none")
 def a_place_that_is_no_name(folder):
-    def change(told):
+    def change(content):
         deep = ()
         for _ in range(90):
             deep = (deep,)
-        told.planner_data = dict.fromkeys(told.planner_data, (deep, 10**5000))
+        content.planner_data = dict.fromkeys(content.planner_data, (deep, 10**5000))
 
     return metadata(folder, change)
 

@@ -148,8 +148,8 @@ def main():
     for kind in sys.argv[3:] or ALL_FORMATS:
         with tempfile.TemporaryDirectory() as folder:
             outcomes = fuzz(kind, count, seed, folder)
-        told = ", ".join(f"{name} {number}" for name, number in sorted(outcomes.items()))
-        print(f"{kind}: {count} files: {told}", flush=True)
+        counts = ", ".join(f"{name} {number}" for name, number in sorted(outcomes.items()))
+        print(f"{kind}: {count} files: {counts}", flush=True)
 
 
 if __name__ == "__main__":
