@@ -17,12 +17,12 @@ __all__ = ["command_parser", "unknown_command"]
 _EXAMPLES: Final = """\
 examples:
   bnfreeze inspect resnet50.pth                    the norm layers, as a tree
-  bnfreeze inspect run/*.ckpt --plain | grep var-  one line a layer, of several files
+  bnfreeze inspect run/*.ckpt --plain | grep nonfinite   one line a layer, of several files
   bnfreeze inspect last.pt --key model_ema         one of several models in the file
   bnfreeze inspect model.safetensors --sort dead   the layers with most dead channels first
   bnfreeze diff start.pt end.pt                    did the backbone really stay frozen?
   bnfreeze diff start.pt end.pt --select backbone  exit code 1 if anything in it moved
-  bnfreeze diff resnet50.pth tuned.ckpt --map =model.backbone   names with a prefix more
+  bnfreeze diff a.pth b.ckpt --map =model.student  names of b with this prefix more
   bnfreeze diff start.pt end.pt --key-b model_ema  compare with the average
   bnfreeze snapshot start.pt -o start.safetensors  save the statistics, to compare with later
   bnfreeze verify end.pt start.safetensors         exit code 1 if anything in it moved

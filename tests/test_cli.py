@@ -1,5 +1,6 @@
 """The command: what it prints, where to, and with which exit code."""
 
+import argparse
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,6 +149,27 @@ def test_json_is_one_object_with_stable_keys(command, sound, sick, tmp_path):
     assert third["error"]["kind"] == "CheckpointError"
 
 
+def keys_of(value):
+    if isinstance(value, dict):
+        return set(value).union(*map(keys_of, value.values()))
+    return set().union(*map(keys_of, value)) if isinstance(value, list) else set()
+
+
+def test_every_key_of_the_json_is_documented(command, sound, sick, model, tmp_path):
+    torch.save({"args": argparse.Namespace(), "model": model}, tmp_path / "whole.pt")
+    command("snapshot", sound, "-o", tmp_path / "before")
+    keys = set()
+    for arguments in (
+        ("inspect", sick, tmp_path / "whole.pt", tmp_path / "missing.pt"),
+        ("diff", sound, sick),
+        ("verify", sick, tmp_path / "before"),
+        ("explain",),
+    ):
+        keys |= keys_of(json.loads(command(*arguments, "--json")[1]))
+    page = (Path(__file__).parent.parent / "docs" / "json.md").read_text(encoding="utf-8")
+    assert keys - set(re.findall(r"`(\w+)`", page)) == set()
+
+
 def test_plain_is_one_line_a_layer(command, sound, sick):
     out = command("inspect", sick, "--plain")[1]
     assert len(out.splitlines()) == 4
@@ -181,6 +204,33 @@ def test_sorting_keeps_every_layer(command, sick, sort):
         "head.2",
         "stem.1",
     ]
+
+
+def test_names_are_sorted_as_people_count_and_dead_channels_by_number(command, tmp_path):
+    state = {}
+    for name, dead in (("b.10", 1), ("b.2", 3), ("b.2.a", 2), ("a.1", 0), (f"b.{'9' * 900}", 0)):
+        variance = torch.ones(2 if dead == 1 else 6)
+        variance[:dead] = 0
+        state |= {
+            f"{name}.running_mean": torch.zeros_like(variance),
+            f"{name}.running_var": variance,
+        }
+    path = save_zip(state, tmp_path / "a.pt")
+
+    def names(sort):
+        lines = command("inspect", path, "--plain", "--sort", sort)[1].splitlines()
+        return [line.split("\t")[0] for line in lines]
+
+    assert names("name")[:-1] == ["a.1", "b.2", "b.2.a", "b.10"]
+    assert names("dead")[:3] == ["b.2", "b.2.a", "b.10"]
+
+
+def test_weights_are_shown_where_asked_for(command, sound):
+    for form in ([], ["--plain"]):
+        assert not re.search(r"\sweight", command("inspect", sound, *form)[1])
+    assert re.search(r" weight *\n", command("inspect", sound, "--weights")[1])
+    lines = command("inspect", sound, "--weights", "--plain")[1].splitlines()
+    assert all(re.search(r"\tweight=[\d.-]+\.\.[\d.]+\t", line) for line in lines)
 
 
 def test_key_chooses(command, model, tmp_path):

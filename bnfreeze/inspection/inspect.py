@@ -39,9 +39,8 @@ SORTS: Final[dict[str, Callable[[StoredLayer], Any]]] = {
 
 
 def _natural(name: str) -> list[Any]:
-    """A key that sorts `layer.2` before `layer.10`; int() refuses very long numbers."""
-    parts = re.split(r"(\d+)", name)
-    return [(len(part.lstrip("0")), part) if i % 2 else part for i, part in enumerate(parts)]
+    """A key that sorts `layer.2` before `layer.10`."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 # Of a file's module names: a suggestion is looked for among the first.
