@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bnfreeze.arguments import command_parser, unknown_command
 from bnfreeze.errors import BnfreezeError
-from bnfreeze.progress import Progress
+from bnfreeze.output import (
+    Progress,
+    check_outputs,
+    complain,
+    complain_of_defect,
+    exit_code,
+    print_json,
+    print_line,
+    show,
+)
 
 if TYPE_CHECKING:
     from bnfreeze.inspection.checkpoint import CheckpointInspection
@@ -48,20 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BnfreezeError as error:
-        return _complain(str(error))
+        return complain(str(error))
     except MemoryError:
-        return _complain("Out of memory.")
+        return complain("Out of memory.")
     except BrokenPipeError:
         # The reader of the output closed it (`| head`): that is no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         # Reading has errors of its own: this is an output that could not be written.
-        return _complain(f"{error.filename or 'stdout'}: cannot be written: {error.strerror}.")
+        return complain(f"{error.filename or 'stdout'}: cannot be written: {error.strerror}.")
     except KeyboardInterrupt:
         return 130
     except Exception:
-        return _complain_of_defect()
+        return complain_of_defect()
     finally:
         if collecting:
             gc.enable()
@@ -70,10 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from bnfreeze.inspection.inspect import inspect_checkpoint
 
-    _check_outputs(options)
+    check_outputs(options)
     shown: list[CheckpointInspection] = []
-    files: list[dict[str, Any]] = []
-    lines: list[tuple[str, ...]] = []
+    refused: dict[str, dict[str, Any]] = {}
     code = 0
     for path in options.paths:
         try:
@@ -87,17 +95,33 @@ def _inspect(options: argparse.Namespace) -> int:
                 )
         except BnfreezeError as error:
             # The others are shown all the same.
-            code = _complain(str(error))
-            files.append(
-                {"path": path, "error": {"kind": type(error).__name__, "message": str(error)}}
-            )
-            continue
-        shown.append(found)
-        files.append({name: fact for name, fact in found.to_dict().items() if name != "schema"})
-        prefix = (path,) if len(options.paths) > 1 else ()
-        lines += [(*prefix, *line) for line in found.lines()]
-        code = max(code, _code(found))
-    _show(options, shown, {"schema": 2, "ok": code == 0, "files": files}, lines)
+            code = complain(str(error))
+            refused[path] = {"kind": type(error).__name__, "message": str(error)}
+        else:
+            shown.append(found)
+            code = max(code, exit_code(found))
+
+    def data() -> dict[str, Any]:
+        left = iter(shown)
+        files = [
+            {"path": path, "error": refused[path]} if path in refused else next(left).to_dict()
+            for path in options.paths
+        ]
+        for file in files:
+            file.pop("schema", None)
+        return {"schema": 2, "ok": code == 0, "files": files}
+
+    several = len(options.paths) > 1
+    show(
+        options,
+        shown,
+        data,
+        lambda: [
+            (*([one.origin.path] if several else []), *line)
+            for one in shown
+            for line in one.lines()
+        ],
+    )
     return code
 
 
@@ -106,7 +130,7 @@ def _diff(options: argparse.Namespace) -> int:
     from bnfreeze.inspection.origin import Found
     from bnfreeze.verification.diff import diff_found
 
-    _check_outputs(options)
+    check_outputs(options)
     keys = (options.key if one is None else one for one in (options.key_a, options.key_b))
     with Progress(options.second) as progress, ExitStack() as stack:
         first, second = (
@@ -117,8 +141,8 @@ def _diff(options: argparse.Namespace) -> int:
         found = diff_found(
             first, second, select=options.select, prefixes=prefixes, progress=progress
         )
-    _show(options, [found], found.to_dict(), found.lines())
-    return _code(found)
+    show(options, [found], found.to_dict, found.lines)
+    return exit_code(found)
 
 
 def _snapshot(options: argparse.Namespace) -> int:
@@ -142,7 +166,7 @@ def _snapshot(options: argparse.Namespace) -> int:
             tensors = tensors_by_name(parts, plain)
             taken = snapshot_of(tensors, everything=options.all, digest=options.digest)
     taken.save(options.output)
-    _print_lines([(f"{options.output}: {len(taken)} tensors of {options.path}",)])
+    print_line(f"{options.output}: {len(taken)} tensors of {options.path}")
     return 0
 
 
@@ -153,7 +177,7 @@ def _verify(options: argparse.Namespace) -> int:
     from bnfreeze.verification.snapshot import Snapshot
     from bnfreeze.verification.stored import verify_found
 
-    _check_outputs(options)
+    check_outputs(options)
     try:
         before = Snapshot.load(options.snapshot)
     except OSError as error:
@@ -162,9 +186,13 @@ def _verify(options: argparse.Namespace) -> int:
         found = Found.in_checkpoint(checkpoint, options.key)
         with naming_file(checkpoint.path):
             report = verify_found(found, before, select=options.select)
-    lines = [(d.name, d.kind, what_changed(d)) for d in report.drifts]
-    _show(options, [report], report.to_dict(), lines)
-    return _code(report)
+    show(
+        options,
+        [report],
+        report.to_dict,
+        lambda: [(one.name, one.kind, what_changed(one)) for one in report.drifts],
+    )
+    return exit_code(report)
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -175,7 +203,7 @@ def _explain(options: argparse.Namespace) -> int:
 
     kinds = [finding_kind(options.code)] if options.code else KINDS
     if options.json:
-        _print_json({"schema": 2, "findings": [asdict(kind) for kind in kinds]})
+        print_json({"schema": 2, "findings": [asdict(kind) for kind in kinds]})
     elif options.code:
         sys.stdout.write(kinds[0].page())
     else:
@@ -201,89 +229,3 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "explain": _explain,
     "completion": _completion,
 }
-
-
-def _check_outputs(options: argparse.Namespace) -> None:
-    """Refuse to write over anything but an earlier picture: it may be the checkpoint itself."""
-    for output in filter(None, (options.html, options.svg)):
-        if os.path.isfile(output):
-            with open(output, "rb") as file:
-                head = file.read(16)
-            if head and not head.lower().startswith((b"<svg", b"<!doctype html")):
-                raise BnfreezeError(f"{output}: is there already, and is no picture.")
-
-
-def _code(result: Any) -> int:
-    # A model that was not read may hold anything.
-    return 2 if getattr(result, "unread", ()) else 0 if result.ok else 1
-
-
-def _show(
-    options: argparse.Namespace,
-    sheets: Sequence[Any],
-    data: dict[str, Any],
-    lines: Sequence[tuple[str, ...]],
-) -> None:
-    """Print the results in the form that was asked for, and save their pictures."""
-    if options.json:
-        _print_json(data)
-    elif options.plain:
-        _print_lines(lines)
-    else:
-        _print_sheets(sheets)
-    for path, form in ((options.html, "html"), (options.svg, "svg")):
-        if path:
-            from bnfreeze.files import write_whole
-            from bnfreeze.tables import html_of, svg_of
-
-            draw = html_of if form == "html" else svg_of
-            write_whole(path, draw(sheets, width=_PICTURE_WIDTH))
-
-
-# Characters to a line of a saved picture: wide enough for all columns.
-_PICTURE_WIDTH: Final = 120
-
-
-def _print_sheets(sheets: Sequence[Any]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    # Not written by rich, which handles a closed pipe in its own way.
-    with console.capture() as captured:
-        for number, sheet in enumerate(sheets):
-            if number:
-                console.print()
-            console.print(sheet)
-    sys.stdout.write(captured.get())
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    import json
-
-    # ASCII: what could move a terminal's cursor or turn its text around is written as \u....
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _print_lines(lines: Sequence[tuple[str, ...]]) -> None:
-    from bnfreeze.text import escaped
-
-    for line in lines:
-        sys.stdout.write("\t".join(map(escaped, line)) + "\n")
-
-
-def _complain(message: str) -> int:
-    from bnfreeze.text import escaped
-
-    sys.stderr.write(f"bnfreeze: {escaped(message)}\n")
-    return 2
-
-
-def _complain_of_defect() -> int:
-    """Show the traceback of an unforeseen error; exit code 1 would say that something differs."""
-    import traceback
-
-    from bnfreeze.text import escaped
-
-    for line in traceback.format_exc().splitlines():
-        sys.stderr.write(f"{escaped(line)}\n")
-    return _complain("This is a defect of bnfreeze: please report it with the lines above.")

@@ -16,7 +16,7 @@ import torch
 
 from bnfreeze.cli import main
 from bnfreeze.finding_kinds import KINDS
-from bnfreeze.progress import Progress
+from bnfreeze.output import Progress
 from tests.checkpoints.formats import save_safetensors, save_zip
 
 
@@ -440,7 +440,7 @@ def test_progress_is_shown_after_a_second_on_a_terminal_alone(monkeypatch, capsy
     with Progress("run/last.pt"):
         pass
     assert sys.stderr.getvalue() == ""  # the second was not over
-    monkeypatch.setattr("bnfreeze.progress._SECOND", 1e-3)
+    monkeypatch.setattr("bnfreeze.output._SECOND", 1e-3)
     progress = Progress("run/la\x1bst.pt")
     progress(2, 5)
     with progress:
