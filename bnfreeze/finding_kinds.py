@@ -197,7 +197,7 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "bnfreeze knows nothing, such as a script's own Config; a note for the classes of a model "
         "that was saved whole. What training scripts usually save beside the weights "
         "(argparse.Namespace, paths, dates, numbers) is not mentioned.",
-        "Whoever wrote the file decides what such a call does on your machine. bnfreeze calls "
+        "The author of the file decides what such a call does on your machine. bnfreeze calls "
         "nothing of it, and says so of no file that it is safe.",
         "Load it with weights_only=True, or only if you trust its author. Save the values alone: "
         "torch.save(model.state_dict(), 'weights.pt').",

@@ -6,16 +6,18 @@ bytes that are there, and its values when they are asked for. What is neither a 
 a text nor a container of these becomes a placeholder with a name. torch is neither used nor
 imported; its own loaders never see the file.
 
-A reader for each format: `torch_zip`, `torch_legacy`, `torch_script`, `torch_export`,
-`plain_pickle`, `npz`, `safetensors_file`, `shards`, `onnx_file`, `distributed`; `kinds` has the
-table of them. The pickles in them are read as data (`opcodes`, `pickles`, `pickled`), with the
+`kinds` has the table of formats, and each has a reader: `torch_zip`, `torch_legacy`,
+`torch_script`, `torch_export`, `plain_pickle`, `npz`, `safetensors_file`, `shards`, `onnx_file`,
+`distributed`. The pickles in them are read as data (`opcodes`, `pickles`, `pickled`), with the
 names of torch (`torch_tensors`) and of NumPy (`numpy_arrays`). `state_dicts` finds the models in
-what was saved, `modules` those that were saved whole. `survey` says what was not interpreted, and
-what loading the file would call, by the names in `code_names`.
+what was saved, and `modules` those that were saved whole. `placeholders` says what was not
+interpreted, and what loading the file would call; the names that are harmless stand in
+`code_names`. `remote` reads URLs by ranges.
 """
 
 from bnfreeze.checkpoints.modules import LayerSettings
 from bnfreeze.checkpoints.opening import Checkpoint, naming_file, open_checkpoint
+from bnfreeze.checkpoints.placeholders import CodeCall, Uninterpreted
 from bnfreeze.checkpoints.state_dicts import (
     StateDict,
     StateDicts,
@@ -23,7 +25,6 @@ from bnfreeze.checkpoints.state_dicts import (
     tensors_by_name,
 )
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
-from bnfreeze.checkpoints.survey import CodeCall, Uninterpreted
 
 __all__ = [
     "Checkpoint",

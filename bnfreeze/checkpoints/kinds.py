@@ -1,6 +1,6 @@
 """The formats that are read, recognised by their content; and what else a file may be.
 
-To add a format, write a module with a function `read` beside this one, and a line in `_FORMATS`.
+To add a format, write its reader in a module beside this one, and a line in `_FORMATS`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Format:
 
     Attributes:
         kind: what it is called.
-        reader: the module that reads it, imported when it is needed.
+        reader: the module and the function that read it, imported when they are needed.
         matches: whether a file is of this format; the first that matches is taken.
     """
 
@@ -58,25 +58,29 @@ def _is_export(file: OpenFile) -> bool:
 
 
 _FORMATS: Final = (
-    _Format("safetensors", "safetensors_file", _is_safetensors),
-    _Format("TorchScript", "torch_script", lambda file: "constants.pkl" in file.names),
+    _Format("safetensors", "safetensors_file.read_safetensors", _is_safetensors),
+    _Format(
+        "TorchScript", "torch_script.read_torchscript", lambda file: "constants.pkl" in file.names
+    ),
     _Format(
         "torch zip",
-        "torch_zip",
+        "torch_zip.read_torch_zip",
         lambda file: any(f"/{name}".endswith("/data.pkl") for name in file.names),
     ),
-    _Format("torch.export", "torch_export", _is_export),
+    _Format("torch.export", "torch_export.read_export", _is_export),
     _Format(
         "npz",
-        "npz",
+        "npz.read_npz",
         lambda file: bool(file.names) and all(name.endswith(".npy") for name in file.names),
     ),
     _Format(
-        "torch legacy", "torch_legacy", lambda file: _is_pickle(file) and _LEGACY in file.head[:24]
+        "torch legacy",
+        "torch_legacy.read_torch_legacy",
+        lambda file: _is_pickle(file) and _LEGACY in file.head[:24],
     ),
-    _Format("pickle", "plain_pickle", _is_pickle),
-    _Format("shard index", "shards", lambda file: file.head.lstrip()[:1] == b"{"),
-    _Format("ONNX", "onnx_file", lambda file: bool(_ONNX.match(file.head))),
+    _Format("pickle", "plain_pickle.read_plain_pickle", _is_pickle),
+    _Format("shard index", "shards.read_shards", lambda file: file.head.lstrip()[:1] == b"{"),
+    _Format("ONNX", "onnx_file.read_onnx", lambda file: bool(_ONNX.match(file.head))),
 )
 
 
@@ -92,8 +96,9 @@ def read_file(file: OpenFile) -> tuple[str, Content]:
         raise CorruptCheckpointError("The file is empty.")
     for known in _FORMATS:
         if known.matches(file):
-            reader = import_module(f"bnfreeze.checkpoints.{known.reader}")
-            content: Content = reader.read(file)
+            module, _, function = known.reader.rpartition(".")
+            reader = getattr(import_module(f"bnfreeze.checkpoints.{module}"), function)
+            content: Content = reader(file)
             return known.kind, content
     if file.names:
         raise UnsupportedFormatError(_archive(file))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Final
 
 from bnfreeze.checkpoints.limits import MAX_TENSORS, check_limit
 from bnfreeze.checkpoints.numpy_arrays import numpy_dtype, strided_array
 from bnfreeze.checkpoints.reading import Content, OpenFile
-from bnfreeze.checkpoints.stored_tensor import StoredTensor
+from bnfreeze.checkpoints.stored_tensor import Record, StoredTensor
 from bnfreeze.checkpoints.torch_tensors import DescribedTensor
 from bnfreeze.checkpoints.zips import Entry
 from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError
 
-__all__ = ["read"]
+__all__ = ["read_npz"]
 
 # A header is a line of text that says the dtype and the shape. Sizes of so many digits are refused
 # as numbers, and not by Python.
@@ -24,7 +25,7 @@ _HEADER: Final = re.compile(
 )
 
 
-def read(file: OpenFile) -> Content:
+def read_npz(file: OpenFile) -> Content:
     """The arrays by name.
 
     Raises:
@@ -59,4 +60,19 @@ def _array(entry: Entry) -> StoredTensor:
         return DescribedTensor("uint8", (0,), "its elements are not numbers")
     shape = tuple(int(size) for size in sizes.split(",") if size.strip())
     data = source.part(begin + length, source.size - begin - length)
-    return strided_array(data, number, shape, fortran == "True")
+    record = _ArrayRecord(data, swapped=number[1], entry=entry)
+    return strided_array(record, number, shape, fortran == "True")
+
+
+@dataclass(frozen=True, eq=False)
+class _ArrayRecord(Record):
+    """The bytes behind a header; the checksum is that of both."""
+
+    entry: Entry | None = None
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes of it, checked against the checksum where they are all of it."""
+        if self.entry is None or length != self.source.size:
+            return super().read(offset, length)
+        whole = self.entry.read()
+        return whole[len(whole) - length :]

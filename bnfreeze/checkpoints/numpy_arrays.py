@@ -52,7 +52,7 @@ def numpy_dtype(text: str) -> tuple[str, bool] | None:
 
 
 def strided_array(
-    data: Source | bytes, dtype: tuple[str, bool], shape: Any, fortran: bool
+    data: Record | Source | bytes, dtype: tuple[str, bool], shape: Any, fortran: bool
 ) -> StoredTensor:
     """An array of plain bytes.
 
@@ -63,15 +63,16 @@ def strided_array(
     if type(shape) is not tuple or not is_shape(shape):
         raise CorruptCheckpointError("Damaged: an array whose shape makes no sense.")
     check_limit(len(shape), MAX_DIMENSIONS, "dimensions of an array")
-    source = data if isinstance(data, Source) else Source.of(data)
-    if math.prod(shape) * ITEM_SIZES[name] != source.size:
+    if not isinstance(data, Record):
+        data = Record(data if isinstance(data, Source) else Source.of(data), swapped)
+    if math.prod(shape) * ITEM_SIZES[name] != data.source.size:
         raise CorruptCheckpointError(
             f"Damaged: an array of {math.prod(shape):,} elements of {name} is said to lie in "
-            f"{source.size:,} bytes."
+            f"{data.source.size:,} bytes."
         )
     axes = range(len(shape))
     stride = tuple(math.prod(shape[:axis] if fortran else shape[axis + 1 :]) for axis in axes)
-    return StridedTensor(name, shape, stride, Record(source, swapped))
+    return StridedTensor(name, shape, stride, data)
 
 
 class PickledArray(StoredTensor, Stateful):

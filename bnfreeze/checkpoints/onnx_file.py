@@ -15,7 +15,7 @@ from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.checkpoints.torch_tensors import DescribedTensor
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["read"]
+__all__ = ["read_onnx"]
 
 # What protobuf itself can hold; larger models keep their tensors in files beside.
 _MOST_BYTES: Final = 2**31
@@ -42,7 +42,7 @@ _EXTERNAL: Final = 1
 _PARTS: Final = ("weight", "bias", "running_mean", "running_var")
 
 
-def read(file: OpenFile) -> Content:
+def read_onnx(file: OpenFile) -> Content:
     """The tensors by name, and for each BatchNormalization node a norm layer.
 
     A layer is named as its tensors are, or else as its node.

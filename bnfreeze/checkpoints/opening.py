@@ -12,11 +12,11 @@ from typing import Any, Final
 from bnfreeze.checkpoints.code_names import would_call
 from bnfreeze.checkpoints.distributed import read_distributed
 from bnfreeze.checkpoints.kinds import read_file
+from bnfreeze.checkpoints.placeholders import CodeCall, Uninterpreted, placeholders_in
 from bnfreeze.checkpoints.reading import Content, OpenFile
 from bnfreeze.checkpoints.remote import RemotePath, is_remote, standard_input
 from bnfreeze.checkpoints.source import FilePath, Source, opened
 from bnfreeze.checkpoints.state_dicts import StateDict, StateDicts, find_state_dicts
-from bnfreeze.checkpoints.survey import CodeCall, Uninterpreted, survey
 from bnfreeze.errors import (
     BnfreezeError,
     CheckpointError,
@@ -83,16 +83,16 @@ class Checkpoint:
     @property
     def uninterpreted(self) -> tuple[Uninterpreted, ...]:
         """The objects that were left as placeholders, each class once."""
-        return self._survey[0]
+        return self._placeholders[0]
 
     @property
     def calls(self) -> tuple[CodeCall, ...]:
         """What loading it would call that is not known to be harmless, the worst first."""
-        return self._survey[1]
+        return self._placeholders[1]
 
     @cached_property
-    def _survey(self) -> tuple[tuple[Uninterpreted, ...], tuple[CodeCall, ...]]:
-        return survey(self._content)
+    def _placeholders(self) -> tuple[tuple[Uninterpreted, ...], tuple[CodeCall, ...]]:
+        return placeholders_in(self._content)
 
 
 @contextmanager

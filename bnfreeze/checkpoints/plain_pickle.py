@@ -7,10 +7,10 @@ from bnfreeze.checkpoints.torch_legacy import read_storage
 from bnfreeze.checkpoints.torch_tensors import read_torch_pickle
 from bnfreeze.errors import CorruptCheckpointError
 
-__all__ = ["read"]
+__all__ = ["read_plain_pickle"]
 
 
-def read(file: OpenFile) -> Content:
+def read_plain_pickle(file: OpenFile) -> Content:
     """What was saved, with a `StoredTensor` for each array and each tensor.
 
     Raises:

@@ -19,7 +19,7 @@ from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES, Record, StoredTensor, StridedTensor
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["read"]
+__all__ = ["read_safetensors"]
 
 _DTYPES: Final = {
     "F64": "float64",
@@ -44,7 +44,7 @@ _DTYPES: Final = {
 }
 
 
-def read(file: OpenFile) -> Content:
+def read_safetensors(file: OpenFile) -> Content:
     """The tensors by name, in the order in which they lie in the file.
 
     As the format asks for, they must lie one after the other, without a gap, to the very end.

@@ -18,10 +18,10 @@ from bnfreeze.errors import (
     UnsupportedFormatError,
 )
 
-__all__ = ["beside", "read"]
+__all__ = ["beside", "read_shards"]
 
 
-def read(file: OpenFile) -> Content:
+def read_shards(file: OpenFile) -> Content:
     """The tensors of all shards by name, in the order of the index. The shards lie beside it.
 
     Raises:

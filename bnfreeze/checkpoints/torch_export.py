@@ -9,10 +9,10 @@ from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_lim
 from bnfreeze.checkpoints.reading import Content, OpenFile, entry_of
 from bnfreeze.checkpoints.stored_tensor import Record, StoredTensor, StridedTensor
 from bnfreeze.checkpoints.torch_tensors import DescribedTensor
-from bnfreeze.checkpoints.torch_zip import read as read_torch_zip
+from bnfreeze.checkpoints.torch_zip import read_torch_zip
 from bnfreeze.errors import CorruptCheckpointError
 
-__all__ = ["read"]
+__all__ = ["read_export"]
 
 # The numbers that torch.export writes for dtypes.
 _DTYPES: Final = {
@@ -42,7 +42,7 @@ _OLD: Final = "serialized_state_dict.pt"
 _CONFIG: Final = "_weights_config.json"
 
 
-def read(file: OpenFile) -> Content:
+def read_export(file: OpenFile) -> Content:
     """The weights by name; of several models in one archive, each under its name.
 
     Raises:

@@ -20,13 +20,13 @@ from bnfreeze.checkpoints.stored_tensor import Record
 from bnfreeze.checkpoints.torch_tensors import read_torch_pickle
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["read", "read_storage"]
+__all__ = ["read_storage", "read_torch_legacy"]
 
 _MAGIC: Final = 0x1950A86A20F9469CFC6C
 _VERSION: Final = 1001
 
 
-def read(file: OpenFile) -> Content:
+def read_torch_legacy(file: OpenFile) -> Content:
     """What was saved, with a `StoredTensor` for each tensor.
 
     Raises:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from bnfreeze.checkpoints.reading import Content, OpenFile
 from bnfreeze.checkpoints.torch_zip import read_archive
 
-__all__ = ["read"]
+__all__ = ["read_torchscript"]
 
 
-def read(file: OpenFile) -> Content:
+def read_torchscript(file: OpenFile) -> Content:
     """The module that was saved, as a placeholder with its tensors.
 
     Its code entries are compressed; they are never read. What its pickle names are classes of that

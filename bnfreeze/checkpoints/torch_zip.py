@@ -10,10 +10,10 @@ from bnfreeze.checkpoints.stored_tensor import Record
 from bnfreeze.checkpoints.torch_tensors import read_torch_pickle
 from bnfreeze.errors import CorruptCheckpointError
 
-__all__ = ["read", "read_archive"]
+__all__ = ["read_archive", "read_torch_zip"]
 
 
-def read(file: OpenFile) -> Content:
+def read_torch_zip(file: OpenFile) -> Content:
     """What was saved, with a `StoredTensor` for each tensor.
 
     Raises:

@@ -24,10 +24,10 @@ def code_findings(calls: Sequence[CodeCall]) -> tuple[Finding, ...]:
         "error": "loading the file with torch.load(weights_only=False) or pickle calls {}.",
         "warning": "cannot be judged: loading the file with torch.load(weights_only=False) runs "
         "the code of {}.",
-        "note": "it holds a whole model: loading it runs the code of its classes, {}.",
+        "note": "it holds modules that were saved whole: loading it runs the code of {}.",
     }
     return tuple(
-        finding(RUNS_CODE, "", text.format(_listed(found)), level=level)
+        finding("runs-code", "", text.format(_listed(found)), level=level)
         for level, text in texts.items()
         if (found := [call for call in calls if call.level == level])
     )

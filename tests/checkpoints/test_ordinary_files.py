@@ -23,7 +23,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnfreeze
-from bnfreeze import UnsafeCheckpointError, UnsupportedFormatError
+from bnfreeze import (
+    CheckpointError,
+    CorruptCheckpointError,
+    UnsafeCheckpointError,
+    UnsupportedFormatError,
+)
 from bnfreeze.checkpoints import open_checkpoint
 from tests.helpers import bits
 
@@ -320,6 +325,24 @@ def test_an_onnx_model_is_read(tmp_path):
     assert "BatchNormalization" in folded.remarks[0]
 
 
+def test_an_onnx_model_that_is_damaged_or_refers_elsewhere_is_refused(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    path = onnx_model(trained(), tmp_path / "a.onnx")
+    whole = path.read_bytes()
+    (tmp_path / "b.onnx").write_bytes(whole[:-7])
+    with pytest.raises(CorruptCheckpointError):
+        facts(tmp_path / "b.onnx")
+    loaded = onnx.load(path, load_external_data=False)
+    tensor = next(one for one in loaded.graph.initializer if one.external_data)
+    for key, value in {"location": "../../etc/passwd", "offset": "-1", "length": "x"}.items():
+        changed = onnx.ModelProto.FromString(whole)
+        (own,) = [one for one in changed.graph.initializer if one.name == tensor.name]
+        next(entry for entry in own.external_data if entry.key == key).value = value
+        (tmp_path / "c.onnx").write_bytes(changed.SerializeToString())
+        with pytest.raises(CheckpointError, match=r"refers to|Damaged"):
+            facts(tmp_path / "c.onnx")
+
+
 def test_an_onnx_model_without_the_package_says_what_to_install(monkeypatch, tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch" + bytes(20))
     monkeypatch.setitem(sys.modules, "onnx", None)
@@ -364,6 +387,11 @@ def test_numpys_archive_is_read_and_a_compressed_one_is_refused_by_name(model, t
     found = facts(tmp_path / "a.npz")
     assert found.kind == "npz"
     assert found.models == {"": values(model.state_dict())}
+    data = (tmp_path / "a.npz").read_bytes()
+    mean = state["stem.1.running_mean"].tobytes()
+    (tmp_path / "c.npz").write_bytes(data.replace(mean, mean[:-1] + b"\x77"))
+    with pytest.raises(CorruptCheckpointError, match="checksum"):
+        facts(tmp_path / "c.npz")
     np.savez_compressed(tmp_path / "b.npz", **state)
     with pytest.raises(UnsafeCheckpointError, match=r"numpy\.savez_compressed"):
         facts(tmp_path / "b.npz")

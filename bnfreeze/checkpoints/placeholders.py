@@ -12,7 +12,7 @@ from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs
 from bnfreeze.checkpoints.reading import Content
 from bnfreeze.findings import Level
 
-__all__ = ["CodeCall", "Uninterpreted", "survey"]
+__all__ = ["CodeCall", "Uninterpreted", "placeholders_in"]
 
 # Of each kind so many are listed; more of them say nothing more.
 _ENOUGH: Final = 100
@@ -50,7 +50,7 @@ class Uninterpreted:
     where: str
 
 
-def survey(content: Content) -> tuple[tuple[Uninterpreted, ...], tuple[CodeCall, ...]]:
+def placeholders_in(content: Content) -> tuple[tuple[Uninterpreted, ...], tuple[CodeCall, ...]]:
     """What was not interpreted and what would be called, each name once, the worst calls first."""
     places, uninterpreted = _walk(content.root)
     calls: dict[str, CodeCall] = {}
