@@ -173,7 +173,7 @@ def _snapshot(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from bnfreeze.checkpoints import naming_file, open_checkpoint
     from bnfreeze.inspection.origin import Found
-    from bnfreeze.verification.messages import what_changed
+    from bnfreeze.verification.drift import what_changed
     from bnfreeze.verification.snapshot import Snapshot
     from bnfreeze.verification.stored import verify_found
 
