@@ -196,7 +196,7 @@ class Diff(Printable):
         elif not changed:
             parts = [f"Bit-identical: all {len(self.tensors)} tensors."]
         elif kinds <= {"added", "missing"}:
-            parts = ["No name is in both: these are different models, or their names differ."]
+            parts = ["No name is in both: these are different models, or --map OLD=NEW is needed."]
         elif not kept:
             parts = ["Changed in every part."]
         elif len(changed) < len(kept):
