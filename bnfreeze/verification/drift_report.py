@@ -61,7 +61,7 @@ class DriftReport(Printable):
         if self.drifts:
             first = self.drifts[0]
             text += f" {escaped(sentence(first))} {escaped(first.cause)}".rstrip()
-        return f"<DriftReport: {text if len(text) <= 215 else text[:214] + '…'}>"
+        return encodable(f"<DriftReport: {text if len(text) <= 215 else text[:214] + '…'}>")
 
     @property
     def message(self) -> str:
