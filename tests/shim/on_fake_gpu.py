@@ -92,7 +92,7 @@ def test_a_model_launches_as_much_less_as_is_fused():
 
 
 def test_a_launch_on_the_default_stream_is_found(launcher):
-    launcher._stream = lambda device: 0
+    object.__setattr__(launcher._host, "stream", lambda device: 0)
     assert not on_gpu.on_a_side_stream()
 
 
