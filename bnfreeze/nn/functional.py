@@ -127,7 +127,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor | None,
+        weight: Tensor | None,  # of the norm layer, if it is trained; the same for bias
         bias: Tensor | None,
         norm: Norm,
         branch: Norm | None,
@@ -141,15 +141,16 @@ class _FrozenBatchNorm(torch.autograd.Function):
         kept = None
         if activation is not None:
             kept = y if not from_input else x if alone else total
-        needs_x = x if ctx.needs_input_grad[2] else None
-        if kept is not None or needs_x is not None:
+        needs_x = None if weight is None else x
+        saves = kept is not None or needs_x is not None
+        if saves:
             ctx.save_for_backward(kept, needs_x)
         # Mean and bias are read in backward only if x is.
         read = norm[:4] if kept is x or needs_x is not None else norm[1:3]
         read = read if branch is None else (*read, *branch[1:3])
-        ctx.how = norm, branch, activation, alone, on_kernel
         # Autograd would check the versions of saved tensors itself, in twice the time.
-        ctx.read = read, [each._version for each in read if each is not None]
+        versions = [each._version for each in read if each is not None]
+        ctx.how = norm, branch, activation, alone, saves, on_kernel, read, versions
         if not keep_sum:
             return y
         ctx.set_materialize_grads(False)
@@ -157,19 +158,18 @@ class _FrozenBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None = None) -> Any:
-        norm, branch, activation, alone, on_kernel = ctx.how
-        read, versions = ctx.read
+        norm, branch, activation, alone, saves, on_kernel, read, versions = ctx.how
         if [each._version for each in read if each is not None] != versions:
             raise RuntimeError(
                 "A statistic, weight or bias of a frozen norm layer has been modified by an "
                 "inplace operation between forward and backward."
             )
-        kept, x = ctx.saved_tensors or (None, None)
+        kept, x = ctx.saved_tensors if saves else (None, None)
         if grad is None:  # only the sum has a gradient, in a double backward
             if grad_sum is None:
                 return (None,) * 7
             grad = torch.zeros_like(grad_sum)
-        arguments = (grad, norm, branch, activation, kept, alone, x, ctx.needs_input_grad[:4])
+        arguments = grad, norm, branch, activation, kept, alone, x, ctx.needs_input_grad[:4]
         eager = grad_sum is None and not backward_needs_formula(grad)
         grads = _kernel.run("backward", *arguments) if eager and on_kernel else None
         if grads is None:
@@ -196,12 +196,13 @@ def _apply(
             raise TypeError(f"The input must be of a floating dtype; it is {x.dtype}.")
         return reference.forward(x, norm, residual, branch, activation)[0]
     _, _, weight, bias, _ = norm
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (residual is not None and residual.requires_grad)
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    ):
+    if not torch.is_grad_enabled():
+        return _computed(x, norm, residual, branch, activation)[0]
+    # Autograd takes a microsecond for each tensor, so it gets only those that are trained.
+    weight = weight if weight is not None and weight.requires_grad else None
+    bias = bias if bias is not None and bias.requires_grad else None
+    trained = weight is not None or bias is not None
+    if trained or x.requires_grad or (residual is not None and residual.requires_grad):
         out: Any = _FrozenBatchNorm.apply(x, residual, weight, bias, norm, branch, activation)
         return out[0] if type(out) is tuple else out  # type: ignore[no-any-return]
     return _computed(x, norm, residual, branch, activation)[0]

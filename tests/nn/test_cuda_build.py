@@ -197,7 +197,9 @@ def test_two_may_race_for_the_cache(compiler, tmp_path, monkeypatch):
         write(path, code)
 
     monkeypatch.setattr(build, "_write", at_once)
-    racers = [threading.Thread(target=lambda: written.append(cubin(VARIANT, "sm_90"))) for _ in "12"]
+    racers = [
+        threading.Thread(target=lambda: written.append(cubin(VARIANT, "sm_90"))) for _ in "12"
+    ]
     for racer in racers:
         racer.start()
     for racer in racers:

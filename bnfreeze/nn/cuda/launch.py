@@ -28,15 +28,13 @@ _CONTEXT_ERRORS = frozenset({201, 400, 709})
 
 # The activation, the kind of residual (see `plans.elementwise`) and the direction.
 _Op = tuple[str | None, int, plans.Direction]
-# The addresses of three inputs and two outputs; 0 for none.
-_Pointers = tuple[int, int, int, int, int]
 # A plan, and the function loaded for it.
 _Loaded = tuple[Plan, Any]
 
 
 @dataclass(frozen=True)
 class Host:
-    """What a launch needs from outside: driver, compiler, device functions. The tests replace it."""
+    """The driver, the compiler, and torch's functions for devices. The tests replace them."""
 
     driver: Any
     cubin: Callable[[Variant, str], bytes]
@@ -54,10 +52,9 @@ class _Frame(threading.local):
         arguments = ctypes.create_string_buffer(ARGS.size)
         # The kernel takes one argument, a struct; the driver wants an array of their addresses.
         self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        # The devices whose context is bound in this thread.
-        self.bound: set[int] = set()
+        bound: set[int] = set()  # the devices whose context this thread has
         # In one tuple, because attributes of a threading.local are slow.
-        self.room = arguments, ctypes.addressof(self.pointers), self.bound
+        self.room = arguments, ctypes.addressof(self.pointers), bound
 
 
 class Launcher:
@@ -79,8 +76,9 @@ class Launcher:
         """Return why the kernel does not support these tensors; empty if it does."""
         why = unsupported(x, norm, residual, branch)
         if not why and x.numel() > 2**30:
-            directions: tuple[plans.Direction, ...] = ("forward", "trained")
-            if not all(self._plan(x, (None, 0, direction), False) for direction in directions):
+            forward: _Op = None, 0, "forward"
+            trained: _Op = None, 0, "trained"
+            if not (self._plan(x, forward, False) and self._plan(x, trained, False)):
                 return "The input is too large."
         return why
 
@@ -120,7 +118,7 @@ class Launcher:
         layout = kept if kept is not None else x if x is not None else grad
         if not is_dense(layout):
             layout = layout.contiguous()
-        grad = like(grad.resolve_neg(), layout)
+        grad = like(grad.resolve_neg() if grad.is_neg() else grad, layout)
         kept = None if kept is None else like(kept, layout)
         x = None if x is None else like(x, layout)
         grad_x = torch.empty_like(grad) if needs_x else None
@@ -155,7 +153,8 @@ class Launcher:
         x = tensors[0]
         if not x.numel():
             return
-        in0, in1, in2, out0, out1 = [0 if each is None else each.data_ptr() for each in tensors]
+        pointers = [0 if each is None else each.data_ptr() for each in tensors]
+        in0, in1, in2, out0, out1 = pointers
         aligned = not (in0 | in1 | in2 | out0 | out1) & 15
         device = x.get_device()
         key = x.shape, x.dtype, x.is_contiguous(), aligned, op, device
@@ -166,16 +165,16 @@ class Launcher:
             loaded = self._loaded(key, plan, device)
         blocks = loaded[0].blocks
         if not blocks:
-            return self._launch(device, loaded, (in0, in1, in2, out0, out1), 0, norm, branch)
+            return self._launch(device, loaded, pointers, 0, norm, branch)
         channels = x.shape[1]
         sums = torch.empty(2 * blocks * channels, dtype=torch.float32, device=x.device)
         partial = sums.data_ptr()
-        self._launch(device, loaded, (in0, in1, in2, out0, out1), partial, norm, branch)
+        self._launch(device, loaded, pointers, partial, norm, branch)
         last = self._plans.get((channels, blocks, device)) or self._loaded(
             (channels, blocks, device), plans.finish(channels, blocks), device
         )
         outs = [0 if each is None else each.data_ptr() for each in (grad_w, grad_b)]
-        self._launch(device, last, (0, 0, 0, *outs), partial, norm, None)
+        self._launch(device, last, [0, 0, 0, *outs], partial, norm, None)
 
     def _plan(self, x: Tensor, op: _Op, aligned: bool) -> Plan | None:
         activation, residual, direction = op
@@ -200,7 +199,7 @@ class Launcher:
         self,
         device: int,
         loaded: _Loaded,
-        pointers: _Pointers,
+        pointers: list[int],  # of three inputs and two outputs; 0 for none
         partial: int,
         norm: Norm,
         branch: Norm | None,
@@ -243,7 +242,7 @@ class Launcher:
         current = _checked(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")
         if int(current) != int(self._contexts[device]):
             _checked(driver.cuCtxSetCurrent(self._contexts[device]), "cuCtxSetCurrent")
-        self._frame.bound.add(device)
+        self._frame.room[2].add(device)
 
     def _load(self, variant: Variant, device: int) -> Any:
         driver = self._host.driver
@@ -255,15 +254,11 @@ class Launcher:
             # While a stream of this thread is captured into a graph, loading is only allowed in
             # relaxed mode. It does not become a part of the graph.
             relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-            before = _checked(
-                driver.cuThreadExchangeStreamCaptureMode(relaxed), "the capture mode"
-            )
+            before = _checked(driver.cuThreadExchangeStreamCaptureMode(relaxed), "the capture mode")
             try:
                 module = _checked(driver.cuModuleLoadData(code), "cuModuleLoadData")
                 name = variant.name.encode()
-                function = _checked(
-                    driver.cuModuleGetFunction(module, name), "cuModuleGetFunction"
-                )
+                function = _checked(driver.cuModuleGetFunction(module, name), "cuModuleGetFunction")
             finally:
                 driver.cuThreadExchangeStreamCaptureMode(before)
             self._functions[variant, device] = function
