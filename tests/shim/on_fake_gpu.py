@@ -163,10 +163,3 @@ def test_each_device_has_its_own_architecture_and_size(launcher):
     for device in ("cuda:0", "cuda:1"):
         on_gpu.layer().to(device)(torch.randn(2, 8, 7, 7).to(device))
     assert built == ["sm_90", "sm_80"]
-
-
-def test_parameters_that_stayed_on_the_cpu_go_to_aten():
-    made = on_gpu.layer().cuda()
-    made.weight.data = made.weight.data.cpu()
-    path = functional.backend(torch.randn(2, 8, 7, 7).cuda(), *on_gpu.norm_of(made)[:4])
-    assert (path.path, "device" in path.why) == ("aten", True)
