@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bnfreeze.nn import reference
 from bnfreeze.nn.activations import ACTIVATIONS, FROM_INPUT
+from bnfreeze.nn.cuda.build import KernelError
 from bnfreeze.nn.cuda.load import kernel as _kernel
 from bnfreeze.nn.eager import TRACING, backward_needs_formula, why_formula
 from bnfreeze.nn.reference import Norm
@@ -119,6 +120,28 @@ def backend(
     return Backend("kernel", "The CUDA kernel supports this input.")
 
 
+class _FrozenBatchNormAlone(torch.autograd.Function):
+    """A norm layer alone, with frozen weight and bias: the most frequent case. It saves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        (y, _), on_kernel = _computed(x, norm, None, None, None)
+        _, var, weight, _, _ = norm
+        # Autograd would check the versions of saved tensors itself, in twice the time.
+        ctx.how = norm, on_kernel, var._version, weight is not None and weight._version
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        norm, on_kernel, version, weight_version = ctx.how
+        _, var, weight, _, _ = norm
+        if var._version != version or (weight is not None and weight._version != weight_version):
+            raise RuntimeError(_MODIFIED)
+        eager = not backward_needs_formula(grad)
+        out = _kernel.run("alone", grad, norm, None, "backward") if eager and on_kernel else None
+        return reference.scaled(grad, norm, eager) if out is None else out, None
+
+
 class _FrozenBatchNorm(torch.autograd.Function):
     """Saves the least: what each activation needs, and ``x`` only for the gradient of weight."""
 
@@ -137,7 +160,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         # double backward can go through it.
         alone, from_input = residual is None, activation in FROM_INPUT
         keep_sum = from_input and not alone
-        y, total, on_kernel = _computed(x, norm, residual, branch, activation, keep_sum)
+        (y, total), on_kernel = _computed(x, norm, residual, branch, activation, keep_sum)
         kept = None
         if activation is not None:
             kept = y if not from_input else x if alone else total
@@ -148,7 +171,6 @@ class _FrozenBatchNorm(torch.autograd.Function):
         # Mean and bias are read in backward only if x is.
         read = norm[:4] if kept is x or needs_x is not None else norm[1:3]
         read = read if branch is None else (*read, *branch[1:3])
-        # Autograd would check the versions of saved tensors itself, in twice the time.
         versions = [each._version for each in read if each is not None]
         ctx.how = norm, branch, activation, alone, saves, on_kernel, read, versions
         if not keep_sum:
@@ -160,10 +182,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None = None) -> Any:
         norm, branch, activation, alone, saves, on_kernel, read, versions = ctx.how
         if [each._version for each in read if each is not None] != versions:
-            raise RuntimeError(
-                "A statistic, weight or bias of a frozen norm layer has been modified by an "
-                "inplace operation between forward and backward."
-            )
+            raise RuntimeError(_MODIFIED)
         kept, x = ctx.saved_tensors if saves else (None, None)
         if grad is None:  # only the sum has a gradient, in a double backward
             if grad_sum is None:
@@ -195,17 +214,20 @@ def _apply(
         if not x.is_floating_point():
             raise TypeError(f"The input must be of a floating dtype; it is {x.dtype}.")
         return reference.forward(x, norm, residual, branch, activation)[0]
-    _, _, weight, bias, _ = norm
     if not torch.is_grad_enabled():
-        return _computed(x, norm, residual, branch, activation)[0]
+        return _computed(x, norm, residual, branch, activation)[0][0]
+    _, _, weight, bias, _ = norm
     # Autograd takes a microsecond for each tensor, so it gets only those that are trained.
     weight = weight if weight is not None and weight.requires_grad else None
     bias = bias if bias is not None and bias.requires_grad else None
     trained = weight is not None or bias is not None
-    if trained or x.requires_grad or (residual is not None and residual.requires_grad):
+    if not trained and activation is None and residual is None:
+        if x.requires_grad:
+            return _FrozenBatchNormAlone.apply(x, norm)  # type: ignore[no-any-return]
+    elif trained or x.requires_grad or (residual is not None and residual.requires_grad):
         out: Any = _FrozenBatchNorm.apply(x, residual, weight, bias, norm, branch, activation)
         return out[0] if type(out) is tuple else out  # type: ignore[no-any-return]
-    return _computed(x, norm, residual, branch, activation)[0]
+    return _computed(x, norm, residual, branch, activation)[0][0]
 
 
 def _computed(
@@ -215,17 +237,19 @@ def _computed(
     branch: Norm | None,
     activation: str | None,
     keep_sum: bool = False,
-) -> tuple[Tensor, Tensor | None, bool]:
+) -> tuple[tuple[Tensor, Tensor | None], bool]:
     """Return the results of `reference.forward`, and whether the kernel computed them."""
-    if _on_cuda(x):
-        done = _kernel.run("forward", x, norm, residual, branch, activation, keep_sum)
-        if done is not None:
-            return *done, True
+    launcher = (_kernel.launcher or _kernel.load()) if _on_cuda(x) else None
+    if launcher is not None:
+        try:  # as `Kernel.run`, without the time of a call
+            done = launcher.forward(x, norm, residual, branch, activation, keep_sum)
+            if done is not None:
+                return done, True
+        except KernelError as error:
+            _kernel.give_up(error)
     _check_shapes(x, norm, residual)
-    y, total = reference.forward(
-        x, norm, residual, branch, activation, keep_sum=keep_sum, eager=True
-    )
-    return y, total, False
+    done = reference.forward(x, norm, residual, branch, activation, keep_sum=keep_sum, eager=True)
+    return done, False
 
 
 def _check_shapes(x: Tensor, norm: Norm, residual: Tensor | None) -> None:
@@ -255,3 +279,7 @@ def _why_aten(x: Tensor, norm: Norm, residual: Tensor | None) -> str:
 
 
 _on_cuda = attrgetter("is_cuda")
+_MODIFIED = (
+    "A statistic, weight or bias of a frozen norm layer has been modified by an inplace operation "
+    "between forward and backward."
+)

@@ -12,15 +12,19 @@ algorithm 2), followed by an addition and an activation::
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from bnfreeze.nn.activations import ACTIVATIONS, EXACT, FROM_OUTPUT, GRADIENTS
 
-__all__ = ["Norm", "backward", "forward"]
+__all__ = ["Norm", "backward", "forward", "scaled"]
 
 # Up to this many elements, the time of an operation is the time of calling it.
 _TINY = 2**11
+
+_zeros = lru_cache(torch.zeros)
 
 # Mean, var, weight, bias and eps of one frozen norm layer; each tensor has the shape (C,). A plain
 # tuple, because making a named one takes a twentieth of a call's time on the host.
@@ -54,8 +58,10 @@ def forward(
     math = _math_dtype(x.dtype)
     # batch_norm reads a half and rounds the result, without a copy in fp32. That is enough where
     # nothing follows, or an activation that gives the same if its input is rounded first.
-    direct = eager and residual is None and activation in EXACT and _takes_halves(x)
-    z = _normalise(x if direct else _cast(x, math), norm, math)
+    if eager and residual is None and activation in EXACT and _takes_halves(x):
+        z = _normalise(x, norm, math)
+        return z if activation is None else ACTIVATIONS[activation](z, inplace=True), None
+    z = _normalise(_cast(x, math), norm, math)
     if residual is not None:
         other = _cast(residual, math)
         other = other if branch is None else _normalise(other, branch, math)
@@ -108,7 +114,7 @@ def backward(
         grad = grad + grad_sum
     grad_residual = None
     if needs[1]:
-        grad_residual = _cast(grad if branch is None else _scaled(grad, branch, eager), dtype)
+        grad_residual = _cast(grad if branch is None else scaled(grad, branch, eager), dtype)
     grad_weight = grad_bias = None
     mean, var, weight, bias, eps = norm
     if needs[2] and weight is not None:
@@ -124,11 +130,11 @@ def backward(
         # After an activation `grad` is a new tensor, which may be changed in place unless it is
         # the residual's gradient too.
         own = eager and activation is not None and grad_residual is not grad
-        grad_x = _cast(_scaled(grad, norm, eager, in_place=own), dtype)
+        grad_x = _cast(scaled(grad, norm, eager, in_place=own), dtype)
     return grad_x, grad_residual, grad_weight, grad_bias
 
 
-def _scaled(grad: Tensor, norm: Norm, eager: bool, in_place: bool = False) -> Tensor:
+def scaled(grad: Tensor, norm: Norm, eager: bool, in_place: bool = False) -> Tensor:
     """Return ``grad`` times the scale of each channel, in its dtype. A half is computed in fp32."""
     _, var, weight, _, eps = norm
     math = _math_dtype(grad.dtype)
@@ -138,7 +144,13 @@ def _scaled(grad: Tensor, norm: Norm, eager: bool, in_place: bool = False) -> Te
         # pass without an fp32 copy, three times as fast on a CPU as type promotion. For a tiny
         # tensor it is one operation where the formula takes five. For a large fp32 tensor it can
         # take twice as long.
-        return _normalise(grad, (torch.zeros_like(var), var, weight, None, eps), math)
+        # Cached on the CPU only: memory made while a CUDA graph is captured belongs to the graph.
+        zeros = (
+            _zeros(var.numel(), device="cpu", dtype=torch.float32)
+            if var.is_cpu
+            else torch.zeros_like(var)
+        )
+        return _normalise(grad, (zeros, var, weight, None, eps), math)
     scale = (_cast(var, math) + eps).rsqrt()
     scale = _over(scale if weight is None else scale * _cast(weight, math), grad)
     return grad.mul_(scale) if in_place and not half else _cast(grad * scale, grad.dtype)

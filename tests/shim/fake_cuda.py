@@ -56,6 +56,8 @@ class Libraries(dict):
 class FakeDriver:
     """Says yes, keeps a record, and runs what is launched; `errors` is what it says instead."""
 
+    CUstream = int
+
     class CUstreamCaptureMode:
         CU_STREAM_CAPTURE_MODE_RELAXED = 2
 

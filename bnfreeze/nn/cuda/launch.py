@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from bnfreeze.nn.cuda import plan as plans
 from bnfreeze.nn.cuda.build import KernelError
-from bnfreeze.nn.cuda.layouts import DTYPES, KINDS, is_dense, like, unsupported
+from bnfreeze.nn.cuda.layouts import DTYPES, KINDS, fits, is_dense, like, unsupported
 from bnfreeze.nn.cuda.plan import ARGS, THREADS, Plan, Variant
 from bnfreeze.nn.reference import Norm
 
@@ -71,6 +72,7 @@ class Launcher:
         self._functions: dict[tuple[Variant, int], Any] = {}
         self._contexts: dict[int, Any] = {}
         self._plans: dict[Any, _Loaded] = {}
+        self._as_stream = cache(host.driver.CUstream)
 
     def refusal(self, x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | None) -> str:
         """Return why the kernel does not support these tensors; empty if it does."""
@@ -92,14 +94,46 @@ class Launcher:
         keep_sum: bool = False,
     ) -> tuple[Tensor, Tensor | None] | None:
         """Compute `bnfreeze.nn.reference.forward`; None if the tensors are not supported."""
+        if residual is None:
+            y = self.alone(x, norm, activation, "forward")
+            return None if y is None else (y, None)
         if self.refusal(x, norm, residual, branch):
             return None
-        residual = None if residual is None else like(residual, x)
+        residual = like(residual, x)
         y = torch.empty_like(x)
         total = torch.empty_like(x) if keep_sum else None
-        op: _Op = activation, _kind(residual is None, branch), "forward"
+        op: _Op = activation, _kind(False, branch), "forward"
         self._run(op, (x, residual, None, y, total), norm, branch)
         return y, total
+
+    def alone(
+        self, x: Tensor, norm: Norm, activation: str | None, direction: plans.Direction
+    ) -> Tensor | None:
+        """Make one pass from ``x`` to a new tensor; None if the tensors are not supported.
+
+        Forward: `forward` without a residual. Backward, without an activation: the gradient of x
+        from that of the output. These are by far the most frequent calls, so this is written out.
+        """
+        shape, device, in0 = x.shape, x.get_device(), x.data_ptr()
+        aligned = not in0 & 15  # torch's allocators align the output to more
+        # All that `refusal` checks of x. If there is a plan, x is supported.
+        layout = x.is_contiguous() or x.stride()
+        key = shape, layout, x.dtype, x.is_neg(), device, aligned, activation, direction
+        loaded = self._plans.get(key)
+        if loaded is None:
+            if direction == "backward" and (x.is_neg() or not is_dense(x)):
+                return self.alone(x.resolve_neg().contiguous(), norm, activation, direction)
+            if self.refusal(x, norm, None, None):
+                return None
+            if not x.numel():
+                return torch.empty_like(x)
+            plan = self._plan(x, (activation, 0, direction), aligned)
+            loaded = self._loaded(key, plan, device)
+        elif direction == "forward" and not fits(norm, shape[1], device):
+            return None
+        y = torch.empty_like(x)
+        self._launch(device, loaded, (in0, 0, 0, y.data_ptr(), 0), 0, norm, None)
+        return y
 
     def backward(
         self,
@@ -160,9 +194,7 @@ class Launcher:
         key = x.shape, x.dtype, x.is_contiguous(), aligned, op, device
         loaded = self._plans.get(key)
         if loaded is None:
-            plan = self._plan(x, op, aligned)
-            assert plan is not None  # `refusal` has checked it
-            loaded = self._loaded(key, plan, device)
+            loaded = self._loaded(key, self._plan(x, op, aligned), device)
         blocks = loaded[0].blocks
         if not blocks:
             return self._launch(device, loaded, pointers, 0, norm, branch)
@@ -185,8 +217,9 @@ class Launcher:
             x.shape, DTYPES[x.dtype], rows, aligned, direction, activation, residual, processors
         )
 
-    def _loaded(self, key: Any, plan: Plan, device: int) -> _Loaded:
+    def _loaded(self, key: Any, plan: Plan | None, device: int) -> _Loaded:
         """Load the plan's function, and keep both under the key."""
+        assert plan is not None  # `refusal` has checked it
         with self._host.on_device(device):
             self._bind(device)
             loaded = plan, self._load(plan.variant, device)
@@ -199,7 +232,7 @@ class Launcher:
         self,
         device: int,
         loaded: _Loaded,
-        pointers: list[int],  # of three inputs and two outputs; 0 for none
+        pointers: Sequence[int],  # of three inputs and two outputs; 0 for none
         partial: int,
         norm: Norm,
         branch: Norm | None,
@@ -212,16 +245,25 @@ class Launcher:
         if device not in bound:
             self._bind(device)
         plan, function = loaded
-        own, eps, kind = _parameters(norm)
-        other, eps_r, kind_r = _parameters(branch) if branch else _NO_PARAMETERS
-        ARGS.pack_into(
-            arguments, 0, *pointers, *own, *other, partial, eps, eps_r, kind, kind_r, plan.geometry
-        )
-        launch = (function, *plan.grid, 1, THREADS, 1, 1, 0, host.stream(device), address, 0)
-        (error,) = host.driver.cuLaunchKernel(*launch)
+        across, down = plan.grid
+        in0, in1, in2, out0, out1 = pointers
+        mean, var, weight, bias, eps, kind = _parameters(norm)
+        mean_r = var_r = weight_r = bias_r = kind_r = 0
+        eps_r = 0.0
+        if branch is not None:
+            mean_r, var_r, weight_r, bias_r, eps_r, kind_r = _parameters(branch)
+        ARGS.pack_into(  # unpacking a tuple here would take a third of the time more
+            arguments, 0,
+            in0, in1, in2, out0, out1,
+            mean, var, weight, bias,
+            mean_r, var_r, weight_r, bias_r,
+            partial, eps, eps_r, kind, kind_r, plan.geometry,
+        )  # fmt: skip
+        launch, stream = host.driver.cuLaunchKernel, self._as_stream(host.stream(device))
+        (error,) = launch(function, across, down, 1, THREADS, 1, 1, 0, stream, address, 0)
         if error and int(error) in _CONTEXT_ERRORS:
             self._bind(device)
-            (error,) = host.driver.cuLaunchKernel(*launch)
+            (error,) = launch(function, across, down, 1, THREADS, 1, 1, 0, stream, address, 0)
         if error:
             raise KernelError(f"the launch of {plan.variant.expression} failed: {error!r}")
 
@@ -265,18 +307,18 @@ class Launcher:
             return function
 
 
-_NO_PARAMETERS = (0, 0, 0, 0), 0.0, 0
-
-
-def _parameters(norm: Norm) -> tuple[tuple[int, int, int, int], float, int]:
+def _parameters(norm: Norm) -> tuple[int, int, int, int, float, int]:
     """The addresses of a norm layer's tensors, its eps, and the dtype of weight and bias."""
     mean, var, weight, bias, eps = norm
-    weight_at = bias_at = kind = 0
-    if bias is not None:
-        bias_at, kind = bias.data_ptr(), KINDS[bias.dtype]
-    if weight is not None:
-        weight_at, kind = weight.data_ptr(), KINDS[weight.dtype]
-    return (mean.data_ptr(), var.data_ptr(), weight_at, bias_at), eps, kind
+    one = bias if weight is None else weight
+    return (
+        mean.data_ptr(),
+        var.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        eps,
+        0 if one is None else KINDS[one.dtype],
+    )
 
 
 def _kind(alone: bool, branch: Norm | None) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from bnfreeze.nn.cuda.plan import Dtype
 from bnfreeze.nn.reference import Norm
 
-__all__ = ["DTYPES", "KINDS", "is_dense", "like", "unsupported"]
+__all__ = ["DTYPES", "KINDS", "fits", "is_dense", "like", "unsupported"]
 
 DTYPES: dict[torch.dtype, Dtype] = {
     torch.float32: "f32",
@@ -16,6 +16,8 @@ DTYPES: dict[torch.dtype, Dtype] = {
     torch.bfloat16: "bf16",
 }
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_FP32 = torch.float32
 
 
 def is_dense(x: Tensor) -> bool:
@@ -58,8 +60,8 @@ def unsupported(x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | N
         and not residual.is_neg()
     ):
         return "The residual has another shape, dtype or device than the input, or is negated."
-    if not _fits(norm, channels, device) or (
-        branch is not None and not _fits(branch, channels, device)
+    if not fits(norm, channels, device) or (
+        branch is not None and not fits(branch, channels, device)
     ):
         return (
             "Statistics, weight or bias have an unusual dtype, size, stride or device: "
@@ -68,16 +70,18 @@ def unsupported(x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | N
     return ""
 
 
-def _fits(norm: Norm, channels: int, device: int) -> bool:
+def fits(norm: Norm, channels: int, device: int) -> bool:
     """Whether a norm layer's tensors have the shape (C,), contiguous, on the device."""
     mean, var, weight, bias, _ = norm
     for tensor in (mean, var, weight, bias):
         if tensor is not None and not (
-            tensor.numel() == channels
-            and tensor.dtype in KINDS
-            and tensor.get_device() == device
-            and tensor.is_contiguous()
+            tensor.numel() == channels and tensor.get_device() == device and tensor.is_contiguous()
         ):
             return False
-    one_dtype = weight is None or bias is None or weight.dtype is bias.dtype
-    return one_dtype and mean.dtype is var.dtype is torch.float32
+    one = weight if weight is not None else bias
+    dtype = _FP32 if one is None else one.dtype
+    return (
+        mean.dtype is var.dtype is _FP32
+        and dtype in KINDS
+        and (bias is None or bias.dtype is dtype)
+    )

@@ -42,10 +42,10 @@ class Kernel:
                     try:
                         self.launcher = Launcher(real_host())
                     except KernelError as error:
-                        self._give_up(error)
+                        self.give_up(error)
         return self.launcher
 
-    def run(self, method: Literal["forward", "backward"], *arguments: Any) -> Any:
+    def run(self, method: Literal["forward", "backward", "alone"], *arguments: Any) -> Any:
         """Call a method of the launcher; None if the kernel is unavailable, also from now on."""
         launcher = self.launcher or self.load()
         if launcher is None:
@@ -53,9 +53,9 @@ class Kernel:
         try:
             return getattr(launcher, method)(*arguments)
         except KernelError as error:
-            self._give_up(error)
+            self.give_up(error)
 
-    def _give_up(self, error: KernelError) -> None:
+    def give_up(self, error: KernelError) -> None:
         """Use ATen from now on; warn the first time."""
         if self.trouble:
             return
