@@ -119,9 +119,9 @@ class Guard:
         self.before = snapshot(self._model, tensors=self._tensors, optimizer=self._optimizers)
         with ExitStack() as stack:
             for one in self._optimizers or ():
-                stack.callback(one.register_step_post_hook(self._after_step).remove)
+                stack.callback(one.register_step_post_hook(self.after_step).remove)
             if self._optimizers is None:
-                stack.callback(register_optimizer_step_post_hook(self._after_step).remove)
+                stack.callback(register_optimizer_step_post_hook(self.after_step).remove)
             if self._trace:
                 self._tracer = stack.enter_context(Tracer(self.before.state, self._midway))
             self._stack = stack.pop_all()
@@ -203,7 +203,12 @@ class Guard:
         self._checked_at = self.step
         return self._compare(self.step + 1, exchange=False)
 
-    def _after_step(self, *_: Any) -> None:
+    def after_step(self, *_: Any) -> None:
+        """Count an optimizer step, and compare if it is time; torch's optimizers call this.
+
+        Raises:
+            DriftError: something has changed.
+        """
         __tracebackhide__ = True
         self.step += 1
         if self.step % self._every:
