@@ -103,7 +103,7 @@ class FreezeCallback:
     def at_epoch(
         self,
         model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer] = (),
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
         *,
         epoch: float = 0,
         step: int = 0,
@@ -127,7 +127,8 @@ class FreezeCallback:
         self.freeze(model)
         if not self.started:
             self.started = True
-            _drop_state(model, optimizer)
+            several = optimizer if isinstance(optimizer, Iterable) else filter(None, [optimizer])
+            _drop_state(model, several)
             self.watch(model, optimizer)
 
     def at_batch(self, *args: Any, **now: Any) -> None:
@@ -170,12 +171,14 @@ class FreezeCallback:
 
     # The guard.
 
-    def watch(self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] = ()) -> None:
+    def watch(
+        self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] | None = None
+    ) -> None:
         """Start the guard; `close` ends it. A guard of an earlier training is dropped.
 
         Args:
             model: the trainer's model.
-            optimizer: the optimizers whose steps count; if there is none, all in this process.
+            optimizer: the optimizer whose steps count, or several; None for all in this process.
 
         Raises:
             PolicyError: nothing is frozen.
@@ -185,7 +188,7 @@ class FreezeCallback:
             # With sharded parameters each rank sees only its own part, so all check together.
             sharded = any(shard_of(parameter) is not None for parameter in model.parameters())
             group = distributed.group.WORLD if sharded else None
-            watch = guard(model, optimizer=optimizer or None, process_group=group, **self._options)
+            watch = guard(model, optimizer=optimizer, process_group=group, **self._options)
             self._guard = watch.__enter__()
 
     def close(self, error: BaseException | None = None) -> None:
@@ -222,9 +225,9 @@ def _frozen(model: nn.Module) -> int:
     return sum(layer.policy != "none" for layer in inspect_model(model).layers)
 
 
-def _drop_state(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> None:
+def _drop_state(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     frozen = [p for module in model.modules() for p in frozen_parameters(module)]
-    for one in optimizer if isinstance(optimizer, Iterable) else [optimizer]:
+    for one in optimizers:
         for parameter in frozen:
             state = one.state.pop(parameter, {})
             # fastai keeps settings there too, which stay.

@@ -55,9 +55,9 @@ class FreezeBatchNorm(FreezeCallback, Callback):
     def after_fit(self) -> None:
         self.close()
 
-    def watch(self, model: nn.Module, optimizer: Any = ()) -> None:
+    def watch(self, model: nn.Module, optimizer: Any = None) -> None:
         # fastai's own optimizers have no hooks for the guard: after_step is called instead.
-        super().watch(model, optimizer if isinstance(optimizer, Optimizer) else ())
+        super().watch(model, optimizer if isinstance(optimizer, Optimizer) else [])
 
     def _optimizer(self) -> Any:
         return self.learn.opt.opt if isinstance(self.learn.opt, OptimWrapper) else self.learn.opt

@@ -60,7 +60,7 @@ class FreezeBatchNorm(FreezeCallback, Callback):
         now = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         self.at_batch(pl_module, trainer.optimizers, **now)
 
-    def watch(self, model: nn.Module, optimizer: Any = ()) -> None:
+    def watch(self, model: nn.Module, optimizer: Any = None) -> None:
         super().watch(model)  # finetuning callbacks add groups to the optimizers, and may
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -36,10 +36,14 @@ class FreezeBatchNorm(FreezeCallback, TrainerCallback):
                 "bnfreeze.freeze at the end of model_init."
             )
 
-    def on_epoch_begin(self, _: Any, state: Any, *args: Any, model: nn.Module, **events: Any) -> None:
+    def on_epoch_begin(
+        self, _: Any, state: Any, *args: Any, model: nn.Module, **events: Any
+    ) -> None:
         self.at_epoch(model, events["optimizer"], **_now(state))
 
-    def on_step_begin(self, _: Any, state: Any, *args: Any, model: nn.Module, **events: Any) -> None:
+    def on_step_begin(
+        self, _: Any, state: Any, *args: Any, model: nn.Module, **events: Any
+    ) -> None:
         self.at_batch(model, events["optimizer"], **_now(state))
 
     def on_train_end(self, *_: Any, **events: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ultralytics.engine.model import Model
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.utils.torch_utils import ModelEMA, unwrap_model
+from ultralytics.utils.torch_utils import unwrap_model
 
 from bnfreeze.freezing.freeze import unfreeze
 from bnfreeze.integrations.callback import FreezeCallback, frozen_pairs
@@ -30,9 +30,10 @@ def freeze_batch_norm(
 
     Ultralytics makes all parameters trainable when a training begins, so this freezes after that.
     What it saves is not the model that trains but a moving average of it, in half precision. At the
-    end of each epoch the average has the frozen values exactly; ``best.pt`` and ``last.pt`` have them rounded to fp16,
-    and need no bnfreeze to load. After the training ``yolo.model`` is loaded from ``best.pt``, so
-    it is not frozen. A drift ends ``train`` with a `DriftError`.
+    end of each epoch the average has the frozen values exactly. In ``best.pt`` and ``last.pt`` they
+    are rounded to fp16, and bnfreeze is not needed to load these files. After the training
+    ``yolo.model`` is loaded from ``best.pt``, so it is not frozen. A drift ends ``train`` with a
+    `DriftError`.
 
     Args:
         yolo: the model. A second call replaces the first.
@@ -49,7 +50,9 @@ def freeze_batch_norm(
     callback = FreezeBatchNorm(policy, **options)
     for functions in yolo.callbacks.values():
         functions[:] = [
-            one for one in functions if not isinstance(getattr(one, "__self__", None), FreezeBatchNorm)
+            one
+            for one in functions
+            if not isinstance(getattr(one, "__self__", None), FreezeBatchNorm)
         ]
     for event in EVENTS:
         yolo.add_callback(event, getattr(callback, event))
@@ -59,7 +62,7 @@ def freeze_batch_norm(
 class FreezeBatchNorm(FreezeCallback):
     """What `freeze_batch_norm` adds to the callbacks of a model; events are methods."""
 
-    _average: ModelEMA | None = None
+    _average: Any = None  # the trainer's ModelEMA
 
     def on_pretrain_routine_end(self, trainer: BaseTrainer) -> None:
         self.reset()

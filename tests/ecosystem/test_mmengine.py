@@ -17,7 +17,13 @@ from bnfreeze import DriftError, PolicyError
 from bnfreeze.integrations.mmengine import FreezeBatchNormHook
 from tests.helpers import bits, moved, state
 
-from .checks import assert_frozen_as, by_policy, freeze_by, keeps_its_promise, resumed_in_a_new_model
+from .checks import (
+    assert_frozen_as,
+    by_policy,
+    freeze_by,
+    keeps_its_promise,
+    resumed_in_a_new_model,
+)
 
 # MMEngine's own warnings: no visualizer, torch's deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore", "error::bnfreeze.BnfreezeWarning")
