@@ -29,12 +29,12 @@ def test_there_are_no_circular_imports(package):
 
 
 def test_a_public_name_is_defined_in_one_module_only():
-    homes = defaultdict(list)
+    homes = defaultdict(set)
     for path in MODULES:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
-                homes[node.name].append(str(path.relative_to(PACKAGE)))
-    twice = {name: paths for name, paths in homes.items() if len(paths) > 1}
+                homes[node.name].add(str(path.relative_to(PACKAGE)))
+    twice = {name: sorted(paths) for name, paths in homes.items() if len(paths) > 1}
     assert {name: paths for name, paths in twice.items() if name not in SAME_NAME_ON_PURPOSE} == {}
 
 

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from bnfreeze.freezing.ddp import refuse_thawing, wrappers_in
 from bnfreeze.freezing.plan import Change, check_class
-from bnfreeze.fusion.blocks import absorb_in, release
-from bnfreeze.fusion.survey import Absorption
+from bnfreeze.fusion.blocks import Fusion, fuse_blocks, release
 from bnfreeze.norm_layers import STATISTICS, NamedModule, is_norm, keeps_statistics
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
-    Record,
+    FreezeRecord,
     frozen_parameters,
     layer_class,
     record_of,
@@ -47,13 +46,16 @@ def transaction(modules: Sequence[NamedModule], *, keep: bool = True) -> Iterato
 
 
 def carry_out(
-    modules: Sequence[NamedModule], changes: Sequence[Change]
-) -> tuple[list[tuple[str, ...]], dict[int, Absorption]]:
+    modules: Sequence[NamedModule],
+    changes: Sequence[Change],
+    traceable: Sequence[type | str] = (),
+) -> tuple[list[tuple[str, ...]], dict[int, Fusion]]:
     """Restore each layer to its original state, then freeze it as planned.
 
     Args:
         modules: all of the model's.
         changes: what some of them become.
+        traceable: as for `freeze`.
 
     Returns:
         For each change the actions that were needed, in the words of `LayerRow.actions`; and by
@@ -65,10 +67,10 @@ def carry_out(
         _restore(change.module, change.record)
     done = [_freeze(change, old) for change, old in zip(changes, records, strict=True)]
     _freeze_tied(modules)
-    return done, absorb_in(modules)
+    return done, fuse_blocks(modules, traceable)
 
 
-def _freeze(change: Change, old: Record | None) -> tuple[str, ...]:
+def _freeze(change: Change, old: FreezeRecord | None) -> tuple[str, ...]:
     """Freeze the layer; return what is new compared with the record that it had."""
     module, record = change.module, change.record
     if record is None:
@@ -98,7 +100,7 @@ def _freeze(change: Change, old: Record | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*done, *cleared]))
 
 
-def _restore(module: nn.Module, following: Record | None = None) -> None:
+def _restore(module: nn.Module, following: FreezeRecord | None = None) -> None:
     """Restore one module to what its record says; do nothing if it has none.
 
     Args:
@@ -132,7 +134,7 @@ def _cast_statistics(module: nn.Module) -> None:
                 buffer.data = buffer.data.to(weight.dtype)
 
 
-def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[int, Absorption]:
+def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[int, Fusion]:
     """Restore the chosen ones among a model's modules.
 
     Returns:
@@ -157,7 +159,7 @@ def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[in
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         _freeze_tied(modules)
-        return absorb_in(modules)
+        return fuse_blocks(modules)
 
 
 def _flags(thawed: Sequence[NamedModule]) -> list[tuple[nn.Parameter, bool]]:

@@ -11,7 +11,7 @@ from bnfreeze.freezing.apply import carry_out, thaw, transaction
 from bnfreeze.freezing.plan import Change, plan
 from bnfreeze.freezing.report import FreezeReport, LayerRow
 from bnfreeze.freezing.rules import Rule, matches, matching, parse_rules, selected_by
-from bnfreeze.fusion.survey import Absorption
+from bnfreeze.fusion.blocks import Fusion
 from bnfreeze.inspection.behaviour import optimizers_by_id
 from bnfreeze.inspection.live import inspect_model
 from bnfreeze.norm_layers import AFFINE, NamedModule, check_model, is_norm, named_modules
@@ -36,6 +36,7 @@ def freeze(
     policy: Policy | str | Mapping[str, Policy | str] = "eval+affine",
     *,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    traceable: Sequence[type | str] = (),
     dry_run: bool = False,
 ) -> FreezeReport:
     """Freeze the norm layers of `model`, in place; `unfreeze` undoes it exactly.
@@ -54,6 +55,9 @@ def freeze(
             Layers that no rule matches, or whose rule is ``none``, keep what they have.
         optimizer: the optimizer, or several. Frozen parameters that are in it are then listed, and
             an optimizer that has none of the model's parameters is a finding.
+        traceable: classes of your own, or names of packages, whose forward torch.fx may trace for
+            the policy ``fused-act``, besides those of known libraries. Their forwards must do
+            nothing that a trace misses.
         dry_run: return the report, and change nothing. The model is frozen, looked at and put
             back, so the report is exactly that of a real call; all errors are the same, too. With
             ``fused-act`` the blocks are traced as in a real call, so `LayerRow.fuses` is exact.
@@ -77,7 +81,7 @@ def freeze(
     modules = named_modules(model)
     changes = plan(modules, selected_by(modules, rules))
     with transaction(modules, keep=not dry_run):
-        actions, fused = carry_out(modules, changes)
+        actions, fusions = carry_out(modules, changes, traceable)
         left_alone = _mark_left_alone(modules, rules)
         done = {
             id(change.module): (did, change.note)
@@ -86,7 +90,7 @@ def freeze(
         chosen = {change.entry.name for change in changes}
         found = inspect_model(model, optimizer=optimizer)
         return FreezeReport(
-            _rows(modules, done, fused),
+            _rows(modules, done, fusions),
             tuple(f for f in found.findings if f.name in chosen or f.code in _OF_THE_MODEL),
             {layer.name: layer for layer in found.layers},
             "freeze (dry run)" if dry_run else "freeze",
@@ -145,10 +149,10 @@ def unfreeze(model: nn.Module, select: str | Iterable[str] | None = None) -> Fre
     for entry in chosen:
         mark_left_alone(entry.module, False)
     frozen = [entry.module for entry in chosen if record_of(entry.module) is not None]
-    fused = thaw(modules, frozen)
+    fusions = thaw(modules, frozen)
     done = {id(module): (("restore",), "") for module in frozen}
     return FreezeReport(
-        _rows(modules, done, fused),
+        _rows(modules, done, fusions),
         facts={layer.name: layer for layer in inspect_model(model).layers},
         call="unfreeze",
     )
@@ -157,7 +161,7 @@ def unfreeze(model: nn.Module, select: str | Iterable[str] | None = None) -> Fre
 def _rows(
     modules: Sequence[NamedModule],
     done: Mapping[int, tuple[tuple[str, ...], str]],
-    fused: Mapping[int, Absorption],
+    fusions: Mapping[int, Fusion],
 ) -> tuple[LayerRow, ...]:
     """A row for each norm layer, and for each other module that was changed."""
     rows = []
@@ -166,13 +170,13 @@ def _rows(
         actions, note = done.get(id(module), ((), ""))
         if id(module) not in done and not is_norm(module):
             continue
-        found = fused.get(id(module), Absorption("", ""))
+        found = fusions.get(id(module), Fusion("", ""))
         rows.append(
             LayerRow(
                 entry.name,
                 layer_class(module).__name__,
                 policy_name(module),
-                found.absorbs.replace("absorbed", "fused"),
+                found.fuses,
                 actions,
                 "; ".join(filter(None, [note, found.note, _frozen_by_hand(module)])),
             )

@@ -22,7 +22,7 @@ from bnfreeze.policies.choice import frozen_class
 from bnfreeze.policies.fused import fused_class
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
-    Record,
+    FreezeRecord,
     class_changed_since,
     frozen_parameters,
     layer_class,
@@ -47,7 +47,7 @@ class Change:
 
     entry: NamedModule
     kind: type[nn.Module]
-    record: Record | None
+    record: FreezeRecord | None
     frozen: dict[str, nn.Parameter]
     note: str
 
@@ -132,7 +132,7 @@ def _plan_one(choice: Selected, flags: Mapping[int, bool]) -> Change:
     if norm and not keeps_statistics(module):
         notes.append("keeps no running statistics")
     old = record_of(module)
-    record = Record(
+    record = FreezeRecord(
         policy=policy,
         training=old.training if old and old.policy.forces_eval else module.training,
         requires_grad={key: flags.get(id(p), p.requires_grad) for key, p in frozen.items()},

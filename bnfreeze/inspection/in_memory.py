@@ -14,6 +14,7 @@ from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedPara
 from bnfreeze.checkpoints import StateDict, StoredTensor
 from bnfreeze.checkpoints.state_dicts import find_state_dict
 from bnfreeze.checkpoints.stored_tensor import Words
+from bnfreeze.torch_private import DisableTorchFunctionSubclass
 
 __all__ = ["TensorInMemory", "read_tensor", "shard_of", "state_dict_in", "why_unreadable"]
 
@@ -54,7 +55,7 @@ def read_tensor(tensor: Tensor) -> Tensor:
     For a DTensor: this rank's shard. Call it only if `why_unreadable` gives nothing.
     """
     own = shard_of(tensor)
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         plain = (tensor if own is None else own).detach()
         if plain.is_conj() or plain.is_neg():
             plain = plain.resolve_conj().resolve_neg()

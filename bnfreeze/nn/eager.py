@@ -37,13 +37,13 @@ def why_formula(x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | N
     # This comes first, because torch.compile follows only this branch and sees nothing else.
     if _is_compiling():
         return _COMPILING
-    if (  # the questions of _observer, without the price of a call
+    if (  # the questions of observer, without the price of a call
         _are_functorch_transforms_active()
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or forward_ad._current_level >= 0
         or _get_tracing_state() is not None
-    ) and (why := _observer()):
+    ) and (why := observer()):
         return why
     mean, var, weight, bias, _ = norm
     if (
@@ -66,7 +66,7 @@ def why_formula(x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | N
     return ""
 
 
-def _observer() -> str:
+def observer() -> str:
     """Return what observes every operation, as a sentence; empty if nothing does."""
     if _are_functorch_transforms_active():
         return "A torch.func transform (vmap, grad, jvp) is active."
@@ -96,5 +96,5 @@ def backward_needs_formula(grad: Tensor) -> bool:
         or _len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
         or _get_tracing_state() is not None
-        or (_len_torch_function_stack() > 0 and _observer() != "")
+        or (_len_torch_function_stack() > 0 and observer() != "")
     )

@@ -9,7 +9,7 @@ what is wrong with them:
   original;
 * a new module in the layer's place: it breaks aliases, references and optimizer groups.
 
-What the layer was before is stored on it (`bnfreeze.policies.record.Record`), so undo is exact,
+What the layer was before is stored on it (`FreezeRecord`), so undo is exact,
 also after a deepcopy or a save.
 """
 

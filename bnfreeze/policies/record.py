@@ -11,7 +11,7 @@ from bnfreeze.norm_layers import AFFINE, STATISTICS, computed_affine, is_lookali
 from bnfreeze.policies.policy import Policy
 
 __all__ = [
-    "Record",
+    "FreezeRecord",
     "class_changed_since",
     "frozen_by",
     "frozen_names",
@@ -30,26 +30,28 @@ _LEFT_ALONE = "_bnfreeze_left_alone"
 
 
 @dataclass(frozen=True)
-class Record:
+class FreezeRecord:
     """A module's policy, and what was there before.
 
     Attributes:
         policy: the policy that the module is frozen by.
         training: the mode last asked for by ``train()`` or ``eval()``.
         requires_grad: the flag that each frozen parameter had, by its name in the module.
+        traceable: full names of classes and packages that may be traced besides known ones.
     """
 
     policy: Policy
     training: bool
     requires_grad: dict[str, bool]
+    traceable: tuple[str, ...] = ()
 
 
-def record_of(module: nn.Module) -> Record | None:
+def record_of(module: nn.Module) -> FreezeRecord | None:
     """The module's record, or None if it is not frozen."""
-    return cast("Record | None", module.__dict__.get(_RECORD))
+    return cast("FreezeRecord | None", module.__dict__.get(_RECORD))
 
 
-def set_record(module: nn.Module, record: Record | None) -> None:
+def set_record(module: nn.Module, record: FreezeRecord | None) -> None:
     """Put a record on the module, or take it off."""
     if record is None:
         module.__dict__.pop(_RECORD, None)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 
 from bnfreeze.errors import PolicyError
@@ -18,6 +17,7 @@ from bnfreeze.inspection.in_memory import TensorInMemory, shard_of
 from bnfreeze.norm_layers import NamedModule, is_lookalike, is_norm, named_modules
 from bnfreeze.patterns import Pattern, nearest
 from bnfreeze.policies.record import frozen_names, policy_name, record_of
+from bnfreeze.torch_private import _InstanceNorm
 from bnfreeze.verification.facts import LISTED, Facts, OwnerFacts, TensorFacts
 from bnfreeze.verification.state import Identity, State
 

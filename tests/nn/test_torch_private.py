@@ -1,14 +1,9 @@
 """torch's private names exist, and do what bnfreeze takes them to do."""
 
-import ast
-import itertools
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from torch import nn
 
-import bnfreeze
 from bnfreeze import torch_private as private
 
 
@@ -96,21 +91,3 @@ def test_a_wrapper_says_whose_gradients_it_averages():
         assert private.averaged_parameters(wrapped) == {id(model.weight)}
     finally:
         dist.destroy_process_group()
-
-
-def test_no_other_module_imports_a_private_name_of_torch():
-    package = Path(bnfreeze.__file__).parent
-    found = []
-    for path in package.rglob("*.py"):
-        if path.name == "torch_private.py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch."):
-                names = itertools.chain(node.module.split("."), (n.name for n in node.names))
-            elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch."):
-                names = ast.unparse(node).split(".")
-            else:
-                continue
-            if any(name.startswith("_") and not name.startswith("__") for name in names):
-                found.append(f"{path.relative_to(package)}:{node.lineno}")
-    assert [place for place in found if not place.startswith("fusion/")] == []
