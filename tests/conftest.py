@@ -1,6 +1,14 @@
+import os
+import tempfile
+
 import pytest
 import torch
 from torch import nn
+
+# Ultralytics reads these when it is imported: it downloads and installs nothing at run time, and
+# writes its settings elsewhere than at home.
+os.environ |= {"YOLO_OFFLINE": "True", "YOLO_AUTOINSTALL": "False"}
+os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.gettempdir())
 
 # The tensors are small: several threads would be slower.
 torch.set_num_threads(1)

@@ -3,14 +3,11 @@
 import contextlib
 import io
 import json
-import os
 import shutil
 import zipfile
 
 import pytest
 
-# Nothing is downloaded or installed at run time, and no settings are written at home.
-os.environ |= {"YOLO_OFFLINE": "True", "YOLO_AUTOINSTALL": "False"}
 pytest.importorskip("ultralytics")
 import numpy
 import torch
