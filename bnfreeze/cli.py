@@ -147,7 +147,7 @@ def _snapshot(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from bnfreeze.checkpoints import open_checkpoint, telling
-    from bnfreeze.verification.messages import what_changed
+    from bnfreeze.verification.drift import what_changed
     from bnfreeze.verification.snapshot import Snapshot
     from bnfreeze.verification.stored import verify_stored
 

@@ -53,8 +53,8 @@ class Checkpoint:
 
 
 @contextmanager
-def telling(path: Path) -> Iterator[None]:
-    """Let an error of the package that comes out of the block say which file it is about."""
+def telling(path: Path | str) -> Iterator[None]:
+    """Let an error of the package that comes out of the block say which file or tensor it is about."""
     try:
         yield
     except BnfreezeError as error:

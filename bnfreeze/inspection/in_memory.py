@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bnfreeze.checkpoints import StateDict, StoredTensor
 from bnfreeze.checkpoints.state_dicts import find_state_dict
@@ -30,14 +30,13 @@ def shard_of(tensor: Tensor) -> Tensor | None:
 
 def why_unreadable(tensor: Tensor) -> str:
     """Why the tensor's bits cannot be read; empty if they can."""
-    if type(tensor) not in (Tensor, Parameter):
-        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-            return "it has not seen an input yet"
-        own = shard_of(tensor)
-        if own is not None:
-            return why_unreadable(own)
-        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return f"bnfreeze cannot read the values of a {type(tensor).__name__}"
+    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+        return "it has not seen an input yet"
+    own = shard_of(tensor)
+    if own is not None:
+        return why_unreadable(own)
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"bnfreeze cannot read the values of a {type(tensor).__name__}"
     if tensor.is_meta:
         return "it is on the meta device and has no values"
     if tensor.is_nested or tensor.layout is not torch.strided:

@@ -1,15 +1,15 @@
-"""All changes between two states, as data that prints as a table."""
+"""All changes between two states, as data that prints as a table. Needs no torch."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.findings import Finding
 from bnfreeze.tables import Printable, Sheet, escaped
-from bnfreeze.verification.drift import Drift
-from bnfreeze.verification.messages import message_of, sentence, what_changed
+from bnfreeze.verification.drift import Drift, sentence, what_changed
 
 __all__ = ["DriftError", "DriftReport"]
 
@@ -56,14 +56,25 @@ class DriftReport(Printable):
         # Short: pytest cuts a longer one when it explains `assert verify(model, before)`.
         text = self.verdict
         if self.drifts:
-            text += " " + escaped(sentence(self.drifts[0]))
-            text += f" {escaped(self.drifts[0].cause)}".rstrip()
+            first = self.drifts[0]
+            text += f" {escaped(sentence(first))} {escaped(first.cause)}".rstrip()
         return f"<DriftReport: {text if len(text) <= 215 else text[:214] + '…'}>"
 
     @property
     def message(self) -> str:
-        """The first change in full, and how many more there are; or that there is none."""
-        return message_of(self.drifts) if self.drifts else self.verdict
+        """The first change in full, of values if there is one, and how many more of which kind."""
+        if not self.drifts:
+            return self.verdict
+        first = next((drift for drift in self.drifts if drift.kind == "value"), self.drifts[0])
+        others = [drift for drift in self.drifts if drift is not first]
+        lines = [sentence(first), f"{first.cause} {first.remedy}".strip()]
+        if len(others) == 1:
+            lines.append(f"And 1 more: {others[0].name or 'the model'} ({others[0].kind}).")
+        elif others:
+            kinds = Counter(drift.kind for drift in others).most_common()
+            tally = ", ".join(f"{count} {kind}" for kind, count in kinds)
+            lines.append(f"And {len(others)} more: {tally}.")
+        return "\n".join(escaped(line) for line in lines if line)
 
     @property
     def verdict(self) -> str:
@@ -71,11 +82,8 @@ class DriftReport(Printable):
         tensors = f"{self.checked} tensor{'s' if self.checked != 1 else ''}"
         if self.drifts:
             count = len(self.drifts)
-            drifts = f"{count} drift{'s' if count != 1 else ''}"
-            return f"{drifts}; {tensors} compared."
-        if not self.checked:
-            return "Nothing was compared."
-        return f"{tensors} unchanged, bit for bit."
+            return f"{count} drift{'s' if count != 1 else ''}; {tensors} compared."
+        return f"{tensors} unchanged, bit for bit." if self.checked else "Nothing was compared."
 
     def raise_if_drifted(self) -> None:
         """Raise the report as a `DriftError` unless it is ok."""
@@ -112,5 +120,4 @@ class DriftReport(Printable):
         ]
         columns = ("tensor", "kind", "step", "rank", "what changed")
         verdict = " ".join([self.verdict, *self.notes])
-        title = "What drifted" if rows else ""
-        return Sheet(title, columns, rows, findings, verdict)
+        return Sheet("What drifted" if rows else "", columns, rows, findings, verdict)
