@@ -31,7 +31,7 @@ class FreezeCallback:
     momentum for example, is then dropped: it would be stale if the parameter trained again. A
     DistributedDataParallel waits for the gradient of each parameter, so inside one only ``stats``
     and ``eval`` can start later, unless it was built with ``find_unused_parameters=True``; other
-    policies are a `PolicyError` at that moment.
+    policies are a `PolicyError` when training begins.
 
     Args:
         policy: as in `bnfreeze.freeze`.
@@ -93,6 +93,7 @@ class FreezeCallback:
         """
         if self.starts_late:
             freeze(model, self._policy, dry_run=True)
+            self._frozen = 0
             return False
         return self.freeze(model)
 

@@ -19,7 +19,7 @@ __all__ = ["FreezeBatchNormHook"]
 class FreezeBatchNormHook(FreezeCallback, Hook):
     """Freeze norm layers for ``Runner.train``, and check that they stay frozen.
 
-    In a config::
+    In a config:
 
         custom_imports = dict(imports=["bnfreeze.integrations.mmengine"])
         custom_hooks = [dict(type="FreezeBatchNormHook", policy={"backbone": "eval+affine"})]

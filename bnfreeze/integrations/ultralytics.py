@@ -22,9 +22,7 @@ def freeze_batch_norm(
 ) -> FreezeBatchNorm:
     """Freeze norm layers in each ``yolo.train``, and check that they stay frozen while it trains.
 
-    ::
-
-        yolo = YOLO("yolo11n.pt")
+        yolo = YOLO("yolov8n.pt")
         freeze_batch_norm(yolo, {"model.?": "eval+affine"})  # the ten layers of the backbone
         yolo.train(data="coco8.yaml")
 
