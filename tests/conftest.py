@@ -5,10 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-# Ultralytics reads these when it is imported: it downloads and installs nothing at run time, and
-# writes its settings elsewhere than at home.
-os.environ |= {"YOLO_OFFLINE": "True", "YOLO_AUTOINSTALL": "False"}
-os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.gettempdir())
+# Ultralytics reads these when it is imported. It downloads and installs nothing at run time, and
+# each process that runs tests has settings of its own.
+os.environ |= {
+    "YOLO_OFFLINE": "True",
+    "YOLO_AUTOINSTALL": "False",
+    "YOLO_CONFIG_DIR": f"{tempfile.gettempdir()}/yolo-{os.environ.get('PYTEST_XDIST_WORKER', '')}",
+}
 
 # The tensors are small: several threads would be slower.
 torch.set_num_threads(1)
