@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from bnfreeze.checkpoints import telling
+from bnfreeze.checkpoints import naming_file
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.verification.causes import explained
 from bnfreeze.verification.drift import Drift, Kind
@@ -18,7 +18,7 @@ from bnfreeze.verification.values import locate
 if TYPE_CHECKING:
     from bnfreeze.verification.on_device import Pair
 
-__all__ = ["DIGESTED", "compare"]
+__all__ = ["DIGESTED", "Progress", "compare"]
 
 DIGESTED = "Values were compared by SHA-256: equal up to a collision."
 _FROM_FILE = (
@@ -155,7 +155,7 @@ def _values(
     if before.digests or after.digests:
         for done, name in enumerate(names):
             progress(done, len(names))
-            with telling(name):
+            with naming_file(name):
                 equal = before.digest(name) == after.digest(name)
             if not equal:
                 yield Drift(name, "value", total=prod(before.tensors[name].shape))
@@ -181,7 +181,7 @@ def _values(
             del pairs[name]
     for done, (name, (old, new)) in enumerate(pairs.items()):
         progress(done, len(pairs))
-        with telling(name):
+        with naming_file(name):
             drift = locate(name, old, new)
         if drift is not None:
             yield drift

@@ -38,16 +38,19 @@ class DriftReport(Printable):
         drifts: the changes, in the model's order.
         checked: how many tensors were compared, each counted once, however many names it has.
         notes: what the comparison does not show.
+        findings: of a checkpoint, what loading it would run.
     """
 
     drifts: tuple[Drift, ...]
     checked: int
     notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether something was compared and nothing has changed."""
-        return not self.drifts and self.checked > 0
+        """Whether something was compared, nothing has changed, and no finding is an error."""
+        errors = any(finding.level == "error" for finding in self.findings)
+        return not self.drifts and self.checked > 0 and not errors
 
     def __bool__(self) -> bool:
         return self.ok
@@ -83,7 +86,9 @@ class DriftReport(Printable):
         if self.drifts:
             count = len(self.drifts)
             return f"{count} drift{'s' if count != 1 else ''}; {tensors} compared."
-        return f"{tensors} unchanged, bit for bit." if self.checked else "Nothing was compared."
+        if not self.checked:
+            return "Nothing was compared."
+        return f"{tensors} unchanged, bit for bit{'' if self.ok else '; the file would run code'}."
 
     def raise_if_drifted(self) -> None:
         """Raise the report as a `DriftError` unless it is ok."""
@@ -99,6 +104,7 @@ class DriftReport(Printable):
             "checked": self.checked,
             "drifts": [drift.to_dict() for drift in self.drifts],
             "notes": list(self.notes),
+            "findings": [finding.to_dict() for finding in self.findings],
         }
 
     def sheet(self) -> Sheet:
@@ -118,6 +124,7 @@ class DriftReport(Printable):
             for drift in self.drifts
             if drift.cause
         ]
+        findings += self.findings
         columns = ("tensor", "kind", "step", "rank", "what changed")
         verdict = " ".join([self.verdict, *self.notes])
         return Sheet("What drifted" if rows else "", columns, rows, findings, verdict)
