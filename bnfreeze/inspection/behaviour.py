@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bnfreeze.norm_layers import (
+    AFFINE,
     NamedModule,
     affine_parameters,
     eps_of,
@@ -236,7 +237,8 @@ def _trains_affine(layer: nn.Module, optimized: Mapping[int, str] | None) -> tup
         else:
             reasons[name] = False, "requires_grad is False"
     if not reasons:
-        return False, "it has neither"
+        buffers = any(layer._buffers.get(name) is not None for name in AFFINE)
+        return False, "buffers: no optimizer trains them" if buffers else "it has neither"
     trains = any(moves for moves, _ in reasons.values())
     shown = {name: why for name, (moves, why) in reasons.items() if moves is trains}
     if len(shown) == len(reasons) and len(set(shown.values())) == 1:
