@@ -8,7 +8,8 @@ from typing import Any
 
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.findings import Finding
-from bnfreeze.tables import Printable, Sheet, escaped
+from bnfreeze.tables import Printable, Sheet
+from bnfreeze.text import escaped
 from bnfreeze.verification.drift import Drift, sentence, what_changed
 
 __all__ = ["DriftError", "DriftReport"]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnfreeze.inspection.tree import Scale, grouped, outline
+from bnfreeze.tree import Scale, grouped, outline
 
 
 def test_names_that_begin_alike_stand_under_a_heading():
