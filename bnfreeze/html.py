@@ -90,7 +90,8 @@ def _table(sheet: Sheet) -> str:
     def heading(i: int) -> str:
         name = sheet.columns[i + 1]
         if i in pictures:
-            return f'<th class="ends">{"".join(f"<span>{_text(w)}</span>" for w in name.split())}'
+            ends = "".join(f"<span>{_text(end)}</span>" for end in name.split())
+            return f'<th class="axis"><span class="ends">{ends}</span>'
         return f"<th{_attribute('class', 'number' if i in right else '')}>{_text(name)}"
 
     def line(row: Row) -> Iterator[str]:
@@ -138,10 +139,10 @@ def _histogram(values: Histogram) -> str:
         if share
     )
     return (
-        f"{'&lt;' if values.below else '&nbsp;'}"
+        f"<i>{'&lt;' if values.below else ''}</i>"
         f'<svg viewBox="0 0 {len(values.shares)} 8" preserveAspectRatio="none" role="img" '
         f'aria-label="median {values.median:.2g}"><path d="{bars}"/>{hints}</svg>'
-        f"{'&gt;' if values.above else '&nbsp;'}"
+        f"<i>{'&gt;' if values.above else ''}</i>"
     )
 
 

@@ -9,7 +9,7 @@ for (const report of document.querySelectorAll(".bnfreeze:not([data-ready])")) {
   const depth = row => Number(row.dataset.depth || 0);
   const leaves = rows.filter(row => !isBranch(row)), branches = rows.filter(isBranch);
   const create = (name, text = "") =>
-    Object.assign(document.createElement(name), {type: "button", textContent: text});
+    Object.assign(document.createElement(name), {textContent: text});
   const short = new Map(leaves.map(row => [row, row.cells[0].textContent]));
   const full = row => row.cells[0].dataset.name ?? short.get(row);
   const value = (row, i) => i ? row.cells[i].dataset.value ?? row.cells[i].textContent : full(row);
