@@ -1,4 +1,4 @@
-"""Two ResNet-50 of which one statistic moved: what tools for checkpoints say, and how long it takes.
+"""Two ResNet-50 of which one statistic moved: what tools say, and how long they take.
 
     python -m benchmarks.diff_peers BIN    # BIN: where ckptkit and checkpoint-lens are installed
 
@@ -49,8 +49,8 @@ def main(peers: Path) -> None:
     base = statistics.median(seconds["bnfreeze diff"])
     print("| command | time | range |\n| --- | --- | --- |")
     for name, times in seconds.items():
-        ratios = [f"{value / base:.2f}" for value in (statistics.median(times), min(times), max(times))]
-        print(f"| `{name}` | {ratios[0]} | {ratios[1]}–{ratios[2]} |")
+        middle, least, most = statistics.median(times) / base, min(times) / base, max(times) / base
+        print(f"| `{name}` | {middle:.2f} | {least:.2f}–{most:.2f} |")
 
 
 if __name__ == "__main__":

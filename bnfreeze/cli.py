@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from bnfreeze.arguments import command_parser, unknown_command
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.output import (
-    Progress,
+    ProgressLine,
     check_outputs,
     complain,
     complain_of_defect,
@@ -85,7 +85,7 @@ def _inspect(options: argparse.Namespace) -> int:
     code = 0
     for path in options.paths:
         try:
-            with Progress(path):
+            with ProgressLine(path):
                 found = inspect_checkpoint(
                     path,
                     key=options.key,
@@ -132,7 +132,7 @@ def _diff(options: argparse.Namespace) -> int:
 
     check_outputs(options)
     keys = (options.key if one is None else one for one in (options.key_a, options.key_b))
-    with Progress(options.second) as progress, ExitStack() as stack:
+    with ProgressLine(options.second) as progress, ExitStack() as stack:
         first, second = (
             Found.in_checkpoint(stack.enter_context(open_checkpoint(path)), key)
             for path, key in zip((options.first, options.second), keys, strict=True)
@@ -158,13 +158,15 @@ def _snapshot(options: argparse.Namespace) -> int:
             Snapshot.load(options.output)  # only an earlier snapshot may be overwritten
         except (BnfreezeError, OSError):
             raise BnfreezeError(f"{options.output} exists and is not a snapshot.") from None
-    with Progress(options.path), open_checkpoint(options.path) as checkpoint:
+    with ProgressLine(options.path) as progress, open_checkpoint(options.path) as checkpoint:
         found = checkpoint.chosen(options.key)
         with naming_file(checkpoint.path):
             parts = selected(found.all if options.all else found.models, options.select)
             plain = found.models[0].key if len(found.models) == 1 else None
             tensors = tensors_by_name(parts, plain)
-            taken = snapshot_of(tensors, everything=options.all, digest=options.digest)
+            taken = snapshot_of(
+                tensors, everything=options.all, digest=options.digest, progress=progress
+            )
     taken.save(options.output)
     print_line(f"{options.output}: {len(taken)} tensors of {options.path}")
     return 0
@@ -182,10 +184,10 @@ def _verify(options: argparse.Namespace) -> int:
         before = Snapshot.load(options.snapshot)
     except OSError as error:
         raise BnfreezeError(f"{options.snapshot}: cannot be opened: {error.strerror}.") from None
-    with Progress(options.path), open_checkpoint(options.path) as checkpoint:
+    with ProgressLine(options.path) as progress, open_checkpoint(options.path) as checkpoint:
         found = Found.in_checkpoint(checkpoint, options.key)
         with naming_file(checkpoint.path):
-            report = verify_found(found, before, select=options.select)
+            report = verify_found(found, before, select=options.select, progress=progress)
     show(
         options,
         [report],

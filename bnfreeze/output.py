@@ -13,7 +13,7 @@ from bnfreeze.errors import BnfreezeError
 from bnfreeze.text import escaped
 
 __all__ = [
-    "Progress",
+    "ProgressLine",
     "check_outputs",
     "complain",
     "complain_of_defect",
@@ -105,7 +105,7 @@ def complain_of_defect() -> int:
     return complain("This is a defect of bnfreeze: please report it with the lines above.")
 
 
-class Progress:
+class ProgressLine:
     """A line on stderr while reading a file takes longer than a second; on a terminal only."""
 
     def __init__(self, path: str) -> None:
@@ -129,7 +129,7 @@ class Progress:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressLine:
         if sys.stderr.isatty():
             self._thread.start()
         return self

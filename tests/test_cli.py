@@ -16,7 +16,7 @@ import torch
 
 from bnfreeze.cli import main
 from bnfreeze.finding_kinds import KINDS
-from bnfreeze.output import Progress
+from bnfreeze.output import ProgressLine
 from tests.checkpoints.formats import save_safetensors, save_zip
 
 
@@ -432,16 +432,16 @@ class Terminal(io.StringIO):
 
 
 def test_progress_is_shown_after_a_second_on_a_terminal_alone(monkeypatch, capsys):
-    with Progress("run/last.pt") as progress:
+    with ProgressLine("run/last.pt") as progress:
         progress(2, 5)
         assert not progress._thread.is_alive()
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with Progress("run/last.pt"):
+    with ProgressLine("run/last.pt"):
         pass
     assert sys.stderr.getvalue() == ""  # the second was not over
     monkeypatch.setattr("bnfreeze.output._SECOND", 1e-3)
-    progress = Progress("run/la\x1bst.pt")
+    progress = ProgressLine("run/la\x1bst.pt")
     progress(2, 5)
     with progress:
         assert sys.stderr.written.wait(60)

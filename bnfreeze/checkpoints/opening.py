@@ -97,7 +97,7 @@ class Checkpoint:
 
 @contextmanager
 def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let an error of the package that leaves the block say which file or tensor it is about."""
+    """Let an error of the package that comes out say which file or tensor it is about."""
     try:
         yield
     except BnfreezeError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
@@ -15,7 +15,7 @@ from bnfreeze.inspection.checkpoint import Unread
 from bnfreeze.inspection.code_calls import code_findings
 from bnfreeze.inspection.inspect import selected
 from bnfreeze.inspection.origin import Found
-from bnfreeze.verification.compare import compare
+from bnfreeze.verification.compare import Progress, compare
 from bnfreeze.verification.diff_report import Diff, ModelPair, TensorChange
 from bnfreeze.verification.drift import Drift
 from bnfreeze.verification.pairing import check_prefixes, common_prefix, mapped, paired
@@ -91,7 +91,7 @@ def diff_found(
     *,
     select: Sequence[str] = (),
     prefixes: Mapping[str, str] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Diff:
     """Compare all that was found on two sides.
 
@@ -164,7 +164,7 @@ def diff_found(
 def _changes(
     states: tuple[dict[str, StoredTensor], dict[str, StoredTensor]],
     sides: tuple[Found, Found],
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> list[TensorChange]:
     """What changed of each tensor of two models, in the order of the first.
 

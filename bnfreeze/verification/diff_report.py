@@ -100,10 +100,6 @@ class Diff(Printable):
     def __bool__(self) -> bool:
         return self.ok
 
-    def __repr__(self) -> str:
-        changed = sum(change.kind != "identical" for change in self.tensors)
-        return f"<Diff: {changed} of {len(self.tensors)} tensors changed>"
-
     def modules(self) -> dict[tuple[str, str], list[TensorChange]]:
         """The tensors by the key of their model and the part of it that they belong to."""
         by_key: dict[str, list[TensorChange]] = {}
@@ -196,7 +192,7 @@ class Diff(Printable):
         elif not changed:
             parts = [f"Bit-identical: all {len(self.tensors)} tensors."]
         elif kinds <= {"added", "missing"}:
-            parts = ["No name is in both: these are different models, or their names differ."]
+            parts = ["No name is in both: these are different models, or --map OLD=NEW is needed."]
         elif not kept:
             parts = ["Changed in every part."]
         elif len(changed) < len(kept):

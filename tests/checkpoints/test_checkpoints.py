@@ -301,7 +301,7 @@ def test_a_checkpoint_of_two_ranks_is_read(tmp_path):
             dist.destroy_process_group()
 
         if __name__ == "__main__":
-            mp.spawn(rank, (sys.argv[1],), nprocs=2)
+            mp.start_processes(rank, (sys.argv[1],), nprocs=2, start_method="fork")
     """
     script = tmp_path / "ranks.py"
     script.write_text(textwrap.dedent(code))
