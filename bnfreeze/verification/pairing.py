@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from bnfreeze.checkpoints import StateDict, StoredTensor
@@ -22,8 +23,10 @@ _DEEPEST: Final = 8
 _COMMONEST: Final = 16
 # So many of the likeliest prefixes are counted exactly.
 _COUNTED: Final = 12
-# A suggestion is looked for among the first.
-_SUGGESTED_FROM: Final = 20_000
+# Names beyond these are not looked at for a prefix or a suggestion, nor more pairs of models than
+# these: a hostile file could have any number.
+_MOST_NAMES: Final = 20_000
+_MOST_PAIRS: Final = 64
 _SHOWN: Final = 8
 
 
@@ -47,8 +50,8 @@ def paired(first: Found, second: Found) -> list[tuple[StateDict | None, StateDic
             (one, other)
             for one in ours
             for other in theirs
-            if (len(ours) == len(theirs) == 1 and not is_clear)
-            or _prefixes(one.tensors, other.tensors)
+            if len(ours) * len(theirs) <= _MOST_PAIRS
+            and ((len(ours) == len(theirs) == 1 and not is_clear) or _fit(one, other))
         ]
         if len(fitting) == 1:
             [(one, other)] = fitting
@@ -56,7 +59,7 @@ def paired(first: Found, second: Found) -> list[tuple[StateDict | None, StateDic
         elif not is_clear:
             there = "; ".join(
                 f"{side.path or side.kind} has "
-                + ", ".join(part.key or "(top)" for part in parts[:_SHOWN])
+                + ", ".join(repr(part.key) for part in parts[:_SHOWN])
                 for side, parts in ((first, ours), (second, theirs))
             )
             raise CheckpointError(
@@ -69,6 +72,10 @@ def paired(first: Found, second: Found) -> list[tuple[StateDict | None, StateDic
 def _models(parts: Iterable[StateDict]) -> list[StateDict]:
     parts = list(parts)
     return [part for part in parts if part.has_norm_layers] or parts
+
+
+def _fit(one: StateDict, other: StateDict) -> bool:
+    return bool(_prefixes(one.tensors, other.tensors))
 
 
 def common_prefix(first: Tensors, second: Tensors) -> dict[str, str]:
@@ -130,11 +137,11 @@ def _matched(old: str, new: str, first: Tensors, second: Tensors) -> int:
 def _votes(first: Iterable[str], second: Iterable[str]) -> Counter[tuple[str, str]]:
     """How many names end alike after two prefixes, for each two prefixes."""
     prefixes: dict[str, list[str]] = {}
-    for name in second:
+    for name in islice(second, _MOST_NAMES):
         for prefix, ending in _splits(name):
             prefixes.setdefault(ending, []).append(prefix)
     votes: Counter[tuple[str, str]] = Counter()
-    for name in first:
+    for name in islice(first, _MOST_NAMES):
         for old, ending in _splits(name):
             found = prefixes.get(ending, ())
             if len(found) > _COMMONEST:
@@ -170,7 +177,7 @@ def check_prefixes(
     for wanted, names in ((prefixes, first), (prefixes.values(), second)):
         for prefix in map(_dotted, wanted):
             if not any(name.startswith(prefix) for name in names):
-                begins = (begin for name in names[:_SUGGESTED_FROM] for begin, _ in _splits(name))
+                begins = (begin for name in names[:_MOST_NAMES] for begin, _ in _splits(name))
                 close = nearest(prefix[:-1], dict.fromkeys(begin[:-1] for begin in begins))
                 hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
                 raise PolicyError(f"No name begins with {prefix[:-1]!r}.{hint}")
