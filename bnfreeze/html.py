@@ -80,7 +80,7 @@ def _report(sheet: Sheet) -> str:
 
 
 def _table(sheet: Sheet) -> str:
-    rows = list(tree_rows(sheet))
+    rows = list(tree_rows(sheet, flat=sheet.outlined is False))
     leaves = [row.cells for row in rows if not row.heading]
     # A column that says nothing in any row is left out.
     shown = [i for i in range(len(sheet.columns) - 1) if any(cells[i] for cells in leaves)]

@@ -57,7 +57,8 @@ class Sheet:
         further: the columns that only a wide terminal shows.
         notes: lines under the title.
         findings_first: whether the findings stand before the table.
-        outlined: whether a terminal shows the names as a tree. A page of HTML always does.
+        outlined: whether the names are shown as a tree; None for a tree on a page of HTML and
+            whole names on a terminal.
         legend: what the columns mean; a line under the table.
     """
 
@@ -69,7 +70,7 @@ class Sheet:
     further: frozenset[str] = frozenset()
     notes: Sequence[str] = ()
     findings_first: bool = False
-    outlined: bool = False
+    outlined: bool | None = None
     legend: str = ""
 
 

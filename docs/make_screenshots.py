@@ -37,14 +37,14 @@ def checkpoint(path: str) -> None:
 
 
 def take(page: str, name: str, size: tuple[int, int], *flags: str) -> None:
-    """Take a picture of a page, in few colours."""
+    """Take a picture of a page, in 256 colours."""
     program = shutil.which("chromium") or "google-chrome"
     command = [program, *FLAGS.split(), f"--user-data-dir={Path('profile').absolute()}", *flags]
     command += ["--window-size=900,700", "--screenshot=shot.png", Path(page).absolute().as_uri()]
     subprocess.run(command, check=True)
-    Image.open("shot.png").convert("RGB").crop((0, 0, *size)).quantize(64).save(
-        HERE / f"reports-{name}.png", optimize=True
-    )
+    Image.open("shot.png").convert("RGB").crop((0, 0, *size)).quantize(
+        256, Image.Quantize.FASTOCTREE
+    ).save(HERE / f"reports-{name}.png", optimize=True)
 
 
 if __name__ == "__main__":
@@ -53,6 +53,6 @@ if __name__ == "__main__":
         checkpoint("resnet50.pth")
         bnfreeze.inspect("resnet50.pth").save_html("page.html")
         Path("phone.html").write_text(PHONE)
-        take("page.html", "light", (800, 700))
-        take("page.html", "dark", (800, 700), "--blink-settings=preferredColorScheme=0")
+        take("page.html", "light", (900, 700))
+        take("page.html", "dark", (900, 700), "--blink-settings=preferredColorScheme=0")
         take("phone.html", "phone", (390, 700))

@@ -165,6 +165,22 @@ def test_a_browser_runs_the_page_as_it_is(browser):
     assert "<script>document.title" not in shown
 
 
+def test_several_reports_of_a_notebook_work_side_by_side(browser):
+    found = browser(
+        "<!doctype html><body>" + html.fragment(SHEET) * 2,
+        "const [left, right] = all('table')",
+        "all('thead button', right)[1].click()",
+        "[all('input').length, left.className, right.className]",
+    )
+    assert found == [2, "", "flat"]
+
+
+def test_layers_that_were_sorted_are_no_tree():
+    rows = [(f"body.{i}", "1") for i in (3, 1, 0, 2)]
+    sheet = Sheet("", ("layer", "C"), rows, [], "", outlined=False)
+    assert "branch" not in html.page([sheet]).split("<body>")[1].split("<script>")[0]
+
+
 def test_a_browser_sorts(browser):
     order = browser(
         html.page([SHEET]),
