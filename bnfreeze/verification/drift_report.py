@@ -61,7 +61,7 @@ class DriftReport(Printable):
         text = self.verdict
         if self.drifts:
             first = self.drifts[0]
-            text += f" {sentence(first)} {first.cause}".rstrip()
+            text += f" {escaped(sentence(first))} {escaped(first.cause)}".rstrip()
         return encodable(f"<DriftReport: {text if len(text) <= 215 else text[:214] + '…'}>")
 
     @property
