@@ -133,7 +133,7 @@ def _cast_statistics(module: nn.Module) -> None:
                 buffer.data = buffer.data.to(weight.dtype)
 
 
-def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[int, Fusion]:
+def thaw(modules: Sequence[NamedModule], chosen: Sequence[NamedModule]) -> dict[int, Fusion]:
     """Restore the chosen ones among a model's modules, and forget which were left alone.
 
     Returns:
@@ -143,8 +143,7 @@ def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[in
         PolicyError: a layer whose class was changed by something else, or one that must not
             train again because it is wrapped. None is changed then.
     """
-    wanted = {id(module) for module in chosen}
-    thawed = [e for e in modules if id(e.module) in wanted and record_of(e.module) is not None]
+    thawed = [entry for entry in chosen if record_of(entry.module) is not None]
     for entry in thawed:
         check_class(entry)
     # Only wrappers that were given count: unfreeze(ddp.module) is the way to wrap again.
@@ -155,8 +154,8 @@ def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[in
         flags = original_flags(thawed)
         for entry in thawed:
             _restore(entry.module)
-        for module in chosen:
-            mark_left_alone(module, False)
+        for entry in chosen:
+            mark_left_alone(entry.module, False)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         _freeze_tied(modules)

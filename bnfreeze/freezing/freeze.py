@@ -92,7 +92,7 @@ def freeze(
     changes = plan(modules, policies)
 
     def undo() -> None:
-        thaw(named_modules(model), [change.module for change in changes])
+        thaw(named_modules(model), [change.entry for change in changes])
         for index in policies:
             mark_left_alone(modules[index].module, False)
 
@@ -135,14 +135,12 @@ def unfreeze(model: nn.Module, select: str | Iterable[str] | None = None) -> Fre
             average. Nothing was changed then.
         TypeError: `model` is no `nn.Module`.
     """
-    model = check_model(model)
-    modules = named_modules(model)
-    chosen = modules
+    modules = chosen = named_modules(check_model(model))
     if select is not None:
         texts = [select] if isinstance(select, str) else select
         chosen = matching(modules, [Pattern.parse(text) for text in texts])
     done = {id(e.module): (("restore",), "") for e in chosen if record_of(e.module) is not None}
-    fusions = thaw(modules, [entry.module for entry in chosen])
+    fusions = thaw(modules, chosen)
     return FreezeReport(
         _rows(modules, done, fusions),
         facts={layer.name: layer for layer in inspect_model(model).layers},

@@ -114,8 +114,8 @@ class FreezeReport(Printable):
         )
         if others:
             verdict += f" {_count(others, 'other module')} have frozen weights."
-        tally = Counter(row.fuses for row in norms if row.fuses)
-        fused = ", ".join(f"{number} {what}" for what, number in tally.most_common())
+        tally = Counter(row.fuses for row in norms if row.fuses).most_common()
+        fused = ", ".join(f"{number} {what}" for what, number in tally)
         return verdict + (f" They fuse: {fused}." if fused else "")
 
     def _cells(self, row: LayerRow) -> tuple[str, ...]:

@@ -133,8 +133,7 @@ def original_flags(modules: Iterable[NamedModule]) -> dict[nn.Parameter, bool]:
 
 def policy_name(module: nn.Module) -> str:
     """The module's policy; ``"frozen"`` for another library's frozen layer, else ``"none"``."""
-    record = record_of(module)
-    if record is not None:
+    if record := record_of(module):
         return str(record.policy)
     return "frozen" if is_lookalike(module) else "none"
 
