@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import re
 
 from bnfreeze.errors import PolicyError
 
@@ -52,8 +53,9 @@ class Policy(enum.Flag):
             return text
         if not isinstance(text, str):
             raise PolicyError(
-                f"A policy is a string such as 'eval+affine' or a bnfreeze.Policy, "
-                f"not {type(text).__name__}: {text!r:.80}."
+                f"A policy is a string such as 'eval+affine' or a bnfreeze.Policy, not "
+                f"{type(text).__name__}: {text!r:.80}. To freeze a part of a model, pass a "
+                f"mapping such as {{'layer1': 'eval'}}."
             )
         words = [word.strip().lower().replace("_", "-") for word in text.split("+")]
         if "none" in words and len(words) > 1:
@@ -63,10 +65,14 @@ class Policy(enum.Flag):
         policy = cls.NONE
         for word in words:
             if word not in _BY_NAME:
+                parts = re.split(r"\W+", word)
                 near = difflib.get_close_matches(word, _BY_NAME, n=1)
+                if len(parts) > 1 and all(part in _BY_NAME for part in parts):
+                    near = ["+".join(parts)]
                 hint = f"Did you mean {near[0]!r}? " if near else ""
+                inside = f" (in {text!r})" if text != word else ""
                 raise PolicyError(
-                    f"Policy {text!r}: there is no policy {word!r}. {hint}"
+                    f"There is no policy {word!r}{inside}. {hint}"
                     f"There are: {', '.join(_BY_NAME)}; join several with '+'."
                 )
             policy |= _BY_NAME[word]

@@ -82,9 +82,9 @@ def test_each_policy_freezes_what_the_table_says(text, statistics, affine, eval_
     ("wrong", "says"),
     [
         ("evall", "Did you mean 'eval'?"),
-        ("eval+affin", "there is no policy 'affin'"),
-        ("", "there is no policy ''"),
-        ("eval+", "there is no policy ''"),
+        ("eval+affin", "There is no policy 'affin'"),
+        ("", "There is no policy ''"),
+        ("eval+", "There is no policy ''"),
         ("none+eval", "'none' means leave alone"),
         (None, "not NoneType"),
         (["eval"], "not list"),
@@ -127,3 +127,9 @@ def test_what_freeze_froze_is_frozen_by_bnfreeze(policy):
     assert frozen_by(layer) == "bnfreeze"
     bnfreeze.unfreeze(layer)
     assert frozen_by(layer) == "requires_grad"
+
+
+@pytest.mark.parametrize("text", ["eval-affine", "eval, affine", "eval affine", "eval/affine"])
+def test_names_joined_in_another_way_are_understood_in_the_error(text):
+    with pytest.raises(PolicyError, match=r"'eval\+affine'"):
+        Policy.parse(text)
