@@ -11,17 +11,17 @@ HERE = Path(__file__).parent
 
 
 def report() -> bnfreeze.FreezeReport:
-    """The report that the README shows: a ResNet-18 whose stages are frozen in several ways."""
+    """The report in the README: a ResNet-18 whose stages are frozen in different ways."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18()
-    model(torch.randn(8, 3, 64, 64))  # so that the statistics are not those of a new model
+    model(torch.randn(8, 3, 64, 64))  # then the statistics are not those of a new model
     return bnfreeze.freeze(
         model,
         {
             "**": "eval+affine",  # every norm layer
             "layer1": "eval+weights",  # the first stage whole, convolutions too
-            "layer4": "eval",  # the last stage: statistics held, weight and bias train
-            "layer4.1.bn2": "none",  # but for its last layer
+            "layer4": "eval",  # the last stage: statistics frozen, weight and bias train
+            "layer4.1.bn2": "none",  # except its last layer
         },
     )
 

@@ -1,13 +1,13 @@
 """Fine-tune a small ResNet on tiny batches, with batch norm frozen in ten ways, and compare.
 
-The network learns scikit-learn's handwritten digits, then goes on with faded, noisy ones in batches
-of two, where batch norm is at its worst: once with nothing frozen, once with each of five recipes
-that are often copied, and once with each of five policies of bnfreeze. All start from the same
-weights and see the same batches.
+The network first learns scikit-learn's handwritten digits. Then it is fine-tuned on faded, noisy
+digits in batches of two, where batch norm works badly: once with nothing frozen, once with each of
+five recipes that people often copy, and once with each of five policies of bnfreeze. All runs start
+from the same weights and see the same batches.
 
-The shift is a mild one, to which old statistics nearly fit, as when a pretrained backbone meets
-similar images. Whether to freeze is a question of its own: `--shift inverted` turns the images into
-negatives, where old statistics are plainly wrong and to hold them costs accuracy.
+The shift is mild, so the old statistics almost fit, as when a pretrained backbone sees similar
+images. Whether freezing helps is another question: `--shift inverted` turns the images into
+negatives. There the old statistics are wrong, and freezing them costs accuracy.
 
     pip install "bnfreeze[examples]"
     python examples/finetune_digits.py [--quick] [--seed N] [--shift NAME] [--svg FILE] [--json]
@@ -41,8 +41,8 @@ import bnfreeze
 SHIFTS = {"faded": (0.5, 0.25), "inverted": (-1.0, 1.0)}  # contrast, and what black becomes
 BATCH = 2  # as in detection and segmentation, where the images are large
 
-# What each way is meant to hold. A recipe, what people mean by a frozen layer: it stays as it was,
-# and it is the same function in both modes. A policy, what its name promises.
+# What each way should leave unchanged. For a recipe: what people mean by a frozen layer. It stays
+# as it was, and it is the same function in both modes. For a policy: what its name promises.
 STATISTICS, AFFINE, SAME = {"statistics", "count"}, {"affine"}, {"train = eval"}
 RECIPES = {
     "requires_grad=False on buffers": {"statistics"} | SAME,
@@ -86,18 +86,18 @@ def set_up(method: str, model: ResNet) -> Iterator[nn.Parameter]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one way to fine-tune. Accuracies are on unseen shifted images."""
+    """The result of one way to fine-tune. Accuracies are on unseen shifted images."""
 
     method: str
-    held: tuple[str, ...]  # what kept every bit; "train = eval": outputs the same in both modes
-    broken: tuple[str, ...]  # what it was meant to hold and did not
+    unchanged: tuple[str, ...]  # bit for bit; "train = eval": both modes give the same outputs
+    broken: tuple[str, ...]  # what should be in `unchanged` and is not
     moved: dict[str, float]  # by kind of tensor, the largest absolute change
     gap: float  # the largest absolute difference between the outputs in the two modes
     train_accuracy: float  # in train mode, in batches as in training
     eval_accuracy: float
-    layers: int  # norm layers; what bnfreeze.inspect said of them before the training:
-    on_batch: int  # so many normalise with the batch
-    updating: int  # so many update their statistics or the count
+    layers: int  # norm layers. What bnfreeze.inspect said about them before the training:
+    on_batch: int  # how many normalise with the batch
+    updating: int  # how many update their statistics or the count
     findings: tuple[str, ...]  # the codes of its findings
 
 
@@ -122,13 +122,13 @@ def digits() -> TensorDataset:
 
 
 def shifted(shift: str, pixels: Tensor, labels: Tensor) -> TensorDataset:
-    """The same from a bad scanner: faded to half the contrast or inverted, and noisy."""
+    """The same digits from a bad scanner: with half the contrast, or inverted, and noisy."""
     scale, offset = SHIFTS[shift]
     return TensorDataset(offset + scale * pixels + 0.1 * torch.randn(pixels.shape), labels)
 
 
 def small_resnet() -> ResNet:
-    """Torchvision's ResNet with one block a stage and without the last stage: 9 norm layers."""
+    """Torchvision's ResNet with one block in each stage, without the last stage: 9 norm layers."""
     model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
     model.layer4 = nn.Identity()
     model.fc = nn.Linear(256, 10)
@@ -138,7 +138,7 @@ def small_resnet() -> ResNet:
 def train_epoch(
     model: nn.Module, optimizer: torch.optim.Optimizer, data: TensorDataset, batch_size: int
 ) -> None:
-    """One epoch as nearly every training loop has it: ``model.train()`` comes first."""
+    """One epoch, as in almost every training loop: ``model.train()`` comes first."""
     model.train()
     for pixels, labels in DataLoader(data, batch_size, shuffle=True, drop_last=True):
         optimizer.zero_grad()
@@ -155,7 +155,7 @@ def evaluate(model: nn.Module, data: TensorDataset, *, training: bool) -> tuple[
 
 
 def tensors_by_kind(model: nn.Module) -> dict[str, Tensor]:
-    """All values of the model, copied: one flat tensor for each kind of `Outcome.held`."""
+    """All values of the model, copied: one flat tensor for each kind in `Outcome.unchanged`."""
     state = model.state_dict()
     kinds: dict[str, list[Tensor]] = {}
     for name, tensor in state.items():
@@ -180,26 +180,26 @@ def fine_tune(
     model = copy.deepcopy(pretrained).train()
     before = tensors_by_kind(model)
     optimizer = torch.optim.SGD(set_up(method, model), lr=0.002, momentum=0.9)
-    foretold = bnfreeze.inspect(model, optimizer=optimizer)
+    inspection = bnfreeze.inspect(model, optimizer=optimizer)
     for _ in range(epochs):
         train_epoch(model, optimizer, data, BATCH)
     after = tensors_by_kind(model)
     in_train, train_accuracy = evaluate(model, test, training=True)
     in_eval, eval_accuracy = evaluate(model, test, training=False)
-    held = {kind for kind in before if same_bits(before[kind], after[kind])}
-    held |= SAME if same_bits(in_train, in_eval) else set()
+    unchanged = {kind for kind in before if same_bits(before[kind], after[kind])}
+    unchanged |= SAME if same_bits(in_train, in_eval) else set()
     return Outcome(
         method=method,
-        held=tuple(sorted(held)),
-        broken=tuple(sorted(METHODS[method] - held)),
+        unchanged=tuple(sorted(unchanged)),
+        broken=tuple(sorted(METHODS[method] - unchanged)),
         moved={kind: (after[kind] - before[kind]).abs().max().item() for kind in before},
         gap=(in_train - in_eval).abs().max().item(),
         train_accuracy=train_accuracy,
         eval_accuracy=eval_accuracy,
-        layers=len(foretold.layers),
-        on_batch=sum(layer.normalizes_with == "batch" for layer in foretold.layers),
-        updating=sum(layer.updates_statistics for layer in foretold.layers),
-        findings=tuple(sorted({finding.code for finding in foretold.findings})),
+        layers=len(inspection.layers),
+        on_batch=sum(layer.normalizes_with == "batch" for layer in inspection.layers),
+        updating=sum(layer.updates_statistics for layer in inspection.layers),
+        findings=tuple(sorted({finding.code for finding in inspection.findings})),
     )
 
 
@@ -212,8 +212,8 @@ def run(
 ) -> Experiment:
     """Pretrain once, then fine-tune in every way; a seed gives the same outcome each time.
 
-    With `quick`, a tenth of the work: accuracies mean little then. `track` shows progress, as
-    `rich.progress.Progress.track` does. Torch's global generator is seeded.
+    `quick` does a tenth of the work; the accuracies mean little then. `track` shows progress, as
+    `rich.progress.Progress.track` does. Torch's global random generator is seeded.
     """
     track = track or (lambda steps, **_: steps)
     torch.manual_seed(seed)
@@ -239,36 +239,36 @@ def run(
 
 
 def conclusion(experiment: Experiment) -> str:
-    """What the numbers say; nothing here is known in advance."""
+    """What the numbers say. Nothing here is written in advance."""
     recipes = [o for o in experiment.outcomes if o.method in RECIPES]
     policies = [o for o in experiment.outcomes if o.method in POLICIES]
     broken = [o for o in recipes if o.broken]
     moving = sum("statistics" in o.broken for o in broken)
     kept = sum(not o.broken for o in policies)
-    same = sum("train = eval" in o.held for o in policies)
+    same = sum("train = eval" in o.unchanged for o in policies)
     ranked = sorted(experiment.outcomes, key=lambda o: o.eval_accuracy)
     plain = next(o for o in ranked if o.method == BASELINE)
     return (
         f"{len(broken)} of {len(recipes)} popular recipes do not freeze: with {moving} the running "
-        f"statistics move, with {len(broken) - moving} they stay but the output in eval mode is "
-        f"another than in train mode. {kept} of {len(policies)} policies hold to the bit what they "
-        f"promise, and with {same} of them both modes give the very same output. In eval mode, "
+        f"statistics move, with {len(broken) - moving} they stay but the output in eval mode "
+        f"differs from train mode. {kept} of {len(policies)} policies keep their promise bit for "
+        f"bit, and with {same} of them both modes give the same output. In eval mode, "
         f"“{ranked[-1].method}” does best here ({ranked[-1].eval_accuracy:.1%}) and "
-        f"“{ranked[0].method}” worst ({ranked[0].eval_accuracy:.1%}); with {plain.method} it is "
+        f"“{ranked[0].method}” worst ({ranked[0].eval_accuracy:.1%}). With {plain.method} it is "
         f"{plain.eval_accuracy:.1%}."
     )
 
 
 def picture(experiment: Experiment, width: int = 100) -> Group:
-    """The outcomes as a table, and the conclusion; below 100 columns the least needed are left out.
+    """The outcomes as a table, and the conclusion.
 
-    Without them it fits into 70.
+    Below 100 columns, the columns in `least` are left out; the rest fits into 70.
     """
     least = () if width >= 100 else ("batches\ncounted", "\naffine", "inspect said:\nnorm, stats")
     table = Table(
         title=f"Pretrained on digits ({experiment.clean_accuracy:.1%}), fine-tuned on "
         f"{experiment.shift} ones ({experiment.shifted_accuracy:.1%} before) in batches of {BATCH}",
-        caption="✓ ✗  whether it held what it is meant to hold",
+        caption="✓ ✗  whether all that should be frozen stayed the same, bit for bit",
         title_style="bold",
         title_justify="left",
         caption_justify="left",
@@ -301,25 +301,25 @@ def _cells(outcome: Outcome) -> Iterator[Text]:
     yield Text(f"{outcome.train_accuracy:.1%}")
     yield Text(f"{outcome.eval_accuracy:.1%}")
     for kind, form in (("statistics", ".2f"), ("count", "+.0f"), ("affine", ".3f")):
-        held = kind in outcome.held
-        text = "held" if held else format(outcome.moved[kind], form)
-        yield Text(text, "green" if held else "yellow")
-    same = "train = eval" in outcome.held
+        unchanged = kind in outcome.unchanged
+        text = "same" if unchanged else format(outcome.moved[kind], form)
+        yield Text(text, "green" if unchanged else "yellow")
+    same = "train = eval" in outcome.unchanged
     yield Text("no" if same else f"{outcome.gap:.2g}", "green" if same else "yellow")
-    foretold = "batch" if outcome.on_batch else "running"
-    foretold += ", update" if outcome.updating else ", still"
-    yield Text(foretold, "green" if foretold == "running, still" else "yellow")
+    said = "batch" if outcome.on_batch else "running"
+    said += ", update" if outcome.updating else ", still"
+    yield Text(said, "green" if said == "running, still" else "yellow")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the work")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--shift", choices=SHIFTS, default="faded", help="what the images undergo")
+    parser.add_argument("--shift", choices=SHIFTS, default="faded", help="how the images change")
     parser.add_argument("--svg", metavar="FILE", help="save the table as a picture")
     parser.add_argument("--json", action="store_true", help="print the outcomes as JSON")
     options = parser.parse_args(arguments)
-    # So small a network gains little from threads, and sums do not depend on their number then.
+    # A network this small gains little from threads, and with one thread sums are reproducible.
     torch.set_num_threads(1)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         experiment = run(

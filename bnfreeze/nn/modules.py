@@ -219,7 +219,8 @@ class FrozenBatchNorm1d(_FrozenBatchNorm):
         eps: added to the variance.
         affine: whether there are weight and bias: Parameters that do not require grad until
             told to.
-        device, dtype: of the tensors; the statistics are fp32 at least, through ``half()`` too.
+        device: of the tensors.
+        dtype: of weight and bias. The statistics are at least fp32, after ``half()`` too.
 
     Always normalises with the running statistics and never changes them; ``training`` is always
     False. The state_dict has the keys of torch's layer and loads with or without
