@@ -1,7 +1,7 @@
-"""bnfreeze: freeze batch norm in PyTorch models, and prove that it stayed frozen.
+"""bnfreeze: freeze batch norm in PyTorch models, and verify that it stays frozen.
 
 Importing this module imports neither torch nor rich: each name is loaded when it is first used
-(PEP 562), because the command and the pytest plugin must start at once.
+(PEP 562), so that the command and the pytest plugin start at once.
 """
 
 from importlib import import_module
@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from bnfreeze.findings import Finding
     from bnfreeze.freezing.freeze import freeze, unfreeze
     from bnfreeze.freezing.report import FreezeReport, LayerRow
+    from bnfreeze.inspection.behaviour import LiveLayer
+    from bnfreeze.inspection.checkpoint import CheckpointInspection
     from bnfreeze.inspection.inspect import inspect
+    from bnfreeze.inspection.live import ModelInspection
     from bnfreeze.inspection.result import Inspection
+    from bnfreeze.inspection.stored_layers import StoredLayer
     from bnfreeze.nn.modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
     from bnfreeze.policies.policy import Policy
     from bnfreeze.verification.drift import Drift
@@ -34,6 +38,7 @@ __all__ = [
     "BnfreezeError",
     "BnfreezeWarning",
     "CheckpointError",
+    "CheckpointInspection",
     "CorruptCheckpointError",
     "Drift",
     "DriftError",
@@ -45,9 +50,12 @@ __all__ = [
     "FrozenBatchNorm3d",
     "Inspection",
     "LayerRow",
+    "LiveLayer",
+    "ModelInspection",
     "Policy",
     "PolicyError",
     "Snapshot",
+    "StoredLayer",
     "UnsafeCheckpointError",
     "UnsupportedFormatError",
     "assert_frozen",
@@ -64,6 +72,7 @@ _HOME = {
     "BnfreezeError": "errors",
     "BnfreezeWarning": "errors",
     "CheckpointError": "errors",
+    "CheckpointInspection": "inspection.checkpoint",
     "CorruptCheckpointError": "errors",
     "Drift": "verification.drift",
     "DriftError": "verification.report",
@@ -72,12 +81,15 @@ _HOME = {
     "FreezeReport": "freezing.report",
     "Inspection": "inspection.result",
     "LayerRow": "freezing.report",
+    "LiveLayer": "inspection.behaviour",
+    "ModelInspection": "inspection.live",
     "FrozenBatchNorm1d": "nn.modules",
     "FrozenBatchNorm2d": "nn.modules",
     "FrozenBatchNorm3d": "nn.modules",
     "Policy": "policies.policy",
     "PolicyError": "errors",
     "Snapshot": "verification.snapshot",
+    "StoredLayer": "inspection.stored_layers",
     "UnsafeCheckpointError": "errors",
     "UnsupportedFormatError": "errors",
     "assert_frozen": "verification.snapshot",

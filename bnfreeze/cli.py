@@ -1,4 +1,4 @@
-"""The command: `bnfreeze inspect`, `diff`, `snapshot`, `verify`.
+"""The command: `bnfreeze inspect`, `diff`, `snapshot`, `verify`, `explain`, `completion`.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 clean; 1 findings of level error
 (`inspect`) or a difference (`diff`, `verify`); 2 wrong usage, unreadable or refused. Nothing that
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
+from bnfreeze.arguments import command_parser, unknown_command
 from bnfreeze.errors import BnfreezeError
 
 if TYPE_CHECKING:
@@ -25,24 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_EXAMPLES: Final = """\
-examples:
-  bnfreeze inspect resnet50.pth                    the norm layers, as a tree
-  bnfreeze inspect run/*.ckpt --plain | grep var-  one line a layer, of several files
-  bnfreeze inspect last.pt --key model_ema         another state_dict of the same file
-  bnfreeze inspect model.safetensors --sort dead   the layers with most dead channels first
-  bnfreeze diff start.pt end.pt                    did the backbone really stay frozen?
-  bnfreeze diff start.pt end.pt --select backbone  exit code 1 if anything in it moved
-  bnfreeze snapshot start.pt -o held.safetensors   what a later checkpoint is held against
-  bnfreeze verify end.pt held.safetensors          exit code 1 if anything in it moved
-  bnfreeze inspect a.pt --json | jq .files[0].ok   for scripts
-
-exit codes: 0 clean; 1 findings of level error, or a difference; 2 wrong usage, unreadable, refused.
-Files are read without running, importing or believing anything in them; no option changes that.
-"""
-
-_SORTS: Final = ("name", "features", "batches", "mean", "var", "dead")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and give its exit code.
@@ -50,16 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows the command's name; None takes them from the process.
     """
-    # Names may hold what the terminal's encoding cannot show.
+    # A name may have characters that the terminal's encoding does not have.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    options = _parser().parse_args(arguments)
-    # The process ends soon: looking for cycles in what a large pickle describes is time lost.
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser, commands = command_parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+        parser.error(unknown_command(arguments[0], commands))
+    options = parser.parse_args(arguments)
+    # The process ends soon: collecting garbage while a large pickle is read only costs time.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        code = int(options.run(options))
+        code = _COMMANDS[options.command](options)
         sys.stdout.flush()
         return code
     except BnfreezeError as error:
@@ -67,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _complain("Out of memory.")
     except BrokenPipeError:
-        # Whoever read the output has seen enough; nothing more can be written to it.
+        # The reader of the output closed it (`| head`): that is no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -82,87 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gc.enable()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bnfreeze",
-        description="Look at the batch norm in checkpoints, safely.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    inspect = _command(commands, "inspect", "show the norm layers of checkpoints", _inspect)
-    inspect.add_argument("paths", nargs="+", metavar="CKPT", help="a file or a folder")
-    inspect.add_argument("--sort", choices=_SORTS, default="", help="sort the layers, no tree")
-    diff = _command(commands, "diff", "compare two checkpoints bit by bit", _diff)
-    diff.add_argument("first", metavar="A", help="the earlier checkpoint")
-    diff.add_argument("second", metavar="B", help="the later one")
-    snap = _command(commands, "snapshot", "note what a checkpoint holds", _snapshot, pictures=False)
-    snap.add_argument("path", metavar="CKPT", help="a file or a folder")
-    snap.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write it")
-    snap.add_argument(
-        "--all", action="store_true", help="every tensor, not those of norm layers alone"
-    )
-    snap.add_argument("--digest", action="store_true", help="SHA-256 digests instead of a copy")
-    verify = _command(commands, "verify", "compare a checkpoint with a snapshot", _verify)
-    verify.add_argument("path", metavar="CKPT", help="a file or a folder")
-    verify.add_argument("snapshot", metavar="FILE", help="what snapshot wrote, or Snapshot.save")
-    return parser
-
-
-def _command(
-    commands: Any,
-    name: str,
-    what: str,
-    run: Callable[[argparse.Namespace], int],
-    *,
-    pictures: bool = True,
-) -> argparse.ArgumentParser:
-    """A subcommand with the options that all have."""
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=what,
-        description=f"{what[0].upper()}{what[1:]}.",
-        epilog="Reads files of torch.save (zip and legacy), safetensors, *.index.json of shards, "
-        "and folders of torch.distributed.checkpoint, by their content.",
-        allow_abbrev=False,
-    )
-    command.add_argument(
-        "--select",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="only these modules: 'backbone', 'layer4.**.bn?' (may be repeated)",
-    )
-    command.add_argument("--key", metavar="NAME", help="which of several state_dicts in one file")
-    command.set_defaults(run=run)
-    if not pictures:
-        return command
-    forms = command.add_mutually_exclusive_group()
-    forms.add_argument("--json", action="store_true", help="print one JSON object")
-    forms.add_argument("--plain", action="store_true", help="print one line for each, for grep")
-    command.add_argument("--html", metavar="FILE", help="save the picture as HTML")
-    command.add_argument("--svg", metavar="FILE", help="save the picture as SVG")
-    return command
-
-
-class _Version(argparse.Action):
-    """Looks the version up only when it is asked for."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version
-
-        sys.stdout.write(f"bnfreeze {version('bnfreeze')}\n")
-        parser.exit()
-
-
 def _inspect(options: argparse.Namespace) -> int:
     from bnfreeze.inspection.inspect import inspect_checkpoint
 
     _check_outputs(options)
     shown: list[CheckpointInspection] = []
-    told: list[dict[str, Any]] = []
+    files: list[dict[str, Any]] = []
     code = 0
     for path in options.paths:
         try:
@@ -172,15 +84,17 @@ def _inspect(options: argparse.Namespace) -> int:
         except BnfreezeError as error:
             # The others are shown all the same.
             code = _complain(str(error))
-            told.append(
+            files.append(
                 {"path": path, "error": {"kind": type(error).__name__, "message": str(error)}}
             )
             continue
         shown.append(inspection)
-        told.append({name: fact for name, fact in inspection.to_dict().items() if name != "schema"})
+        files.append(
+            {name: fact for name, fact in inspection.to_dict().items() if name != "schema"}
+        )
         code = max(code, 0 if inspection.ok else 1)
     if options.json:
-        _print_json({"schema": 1, "ok": code == 0, "files": told})
+        _print_json({"schema": 2, "ok": code == 0, "files": files})
     elif options.plain:
         for inspection in shown:
             prefix = (inspection.origin.path,) if len(options.paths) > 1 else ()
@@ -258,6 +172,42 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _explain(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from bnfreeze.finding_kinds import KINDS
+    from bnfreeze.findings import finding_kind
+
+    kinds = [finding_kind(options.code)] if options.code else KINDS
+    if options.json:
+        _print_json({"schema": 2, "findings": [asdict(kind) for kind in kinds]})
+    elif options.code:
+        sys.stdout.write(kinds[0].page())
+    else:
+        width = max(len(kind.code) for kind in kinds)
+        sys.stdout.writelines(f"{kind.code:{width}}  {kind.title}\n" for kind in kinds)
+    return 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from bnfreeze.completion import SHELLS, completion
+    from bnfreeze.finding_kinds import KINDS
+
+    arguments = {"explain": [kind.code for kind in KINDS], "completion": SHELLS}
+    sys.stdout.write(completion(command_parser()[0], options.shell, arguments))
+    return 0
+
+
+_COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
+    "inspect": _inspect,
+    "diff": _diff,
+    "snapshot": _snapshot,
+    "verify": _verify,
+    "explain": _explain,
+    "completion": _completion,
+}
+
+
 def _part(
     checkpoint: Checkpoint, options: argparse.Namespace
 ) -> tuple[dict[str, StoredTensor], Origin]:
@@ -273,7 +223,7 @@ def _part(
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    """Refuse to write over anything but an earlier picture: a checkpoint, say, or a part of it."""
+    """Refuse to write over anything but an earlier picture: it may be the checkpoint itself."""
     for output in filter(None, (options.html, options.svg)):
         if os.path.isfile(output):
             with open(output, "rb") as file:
@@ -299,7 +249,7 @@ def _print_sheets(sheets: Sequence[Any]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)
-    # Written by ourselves: rich has a way of its own with a pipe that was closed.
+    # Not written by rich, which handles a closed pipe in its own way.
     with console.capture() as captured:
         for number, sheet in enumerate(sheets):
             if number:
@@ -330,7 +280,7 @@ def _complain(message: str) -> int:
 
 
 def _complain_of_defect() -> int:
-    """Show the traceback of an error that nobody foresaw; 1 would say that something differs."""
+    """Show the traceback of an unforeseen error; exit code 1 would say that something differs."""
     import traceback
 
     from bnfreeze.tables import escaped
@@ -341,7 +291,7 @@ def _complain_of_defect() -> int:
 
 
 class _Progress:
-    """A line on stderr that counts, once it has taken a while and if a person is looking."""
+    """A line on stderr that counts: on a terminal, and only after half a second."""
 
     def __init__(self, what: str) -> None:
         self._what = what

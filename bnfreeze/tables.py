@@ -1,38 +1,40 @@
-"""Facts laid out as a sheet, and a sheet drawn: for a terminal, as text, SVG or HTML.
+"""Draws facts: a table and the findings, for a terminal, or as text, SVG or HTML.
 
-What knows the facts says how they lie on a sheet (`Printable.sheet`); how a sheet looks is known
-here alone. Nothing of a sheet is ever read as markup, and control characters are shown escaped.
+What has the facts lays them out as a `Sheet`; how a sheet looks is decided here. Nothing is read as
+markup, control characters are shown escaped, and what an encoding does not have is replaced by
+ASCII before the layout, so that columns stay aligned.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import sys
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from bnfreeze.files import write_whole
 from bnfreeze.findings import Finding
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
-    from rich.table import Table
     from rich.text import Text
 
-__all__ = ["Printable", "Sheet", "escaped", "html_of", "svg_of", "told_kinds"]
+__all__ = ["Printable", "Sheet", "encodable", "escaped", "html_of", "shared_kind", "svg_of"]
 
-# A colour says what it means for a person who wants the layer frozen.
-_STYLES = {
-    "held": "bold green",
+# A colour says what a word means for a person who wants the layer frozen.
+_STYLES: Final = {
+    "frozen": "bold green",
     "still": "green",
     "running": "green",
     "update": "yellow",
     "train": "yellow",
     "batch": "yellow",
+    "unknown": "yellow",
     "error": "bold red",
     "warning": "yellow",
     "note": "cyan",
@@ -43,13 +45,25 @@ _STYLES = {
     "unread": "bold red",
 }
 
-
-# Nobody reads a longer table, and drawing one takes minutes.
-_MOST_ROWS = 2_000
+# Nobody reads a longer table.
+_MOST_ROWS: Final = 2_000
+# Of findings that differ in their numbers alone, so many are shown with their own.
+_MOST_NUMBERS: Final = 8
 # From this width on, a sheet's further columns are shown.
-_WIDE = 120
+_WIDE: Final = 120
 # Cells of this length and more are sentences, which may wrap.
-_PROSE = 17
+_PROSE: Final = 17
+_GAP: Final = 2
+_LONGEST_REPR: Final = 300
+
+# What stands for a character that the output's encoding does not have.
+_INSTEAD: Final = {"…": "..", "→": "->", "·": "-", "×": "x", "–": "-", "−": "-", "─": "-"}
+# All bars or none: code page 437 has two of the eight.
+_ASCII_BARS: Final = str.maketrans("▁▂▃▄▅▆▇█", ".:-=+*#@")
+# Where a word too long for its line may be broken: at dots, else inside the segments.
+_SEGMENT: Final = re.compile(r"[^.]*\.|[^.]+")
+_PART: Final = re.compile(r"[^_/-]*[_/-]+|[^_/-]+")
+_CAMEL: Final = re.compile(r".+?(?:(?<=[a-z0-9])(?=[A-Z])|$)")
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,7 @@ class Sheet:
         title: what the table shows.
         columns: the headings; the first column names the layer.
         rows: a cell for each column.
-        findings: told under the table, those of one kind together.
+        findings: shown under the table, those of one kind together.
         verdict: the last line.
         further: the columns that only a wide terminal shows.
         notes: lines under the title.
@@ -79,15 +93,30 @@ class Sheet:
     pictures: frozenset[str] = frozenset()
 
 
-def told_kinds(title: str, kinds: Sequence[str]) -> tuple[str, frozenset[str]]:
-    """Tell a single kind of layer in the title, and leave its column to a wide terminal."""
+def shared_kind(title: str, kinds: Sequence[str]) -> tuple[str, frozenset[str]]:
+    """Put the kind of layer in the title if all have one, and its column on wide terminals only."""
     if len(set(kinds)) == 1:
         return f"{title} · {len(kinds)} × {kinds[0]}", frozenset({"kind"})
     return title, frozenset()
 
 
+class _Buffer(io.StringIO):
+    """Text in memory that says of which encoding it will be."""
+
+    encoding = "utf-8"
+
+
 class Printable(ABC):
-    """Facts that give a table when printed."""
+    """Facts that give a table when printed, and HTML in a notebook.
+
+    ``str()`` uses only characters that ``sys.stdout`` can show.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # A dataclass keeps a __repr__ that its class has, and overrides an inherited one.
+        if "__repr__" not in cls.__dict__:
+            cls.__repr__ = Printable.__repr__  # type: ignore[method-assign]
 
     @abstractmethod
     def sheet(self) -> Sheet:
@@ -96,31 +125,28 @@ class Printable(ABC):
     def __str__(self) -> str:
         from rich.console import Console
 
+        buffer = _Buffer()
+        buffer.encoding = _stdout_encoding()
         # As wide as the terminal, or as COLUMNS says; 80 where neither is known.
-        console = Console(file=io.StringIO(), color_system=None, width=Console().width)
-        console.print(self)
-        return str(console.file.getvalue()).rstrip("\n")  # type: ignore[attr-defined]
+        Console(file=buffer, color_system=None, width=Console().width).print(self)
+        return buffer.getvalue().rstrip("\n")
+
+    def __repr__(self) -> str:
+        verdict = encodable(self.sheet().verdict)
+        if len(verdict) > _LONGEST_REPR:
+            verdict = f"{verdict[:_LONGEST_REPR]}..."
+        return f"<{type(self).__name__}: {verdict}>"
+
+    def _repr_html_(self) -> str:
+        return _recorded([self], _WIDE).export_html(
+            inline_styles=True,
+            code_format='<pre style="font-family:monospace;line-height:1.2">{code}</pre>',
+        )
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
     ) -> Iterator[RenderableType]:
-        from rich.text import Text
-
-        sheet = self.sheet()
-        if sheet.findings_first:
-            yield Text(escaped(sheet.title), style="bold")
-        for note in sheet.notes:
-            yield Text(escaped(note), style="dim")
-        if sheet.findings_first and sheet.findings:
-            yield Text()
-            yield from _findings(sheet.findings)
-        if sheet.rows:
-            yield _table(sheet, options.max_width)
-        if len(sheet.rows) > _MOST_ROWS:
-            yield Text(f"… and {len(sheet.rows) - _MOST_ROWS:,} rows more", style="dim")
-        if not sheet.findings_first:
-            yield from _findings(sheet.findings)
-        yield Text(escaped(sheet.verdict), style="bold")
+        return _drawn(self.sheet(), options.max_width, options.encoding)
 
     def save_svg(self, path: str | Path, *, width: int = 100) -> None:
         """Save the picture as an SVG file, `width` characters wide."""
@@ -132,7 +158,7 @@ def svg_of(sheets: Sequence[Printable], *, width: int) -> str:
     from rich.terminal_theme import SVG_EXPORT_THEME
 
     svg = _recorded(sheets, width).export_svg(title="bnfreeze", theme=SVG_EXPORT_THEME)
-    # rich links a font from the net; a picture must not call home when it is looked at.
+    # rich links a font from the net; to look at a picture must not open a connection.
     return re.sub(r"@font-face \{.*?\}", "", svg, flags=re.S)
 
 
@@ -166,84 +192,209 @@ def escaped(text: str) -> str:
     )
 
 
-def _table(sheet: Sheet, width: int) -> Table:
-    from rich import box
-    from rich.table import Table
+def encodable(text: str, encoding: str | None = None) -> str:
+    r"""Give text that can be printed: control characters escaped, and all in an encoding.
+
+    Args:
+        text: any text, of one line.
+        encoding: where it will be printed; None for that of ``sys.stdout``. A character that it
+            does not have is replaced by a similar one of ASCII, or by its code, as ``\u6c34``.
+    """
+    text = escaped(text)
+    encoding = encoding or _stdout_encoding()
+    if text.isascii() or encoding.lower().startswith("utf"):
+        return text
+    return "".join(
+        char if _has(encoding, char) else _INSTEAD.get(char) or _code(char)
+        for char in text.translate(_ASCII_BARS)
+    )
+
+
+def _stdout_encoding() -> str:
+    return getattr(sys.stdout, "encoding", None) or "utf-8"
+
+
+def _has(encoding: str, char: str) -> bool:
+    try:
+        char.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return char.isascii()
+    return True
+
+
+def _code(char: str) -> str:
+    return char.encode("ascii", "backslashreplace").decode()
+
+
+def _drawn(sheet: Sheet, width: int, encoding: str) -> Iterator[Text]:
+    """A sheet line by line; no line is wider than `width`."""
     from rich.text import Text
 
-    rows = sheet.rows[:_MOST_ROWS]
-    cells = [[row[i] for row in rows] for i in range(len(sheet.columns))]
+    def fit(text: str) -> str:
+        return encodable(text, encoding)
+
+    def paragraph(text: str, style: str, indent: int = 0) -> Iterator[Text]:
+        for line in _wrapped(fit(text), width - indent):
+            yield Text(" " * indent + line, style=style)
+
+    if sheet.title:
+        yield from paragraph(sheet.title, "bold")
+    for note in sheet.notes:
+        yield from paragraph(note, "dim")
+    if sheet.findings_first and sheet.findings:
+        yield Text()
+        yield from _findings(sheet.findings, paragraph)
+    if sheet.rows:
+        if not (sheet.findings_first and sheet.findings):
+            yield Text()
+        yield from _table(sheet, width, fit)
+        if len(sheet.rows) > _MOST_ROWS:
+            yield Text(f"... and {len(sheet.rows) - _MOST_ROWS:,} rows more", style="dim")
+        yield Text()
+    if not sheet.findings_first:
+        yield from _findings(sheet.findings, paragraph)
+    yield from paragraph(sheet.verdict, "bold")
+
+
+def _table(sheet: Sheet, width: int, fit: Callable[[str], str]) -> Iterator[Text]:
+    from rich.cells import cell_len
+
+    rows = [[*map(fit, row)] for row in sheet.rows[:_MOST_ROWS]]
     shown = [
         i
         for i, name in enumerate(sheet.columns)
         # A column that says nothing in any row is left out.
-        if any(cells[i]) and (width >= _WIDE or name not in sheet.further)
+        if any(row[i] for row in rows) and (width >= _WIDE or name not in sheet.further)
     ]
-    longest = {i: max(map(len, [sheet.columns[i], *cells[i]])) for i in shown}
-    table = Table(
-        title=None if sheet.findings_first else escaped(sheet.title),
-        title_style="bold",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    # Short words stay whole; the name takes what they leave, and folds rather than loses its end.
-    # Where there is no room for that, everything folds: a figure cut short is another figure.
-    room = width - 2 * len(shown) - 2 - sum(min(longest[i], _PROSE) for i in shown[1:])
-    tight = room < min(12, longest[0])
-    for i in shown:
-        numeric = all(cell.isdigit() for cell in cells[i] if cell)
-        table.add_column(
-            sheet.columns[i],
-            justify="right" if numeric else "left",
-            overflow="fold",
-            width=min(room, longest[i]) if i == 0 and not tight else None,
-            no_wrap=i > 0 and longest[i] < _PROSE and not tight,
-        )
-    for row in rows:
-        heading = len(row) > 1 and not any(row[1:])
-        table.add_row(
-            *(
-                Text(
-                    escaped(row[i]), style="cyan" if sheet.columns[i] in sheet.pictures else "bold"
-                )
-                if heading or sheet.columns[i] in sheet.pictures
-                else _cell(row[i])
-                for i in shown
-            )
-        )
-    return table
+    columns = [sheet.columns[i] for i in shown]
+    cells = [[fit(name) for name in columns], *([row[i] for i in shown] for row in rows)]
+    widths = [max(cell_len(line[i]) for line in cells) for i in range(len(shown))]
+    numeric = [all(line[i].isdigit() for line in cells[1:] if line[i]) for i in range(len(shown))]
+    room = width - 1
+    # The shortest name column in which no word of a name is broken, and the rest as short as can
+    # be. Where they do not fit side by side, each name stands on a line of its own.
+    word = max(cell_len(part) for line in cells for part in _SEGMENT.findall(line[0]) or [""])
+    least = min(widths[0], max(word, 12)) + sum(min(w, _PROSE) + _GAP for w in widths[1:])
+    stacked = len(shown) > 1 and least > room
+    if stacked:
+        widths[0] = _GAP  # what stands below a name is indented
+    floor = [word if not stacked else _GAP, *(min(w, _PROSE) for w in widths[1:])]
+    _narrow(widths, floor, room - _GAP * (len(widths) - 1))
+    _narrow(widths, [1] * len(widths), room - _GAP * (len(widths) - 1))
+
+    for number, line in enumerate(cells):
+        heading = number > 0 and len(line) > 1 and not any(line[1:])
+        styles = [
+            "bold"
+            if number == 0 or heading
+            else "cyan"
+            if name in sheet.pictures
+            # "12 of 40 moved" has the colour of its last word.
+            else _STYLES.get(cell.rpartition(" ")[2], "")
+            for name, cell in zip(columns, line, strict=True)
+        ]
+        if stacked or heading:
+            for part in _wrapped(line[0], room):
+                yield _line([part], styles, [0], [False])
+            line = ["", *line[1:]]
+        if not heading:
+            parts = [_wrapped(cell, w) for cell, w in zip(line, widths, strict=True)]
+            for i in range(max(map(len, parts))):
+                one = [part[i] if i < len(part) else "" for part in parts]
+                yield _line(one, styles, widths, numeric)
+        if number == 0:
+            rule = fit("─") * (sum(widths) + _GAP * (len(widths) - 1))
+            yield _line([rule], [""], [0], [False])
 
 
-def _cell(value: str) -> Text:
+def _narrow(widths: list[int], floor: Sequence[int], room: int) -> None:
+    """Take from the widest columns, as far as their floors let, until all fit in `room`."""
+    while sum(widths) > room:
+        widest = max(range(len(widths)), key=lambda i: (widths[i] > floor[i], widths[i]))
+        if widths[widest] <= floor[widest]:
+            return
+        widths[widest] -= 1
+
+
+def _line(
+    cells: Sequence[str], styles: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]
+) -> Text:
+    from rich.cells import cell_len
     from rich.text import Text
 
-    # "12 of 40 moved" has the colour of its last word.
-    return Text(escaped(value), style=_STYLES.get(value.rpartition(" ")[2], ""))
+    text = Text(" ")
+    for i, (cell, style, width, right) in enumerate(
+        zip(cells, styles, widths, numeric, strict=False)
+    ):
+        pad = " " * (width - cell_len(cell))
+        text.append(" " * (_GAP if i else 0) + (pad if right else ""))
+        text.append(cell, style=style)
+        text.append("" if right else pad)
+    text.rstrip()
+    return text
 
 
-def _findings(findings: Sequence[Finding]) -> Iterator[RenderableType]:
-    """One paragraph for each kind: how grave, what, how to mend it, and in which layers."""
-    from rich.padding import Padding
+def _wrapped(text: str, width: int) -> list[str]:
+    """Break text into lines: at spaces; in a word too long for a line, at dots and the like."""
+    from rich.cells import cell_len, chop_cells
+
+    width = max(width, 1)
+    if cell_len(text) <= width:
+        return [text]
+    indent = " " * min(len(text) - len(text.lstrip()), width // 2)
+    lines = [indent]
+    for word in text.split():
+        pieces = [word]
+        for split in (
+            _SEGMENT.findall,
+            _PART.findall,
+            _CAMEL.findall,
+            lambda piece: chop_cells(piece, width),
+        ):
+            pieces = [
+                part
+                for piece in pieces
+                for part in (split(piece) if cell_len(indent + piece) > width else [piece])
+            ]
+        for position, piece in enumerate(pieces):
+            between = " " if position == 0 and lines[-1] != indent else ""
+            if cell_len(lines[-1] + between + piece) <= width:
+                lines[-1] += between + piece
+            elif lines[-1] == indent:
+                lines[-1] = piece
+            else:
+                lines.append(indent + piece if cell_len(indent + piece) <= width else piece)
+    return lines
+
+
+def _findings(
+    findings: Sequence[Finding], paragraph: Callable[..., Iterator[Text]]
+) -> Iterator[Text]:
+    """A paragraph for each kind: the level, what was seen in which layers, and how to mend it."""
     from rich.text import Text
 
     groups: dict[tuple[str, ...], list[Finding]] = {}
-    for finding in findings:
-        # Layers that differ in their figures alone are told together.
-        message = re.sub(r"[\d.]+", "#", finding.message)
-        groups.setdefault((finding.level, finding.code, message, finding.remedy), []).append(
-            finding
-        )
-    for group in groups.values():
-        finding = group[0]
-        head = Text.assemble(
-            (finding.level, _STYLES[finding.level]), " ", (finding.code, "bold"), "  "
-        )
-        head.append(escaped(_where([member.layer for member in group])))
-        yield head
-        yield Padding(Text(escaped(finding.message)), (0, 0, 0, 2))
-        yield Padding(Text(escaped(f"→ {finding.remedy}"), style="dim"), (0, 0, 1, 2))
+    for one in findings:
+        # Layers whose messages differ only in their numbers are shown together.
+        message = re.sub(r"[\d.]+", "#", one.message)
+        groups.setdefault((one.level, one.code, message, one.remedy), []).append(one)
+    for (level, code, _, remedy), group in groups.items():
+        for number, line in enumerate(
+            paragraph(f"{level} {code}  {_where([one.name for one in group])}", "")
+        ):
+            if number == 0:
+                line.stylize(_STYLES[level], 0, len(level))
+                line.stylize("bold", len(level) + 1, len(level) + 1 + len(code))
+            yield line
+        if len({one.message for one in group}) == 1:
+            yield from paragraph(group[0].message, "", 2)
+        else:
+            for one in group[:_MOST_NUMBERS]:
+                yield from paragraph(f"{one.name or '(the model)'}: {one.message}", "", 2)
+            if len(group) > _MOST_NUMBERS:
+                yield from paragraph(f"... and {len(group) - _MOST_NUMBERS:,} more", "", 2)
+        yield from paragraph(f"→ {remedy}", "dim", 2)
+        yield Text()
 
 
 def _where(layers: Sequence[str]) -> str:

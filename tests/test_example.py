@@ -92,8 +92,8 @@ def test_inspect_says_what_then_happens(outcomes):
     for outcome in outcomes.values():
         assert outcome.on_batch == (0 if "train = eval" in outcome.unchanged else 9)
         assert outcome.updating == (0 if {"statistics", "count"} <= set(outcome.unchanged) else 9)
-    assert "eval-not-lasting" in outcomes["bn.eval() before the loop"].findings
-    assert "statistics-drift" in outcomes["optimizer gets the head only"].findings
+    assert "train-undoes-eval" in outcomes["bn.eval() before the loop"].findings
+    assert "stats-not-frozen" in outcomes["optimizer gets the head only"].findings
     for name in STATISTICS_STAY:
         assert "batch-stats-in-train" in outcomes[name].findings
 

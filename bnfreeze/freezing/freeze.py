@@ -14,7 +14,7 @@ from bnfreeze.freezing.report import FreezeReport, LayerRow
 from bnfreeze.freezing.rules import matching, parse_rules, select
 from bnfreeze.fusion.survey import Absorption
 from bnfreeze.inspection.behaviour import optimizers_by_id
-from bnfreeze.inspection.live import inspect
+from bnfreeze.inspection.live import inspect_model
 from bnfreeze.norm_layers import NamedModule, check_model, is_norm, named_modules
 from bnfreeze.patterns import Pattern
 from bnfreeze.policies.policy import Policy
@@ -145,6 +145,7 @@ def _findings(
     """What `inspect` finds in the layers just frozen, and in those that it could not judge."""
     return tuple(
         finding
-        for finding in inspect(model, optimizer=optimizer).findings
-        if finding.layer in frozen or finding.code in ("unknown-norm", "nothing-trains")
+        for finding in inspect_model(model, optimizer=optimizer).findings
+        if finding.name in frozen
+        or finding.code in ("layer-foreign", "model-nothing-trains", "optimizer-without-parameters")
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from bnfreeze.findings import Finding
 from bnfreeze.policies.policy import Policy
-from bnfreeze.tables import Printable, Sheet, told_kinds
+from bnfreeze.tables import Printable, Sheet, shared_kind
 
 __all__ = ["FreezeReport", "LayerRow"]
 
@@ -61,7 +61,7 @@ class FreezeReport(Printable):
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data with stable keys."""
         return {
-            "schema": 1,
+            "schema": 2,
             "layers": [asdict(row) for row in self.layers],
             "findings": [finding.to_dict() for finding in self.findings],
         }
@@ -77,7 +77,7 @@ class FreezeReport(Printable):
             done, count = "frozen", sum(row.policy != "none" for row in norms)
         tally = Counter(row.absorbs for row in norms if row.absorbs)
         absorbed = ", ".join(f"{number} {what}" for what, number in tally.most_common())
-        title, further = told_kinds(f"Norm layers {done}", [row.kind for row in norms])
+        title, further = shared_kind(f"Norm layers {done}", [row.kind for row in norms])
         return Sheet(
             title=title,
             columns=(

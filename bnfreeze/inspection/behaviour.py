@@ -23,20 +23,27 @@ from bnfreeze.norm_layers import (
 )
 from bnfreeze.policies.record import layer_class, policy_name, record_of
 
-__all__ = ["LayerFacts", "affine_parameters", "layer_facts", "optimizers_by_id"]
+__all__ = ["FrozenBy", "LiveLayer", "affine_parameters", "live_layer", "optimizers_by_id"]
+
+
+FrozenBy = Literal["bnfreeze", "class", "requires_grad"]
+NormalizesWith = Literal["batch", "running", "unknown"]
 
 
 @dataclass(frozen=True)
-class LayerFacts:
+class LiveLayer:
     """One norm layer, and what it will do in the next training step.
 
     Attributes:
         name: the dotted name; of a shared layer the first.
         kind: the class, as it was before freezing.
-        policy: the policy that holds it, ``"none"``, or ``"frozen"`` for another library's layer.
-        normalizes_with: ``"running"`` (the running statistics) or ``"batch"`` (the input's own).
+        policy: its policy, ``"none"``, or ``"frozen"`` for another library's frozen layer.
+        normalizes_with: ``"running"`` (the running statistics), ``"batch"`` (the input's own) or
+            ``"unknown"``.
         updates_statistics: whether running_mean and running_var, or the count, will change.
         trains_affine: whether an optimizer step can move weight or bias.
+        frozen_by: ``"bnfreeze"`` (by a policy), ``"class"`` (another library's frozen layer),
+            ``"requires_grad"`` (by hand, weight and bias alone) or None.
         num_features: the number of channels C.
         eps: what is added to the variance.
         why: for each of the three answers, the reason.
@@ -46,9 +53,10 @@ class LayerFacts:
     name: str
     kind: str
     policy: str
-    normalizes_with: Literal["batch", "running"]
+    normalizes_with: NormalizesWith
     updates_statistics: bool
     trains_affine: bool
+    frozen_by: FrozenBy | None
     num_features: int
     eps: float
     why: dict[str, str]
@@ -80,10 +88,10 @@ def optimizers_by_id(
     return owners
 
 
-def layer_facts(
+def live_layer(
     entry: NamedModule, training: bool, optimized: Mapping[int, str] | None
-) -> LayerFacts:
-    """Say what the layer will do.
+) -> LiveLayer:
+    """Say what a norm layer will do in the next training step.
 
     Args:
         entry: the norm layer.
@@ -95,13 +103,14 @@ def layer_facts(
     updates, why_updates = _updates_statistics(layer, training)
     trains, why_trains = _trains_affine(layer, optimized)
     mean = getattr(layer, "running_mean", None)
-    return LayerFacts(
+    return LiveLayer(
         name=entry.name,
         kind=layer_class(layer).__name__,
         policy=policy_name(layer),
         normalizes_with=normalizes,
         updates_statistics=updates,
         trains_affine=trains,
+        frozen_by=_frozen_by(layer),
         num_features=int(
             getattr(layer, "num_features", 0 if mean is None or is_lazy(layer) else mean.numel())
         ),
@@ -111,7 +120,18 @@ def layer_facts(
     )
 
 
-def _normalizes_with(layer: nn.Module, training: bool) -> tuple[Literal["batch", "running"], str]:
+def _frozen_by(layer: nn.Module) -> FrozenBy | None:
+    if record_of(layer) is not None:
+        return "bnfreeze"
+    if is_lookalike(layer):
+        return "class"
+    parameters = affine_parameters(layer).values()
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        return "requires_grad"
+    return None
+
+
+def _normalizes_with(layer: nn.Module, training: bool) -> tuple[NormalizesWith, str]:
     if is_lookalike(layer):
         return "running", _why_eval(layer)
     if not keeps_statistics(layer) and not is_lazy(layer):
@@ -130,7 +150,7 @@ def _updates_statistics(layer: nn.Module, training: bool) -> tuple[bool, str]:
     if not keeps_statistics(layer) and not is_lazy(layer):
         return False, "there are none"
     if record and record.policy.freezes_statistics:
-        return False, f"held by policy {record.policy}"
+        return False, f"frozen by policy {record.policy}"
     if isinstance(layer, _InstanceNorm):
         # F.instance_norm writes to the statistics that it is given whenever it normalises with
         # the input's own.
@@ -150,7 +170,7 @@ def _updates_statistics(layer: nn.Module, training: bool) -> tuple[bool, str]:
 def _instance_norm_writes_in_eval() -> bool:
     """Whether this torch repeats the statistics for each sample and writes back the mean of these.
 
-    Seen in torch 2.10, no more in 2.15: the mean of three equal numbers may round.
+    torch 2.10 does, 2.15 does not: the mean of three equal numbers may round.
     """
     mean = torch.linspace(0.1, 1.3, 64)
     var = mean + 1
@@ -162,7 +182,7 @@ def _instance_norm_writes_in_eval() -> bool:
 def _why_eval(layer: nn.Module) -> str:
     record = record_of(layer)
     if record and record.policy.forces_eval:
-        return f"held by policy {record.policy}"
+        return f"frozen by policy {record.policy}"
     if is_lookalike(layer):
         return "a frozen batch norm"
     return "eval mode, also after model.train(), which the model overrides"
@@ -179,10 +199,10 @@ def _trains_affine(layer: nn.Module, optimized: Mapping[int, str] | None) -> tup
     if not parameters:
         return False, "it has neither"
     record = record_of(layer)
-    policy = f"held by policy {record.policy}" if record else ""
-    held = record.requires_grad if record else {}
+    policy = f"frozen by policy {record.policy}" if record else ""
+    frozen = record.requires_grad if record else {}
     reasons = {
-        name: _why_moves(parameter, optimized, policy if name in held else "")
+        name: _why_moves(parameter, optimized, policy if name in frozen else "")
         for name, parameter in parameters.items()
     }
     moving = {name: why for name, (moves, why) in reasons.items() if moves}
@@ -193,7 +213,7 @@ def _trains_affine(layer: nn.Module, optimized: Mapping[int, str] | None) -> tup
 
 
 def _why_moves(
-    parameter: nn.Parameter, optimized: Mapping[int, str] | None, held: str
+    parameter: nn.Parameter, optimized: Mapping[int, str] | None, frozen: str
 ) -> tuple[bool, str]:
     if optimized is not None and id(parameter) not in optimized:
         return False, "in no optimizer"
@@ -202,4 +222,4 @@ def _why_moves(
     if parameter.grad is not None:
         # Without an optimizer at hand, the careful answer: a step would move it.
         return True, "requires_grad is False, but a leftover .grad is applied by the next step"
-    return False, held or "requires_grad is False"
+    return False, frozen or "requires_grad is False"

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, as `inspect` tells it."""
+"""The norm layers of a checkpoint, as a table, as lines and as data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CheckpointInspection(Inspection):
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data with stable keys."""
-        return {"schema": 1, **asdict(self.origin), **super().to_dict()}
+        return {"schema": 2, **asdict(self.origin), **super().to_dict()}
 
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
@@ -83,7 +83,7 @@ class CheckpointInspection(Inspection):
             findings=self.findings,
             verdict=_verdict(self, shared),
             further=frozenset({"kind", "dtype", columns[5]}),
-            notes=self.origin.told(),
+            notes=self.origin.summary(),
             findings_first=True,
             pictures=frozenset({columns[5], columns[7]}),
         )
@@ -100,7 +100,7 @@ class CheckpointInspection(Inspection):
                 f"var={_range(layer.var, '..')}",
                 f"dead={layer.near_dead}",
                 layer.dtype,
-                ",".join(sorted({f.code for f in self.findings if f.layer == layer.name})) or "-",
+                ",".join(sorted({f.code for f in self.findings if f.name == layer.name})) or "-",
             )
             for layer in self.layers
         ]
@@ -127,20 +127,20 @@ def _range(spread: Spread | None, between: str) -> str:
 def _verdict(inspection: CheckpointInspection, shared: set[str]) -> str:
     layers: Sequence[StoredLayer] = inspection.layers
     if not layers:
-        return "No norm layer."
+        return "No whole norm layer." if inspection.findings[0].name else "No norm layer."
     kinds = {layer.kind for layer in layers}
-    told = f"{len(layers)} norm layer{'s' if len(layers) > 1 else ''}"
-    told += f", all {kinds.pop()}" if len(kinds) == 1 and kinds != {BATCH_NORM} else ""
-    told += f" in {layers[0].dtype}" if "dtype" in shared else ""
+    text = f"{len(layers)} norm layer{'s' if len(layers) > 1 else ''}"
+    text += f", all {kinds.pop()}" if len(kinds) == 1 and kinds != {BATCH_NORM} else ""
+    text += f" in {layers[0].dtype}" if "dtype" in shared else ""
     if "batches" in shared and layers[0].batches is not None:
-        told += f", {layers[0].batches:,} batches counted"
+        text += f", {layers[0].batches:,} batches counted"
     channels = sum(layer.num_features for layer in layers)
     dead = sum(layer.near_dead for layer in layers)
-    told += f", {dead:,} of {channels:,} channels near-dead" if dead else ""
-    errors = len({finding.layer for finding in inspection.findings if finding.level == "error"})
+    text += f", {dead:,} of {channels:,} channels near-dead" if dead else ""
+    errors = len({finding.name for finding in inspection.findings if finding.level == "error"})
     warnings = sum(finding.level == "warning" for finding in inspection.findings)
     if errors:
-        return f"{told}: {errors} {'layer is' if errors == 1 else 'layers are'} broken."
+        return f"{text}: {errors} {'layer is' if errors == 1 else 'layers are'} broken."
     if warnings:
-        return f"{told}: usable, with {warnings} warning{'s' if warnings > 1 else ''}."
-    return f"{told}: all sound."
+        return f"{text}: usable, with {warnings} warning{'s' if warnings > 1 else ''}."
+    return f"{text}: all sound."

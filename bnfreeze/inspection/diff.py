@@ -10,7 +10,7 @@ import numpy as np
 
 from bnfreeze.checkpoints.stored_tensor import StoredTensor, Words, check_claims, decoded
 from bnfreeze.errors import CheckpointError
-from bnfreeze.findings import Finding
+from bnfreeze.findings import Finding, finding
 from bnfreeze.inspection.origin import Origin
 from bnfreeze.inspection.tree import grouped
 from bnfreeze.tables import Printable, Sheet
@@ -76,7 +76,7 @@ class Difference(Printable):
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data with stable keys."""
         return {
-            "schema": 1,
+            "schema": 2,
             "identical": self.identical,
             "first": asdict(self.first),
             "second": asdict(self.second),
@@ -124,7 +124,7 @@ class Difference(Printable):
             notes=tuple(
                 f"{'from' if number == 0 else 'to  '} {line}"
                 for number, origin in enumerate((self.first, self.second))
-                for line in origin.told()[:1]
+                for line in origin.summary()[:1]
             ),
             findings_first=True,
         )
@@ -268,11 +268,8 @@ def _leaks(changes: list[TensorChange]) -> Iterator[Finding]:
         affine = [parts[part] for part in ("weight", "bias") if part in parts]
         moved = "moved" in (parts.get("running_mean"), parts.get("running_var"))
         if moved and affine and all(status == "identical" for status in affine):
-            yield Finding(
-                "warning",
-                "statistics-drift",
+            yield finding(
+                "stats-not-frozen",
                 layer,
                 "weight and bias are bit-identical, and the running statistics moved.",
-                "They are buffers, which no optimizer and no requires_grad holds: "
-                "use freeze(model, 'eval').",
             )

@@ -1,25 +1,28 @@
-"""`inspect`: of a live model, of a state_dict, of a checkpoint."""
+"""`inspect`, for a live model, a state_dict or a checkpoint."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, overload
 
 from bnfreeze.checkpoints import StateDict, StoredTensor, open_checkpoint, telling
 from bnfreeze.errors import PolicyError
 from bnfreeze.inspection.checkpoint import CheckpointInspection
 from bnfreeze.inspection.origin import Origin
 from bnfreeze.inspection.result import Inspection
-from bnfreeze.inspection.stored_layers import StoredLayer, look_at
+from bnfreeze.inspection.stored_layers import StoredLayer, stored_layers
 from bnfreeze.patterns import Pattern, nearest
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.optim import Optimizer
+
+    from bnfreeze.inspection.live import ModelInspection
 
 __all__ = ["SORTS", "inspect", "inspect_checkpoint", "selected"]
 
-# What layers can be sorted by; the most remarkable come first.
+# What layers can be sorted by; the most unusual come first.
 SORTS: Final[dict[str, Callable[[StoredLayer], Any]]] = {
     "name": lambda layer: layer.name,
     "features": lambda layer: -layer.num_features,
@@ -33,6 +36,27 @@ SORTS: Final[dict[str, Callable[[StoredLayer], Any]]] = {
 _SUGGESTED_FROM: Final = 20_000
 
 
+@overload
+def inspect(
+    what: nn.Module,
+    *,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    key: None = None,
+) -> ModelInspection: ...
+@overload
+def inspect(
+    what: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    optimizer: None = None,
+    key: str | None = None,
+) -> CheckpointInspection: ...
+@overload
+def inspect(
+    what: object,
+    *,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    key: str | None = None,
+) -> Inspection: ...
 def inspect(
     what: object,
     *,
@@ -46,7 +70,7 @@ def inspect(
     by calling it, and every flag that the call changes is put back. Nothing else is run, and
     nothing is changed.
 
-    Of a checkpoint: what its tensors hold. Nothing in the file is run, imported or believed.
+    Of a checkpoint: what its tensors hold. Nothing in the file is run or imported.
 
     Args:
         what: an `nn.Module` (wrappers such as DistributedDataParallel and torch.compile's too),
@@ -58,29 +82,30 @@ def inspect(
         key: of several state_dicts in one checkpoint, the one meant, such as ``"model_ema"``.
 
     Returns:
-        An `Inspection`; print it, or read ``.layers``, ``.findings`` and ``.ok``.
+        A `ModelInspection` or a `CheckpointInspection`; print it, or read ``.layers``,
+        ``.findings`` and ``.ok``.
 
     Raises:
         TypeError: none of these.
-        CheckpointError: the checkpoint was not read: `UnsafeCheckpointError`, `CorruptCheckpointError` or
-            `UnsupportedFormatError` says why.
+        CheckpointError: the checkpoint was not read. `UnsafeCheckpointError`,
+            `CorruptCheckpointError` or `UnsupportedFormatError` says why.
     """
     if isinstance(what, (str, os.PathLike)):
-        _only_live(optimizer)
+        _no_optimizer(optimizer)
         return inspect_checkpoint(what, key=key)
     if isinstance(what, Mapping):
-        _only_live(optimizer)
+        _no_optimizer(optimizer)
         from bnfreeze.inspection.in_memory import state_dict_in
 
-        return _looked(state_dict_in(what, key), "", "state_dict")
+        return _inspection_of(state_dict_in(what, key), "", "state_dict")
     if key is not None:
         raise TypeError("key: a live model has no keys; it is for checkpoints.")
-    from bnfreeze.inspection.live import inspect as inspect_model
+    from bnfreeze.inspection.live import inspect_model
 
     return inspect_model(what, optimizer=optimizer)
 
 
-def _only_live(optimizer: object) -> None:
+def _no_optimizer(optimizer: object) -> None:
     if optimizer is not None:
         raise TypeError("optimizer: a checkpoint is not trained; it is for a live model.")
 
@@ -107,13 +132,15 @@ def inspect_checkpoint(
     with open_checkpoint(path) as checkpoint:
         found = checkpoint.state_dict(key)
         with telling(checkpoint.path):
-            return _looked(found, str(checkpoint.path), checkpoint.kind, select=select, sort=sort)
+            return _inspection_of(
+                found, str(checkpoint.path), checkpoint.kind, select=select, sort=sort
+            )
 
 
-def _looked(
+def _inspection_of(
     found: StateDict, path: str, kind: str, *, select: Sequence[str] = (), sort: str = ""
 ) -> CheckpointInspection:
-    layers, findings = look_at(selected(found.tensors, select))
+    layers, findings = stored_layers(selected(found.tensors, select), found.key)
     if sort:
         layers = tuple(sorted(layers, key=SORTS[sort]))
     return CheckpointInspection(layers, findings, Origin.of(found, path, kind), sort)

@@ -1,4 +1,4 @@
-"""What each norm layer of a live model will really do in the next training step."""
+"""The norm layers of a live model: what they will do in the next training step, and findings."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bnfreeze.findings import Finding, by_gravity
+from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.behaviour import (
-    LayerFacts,
+    LiveLayer,
     affine_parameters,
-    layer_facts,
+    live_layer,
     optimizers_by_id,
 )
 from bnfreeze.inspection.result import Inspection
@@ -30,16 +30,16 @@ from bnfreeze.norm_layers import (
 )
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import frozen_names, policy_name, record_of
-from bnfreeze.tables import Sheet, told_kinds
+from bnfreeze.tables import Sheet, shared_kind
 
-__all__ = ["ModelInspection", "inspect"]
+__all__ = ["ModelInspection", "inspect_model"]
 
 
 @dataclass(frozen=True)
 class ModelInspection(Inspection):
-    """The norm layers of a live model."""
+    """The norm layers of a live model, and what they will do in the next training step."""
 
-    layers: tuple[LayerFacts, ...]
+    layers: tuple[LiveLayer, ...]
 
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
@@ -50,22 +50,22 @@ class ModelInspection(Inspection):
                 str(layer.num_features),
                 layer.policy,
                 layer.normalizes_with,
-                "update" if layer.updates_statistics else _still(layer.why["statistics"]),
-                "train" if layer.trains_affine else _still(layer.why["affine"]),
+                "update" if layer.updates_statistics else _unchanged(layer.why["statistics"]),
+                "train" if layer.trains_affine else _unchanged(layer.why["affine"]),
                 f"{layer.eps:g}",
                 layer.why["statistics"],
                 layer.why["affine"],
             )
             for layer in self.layers
         ]
-        moving = sum(layer.updates_statistics for layer in self.layers)
+        updating = sum(layer.updates_statistics for layer in self.layers)
         training = sum(layer.trains_affine for layer in self.layers)
         on_batch = sum(layer.normalizes_with == "batch" for layer in self.layers)
-        title, further = told_kinds(
+        title, further = shared_kind(
             "What the next training step does", [layer.kind for layer in self.layers]
         )
         return Sheet(
-            title=title,
+            title=title if rows else "",
             columns=(
                 "layer",
                 "kind",
@@ -81,33 +81,26 @@ class ModelInspection(Inspection):
             rows=rows,
             findings=self.findings,
             verdict=(
-                f"{len(rows)} norm layers: {on_batch} normalise with the batch, "
-                f"{moving} update their statistics, {training} train weight or bias."
+                f"{len(rows)} norm layer{'' if len(rows) == 1 else 's'}: "
+                f"{on_batch} normalise with the batch, "
+                f"{updating} update their statistics, {training} train weight or bias."
+                if rows
+                else "No norm layer."
             ),
             further=further | {"eps", "statistics, because", "affine, because"},
         )
 
 
-def _still(why: str) -> str:
-    return "held" if why.startswith("held") else "still"
+def _unchanged(why: str) -> str:
+    return "frozen" if why.startswith("frozen") else "still"
 
 
-def inspect(
+def inspect_model(
     model: object, *, optimizer: Optimizer | Iterable[Optimizer] | None = None
-) -> Inspection:
-    """Say what each norm layer of `model` will really do in the next training step.
+) -> ModelInspection:
+    """Say what each norm layer of `model` will do in the next training step.
 
-    The step is taken to begin with ``model.train()``, as nearly every loop's does. A model that
-    overrides ``train`` is asked by calling it, and every flag that the call changes is put back.
-    Nothing else is run, and nothing is changed.
-
-    Args:
-        model: any `nn.Module`; wrappers such as DistributedDataParallel and torch.compile's too.
-        optimizer: the optimizer, or several. With it, a weight or bias that is in none of them is
-            known not to train, and one with a leftover gradient is known to move.
-
-    Returns:
-        An `Inspection`; print it, or read ``.layers``, ``.findings`` and ``.ok``.
+    See `bnfreeze.inspect`, which calls this for a live model.
 
     Raises:
         TypeError: `model` is no live `nn.Module`, or is TorchScript.
@@ -116,34 +109,25 @@ def inspect(
     optimized = optimizers_by_id(optimizer)
     modules = named_modules(model)
     flags = training_flags(model)
-    layers: list[LayerFacts] = []
+    layers: list[LiveLayer] = []
     findings: list[Finding] = []
     for entry in modules:
         if is_norm(entry.module):
-            facts = layer_facts(entry, flags[id(entry.module)], optimized)
-            layers.append(facts)
-            findings += _layer_findings(facts, entry.module, model.training, optimized)
+            layer = live_layer(entry, flags[id(entry.module)], optimized)
+            layers.append(layer)
+            findings += _layer_findings(layer, entry.module, model.training, optimized)
         elif keeps_unknown_statistics(entry.module):
-            findings.append(_unknown(entry))
-    if not layers:
-        findings.append(
-            Finding("note", "no-norm-layer", "", "The model has no norm layer.", "Nothing to do.")
-        )
-    if _all_held(modules):
-        findings.append(
-            Finding(
-                "warning",
-                "nothing-trains",
-                "",
-                "Every parameter of the model is held: there is nothing left to train, and "
-                "backward() fails.",
-                "Leave out what shall train, the head, say: {'**': 'eval+weights', 'fc': 'none'}.",
-            )
-        )
-    return ModelInspection(tuple(layers), by_gravity(findings))
+            findings.append(_foreign(entry))
+    if not layers and not findings:
+        findings.append(finding("model-no-norm-layer", ""))
+    if _all_frozen(modules):
+        findings.append(finding("model-nothing-trains", ""))
+    if optimized and not any(id(p) in optimized for p in model.parameters()):
+        findings.append(finding("optimizer-without-parameters", ""))
+    return ModelInspection(tuple(layers), worst_first(findings))
 
 
-def _all_held(modules: Iterable[NamedModule]) -> bool:
+def _all_frozen(modules: Iterable[NamedModule]) -> bool:
     records = [record_of(entry.module) for entry in modules]
     if not any(record is not None and Policy.WEIGHTS in record.policy for record in records):
         return False
@@ -152,72 +136,49 @@ def _all_held(modules: Iterable[NamedModule]) -> bool:
 
 
 def _layer_findings(
-    facts: LayerFacts, layer: nn.Module, root_training: bool, optimized: Mapping[int, str] | None
+    facts: LiveLayer, layer: nn.Module, root_training: bool, optimized: Mapping[int, str] | None
 ) -> Iterator[Finding]:
     record = record_of(layer)
     name = facts.name
     if is_lazy(layer):
-        yield Finding(
-            "warning",
-            "lazy",
-            name,
-            "it has not seen an input yet, so it has no tensors to hold.",
-            "Run one forward pass before freezing.",
-        )
+        yield finding("layer-lazy", name)
         return
     if not keeps_statistics(layer):
-        yield Finding(
-            "warning",
-            "no-running-stats",
-            name,
-            "it was built with track_running_stats=False: there is nothing to freeze, and "
-            "it normalises with the batch in eval mode too.",
-            "Build it with track_running_stats=True and load statistics, or leave it.",
-        )
-    elif facts.normalizes_with == "batch" and _statistics_stand_still(facts, layer):
+        yield finding("stats-missing", name)
+    elif facts.normalizes_with == "batch" and _statistics_stay(facts, layer):
         chosen = record is not None and record.policy.freezes_statistics
-        yield Finding(
-            "note" if chosen else "warning",
+        yield finding(
             "batch-stats-in-train",
             name,
             f"its statistics are fixed ({_why_fixed(facts, layer)}), but train mode normalises "
             f"with the batch: eval mode is another function.",
-            "Meant so with policy 'stats'; otherwise use freeze(model, 'eval').",
+            level="note" if chosen else "warning",
         )
     elif facts.updates_statistics and affine_parameters(layer) and not facts.trains_affine:
-        chosen = record is not None
-        yield Finding(
-            "note" if chosen else "warning",
-            "statistics-drift",
+        yield finding(
+            "stats-not-frozen",
             name,
             f"weight and bias do not train ({facts.why['affine']}), "
             f"but the running statistics still update in each forward pass.",
-            "They are buffers, which no optimizer and no requires_grad holds: "
-            "use freeze(model, 'eval').",
+            level="note" if record is not None else "warning",
         )
     if root_training and not layer.training and facts.why["normalizes_with"] == "train mode":
-        yield Finding(
-            "warning",
-            "eval-not-lasting",
-            name,
-            "it is in eval mode now, and the next model.train() undoes that.",
-            "Use freeze(model, 'eval'), which model.train() does not undo.",
-        )
+        yield finding("train-undoes-eval", name)
     yield from _gradient_findings(name, layer, optimized)
     if keeps_statistics(layer):
         mean, var, count = (getattr(layer, stat, None) for stat in STATISTICS)
         if isinstance(mean, Tensor) and isinstance(var, Tensor):
             yield from statistics_findings(
                 name,
-                _at_hand(mean),
-                _at_hand(var),
+                _on_cpu(mean),
+                _on_cpu(var),
                 None if count is None or count.is_meta else int(count),
                 facts.eps,
                 dtypes=(_dtype_name(mean), _dtype_name(var)),
             )
 
 
-def _at_hand(stat: Tensor) -> Tensor | None:
+def _on_cpu(stat: Tensor) -> Tensor | None:
     if stat.is_meta:
         return None
     stat = stat.detach().cpu()
@@ -228,11 +189,11 @@ def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _statistics_stand_still(facts: LayerFacts, layer: nn.Module) -> bool:
+def _statistics_stay(facts: LiveLayer, layer: nn.Module) -> bool:
     return not facts.updates_statistics or getattr(layer, "momentum", None) == 0
 
 
-def _why_fixed(facts: LayerFacts, layer: nn.Module) -> str:
+def _why_fixed(facts: LiveLayer, layer: nn.Module) -> str:
     if facts.updates_statistics:
         return "momentum is 0; num_batches_tracked still rises"
     return facts.why["statistics"]
@@ -244,50 +205,43 @@ def _gradient_findings(
     own = {n: p for n, p in layer._parameters.items() if p is not None and not p.requires_grad}
     left = [n for n, p in own.items() if p.grad is not None]
     if left:
-        yield Finding(
-            "warning",
-            "grad-left",
+        yield finding(
+            "affine-grad-left",
             name,
-            f"{_and(left)} requires_grad=False but a .grad is left: "
+            f"{_and(left)} requires_grad=False and a .grad that is not None: "
             f"the next optimizer step moves it.",
-            "Use freeze(model, 'affine'), which clears it, or set .grad = None.",
         )
     optimized = optimized or {}
     record = record_of(layer)
-    moving = [
+    thawed = [
         name
         for name in (record.requires_grad if record else ())
         if (parameter := layer._parameters.get(name)) is not None and parameter.requires_grad
     ]
-    if moving:
-        yield Finding(
-            "warning",
-            "held-trains",
+    if thawed:
+        yield finding(
+            "affine-thawed",
             name,
-            f"{_and(moving)} requires_grad=True again, though policy {policy_name(layer)} holds.",
-            "Something set the flag since, requires_grad_() on the whole model, say: freeze again.",
+            f"{_and(thawed)} requires_grad=True again, though the policy is {policy_name(layer)}.",
         )
     listed = [n for n in frozen_names(layer) if n in own and id(own[n]) in optimized]
     if listed and not left:
         names = " and ".join(listed)
-        tidy = "build the optimizer from the parameters that have requires_grad=True."
+        are = "is" if len(listed) == 1 else "are"
         if "LBFGS" in {optimized[id(own[n])] for n in listed}:
-            yield Finding(
-                "warning",
-                "in-optimizer",
+            yield finding(
+                "optimizer-has-frozen",
                 name,
-                f"{names} is held and stands in LBFGS, which moves all that it was given along "
-                f"its past steps, without a gradient too.",
-                f"After freezing, {tidy}",
+                f"{names} {are} frozen and in the optimizer LBFGS, which moves its parameters "
+                f"along its past steps, without a gradient too.",
+                level="warning",
             )
         else:
-            yield Finding(
-                "note",
-                "in-optimizer",
+            yield finding(
+                "optimizer-has-frozen",
                 name,
-                f"{names} is held and stands in the optimizer, which passes it over while its "
-                f".grad is None.",
-                f"Harmless; to be tidy, {tidy}",
+                f"{names} {are} frozen and in the optimizer, which skips it while its .grad is "
+                f"None: harmless.",
             )
 
 
@@ -295,12 +249,10 @@ def _and(names: list[str]) -> str:
     return " and ".join(names) + (" has" if len(names) == 1 else " have")
 
 
-def _unknown(entry: NamedModule) -> Finding:
-    return Finding(
-        "warning",
-        "unknown-norm",
+def _foreign(entry: NamedModule) -> Finding:
+    return finding(
+        "layer-foreign",
         entry.name,
         f"{type(entry.module).__name__} keeps running statistics, but is no norm layer "
         f"that bnfreeze knows: it is left alone.",
-        "Let it derive from torch's batch norm, or hold it yourself and verify.",
     )

@@ -17,10 +17,10 @@ class Origin:
         path: the file or folder; empty for a mapping in memory.
         kind: the file's kind, as `bnfreeze.checkpoints.Checkpoint` has it, or ``"state_dict"``.
         key: under which key it was found; empty for the top.
-        stripped: the prefixes that were taken off the names.
+        stripped: the prefixes that were removed from the names.
         others: the keys of other state_dicts there.
         tensors: how many it has.
-        bytes: of their storages, each counted once.
+        bytes: the size of their storages, each counted once.
     """
 
     path: str
@@ -33,7 +33,7 @@ class Origin:
 
     @classmethod
     def of(cls, found: StateDict, path: str, kind: str) -> Origin:
-        """Tell where `found` was found."""
+        """The origin of `found`."""
         return cls(
             path,
             kind,
@@ -44,8 +44,8 @@ class Origin:
             found.storage_bytes(),
         )
 
-    def told(self) -> tuple[str, ...]:
-        """The same in words."""
+    def summary(self) -> tuple[str, ...]:
+        """The same as lines to print."""
         what = f"{self.kind} · {self.tensors} tensors · {_size(self.bytes)}"
         what += f" · under the key {self.key!r}" if self.key else ""
         if self.stripped:

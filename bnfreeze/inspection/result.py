@@ -1,4 +1,4 @@
-"""What `inspect` gives, of a live model and of a checkpoint alike."""
+"""What `inspect` returns, for a live model and for a checkpoint alike."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ __all__ = ["Inspection"]
 
 @dataclass(frozen=True)
 class Inspection(Printable):
-    """The norm layers that were looked at, and what there is to know about them.
+    """The norm layers of a model or a checkpoint, and what there is to know about them.
 
-    Printing it gives a table; `to_dict` gives the same facts for JSON. A layer of a live model
-    says what it will do (`bnfreeze.inspection.behaviour.LayerFacts`); one in a checkpoint, what its
-    tensors hold (`bnfreeze.inspection.stored_layers.StoredLayer`).
+    It is true if `ok`. Printing it gives a table; `to_dict` gives the same facts for JSON.
+
+    Attributes:
+        layers: of a live model `bnfreeze.LiveLayer`, which says what the layer will do; of a
+            checkpoint `bnfreeze.StoredLayer`, which says what its tensors hold.
+        findings: the worst first.
     """
 
     layers: tuple[Any, ...]
@@ -28,10 +31,13 @@ class Inspection(Printable):
         """Whether there is no finding of level ``"error"``."""
         return not any(finding.level == "error" for finding in self.findings)
 
+    def __bool__(self) -> bool:
+        return self.ok
+
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data with stable keys."""
         return {
-            "schema": 1,
+            "schema": 2,
             "ok": self.ok,
             "layers": [asdict(layer) for layer in self.layers],
             "findings": [finding.to_dict() for finding in self.findings],

@@ -1,4 +1,4 @@
-"""The norm layers of a state_dict: found by the names of their statistics, and looked at."""
+"""The norm layers of a state_dict, found by the names of their statistics."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from bnfreeze.checkpoints.limits import MAX_CHANNELS, check_limit
 from bnfreeze.checkpoints.stored_tensor import StoredTensor, shown
 from bnfreeze.errors import CheckpointError
-from bnfreeze.findings import Finding, by_gravity
+from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.statistics import statistics_findings
 
-__all__ = ["BATCH_NORM", "FROZEN_OR_OLD", "Spread", "StoredLayer", "look_at"]
+__all__ = ["BATCH_NORM", "FROZEN_OR_OLD", "Spread", "StoredLayer", "stored_layers"]
 
-# A state_dict has names and values and no classes: more than this cannot be told from it.
+# A state_dict has names and values but no classes, so this is all that can be known of a layer.
 BATCH_NORM: Final = "batch norm"
 FROZEN_OR_OLD: Final = "frozen or old batch norm"
 
@@ -73,6 +73,7 @@ class StoredLayer:
         near_dead: how many channels give next to nothing: the variance is below 1e-5 (eps
             outweighs it) or the weight is below 1e-3. A negative variance is none of these: it is
             an error.
+        key: the dotted key of its state_dict in the checkpoint; empty at the top.
     """
 
     name: str
@@ -84,14 +85,19 @@ class StoredLayer:
     mean: Spread | None
     var: Spread | None
     near_dead: int
+    key: str = ""
 
 
-def look_at(
-    tensors: Mapping[str, StoredTensor],
+def stored_layers(
+    tensors: Mapping[str, StoredTensor], key: str = ""
 ) -> tuple[tuple[StoredLayer, ...], tuple[Finding, ...]]:
     """Find the norm layers of a state_dict and what a person should know about them.
 
     Only their own tensors are read.
+
+    Args:
+        tensors: the state_dict.
+        key: where it was found in its checkpoint; empty for the top.
 
     Raises:
         CheckpointError: one of them cannot be read.
@@ -107,28 +113,27 @@ def look_at(
         }
         problem = _mismatch(own)
         if problem:
-            findings.append(_unpaired(name, problem))
+            findings.append(finding("stats-unpaired", name, problem, key=key))
             continue
         channels += own["running_mean"].numel
         check_limit(channels, MAX_CHANNELS, f"channels up to {name!r:.200}")
         try:
-            layer, own_findings = _layer(name, own)
+            layer, own_findings = _layer(name, own, key)
         except CheckpointError as error:
             raise type(error)(f"{name}: {error}") from None
         layers.append(layer)
         findings += own_findings
-    findings += _across(layers)
-    if not layers:
+    findings += _across(layers, key)
+    if not layers and not findings:
         findings.append(
-            Finding(
-                "note",
-                "no-norm-layer",
+            finding(
+                "model-no-norm-layer",
                 "",
                 "No tensor looked at is named running_mean or running_var: there is no norm layer.",
-                "Nothing to freeze.",
+                key=key,
             )
         )
-    return tuple(layers), by_gravity(findings)
+    return tuple(layers), worst_first(findings)
 
 
 def _join(name: str, part: str) -> str:
@@ -141,7 +146,7 @@ def _layer_names(tensors: Mapping[str, StoredTensor]) -> list[str]:
 
 
 def _mismatch(own: Mapping[str, StoredTensor]) -> str:
-    """What keeps these tensors from being a norm layer's; empty where nothing does."""
+    """Why these tensors are not those of a norm layer; empty where they are."""
     missing = [part for part in _STATISTICS[:2] if part not in own]
     if missing:
         return f"it has {' and '.join(own)}, and no {' and '.join(missing)}."
@@ -149,26 +154,17 @@ def _mismatch(own: Mapping[str, StoredTensor]) -> str:
     if len(own[_STATISTICS[0]].shape) != 1:
         return f"running_mean has {len(own[_STATISTICS[0]].shape)} dimensions, and not one."
     if len(set(shapes.values())) > 1:
-        told = ", ".join(f"{part} {shown(s)}" for part, s in shapes.items())
-        return f"its tensors differ in shape: {told}."
+        each = ", ".join(f"{part} {shown(s)}" for part, s in shapes.items())
+        return f"its tensors differ in shape: {each}."
     count = own.get(_STATISTICS[2])
     if count is not None and count.numel != 1:
         return f"num_batches_tracked has {count.numel} elements, and not one."
     return ""
 
 
-def _unpaired(name: str, problem: str) -> Finding:
-    return Finding(
-        "warning",
-        "unpaired",
-        name,
-        f"no norm layer keeps its statistics so: {problem}",
-        "A load with strict=True fails where a norm layer is meant; "
-        "get the whole checkpoint, or mend what converted it.",
-    )
-
-
-def _layer(name: str, own: Mapping[str, StoredTensor]) -> tuple[StoredLayer, list[Finding]]:
+def _layer(
+    name: str, own: Mapping[str, StoredTensor], key: str
+) -> tuple[StoredLayer, list[Finding]]:
     channels = own["running_mean"].numel
     mean, var, weight = (_real(own.get(part)) for part in ("running_mean", "running_var", "weight"))
     count = own[_STATISTICS[2]].item() if _STATISTICS[2] in own else None
@@ -183,10 +179,11 @@ def _layer(name: str, own: Mapping[str, StoredTensor]) -> tuple[StoredLayer, lis
         mean=None if mean is None else Spread.of(mean),
         var=None if var is None else Spread.of(var),
         near_dead=_near_dead(var, weight),
+        key=key,
     )
     dtypes = (own["running_mean"].dtype, own["running_var"].dtype)
-    findings = list(statistics_findings(name, mean, var, batches, None, dtypes=dtypes))
-    findings += _own_findings(name, mean, var)
+    findings = list(statistics_findings(name, mean, var, batches, None, dtypes=dtypes, key=key))
+    findings += _own_findings(name, mean, var, key)
     return layer, findings
 
 
@@ -209,53 +206,37 @@ def _near_dead(var: NDArray[Any] | None, weight: NDArray[Any] | None) -> int:
 
 
 def _own_findings(
-    name: str, mean: NDArray[Any] | None, var: NDArray[Any] | None
+    name: str, mean: NDArray[Any] | None, var: NDArray[Any] | None, key: str
 ) -> Iterator[Finding]:
     if mean is None or var is None:
-        yield Finding(
-            "warning",
-            "stats-unread",
-            name,
-            "its statistics are of a dtype that has no numbers here, or were saved without values.",
-            "Convert the statistics to float32 to have them looked at.",
-        )
+        yield finding("stats-unread", name, key=key)
         return
     tiny = int(((var > 0) & (var < _HALF_UNDERFLOW)).sum())
     if tiny:
-        yield Finding(
-            "warning",
-            "var-tiny",
+        yield finding(
+            "stats-var-tiny",
             name,
             f"{tiny} of {len(var)} running variances are so small that half precision makes them "
-            f"0: what passes is multiplied by up to 1/sqrt(eps), 316 for an eps of 1e-5.",
-            "Keep the statistics in float32, and eps at what the checkpoint was trained with.",
+            f"0: such a channel is multiplied by up to 1/sqrt(eps), 316 for an eps of 1e-5.",
+            key=key,
         )
 
 
-def _across(layers: list[StoredLayer]) -> Iterator[Finding]:
-    """What can be seen only of all layers together."""
-    uncounted = [layer for layer in layers if layer.kind == FROZEN_OR_OLD]
-    for layer in uncounted:
-        yield Finding(
-            "note",
-            "no-count",
-            layer.name,
-            "no num_batches_tracked: a frozen batch norm, as torchvision, detectron2, timm and "
-            "Transformers have them, or a checkpoint from before torch 0.4.1.",
-            "Both load into a frozen layer as they are.",
-        )
+def _across(layers: list[StoredLayer], key: str) -> Iterator[Finding]:
+    """What only all layers together show."""
+    for layer in layers:
+        if layer.kind == FROZEN_OR_OLD:
+            yield finding("stats-count-missing", layer.name, key=key)
     counts = Counter(layer.batches for layer in layers if layer.batches is not None)
     if len(counts) > 1:
         (usual, number), *rest = counts.most_common()
         odd = [layer for layer in layers if layer.batches not in (None, usual)]
         lowest, highest = min(count for count, _ in rest), max(count for count, _ in rest)
         seen = f"{lowest:,}" if lowest == highest else f"{lowest:,} to {highest:,}"
-        yield Finding(
-            "note",
-            "count-mixed",
+        yield finding(
+            "stats-count-mixed",
             "",
             f"num_batches_tracked is {usual:,} in {number} layers, and {seen} in {len(odd)} "
-            f"(first in {odd[0].name or 'the model'}): some layers stood still while others "
-            f"were trained, or came from elsewhere.",
-            "Meant so where a part was frozen; otherwise find out which layers were not trained.",
+            f"(first in {odd[0].name or 'the model'}).",
+            key=key,
         )

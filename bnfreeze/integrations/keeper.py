@@ -13,7 +13,7 @@ from bnfreeze.errors import PolicyError
 from bnfreeze.freezing.freeze import freeze
 from bnfreeze.freezing.report import FreezeReport
 from bnfreeze.freezing.rules import parse_rules
-from bnfreeze.inspection.live import inspect
+from bnfreeze.inspection.live import inspect_model
 from bnfreeze.policies.policy import Policy
 from bnfreeze.verification.bits import shard
 from bnfreeze.verification.guard import Guard, guard
@@ -75,7 +75,8 @@ class Keeper:
 
     def looks_live(self, model: nn.Module) -> bool:
         """Whether a tool that looks for torch's batch norm takes a held layer for a live one."""
-        still = {layer.name for layer in inspect(model).layers if not layer.updates_statistics}
+        layers = inspect_model(model).layers
+        still = {layer.name for layer in layers if not layer.updates_statistics}
         return any(
             isinstance(module, _BatchNorm) and name in still
             for name, module in model.named_modules()
@@ -124,4 +125,4 @@ class Keeper:
 
 
 def _frozen(model: nn.Module) -> int:
-    return sum(layer.policy != "none" for layer in inspect(model).layers)
+    return sum(layer.policy != "none" for layer in inspect_model(model).layers)

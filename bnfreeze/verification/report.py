@@ -75,7 +75,7 @@ class DriftReport(Printable):
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data with stable keys."""
         return {
-            "schema": 1,
+            "schema": 2,
             "ok": self.ok,
             "checked": self.checked,
             "drifts": [drift.to_dict() for drift in self.drifts],

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.checkpoints.formats import FORMATS, save_zip
 from tests.helpers import bits
 
 # Findings that come of the statistics' values, and so can be seen in a file as well.
-OF_VALUES = {"stats-dtype", "stats-nonfinite", "var-nonpositive", "never-trained"}
+OF_VALUES = {"stats-dtype", "stats-nonfinite", "stats-var-nonpositive", "never-trained"}
 
 
 def trained(model, images):
@@ -76,6 +77,11 @@ MODELS = [
 ]
 
 
+def keyless(rows):
+    """Rows or findings without the key under which their state_dict lies in its file."""
+    return [replace(row, key="") for row in rows]
+
+
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 def test_real_models_give_the_same_facts_in_every_format_and_alive(make, tmp_path):
     model = make()
@@ -84,7 +90,7 @@ def test_real_models_give_the_same_facts_in_every_format_and_alive(make, tmp_pat
     assert [x.name for x in in_memory.layers] == [x.name for x in alive.layers]
     assert [x.num_features for x in in_memory.layers] == [x.num_features for x in alive.layers]
     of_values = [
-        {(f.code, f.layer) for f in x.findings if f.code in OF_VALUES} for x in (alive, in_memory)
+        {(f.code, f.name) for f in x.findings if f.code in OF_VALUES} for x in (alive, in_memory)
     ]
     assert of_values[0] == of_values[1]
     for kind, save in FORMATS.items():
@@ -92,8 +98,8 @@ def test_real_models_give_the_same_facts_in_every_format_and_alive(make, tmp_pat
         read = inspect(path)
         assert read.origin.kind == kind
         order = (lambda layer: layer.name) if kind == "safetensors" else (lambda layer: 0)
-        assert sorted(read.layers, key=order) == sorted(in_memory.layers, key=order)
-        assert set(read.findings) == set(in_memory.findings)
+        assert sorted(keyless(read.layers), key=order) == sorted(in_memory.layers, key=order)
+        assert set(keyless(read.findings)) == set(in_memory.findings)
         with open_checkpoint(path) as checkpoint:
             tensors = checkpoint.state_dict().tensors
             assert set(tensors) == set(model.state_dict())
@@ -327,7 +333,7 @@ def test_a_checkpoint_of_two_ranks_is_read(tmp_path):
     subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
     assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 2
     said, whole = inspect(tmp_path / "dcp"), inspect(tmp_path / "whole.pt")
-    assert said.layers == whole.layers
+    assert keyless(said.layers) == keyless(whole.layers)
     assert said.origin.key == "model"
     with open_checkpoint(tmp_path / "dcp") as a, open_checkpoint(tmp_path / "whole.pt") as b:
         one, other = a.state_dict().tensors, b.state_dict().tensors
@@ -359,8 +365,8 @@ def test_statistics_that_do_not_pair_up_are_told():
     }
     for words, broken in cases.items():
         said = inspect({f"bn.{name}": value for name, value in broken.items()})
-        (finding,) = [f for f in said.findings if f.code == "unpaired"]
-        assert finding.layer == "bn"
+        (finding,) = [f for f in said.findings if f.code == "stats-unpaired"]
+        assert finding.name == "bn"
         assert words in finding.message
         assert said.layers == ()
 
@@ -372,8 +378,8 @@ def test_mixed_counts_tiny_variances_and_missing_counts_are_told(model):
     state["stem.1.running_var"][0] = 1e-9
     del state["backbone.0.1.num_batches_tracked"]
     said = inspect(state)
-    assert codes(said) == {"count-mixed", "var-tiny", "no-count"}
-    (mixed,) = [f for f in said.findings if f.code == "count-mixed"]
+    assert codes(said) == {"stats-count-mixed", "stats-var-tiny", "stats-count-missing"}
+    (mixed,) = [f for f in said.findings if f.code == "stats-count-mixed"]
     assert "is 3 in 2 layers, and 8 in 1 (first in head.2)" in mixed.message
     assert said.layers[1].kind == "frozen or old batch norm"
     assert said.layers[1].batches is None
@@ -386,7 +392,7 @@ def test_broken_values_are_errors(model):
     said = inspect(state)
     assert [(f.level, f.code) for f in said.findings] == [
         ("error", "stats-nonfinite"),
-        ("error", "var-nonpositive"),
+        ("error", "stats-var-nonpositive"),
     ]
     assert not said.ok
 
@@ -416,7 +422,7 @@ def test_one_inspect_takes_models_mappings_and_paths(model, tmp_path):
         said = inspect(what)
         assert isinstance(said, bnfreeze.Inspection)
         assert [layer.num_features for layer in said.layers] == [4, 6, 6, 5]
-        assert said.to_dict()["schema"] == 1
+        assert said.to_dict()["schema"] == 2
     with pytest.raises(TypeError, match="a checkpoint is not trained"):
         inspect(path, optimizer=torch.optim.SGD(model.parameters()))
     with pytest.raises(TypeError, match="a live model has no keys"):

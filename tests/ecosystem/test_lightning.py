@@ -324,7 +324,7 @@ def test_layers_that_are_not_there_yet_are_refused(trainer, loader):
 
 def test_what_base_finetuning_does_by_itself_is_found_and_named(model, trainer, loader):
     trainer(Finetuning(train_bn=False), max_epochs=1).fit(Classifier(model), loader)
-    found = [one for one in bnfreeze.inspect(model).findings if one.layer == "layer1.bn1"]
+    found = [one for one in bnfreeze.inspect(model).findings if one.name == "layer1.bn1"]
     assert [one.code for one in found] == ["batch-stats-in-train"]
     assert "track_running_stats is False, as Lightning's BaseFinetuning sets it" in found[0].message
     assert "freeze(model, 'eval')" in found[0].remedy

@@ -150,5 +150,5 @@ def test_smps_own_freezing_is_understood():
     model.unfreeze_encoder()
     bnfreeze.freeze(model, {"encoder": "eval+affine"})
     model.unfreeze_encoder()
-    (first, *_) = [f for f in bnfreeze.inspect(model).findings if f.layer == "encoder.bn1"]
-    assert first.code == "held-trains"
+    (first, *_) = [f for f in bnfreeze.inspect(model).findings if f.name == "encoder.bn1"]
+    assert first.code == "affine-thawed"

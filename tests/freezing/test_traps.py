@@ -64,14 +64,14 @@ def eval_once(model):
         (
             affine_without_grad,
             {"running_mean", "running_var", "num_batches_tracked"},
-            "statistics-drift",
+            "stats-not-frozen",
         ),
         (tracking_off, set(), "batch-stats-in-train"),
         (momentum_zero, {"num_batches_tracked"}, "batch-stats-in-train"),
         (
             eval_once,
             {"running_mean", "running_var", "num_batches_tracked"},
-            "eval-not-lasting",
+            "train-undoes-eval",
         ),
     ],
 )
@@ -117,7 +117,7 @@ def test_an_optimizer_without_the_backbone_does_not_freeze_its_statistics(model,
     step(model, images, optimizer)
     assert statistics(moved(before, model)) == statistics(before)
     assert all(layer.updates_statistics and not layer.trains_affine for layer in said.layers)
-    assert {f.layer for f in said.findings if f.code == "statistics-drift"} == {
+    assert {f.name for f in said.findings if f.code == "stats-not-frozen"} == {
         layer.name for layer in said.layers
     }
 
@@ -128,7 +128,7 @@ def test_statistics_turned_off_at_construction_leave_eval_with_the_batch():
     assert layer(x).mean().abs() < 1e-3, "it normalised with the batch, in eval mode"
     (facts,) = inspect(layer).layers
     assert facts.normalizes_with == "batch"
-    assert codes(layer) == {"no-running-stats"}
+    assert codes(layer) == {"stats-missing"}
 
 
 # Around train() and eval().
@@ -205,7 +205,7 @@ def test_a_stale_gradient_does_not_move_a_held_weight(model, images, index):
     step(plain, images, plain_optimizer)
     plain.stem[1].requires_grad_(False)
     before = state(plain)
-    assert "grad-left" in codes(plain, optimizer=plain_optimizer)
+    assert "affine-grad-left" in codes(plain, optimizer=plain_optimizer)
     assert inspect(plain).layers[0].trains_affine
     plain_optimizer.step()
     assert "stem.1.weight" in moved(before, plain), "the trap: requires_grad=False, and it moved"
@@ -222,12 +222,12 @@ def test_a_stale_gradient_does_not_move_a_held_weight(model, images, index):
 def test_held_parameters_in_the_optimizer_are_listed(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     report = freeze(model, {"stem": "eval+affine"}, optimizer=optimizer)
-    listed = [f for f in report.findings if f.code == "in-optimizer"]
-    assert [(f.layer, f.level) for f in listed] == [("stem.1", "note")]
+    listed = [f for f in report.findings if f.code == "optimizer-has-frozen"]
+    assert [(f.name, f.level) for f in listed] == [("stem.1", "note")]
     assert "weight and bias" in listed[0].message
     again = freeze(model, {"stem": "eval+affine"}, optimizer=(one for one in [optimizer]))
-    assert [f for f in again.findings if f.code == "in-optimizer"] == listed
-    assert "in-optimizer" not in codes(model, optimizer=torch.optim.SGD(model.head.parameters()))
+    assert [f for f in again.findings if f.code == "optimizer-has-frozen"] == listed
+    assert "optimizer-has-frozen" not in codes(model, optimizer=torch.optim.SGD(model.head.parameters()))
 
 
 def test_lbfgs_moves_a_held_weight_without_a_gradient_and_the_report_warns_of_it(model, images):
@@ -241,7 +241,7 @@ def test_lbfgs_moves_a_held_weight_without_a_gradient_and_the_report_warns_of_it
 
     optimizer.step(closure)
     report = freeze(model, "eval+affine", optimizer=optimizer)
-    assert {f.level for f in report.findings if f.code == "in-optimizer"} == {"warning"}
+    assert {f.level for f in report.findings if f.code == "optimizer-has-frozen"} == {"warning"}
     before = state(model)
     optimizer.step(closure)
     assert "stem.1.weight" in moved(before, model), "the trap is real"
@@ -323,11 +323,11 @@ def test_eps_is_kept():
     ("spoil", "code", "level"),
     [
         (lambda layer: layer.reset_running_stats(), "never-trained", "warning"),
-        (lambda layer: layer.running_var[0].fill_(-0.5), "var-nonpositive", "error"),
-        (lambda layer: layer.running_var[0].zero_(), "var-nonpositive", "warning"),
+        (lambda layer: layer.running_var[0].fill_(-0.5), "stats-var-nonpositive", "error"),
+        (lambda layer: layer.running_var[0].zero_(), "stats-var-nonpositive", "warning"),
         (lambda layer: layer.running_mean[1].fill_(float("nan")), "stats-nonfinite", "error"),
         (lambda layer: layer.running_var[1].fill_(float("inf")), "stats-nonfinite", "error"),
-        (lambda layer: setattr(layer, "eps", 0.0), "eps-zero", "warning"),
+        (lambda layer: setattr(layer, "eps", 0.0), "layer-eps-zero", "warning"),
         (lambda layer: layer.half(), "stats-dtype", "warning"),
         (lambda layer: layer.bfloat16(), "stats-dtype", "warning"),
     ],
@@ -337,7 +337,7 @@ def test_statistics_that_a_person_should_know_of_are_findings(model, spoil, code
     spoil(model.stem[1])
     for findings in (inspect(model).findings, freeze(model, "eval").findings):
         found = [f for f in findings if f.code == code]
-        assert [(f.layer, f.level) for f in found] == [("stem.1", level)]
+        assert [(f.name, f.level) for f in found] == [("stem.1", level)]
     assert inspect(model).ok is (level != "error")
 
 
@@ -352,5 +352,5 @@ def test_statistics_are_never_rewritten(model):
 def test_the_chosen_policy_stats_has_a_note_and_lightnings_way_a_warning(model):
     freeze(model, {"stem": "stats"})
     model.head[2].track_running_stats = False
-    levels = {f.layer: f.level for f in inspect(model).findings if f.code == "batch-stats-in-train"}
+    levels = {f.name: f.level for f in inspect(model).findings if f.code == "batch-stats-in-train"}
     assert levels == {"stem.1": "note", "head.2": "warning"}

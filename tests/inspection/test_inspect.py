@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnfreeze import freeze, inspect
+from bnfreeze import FrozenBatchNorm2d, freeze, inspect, unfreeze
 from tests.conftest import Small
 from tests.helpers import moved, state, statistics, step
 
@@ -33,22 +33,29 @@ def test_looking_changes_nothing(model):
     inspect(model)
     assert moved(before, model) == set()
     assert [m.training for m in model.modules()][4:] == flags[4:]
-    from bnfreeze import unfreeze
-
     unfreeze(model)
     assert [m.training for m in model.modules()] == flags
 
 
-def test_each_answer_has_its_reason(model):
+def test_each_answer_has_its_reason_and_says_who_froze_the_layer(model):
     model.stem[1].weight.requires_grad_(False)
     freeze(model, {"head": "eval+affine"})
     optimizer = torch.optim.SGD([*model.stem.parameters(), *model.head.parameters()], lr=0.1)
-    layers = {layer.name: layer.why for layer in inspect(model, optimizer=optimizer).layers}
+    said = inspect(model, optimizer=optimizer)
+    layers = {layer.name: layer.why for layer in said.layers}
     assert layers["stem.1"]["affine"] == "bias: requires_grad, in the optimizer"
     assert layers["stem.1"]["statistics"] == "train mode"
     assert layers["backbone.0.1"]["affine"] == "in no optimizer"
-    assert layers["head.2"]["affine"] == "held by policy eval+affine"
-    assert layers["head.2"]["normalizes_with"] == "held by policy eval+affine"
+    assert layers["head.2"]["affine"] == "frozen by policy eval+affine"
+    assert layers["head.2"]["normalizes_with"] == "frozen by policy eval+affine"
+    model.stem[1].bias.requires_grad_(False)
+    model.backbone[0][1] = FrozenBatchNorm2d(6)
+    assert {layer.name: layer.frozen_by for layer in inspect(model).layers} == {
+        "stem.1": "requires_grad",
+        "backbone.0.1": "class",
+        "backbone.1.1": None,
+        "head.2": "bnfreeze",
+    }
 
 
 def test_several_optimizers_are_taken_together(model):
@@ -61,21 +68,23 @@ def test_several_optimizers_are_taken_together(model):
 def test_a_model_in_eval_is_taken_to_be_trained_next(model):
     model.eval()
     assert all(layer.normalizes_with == "batch" for layer in inspect(model).layers)
-    assert "eval-not-lasting" not in {f.code for f in inspect(model).findings}
+    assert "train-undoes-eval" not in {f.code for f in inspect(model).findings}
 
 
 def test_a_model_without_norm_layers_is_said_to_have_none():
     said = inspect(nn.Linear(2, 2))
     assert said.layers == ()
-    assert said.ok
-    assert [f.code for f in said.findings] == ["no-norm-layer"]
-    assert "no norm layer" in str(said)
+    assert said
+    assert [f.code for f in said.findings] == ["model-no-norm-layer"]
+    assert str(said).endswith("No norm layer.")
 
 
 def test_the_dict_is_plain_json_with_stable_keys(model):
-    freeze(model, {"stem": "eval"})
+    freeze(model, {"stem": "eval", "head": "stats"})
     data = json.loads(json.dumps(inspect(model).to_dict()))
     assert list(data) == ["schema", "ok", "layers", "findings"]
+    assert data["schema"] == 2
+    assert list(data["findings"][0]) == ["level", "code", "name", "message", "remedy", "key"]
     assert data["layers"][0] == {
         "name": "stem.1",
         "kind": "BatchNorm2d",
@@ -83,23 +92,15 @@ def test_the_dict_is_plain_json_with_stable_keys(model):
         "normalizes_with": "running",
         "updates_statistics": False,
         "trains_affine": True,
+        "frozen_by": "bnfreeze",
         "num_features": 4,
         "eps": 1e-5,
         "why": {
-            "normalizes_with": "held by policy eval",
-            "statistics": "held by policy eval",
+            "normalizes_with": "frozen by policy eval",
+            "statistics": "frozen by policy eval",
             "affine": "requires_grad",
         },
         "aliases": [],
-    }
-    report = json.loads(json.dumps(freeze(model, {"head": "eval+affine"}).to_dict()))
-    assert report["layers"][-1] == {
-        "name": "head.2",
-        "kind": "BatchNorm1d",
-        "policy": "eval+affine",
-        "absorbs": "",
-        "actions": ["force-eval", "hold-statistics", "hold-weight", "hold-bias"],
-        "note": "",
     }
 
 
@@ -131,28 +132,64 @@ def test_a_train_that_raises_leaves_no_trace(model):
     assert not refuses.stem[1].training
 
 
-def test_a_flag_set_again_on_what_is_held_is_told(model):
+def test_a_frozen_parameter_that_requires_grad_again_is_a_finding(model):
     freeze(model, "eval+affine")
     model.requires_grad_(True)
-    found = {f.layer: f.message for f in inspect(model).findings if f.code == "held-trains"}
-    assert len(found) == 4
-    assert "weight and bias have requires_grad=True again" in found["stem.1"]
+    found = [f.name for f in inspect(model).findings if f.code == "affine-thawed"]
+    assert found == ["stem.1", "backbone.0.1", "backbone.1.1", "head.2"]
 
 
-def test_a_model_in_which_nothing_is_left_to_train_is_told(model):
+def test_a_model_in_which_nothing_is_left_to_train_is_a_finding(model):
     report = freeze(model, "eval+weights")
-    assert [f.layer for f in report.findings if f.code == "nothing-trains"] == [""]
+    assert [f.name for f in report.findings if f.code == "model-nothing-trains"] == [""]
     freeze(model, "eval+affine")
-    assert "nothing-trains" not in {f.code for f in inspect(model).findings}
+    assert "model-nothing-trains" not in {f.code for f in inspect(model).findings}
 
 
 def test_errors_come_first(model):
     model.head[2].running_var[0] = -1
     model.stem[1].reset_running_stats()
-    levels = [finding.level for finding in inspect(model).findings]
-    assert levels == ["error", "warning"]
+    said = inspect(model)
+    assert [finding.level for finding in said.findings] == ["error", "warning"]
+    assert not said
 
 
-def test_a_new_model_is_all_never_trained():
-    findings = inspect(Small()).findings
-    assert [f.code for f in findings] == ["never-trained"] * 4
+def test_values_of_a_new_layer_are_a_finding_whether_batches_were_counted_or_not(model):
+    assert [f.code for f in inspect(Small()).findings] == ["never-trained"] * 4
+    model.stem[1].running_mean.zero_()
+    model.stem[1].running_var.fill_(1)
+    for what in (model, model.state_dict()):
+        assert [(f.code, f.name, f.level) for f in inspect(what).findings] == [
+            ("stats-not-updated", "stem.1", "warning")
+        ]
+    model.stem[1].running_mean[0] = 1e-30
+    assert inspect(model).findings == ()
+
+
+def test_an_optimizer_of_another_model_is_a_finding(model):
+    other = torch.optim.SGD(Small().parameters(), lr=0.1)
+    assert "optimizer-without-parameters" in codes(model, optimizer=other)
+    own = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    assert "optimizer-without-parameters" not in codes(model, optimizer=[other, own])
+
+
+def test_a_checkpoint_of_unpaired_statistics_never_says_that_there_are_none():
+    said = inspect({"bn.running_mean": torch.zeros(3)})
+    assert [f.code for f in said.findings] == ["stats-unpaired"]
+    assert said.layers == ()
+    assert "No norm layer" not in str(said)
+    assert [f.code for f in inspect({"fc.weight": torch.zeros(3)}).findings] == [
+        "model-no-norm-layer"
+    ]
+
+
+def test_rows_and_findings_of_a_checkpoint_carry_its_key(model):
+    model.head[2].running_var[0] = -1
+    said = inspect({"ema": {"model": model.state_dict()}})
+    assert {layer.key for layer in said.layers} == {said.origin.key}
+    assert [(f.key, f.name) for f in said.findings] == [(said.origin.key, "head.2")]
+    assert said.origin.key
+
+
+def codes(model, **options):
+    return {finding.code for finding in inspect(model, **options).findings}

@@ -1,0 +1,128 @@
+"""The arguments of the command: its parser, and nothing that takes long to import."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+from bnfreeze.completion import SHELLS
+
+__all__ = ["command_parser", "unknown_command"]
+
+_EXAMPLES: Final = """\
+examples:
+  bnfreeze inspect resnet50.pth                    the norm layers, as a tree
+  bnfreeze inspect run/*.ckpt --plain | grep var-  one line a layer, of several files
+  bnfreeze inspect last.pt --key model_ema         another state_dict of the same file
+  bnfreeze inspect model.safetensors --sort dead   the layers with most dead channels first
+  bnfreeze diff start.pt end.pt                    did the backbone really stay frozen?
+  bnfreeze diff start.pt end.pt --select backbone  exit code 1 if anything in it moved
+  bnfreeze snapshot start.pt -o start.safetensors  save the statistics, to compare with later
+  bnfreeze verify end.pt start.safetensors         exit code 1 if anything in it moved
+  bnfreeze explain never-trained                   what a finding means, and how to mend it
+  bnfreeze inspect a.pt --json | jq .files[0].ok   for scripts
+
+completion in bash:  eval "$(bnfreeze completion bash)"   (in ~/.bashrc; zsh: in ~/.zshrc)
+completion in fish:  bnfreeze completion fish | source    (in ~/.config/fish/config.fish)
+
+exit codes: 0 clean; 1 findings of level error, or a difference; 2 wrong usage, unreadable, refused.
+Nothing in a file is run or imported; no option changes that.
+"""
+
+_SORTS: Final = ("name", "features", "batches", "mean", "var", "dead")
+
+
+def unknown_command(word: str, commands: Sequence[str]) -> str:
+    """What to say of a word that is no command."""
+    close = difflib.get_close_matches(word, commands, n=1)
+    if close:
+        return f"there is no command {word!r}; did you mean {close[0]!r}?"
+    if os.path.exists(word):
+        return f"there is no command {word!r}; did you mean: bnfreeze inspect {shlex.quote(word)}"
+    return f"there is no command {word!r}; the commands are {', '.join(commands)}"
+
+
+def command_parser() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
+    """The parser and the names of the commands."""
+    parser = argparse.ArgumentParser(
+        prog="bnfreeze",
+        description="Inspect the batch norm layers in checkpoints, and compare checkpoints.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    inspect = _command(commands, "inspect", "show the norm layers of checkpoints")
+    inspect.add_argument("paths", nargs="+", metavar="CKPT", help="a file or a folder")
+    inspect.add_argument("--sort", choices=_SORTS, default="", help="sort the layers (no tree)")
+    diff = _command(commands, "diff", "compare two checkpoints bit by bit")
+    diff.add_argument("first", metavar="A", help="the earlier checkpoint")
+    diff.add_argument("second", metavar="B", help="the later one")
+    snap = _command(commands, "snapshot", "save a checkpoint's statistics", pictures=False)
+    snap.add_argument("path", metavar="CKPT", help="a file or a folder")
+    snap.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write it")
+    snap.add_argument(
+        "--all", action="store_true", help="every tensor, not only those of norm layers"
+    )
+    snap.add_argument("--digest", action="store_true", help="SHA-256 digests, not a copy")
+    verify = _command(commands, "verify", "compare a checkpoint with a snapshot")
+    verify.add_argument("path", metavar="CKPT", help="a file or a folder")
+    verify.add_argument("snapshot", metavar="FILE", help="what snapshot wrote, or Snapshot.save")
+    explain = commands.add_parser("explain", help="say what a finding means", allow_abbrev=False)
+    explain.add_argument("code", nargs="?", metavar="CODE", help="its code; without it, list all")
+    explain.add_argument("--json", action="store_true", help="print one JSON object")
+    complete = commands.add_parser(
+        "completion", help="print a script that completes this command in a shell"
+    )
+    complete.add_argument("shell", choices=SHELLS)
+    return parser, tuple(commands.choices)
+
+
+def _command(
+    commands: Any,
+    name: str,
+    what: str,
+    *,
+    pictures: bool = True,
+) -> argparse.ArgumentParser:
+    """A subcommand with the options that all have."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog="Reads files of torch.save (zip and legacy), safetensors, *.index.json of shards, "
+        "and folders of torch.distributed.checkpoint. The content decides, not the name.",
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "--select",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="only these modules: 'backbone', 'layer4.**.bn?' (may be repeated)",
+    )
+    command.add_argument("--key", metavar="NAME", help="which of several state_dicts in one file")
+    if not pictures:
+        return command
+    forms = command.add_mutually_exclusive_group()
+    forms.add_argument("--json", action="store_true", help="print one JSON object")
+    forms.add_argument("--plain", action="store_true", help="print one line for each, for grep")
+    command.add_argument("--html", metavar="FILE", help="save the picture as HTML")
+    command.add_argument("--svg", metavar="FILE", help="save the picture as SVG")
+    return command
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"bnfreeze {version('bnfreeze')}\n")
+        parser.exit()

@@ -1,0 +1,39 @@
+"""Write the page of each finding, docs/findings/*.md, from the registry.
+
+    python docs/make_findings.py
+
+A test says so when a page and the registry differ.
+"""
+
+from pathlib import Path
+
+from bnfreeze.finding_kinds import KINDS
+
+FOLDER = Path(__file__).parent / "findings"
+
+
+def pages() -> dict[str, str]:
+    """The text of each page, by the name of its file."""
+    rows = "".join(
+        f"| [`{kind.code}`]({kind.code}.md) | {', '.join(kind.levels)} | {kind.title} |\n"
+        for kind in KINDS
+    )
+    index = (
+        "# Findings\n\n"
+        "A finding is something that you should know about a model or a checkpoint. "
+        "`inspect`, `freeze` and `diff` report them, each with a level, a code that does not "
+        "change, the layer's name, and how to mend it. "
+        "An `error` makes `inspection.ok` false and the command's exit code 1.\n\n"
+        "`bnfreeze explain CODE` shows the same text in a terminal.\n\n"
+        "A code says first what it is about (`stats-`, `affine-`, `layer-`, `model-`, "
+        "`optimizer-`), and then what is wrong with it.\n\n"
+        f"| code | level | what was found |\n| --- | --- | --- |\n{rows}"
+    )
+    return {"index.md": index, **{f"{kind.code}.md": kind.page() for kind in KINDS}}
+
+
+if __name__ == "__main__":
+    for old in FOLDER.glob("*.md"):
+        old.unlink()
+    for name, text in pages().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")

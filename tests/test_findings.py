@@ -1,0 +1,66 @@
+"""The registry of findings: what is emitted is registered, and explained everywhere alike."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from bnfreeze.errors import BnfreezeError
+from bnfreeze.finding_kinds import KINDS
+from bnfreeze.findings import Finding, finding, finding_kind, worst_first
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "bnfreeze").rglob("*.py"))
+
+
+def emitted():
+    """The codes in the source's calls of `finding`, by the file's name."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "finding":
+                yield ast.literal_eval(node.args[0]), path.name
+
+
+def test_what_is_emitted_is_registered_and_what_is_registered_is_emitted():
+    assert {code for code, _ in emitted()} == {kind.code for kind in KINDS}
+
+
+def test_codes_are_unique_and_sorted_and_the_texts_are_plain_ascii():
+    codes = [kind.code for kind in KINDS]
+    assert codes == sorted(set(codes))
+    for kind in KINDS:
+        assert kind.page().isascii()
+        assert kind.levels
+        assert kind.title
+        assert not kind.title.endswith(".")
+
+
+def test_a_finding_takes_its_level_and_remedy_from_the_registry():
+    made = finding("never-trained", "bn", "seen")
+    assert made == Finding("warning", "never-trained", "bn", "seen", made.remedy)
+    assert made.remedy == finding_kind("Never-Trained").remedy
+    assert finding("optimizer-has-frozen", "bn", level="warning", key="ema").key == "ema"
+    with pytest.raises(KeyError):
+        finding("no-such-code", "bn")
+    with pytest.raises(ValueError, match="warning"):
+        finding("never-trained", "bn", level="error")
+
+
+def test_an_unknown_code_names_the_nearest():
+    with pytest.raises(BnfreezeError, match="Did you mean never-trained"):
+        finding_kind("never-traind")
+
+
+def test_the_worst_come_first_and_the_rest_as_they_came():
+    a, b, c, d = (Finding(level, "x", n, "", "") for level, n in zip(
+        ("note", "warning", "error", "warning"), "abcd", strict=True))  # fmt: skip
+    assert worst_first([a, b, c, d]) == (c, b, d, a)
+
+
+def test_the_pages_of_the_documentation_agree_with_the_registry():
+    spec = importlib.util.spec_from_file_location("make_findings", ROOT / "docs/make_findings.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    stored = {path.name: path.read_text() for path in module.FOLDER.glob("*.md")}
+    assert stored == module.pages(), "run: python docs/make_findings.py"
