@@ -90,6 +90,30 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "model.train()                    # still normalises with each batch",
     ),
     FindingKind(
+        "batch-too-small",
+        ("warning",),
+        "Batches of this size are too small to normalise with",
+        "In train mode a layer normalises with the mean of the batch. With so few samples that "
+        "mean is off by more than 0.2 standard deviations in the median layer.",
+        "The same sample gets another output in every batch, and the running statistics that are "
+        "gathered from such batches are noisy. Frozen layers do not depend on the batch.",
+        "Freeze the statistics, with freeze(model, 'eval'), once they fit the data; or use larger "
+        "batches.",
+        "report = bnfreeze.probe(model, loader)   # batches of 2\n"
+        "report.layers[0].batch_noise             # in standard deviations",
+    ),
+    FindingKind(
+        "dead-on-this-data",
+        ("note",),
+        "Channels that do not vary on this data",
+        "On this data the input of some channels is constant, although a variance is stored for "
+        "them.",
+        "Nothing can be said about such a channel. Recalibrating gives it the variance 0: a later "
+        "input that does vary is then multiplied by 1/sqrt(eps), which is about 300.",
+        "Use more, and more varied, data; or leave the layer out with select=.",
+        "bnfreeze.probe(model, loader).layers[0].dead_channels",
+    ),
+    FindingKind(
         "layer-eps-zero",
         ("warning",),
         "eps is 0",
@@ -120,6 +144,16 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "Run one forward pass before freezing.",
         "model = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d())\n"
         "model(images)                    # now it has tensors\nfreeze(model, 'eval')",
+    ),
+    FindingKind(
+        "layer-not-reached",
+        ("note",),
+        "No data reached a norm layer",
+        "The layer was not called in any batch, so nothing is known about its statistics.",
+        "A part of the model that runs in training only, or on other inputs, is not judged and not "
+        "recalibrated.",
+        "Run the model as you use it: pass forward=, or data that reach this layer.",
+        "bnfreeze.probe(model, loader, forward=lambda model, batch: model.both_heads(batch))",
     ),
     FindingKind(
         "model-no-norm-layer",
@@ -252,6 +286,21 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "bn.momentum = 0                  # counts batches, and never updates the statistics",
     ),
     FindingKind(
+        "stats-shifted",
+        ("warning",),
+        "The stored statistics do not fit this data",
+        "More than 5 % of the layer's channels have, on this data, a mean that is off by more than "
+        "0.25 standard deviations, or a variance that is off by more than a factor of 1.5, and "
+        "this is not by chance.",
+        "In eval mode, and frozen, the layer normalises with values that are not this data's. "
+        "Often that alone explains bad results in eval mode.",
+        "Recalibrate before you freeze: recalibrate(model, loader, score=...) replaces the "
+        "statistics and says whether it helped.",
+        "print(bnfreeze.probe(model, loader))\n"
+        "bnfreeze.recalibrate(model, loader)\n"
+        "bnfreeze.freeze(model, 'eval+affine')",
+    ),
+    FindingKind(
         "stats-unpaired",
         ("warning",),
         "Stored statistics that no norm layer keeps in this way",
@@ -292,6 +341,15 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "Keep the statistics in float32, and eps at the value that the checkpoint was trained "
         "with.",
         "model.half()                     # such variances are 0 now",
+    ),
+    FindingKind(
+        "too-few-samples",
+        ("note",),
+        "Too few samples to say whether the statistics fit",
+        "With so few samples, differences as large as those that matter arise by chance.",
+        "Neither that the statistics fit nor that they do not is shown.",
+        "Probe with more samples. Pixels of one image do not count as samples.",
+        "bnfreeze.probe(model, loader, max_batches=64)",
     ),
     FindingKind(
         "train-undoes-eval",

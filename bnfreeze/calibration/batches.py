@@ -55,7 +55,10 @@ class Batches:
 
 
 def call(
-    model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None, device: torch.device
+    model: nn.Module,
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    device: torch.device,
 ) -> None:
     """Run the model on one batch.
 

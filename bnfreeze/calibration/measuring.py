@@ -6,41 +6,86 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfreeze.calibration.batches import Batches, call
 from bnfreeze.calibration.moments import Moments
 from bnfreeze.errors import BnfreezeError
-from bnfreeze.norm_layers import NamedModule
+from bnfreeze.norm_layers import STATISTICS, NamedModule
 from bnfreeze.policies.record import record_of, set_record
 
-__all__ = ["CalibrationError", "as_in_evaluation", "measure"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "CalibrationError",
+    "Measured",
+    "across_ranks",
+    "as_in_evaluation",
+    "measure",
+    "running_statistics",
+]
+
+_MEAN, _VAR = STATISTICS[:2]
+# What runs a model in a way of its own: DDP's forward sends buffers to other ranks, which may have
+# fewer batches; compiled code does not call hooks.
+_RUNNERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
 
 
 class CalibrationError(BnfreezeError):
-    """The data cannot be measured: NaN or infinity in it, or too little of it."""
+    """The data cannot be used: it has NaN or infinity in it, or there is too little of it."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one pass over the data gave.
+
+    Attributes:
+        moments: by the layer's id; of no samples where it was never called.
+        sizes: likewise, how many samples the layer was given at once, at most.
+        order: the layers in the order of their first call.
+        batches: how many batches there were, over all ranks.
+    """
+
+    moments: dict[int, Moments]
+    sizes: dict[int, int]
+    order: tuple[NamedModule, ...]
+    batches: int
 
 
 @contextmanager
-def as_in_evaluation(model: nn.Module) -> Iterator[None]:
+def as_in_evaluation(model: nn.Module) -> Iterator[nn.Module]:
     """Run what is inside in eval mode and without gradients; then put everything back.
 
     Training flags, buffers and the random state of torch, NumPy and Python are afterwards what they
     were, bit for bit.
+
+    Yields:
+        the model to call: without what would synchronise ranks, or skip hooks.
     """
-    modules = list({id(module): module for module in model.modules()}.values())
+    modules = list(model.modules())
     flags = [(module, module.training, record_of(module)) for module in modules]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     numpy = sys.modules.get("numpy.random")
     state = random.getstate(), numpy.get_state() if numpy is not None else None
     devices = list({t.device for t in model.parameters() if t.device.type == "cuda"})
+    inner = model
+    while type(inner).__name__ in _RUNNERS:
+        inner = getattr(inner, _RUNNERS[type(inner).__name__])
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
             model.eval()
-            yield
+            yield inner
     finally:
         for module, flag, record in flags:
             if module.training != flag:
@@ -63,10 +108,10 @@ def measure(
     batches: Batches,
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
-    normalize_with_batch: Sequence[nn.Module] = (),
+    normalize_with_batch: Sequence[NamedModule] = (),
     exact: bool = False,
-    progress: Callable[[int, int | None], object] | None = None,
-) -> tuple[dict[int, Moments], list[nn.Module], int]:
+    progress: Callable[[], object] | None = None,
+) -> Measured:
     """Run the model over the batches and measure the inputs of `layers`.
 
     Call it inside `as_in_evaluation`.
@@ -80,42 +125,36 @@ def measure(
             statistics while they are measured. A batch with one value per channel is normalised
             with the stored ones.
         exact: reduce in fp64.
-        progress: called after each batch with the number done and of all, if known.
-
-    Returns:
-        By identity of each layer what was measured (no samples where it was never called); the
-        layers in the order of their first call; the number of batches.
+        progress: called after each batch.
 
     Raises:
-        CalibrationError: a layer was given NaN or infinity.
+        CalibrationError: a layer was given NaN or infinity, or there are no batches.
     """
-    found = {id(e.module): Moments.empty(_reference(e.module)) for e in layers}
-    order: dict[int, nn.Module] = {}
-    names = {id(e.module): e.name or "the model" for e in layers}
-    with_batch = {id(module) for module in normalize_with_batch}
-    stored: dict[int, dict[str, Tensor]] = {}
+    found = {id(e.module): Moments.empty(_running_mean(e.module)) for e in layers}
+    sizes = dict.fromkeys(found, 0)
+    by_id = {id(e.module): e for e in layers}
+    order: dict[int, NamedModule] = {}
+    with_batch = {id(e.module) for e in normalize_with_batch}
+    stored: dict[int, dict[str, Tensor | None]] = {}
+    finite: list[tuple[str, Tensor]] = []
     place = 0
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         x = x.unsqueeze(0) if x.dim() == _unbatched_rank(module) else x
-        moments = Moments.of(x, found[id(module)].reference, exact=exact)
-        order.setdefault(id(module), module)
+        key = id(module)
+        moments = Moments.of(x, found[key].reference, exact=exact)
+        order.setdefault(key, by_id[key])
         if not moments.samples:
             return
-        if not bool(torch.isfinite(moments.mean).all() & torch.isfinite(moments.m2).all()):
-            raise CalibrationError(
-                f"batch {place}: the input of {names[id(module)]} has NaN or infinity in it. "
-                f"Nothing was changed."
-            )
-        found[id(module)] = found[id(module)].merged(moments)
-        if id(module) in with_batch and moments.elements > 1:
+        finite.append((by_id[key].name, torch.isfinite(moments.m2.sum())))
+        found[key] = found[key].merged(moments)
+        sizes[key] = max(sizes[key], moments.samples)
+        if key in with_batch and moments.elements > 1:
             own = module._buffers
-            kept = {key: own[key] for key in ("running_mean", "running_var")}
-            stored[id(module)] = kept  # type: ignore[assignment]
-            batch = moments.mean, moments.m2 / moments.elements
-            for key, value in zip(kept, batch, strict=True):
-                own[key] = value.to(kept[key])  # type: ignore[arg-type]
+            stored[key] = {_MEAN: own[_MEAN], _VAR: own[_VAR]}
+            mean, var = running_statistics(module, moments, biased=True)
+            own[_MEAN], own[_VAR] = mean.to(own[_MEAN]), var.to(own[_VAR])  # type: ignore[arg-type]
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         module._buffers.update(stored.pop(id(module), {}))
@@ -128,10 +167,19 @@ def measure(
                 hooks.append(entry.module.register_forward_hook(after, always_call=True))
         device = _device(model)
         for batch in batches:
+            finite.clear()
             call(model, batch, forward, device)
+            # Asked when the batch is done, so that a GPU is waited for once and not in each layer.
+            for name, one in finite:
+                if not bool(one):
+                    raise CalibrationError(
+                        f"batch {place}: the input of {name or 'the model'} has NaN or infinity "
+                        f"in it. Nothing was changed. Look at this batch (counted from 0), and "
+                        f"at the parameters of the layers before."
+                    )
             place += 1
             if progress is not None:
-                progress(place, batches.count())
+                progress()
     finally:
         for hook in hooks:
             hook.remove()
@@ -139,10 +187,70 @@ def measure(
             entry.module._buffers.update(stored.pop(id(entry.module), {}))
     if not place:
         raise CalibrationError("batches: there are none, so nothing was measured.")
-    return found, list(order.values()), place
+    return Measured(found, sizes, tuple(order.values()), place)
 
 
-def _reference(module: nn.Module) -> Tensor:
+def across_ranks(
+    run: Callable[[], Measured], layers: Sequence[NamedModule], group: ProcessGroup | None
+) -> Measured:
+    """Measure on each rank, and pool what all have measured; the same on every rank.
+
+    Args:
+        run: measures on this rank. It is not synchronised: ranks may have different numbers of
+            batches.
+        layers: the layers that are measured.
+        group: the process group; every rank of it has to call this. None for this process alone.
+
+    Raises:
+        CalibrationError: on every rank, if `run` failed on another.
+        Exception: what `run` raised on this rank.
+    """
+    if group is None:
+        return run()
+    error: Exception | None = None
+    sent: Any = None
+    keys = [id(entry.module) for entry in layers]
+    try:
+        own = run()
+        place = {id(entry.module): number for number, entry in enumerate(layers)}
+        sent = (
+            [own.moments[key].packed() for key in keys],
+            [own.sizes[key] for key in keys],
+            [place[id(entry.module)] for entry in own.order],
+            own.batches,
+        )
+    except Exception as caught:  # the other ranks wait for this one
+        error, sent = caught, f"{type(caught).__name__}: {caught}"
+    gathered: list[Any] = [sent] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, sent, group=group)
+    if error is not None:
+        raise error
+    for rank, other in enumerate(gathered):
+        if isinstance(other, str):
+            raise CalibrationError(f"rank {rank}: {other}")
+    moments, sizes = {}, {}
+    for number, key in enumerate(keys):
+        parts = [Moments.unpacked(packed[number]) for packed, *_ in gathered]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total.merged(part)
+        moments[key], sizes[key] = total, max(other[1][number] for other in gathered)
+    order = dict.fromkeys(number for *_, order, _ in gathered for number in order)
+    return Measured(
+        moments, sizes, tuple(layers[n] for n in order), sum(other[3] for other in gathered)
+    )
+
+
+def running_statistics(
+    module: nn.Module, moments: Moments, *, biased: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What the layer's running mean and variance would be for this data: (C,) each, fp64."""
+    if isinstance(module, _InstanceNorm):
+        return moments.sample_mean, moments.sample_variance
+    return moments.mean, moments.m2 / moments.elements if biased else moments.variance
+
+
+def _running_mean(module: nn.Module) -> Tensor:
     mean = module.running_mean
     assert isinstance(mean, Tensor)
     return mean

@@ -1,0 +1,189 @@
+"""What the numbers support: findings, and a sentence of advice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+from bnfreeze.calibration.fit import LayerFit, Thresholds
+from bnfreeze.findings import Finding, finding, worst_first
+
+__all__ = ["advice_after", "advice_before", "probe_findings"]
+
+_CHECK = (
+    "Unlabelled data cannot show whether the features suit: compare the accuracy before and after"
+)
+
+
+def probe_findings(layers: Sequence[LayerFit], thresholds: Thresholds) -> tuple[Finding, ...]:
+    """What a person should know about the fit of the layers, the worst first."""
+    return worst_first(_findings(layers, thresholds))
+
+
+def _findings(layers: Sequence[LayerFit], thresholds: Thresholds) -> Iterator[Finding]:
+    reached = [layer for layer in layers if layer.verdict != "not reached"]
+    for layer in layers:
+        if layer.verdict == "not reached":
+            yield finding("layer-not-reached", layer.name, "no batch reached this layer.")
+        elif layer.verdict == "shifted":
+            yield finding(
+                "stats-shifted",
+                layer.name,
+                f"{layer.shifted_channels} of {layer.channels} channels are off for sure; the "
+                f"median channel's mean by {layer.mean_shift.median:.2f} σ, its variance is "
+                f"{layer.variance_ratio.median:.2f} times the stored one.",
+            )
+        if layer.dead_channels:
+            yield finding(
+                "dead-on-this-data",
+                layer.name,
+                f"{layer.dead_channels} of {layer.channels} channels do not vary on this data.",
+            )
+    batch = [layer for layer in reached if layer.policy == "none" and layer.batch_size > 0]
+    noises = [layer.batch_noise for layer in batch if math.isfinite(layer.batch_noise)]
+    if noises and median(noises) > thresholds.noise:
+        yield finding(
+            "batch-too-small",
+            "",
+            f"with batches of {batch[0].batch_size}, the mean that a layer normalises with in "
+            f"train mode is off by {median(noises):.2f} σ (median of {len(noises)} layers), up "
+            f"to {max(noises):.2f} σ.",
+        )
+    if short := _short_of_samples(reached):
+        needed = max(layer.samples_needed for layer in short)
+        yield finding(
+            "too-few-samples",
+            "",
+            f"{len(short)} of {len(reached)} layers are uncertain with {_samples(short)}."
+            + (f" About {_rounded(needed)} would tell." if needed else ""),
+        )
+
+
+def _short_of_samples(layers: Sequence[LayerFit]) -> list[LayerFit]:
+    """Those that are uncertain, where more samples would help."""
+    return [
+        layer
+        for layer in layers
+        if layer.verdict == "uncertain" and not 0 < layer.samples_needed <= layer.samples
+    ]
+
+
+def _samples(layers: Sequence[LayerFit]) -> str:
+    count = min(layer.samples for layer in layers)
+    return f"{count:,} sample{'' if count == 1 else 's'}"
+
+
+def _rounded(count: int) -> str:
+    digits = max(len(str(count)) - 2, 0)
+    return f"{math.ceil(count / 10**digits) * 10**digits:,}"
+
+
+def advice_before(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
+    """What to do with a model whose layers fit like this."""
+    reached = [layer for layer in layers if layer.verdict != "not reached"]
+    if not reached:
+        return "No norm layer was reached, so nothing is known: run the model as you use it."
+    shifted = [layer for layer in reached if layer.verdict == "shifted"]
+    unsure = [layer for layer in reached if layer.verdict == "uncertain"]
+    sure = f"{thresholds.confidence:.0%} sure in each layer"
+    if shifted:
+        many = 2 * len(shifted) > len(reached)
+        start = (
+            f"The stored statistics do not fit this data in {len(shifted)} of {len(reached)} "
+            f"layers ({sure}), most in {_worst(shifted, thresholds)}. "
+        )
+        if all(layer.policy != "none" for layer in shifted):
+            start += "They are frozen: name them by select=. "
+        start += "Do not freeze them as they are: recalibrate(model, batches, score=...), then "
+        start += "freeze. "
+        if many:
+            return start + (
+                "The shift goes through most of the network, so recalibrating may not be enough. "
+                f"{_CHECK}, and fine-tune without freezing if it stays low."
+            )
+        return start + f"{_CHECK}."
+    if not unsure:
+        return (
+            f"The stored statistics fit this data in all {len(reached)} layers ({sure}): "
+            f"freeze(model) keeps them. {_CHECK.partition(':')[0]}."
+        )
+    if short := _short_of_samples(unsure):
+        needed = max(layer.samples_needed for layer in short)
+        more = f" Probe again with about {_rounded(needed)}." if needed else " Probe with more."
+        return (
+            f"Nothing shows a misfit, and {len(unsure)} of {len(reached)} layers are uncertain: "
+            f"{_samples(short)} are too few.{more}"
+        )
+    return (
+        f"Nothing shows a clear misfit; in {len(unsure)} of {len(reached)} layers the difference "
+        f"lies near the threshold ({thresholds.mean} σ, a factor of {thresholds.ratio}). Freezing "
+        f"is likely to do no harm; recalibrating first costs little. {_CHECK}."
+    )
+
+
+def _worst(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
+    def size(layer: LayerFit) -> tuple[float, float]:
+        return (
+            layer.mean_shift.median / thresholds.mean,
+            abs(math.log(layer.variance_ratio.median)) / math.log(thresholds.ratio),
+        )
+
+    layer = max(layers, key=lambda one: max(size(one)))
+    by_mean, by_variance = size(layer)
+    if by_mean > by_variance:
+        how = f"its means are off by {layer.mean_shift.median:.2f} σ"
+    else:
+        how = f"the data's variance is {layer.variance_ratio.median:.2f} times the stored one"
+    return f"{layer.name or 'the model'}: {how}, median channel"
+
+
+def advice_after(
+    before: Sequence[LayerFit],
+    after: Sequence[LayerFit],
+    mode: str,
+    scores: tuple[float, float] | None,
+) -> str:
+    """What to do with a model that was recalibrated.
+
+    Args:
+        before: the layers' fit before.
+        after: and with the new statistics.
+        mode: how it was recalibrated.
+        scores: before and after, where there are any; more is better.
+    """
+    if mode == "keep-function":
+        return (
+            "The model computes what it did before, and its statistics are those of this data: "
+            "fine-tune it. Freezing alone changes nothing for the better."
+        )
+    reached = [layer for layer in before if layer.verdict != "not reached"]
+    were = sum(layer.verdict == "shifted" for layer in reached)
+    are = sum(layer.verdict == "shifted" for layer in after)
+    left = f" {are} of {len(reached)} layers still do not fit: try exact=True." if are else ""
+    if scores is None:
+        if 2 * were > len(reached):
+            return (
+                f"The statistics are those of this data now.{left} Before, {were} of "
+                f"{len(reached)} layers did not fit, so the features may not suit either: measure "
+                f"the accuracy, or pass score=, before you freeze."
+            )
+        return (
+            f"The statistics are those of this data now.{left} Freeze the model, after the "
+            f"accuracy on labelled data has shown that it is no worse than before."
+        )
+    first, then = scores
+    figures = f"({first:.4g} before, {then:.4g} after)"
+    if math.isnan(first) or math.isnan(then):
+        return f"The score says nothing {figures}.{left}"
+    if then > first:
+        return (
+            f"The score rose {figures}.{left} If it is good enough, freeze the model; if not, "
+            f"fine-tune without freezing: the features do not suit this data."
+        )
+    if then == first:
+        return f"The score is the same {figures}.{left} Recalibrating brought nothing."
+    return (
+        f"The score fell {figures}: take it back with report.undo(), and fine-tune without "
+        f"freezing.{left}"
+    )

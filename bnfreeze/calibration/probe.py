@@ -1,0 +1,136 @@
+"""probe: do the stored statistics fit this data?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from bnfreeze.calibration.advice import advice_before, probe_findings
+from bnfreeze.calibration.batches import Batches
+from bnfreeze.calibration.fit import THRESHOLDS, layer_fit
+from bnfreeze.calibration.measuring import Measured, across_ranks, as_in_evaluation, measure
+from bnfreeze.calibration.progress import Progress, Steps
+from bnfreeze.calibration.report import ProbeReport
+from bnfreeze.errors import PolicyError
+from bnfreeze.norm_layers import NamedModule, check_model, is_norm, named_modules
+from bnfreeze.patterns import Pattern, nearest
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["probe", "probe_report", "selected_layers"]
+
+
+def probe(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    select: str | Iterable[str] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    max_batches: int | None = None,
+    process_group: ProcessGroup | None = None,
+    progress: Progress = None,
+) -> ProbeReport:
+    """Say whether the statistics that a model has stored fit some data.
+
+    ::
+
+        report = bnfreeze.probe(model, loader)
+        print(report)          # a table; report.advice says what to do
+
+    The model runs as in evaluation, once over the data. Nothing changes: neither tensors, training
+    flags, gradients, hooks, nor the random state. Labels are not needed.
+
+    Args:
+        model: any `nn.Module`, frozen or not. Of one wrapped by `DistributedDataParallel`,
+            `DataParallel` or `torch.compile`, the module inside is run.
+        batches: a DataLoader, or any iterable of batches. Of a tuple or list the first item is the
+            model's input, of a dict ``pixel_values``, ``image``, ``images``, ``input``,
+            ``inputs`` or ``x``. Tensors are moved to the model's device. Several hundred samples
+            like those that the model will see are a good number; the report says if they are
+            too few.
+        select: patterns of dotted module names, as for `freeze`; None for every norm layer.
+        forward: how to run the model on a batch: ``forward(model, batch)``.
+        max_batches: stop after so many.
+        process_group: pool over its ranks, which may have different numbers of batches, and all of
+            which have to call this. None: this process alone.
+        progress: True shows a bar on a terminal; or a function of the number of batches done and
+            of all, None if not known.
+
+    Returns:
+        a report, the same on every rank.
+
+    Raises:
+        TypeError: `model` is no `nn.Module`, `batches` no iterable, or nothing in a batch looks
+            like an input.
+        PolicyError: no norm layer keeps statistics, or `select` matches none.
+        CalibrationError: the data has NaN or infinity in it, or there are no batches.
+    """
+    check_model(model)
+    layers = selected_layers(model, select)
+    source = Batches(batches, max_batches, passes=1)
+    with Steps(progress, source, passes=1) as steps, as_in_evaluation(model) as inner:
+        measured = across_ranks(
+            lambda: measure(inner, layers, source, forward=forward, progress=steps.advance),
+            layers,
+            process_group,
+        )
+    return probe_report(layers, measured)
+
+
+def probe_report(layers: Sequence[NamedModule], measured: Measured) -> ProbeReport:
+    """Judge the layers' statistics, as they are now, by what was measured."""
+    fits = tuple(
+        layer_fit(entry, measured.moments[id(entry.module)], measured.sizes[id(entry.module)])
+        for entry in layers
+    )
+    first = next((m.samples for e in measured.order if (m := measured.moments[id(e.module)])), 0)
+    return ProbeReport(
+        fits,
+        probe_findings(fits, THRESHOLDS),
+        advice_before(fits, THRESHOLDS),
+        first,
+        measured.batches,
+        THRESHOLDS,
+    )
+
+
+def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> list[NamedModule]:
+    """The norm layers that keep statistics, all or those that a pattern matches.
+
+    Raises:
+        PolicyError: there are none.
+    """
+    modules = named_modules(model)
+    layers = [
+        entry
+        for entry in modules
+        if is_norm(entry.module)
+        and all(
+            isinstance(t, Tensor) and not t.is_meta
+            for t in (entry.module.running_mean, entry.module.running_var)
+        )
+    ]
+    if not layers:
+        raise PolicyError(
+            "No norm layer of this model keeps running statistics, so there is nothing to compare "
+            "with the data."
+        )
+    if select is None:
+        return layers
+    patterns = [Pattern.parse(text) for text in ([select] if isinstance(select, str) else select)]
+    names = [name for entry in modules for name in entry.plain_names]
+    for pattern in patterns:
+        if not any(_matches(pattern, entry) for entry in layers):
+            close = nearest(pattern.text, names)
+            hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise PolicyError(
+                f"select: {pattern.text!r} matches no norm layer that keeps statistics.{hint}"
+            )
+    return [entry for entry in layers if any(_matches(pattern, entry) for pattern in patterns)]
+
+
+def _matches(pattern: Pattern, entry: NamedModule) -> bool:
+    return any(pattern.matches(name) for name in (*entry.names, *entry.plain_names))
