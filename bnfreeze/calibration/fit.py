@@ -60,6 +60,9 @@ class PerChannel(NamedTuple):
     largest: float
 
 
+_NO_SHIFT, _SAME_VARIANCE = PerChannel(0.0, 0.0), PerChannel(1.0, 1.0)
+
+
 @dataclass(frozen=True)
 class LayerFit:
     """How well the stored statistics of one layer fit the data.
@@ -73,7 +76,7 @@ class LayerFit:
         channels: how many channels it has.
         samples: how many samples it was given: the independent units. Pixels of one image are not.
         batch_size: how many of them at once, at most.
-        mean_shift: \\|mean of the data − running mean\\|, in σ.
+        mean_shift: the distance of the data's mean from the running mean, in σ.
         variance_ratio: variance of the data / running variance, eps added to both. The largest is
             the one farthest from 1 as a factor.
         batch_noise: by how much the mean of a batch of `batch_size` scatters about the mean of the
@@ -97,8 +100,8 @@ class LayerFit:
     channels: int
     samples: int = 0
     batch_size: int = 0
-    mean_shift: PerChannel = PerChannel(0.0, 0.0)
-    variance_ratio: PerChannel = PerChannel(1.0, 1.0)
+    mean_shift: PerChannel = _NO_SHIFT
+    variance_ratio: PerChannel = _SAME_VARIANCE
     batch_noise: float = 0.0
     standard_error: float = 0.0
     margin: float = 0.0

@@ -154,7 +154,7 @@ def measure(
             own = module._buffers
             stored[key] = {_MEAN: own[_MEAN], _VAR: own[_VAR]}
             mean, var = running_statistics(module, moments, biased=True)
-            own[_MEAN], own[_VAR] = mean.to(own[_MEAN]), var.to(own[_VAR])  # type: ignore[arg-type]
+            own[_MEAN], own[_VAR] = mean.to(own[_MEAN]), var.to(own[_VAR])
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         module._buffers.update(stored.pop(id(module), {}))

@@ -18,7 +18,6 @@ from bnfreeze.calibration.measuring import (
     measure,
     running_statistics,
 )
-from bnfreeze.calibration.moments import Moments
 from bnfreeze.calibration.probe import probe_report, selected_layers
 from bnfreeze.calibration.progress import Progress, Steps
 from bnfreeze.calibration.report import Mode, RecalibrationReport
