@@ -1,10 +1,10 @@
-"""What freezing batch norm costs, in each way there is, on your machine: `python -m benchmarks`.
+"""How much time and memory each way of freezing batch norm takes: `python -m benchmarks`.
 
-Everything is measured in one process, the arms in turns, and told as ratios with their ranges:
+All arms are measured in one process, in turns, and reported as ratios with their ranges:
 
-* `facts`: what is measured, as plain data; `runs` reads and writes it as JSON.
-* `measure`: how: rounds in which every arm has its turn, in a new order each time.
-* `peers`, `arms`, `folding`: whom: every way to freeze, each ready to be put into a model.
-* `work_*`: what of: one module for each piece of work.
-* `report`, `picture`, `readme`: how it is shown.
+* `facts`: the results, as plain data; `runs` reads and writes them as JSON.
+* `measure`: rounds in which every arm has its turn, in a new order each time.
+* `peers`, `arms`, `folding`: the ways to freeze, each ready to be applied to a model.
+* `work_*`: one module for each piece of work.
+* `report`, `picture`: tables and the picture.
 """

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-# Before torch: pure noise in a report, and not of its concern.
+# Before torch is imported: a warning that has nothing to do with this.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
@@ -31,7 +31,7 @@ from benchmarks import (
 from benchmarks.facts import Record, Run
 from benchmarks.setting import Setting
 
-# `guard` late, for it changes how the process keeps its memory.
+# `guard` comes late: it changes how the process allocates memory.
 WORKS: dict[str, Callable[[Setting], Iterable[Record]]] = {
     "layer": work_layer.measure,
     "host": work_host.measure,
@@ -47,7 +47,7 @@ WORKS: dict[str, Callable[[Setting], Iterable[Record]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what was asked for, show it, and return 1 if a part of it failed."""
+    """Measure, print the results, and return 1 if a part failed."""
     parser = _parser()
     options = parser.parse_args(arguments)
     for name in options.works:
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     here, absent = runs.versions()
     for peer, why in absent.items():
         tell(f"{peer} is {why}")
-    commit = runs.commit()  # of what is measured, and not of what is edited meanwhile
+    commit = runs.commit()  # now: files may be edited while this runs
     records, failed = measured(options.works or WORKS, setting)
     tell("done")
     words = sys.argv[1:] if arguments is None else arguments
@@ -85,11 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measured(works: Iterable[str], setting: Setting) -> tuple[list[Record], bool]:
-    """Return the records of some works and whether one failed, which does not cost the others."""
+    """Return the records of these works, and whether one failed. The others run all the same."""
     records: list[Record] = []
     failed = False
     gc.collect()
-    gc.freeze()  # the libraries are not to be searched for garbage before each comparison
+    gc.freeze()  # or every comparison begins with a search through all imported libraries
     try:
         for name in works:
             try:
@@ -109,16 +109,18 @@ def measured(works: Iterable[str], setting: Setting) -> tuple[list[Record], bool
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="What freezing batch norm costs in each way, side by side, as ratios.",
+        description="Time and memory of each way to freeze batch norm, side by side, as ratios.",
         epilog="works: " + "; ".join(f"{name}: {title}" for name, title in report.TITLES.items()),
     )
     parser.add_argument("works", nargs="*", metavar="WORK", help="what to measure; all by default")
     parser.add_argument("--quick", dest="size", action="store_const", const="quick", default="full",
                         help="minutes: fewer shapes, smaller images, fewer rounds")  # fmt: skip
     parser.add_argument("--tiny", dest="size", action="store_const", const="tiny",
-                        help="everything once on toys: whether it runs, not how fast")  # fmt: skip
+                        help="everything once on toy models, as a test")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU; torch's own number by default")
+    parser.add_argument(
+        "--threads", type=int, help="number of CPU threads; torch's default if not given"
+    )
     parser.add_argument("--arms", nargs="+", metavar="PATTERN",
                         help="only the arms whose names contain one of these")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the results")

@@ -1,4 +1,4 @@
-"""The arms: every way to freeze, each ready to be put into a model or to stand alone."""
+"""The arms: every way to freeze, applied to a model or to a single layer."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Arm:
 
     Attributes:
         name: as it is shown.
-        freeze: freezes a model with live norm layers in training mode, in place.
+        freeze: freezes, in place, a model in training mode that has plain batch norm layers.
         peer: the library that must be installed.
-        frozen: whether the outputs are those of eval mode; only the live arm's are not.
-        alone: whether it is a norm layer of its own, without a convolution before it.
-        absorbs: whether its layer computes what follows along.
-        compiled: whether the model is compiled, and with which of Inductor's options.
-        holds_weights: whether it is right only while the convolutions do not train.
+        frozen: whether the outputs are those of eval mode; false for the first arm only.
+        alone: whether it works for a norm layer without a convolution before it.
+        fuses: whether the layer also computes the residual add and the activation.
+        compiled: Inductor's options; None if the model is not compiled.
+        needs_frozen_weights: whether the result is right only if the convolutions do not train.
     """
 
     name: str
@@ -37,33 +37,33 @@ class Arm:
     peer: str = ""
     frozen: bool = True
     alone: bool = True
-    absorbs: bool = False
+    fuses: bool = False
     compiled: dict[str, bool] | None = None
-    holds_weights: bool = False
+    needs_frozen_weights: bool = False
 
     def model(self, live: nn.Module) -> nn.Module:
-        """Return a frozen copy of a model, not yet compiled; ``live`` is left as it is."""
+        """Return a frozen copy of a model, not compiled. ``live`` does not change."""
         model = copy.deepcopy(live).train()
         self.freeze(model)
         return model
 
     def layer(self, live: nn.BatchNorm2d, follow: str) -> nn.Module:
-        """Return the frozen layer with what follows it, one of `FOLLOWS`."""
+        """Return the frozen layer with the operations after it, one of `FOLLOWS`."""
         holder = self.model(nn.Sequential(live))
-        return (Absorbing if self.absorbs else Following)(holder[0], follow)
+        return (Fusing if self.fuses else Following)(holder[0], follow)
 
     def ready(self, model: nn.Module) -> nn.Module:
-        """Compile, if that is what the arm is about; the last thing before it is run."""
+        """Compile, if the arm is a compiled one. Call it last, before the first run."""
         if self.compiled is None:
             return model
-        # Arms share their code: what stands for one must not count as another's recompilation,
-        # nor make its shapes dynamic. With fullgraph nothing is left uncompiled in silence.
+        # Arms share code: compiling one must not count as a recompilation of another, nor make
+        # its shapes dynamic. With fullgraph, a part that cannot be compiled is an error.
         torch._dynamo.config.recompile_limit = 1000
         return torch.compile(model, fullgraph=True, dynamic=False, options=self.compiled or None)
 
 
 class Following(nn.Module):
-    """A norm layer with what follows it in a ResNet, written as there, in place."""
+    """A norm layer and the operations after it, in place, as in a ResNet."""
 
     def __init__(self, norm: nn.Module, follow: str) -> None:
         super().__init__()
@@ -76,8 +76,8 @@ class Following(nn.Module):
         return y if self.follow == "nothing" else y.relu_()
 
 
-class Absorbing(Following):
-    """The same in one call of our layer."""
+class Fusing(Following):
+    """The same in one call of bnfreeze's layer."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.norm(
@@ -95,13 +95,13 @@ def _eval(model: nn.Module, affine: bool) -> None:
                 module.requires_grad_(False)
 
 
-def _held(model: nn.Module) -> None:
+def _frozen(model: nn.Module) -> None:
     _eval(model, affine=False)
 
 
-def _held_then(then: Callable[[nn.Module], object]) -> Callable[[nn.Module], None]:
+def _frozen_then(then: Callable[[nn.Module], object]) -> Callable[[nn.Module], None]:
     def freeze(model: nn.Module) -> None:
-        _held(model)
+        _frozen(model)
         then(model)
 
     return freeze
@@ -112,25 +112,25 @@ def _policy(policy: str) -> Callable[[nn.Module], object]:
 
 
 def _folded(how: type[folding.Folded]) -> Callable[[nn.Module], None]:
-    return _held_then(lambda model: folding.fold(model, how))
+    return _frozen_then(lambda model: folding.fold(model, how))
 
 
 _PLAIN = (
     Arm("BatchNorm2d, training", lambda model: model.train(), frozen=False),
     Arm("BatchNorm2d.eval(), affine trained", lambda model: _eval(model, affine=True)),
-    Arm(BASE, _held),
+    Arm(BASE, _frozen),
     Arm("torchvision FrozenBatchNorm2d", peers.torchvision_layers, peer="torchvision"),
     Arm("timm freeze_batch_norm_2d", peers.timm_layers, peer="timm"),
     Arm("Transformers DetrFrozenBatchNorm2d", peers.transformers_layers, peer="transformers"),
     Arm(
         "MMEngine efficient_conv_bn_eval",
-        _held_then(peers.mmengine_convolutions),
+        _frozen_then(peers.mmengine_convolutions),
         peer="mmengine",
         alone=False,
     ),
     Arm("bnfreeze eval+affine", _policy("eval+affine")),
     Arm("bnfreeze fused", _policy("fused")),
-    Arm("bnfreeze fused-act", _policy("fused-act"), absorbs=True),
+    Arm("bnfreeze fused-act", _policy("fused-act"), fuses=True),
 )
 
 _COMPILED = tuple(
@@ -139,7 +139,7 @@ _COMPILED = tuple(
 
 _INDUCTOR = Arm(
     "compile: efficient_conv_bn_eval pass",
-    _held,
+    _frozen,
     alone=False,
     compiled={"efficient_conv_bn_eval_fx_passes": True},
 )
@@ -147,12 +147,17 @@ _INDUCTOR = Arm(
 _EXPERIMENTS = (
     Arm("experiment: folded", _folded(folding.Folded), alone=False),
     Arm("experiment: folded, epilogue", _folded(folding.FoldedEpilogue), alone=False),
-    Arm("experiment: folded once", _folded(folding.FoldedOnce), alone=False, holds_weights=True),
+    Arm(
+        "experiment: folded once",
+        _folded(folding.FoldedOnce),
+        alone=False,
+        needs_frozen_weights=True,
+    ),
 )
 
 ARMS = (*_PLAIN, *_COMPILED, _INDUCTOR, *_EXPERIMENTS)
 
-# Where there is no time to compile each: two formulas, two of ours, and Inductor's own pass.
+# If there is no time to compile all of them.
 FEW_COMPILED = tuple(
     f"compile: {name}"
     for name in (
@@ -170,6 +175,6 @@ def choose(patterns: Sequence[str], arms: Sequence[Arm] = ARMS) -> Iterator[Arm]
         wanted = not patterns or any(
             fnmatchcase(arm.name.lower(), f"*{pattern.lower()}*") for pattern in patterns
         )
-        # The base is what the others are told by.
+        # All others are ratios to the base.
         if (wanted or arm.name == BASE) and not peers.is_absent(arm.peer):
             yield arm

@@ -1,9 +1,9 @@
-"""What is measured on a GPU alone: the copy ceiling, CUDA graphs, cold and warm L2, peak memory.
+"""Measured on a GPU only: copy bandwidth, CUDA graphs, cold and warm L2 cache, peak memory.
 
-Small kernels are over before the CPU has launched the next, so that eager calls in a row measure
-the CPU; a graph replays them without it, and both are told. What lies in the L2 cache comes several
-times as fast as what does not: cold inputs are so many that they cannot all lie there, a warm one
-is always the same. Not yet run on a GPU.
+A small kernel ends before the CPU has launched the next one, so eager calls in a row measure the
+CPU. A CUDA graph replays the kernels without the CPU; both are reported. Reads from the L2 cache
+are several times as fast as others: "cold" takes more inputs than fit into it, "warm" always the
+same one. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.calls import Call
 from benchmarks.measure import Effort, Sampler, in_turns, seconds
-
-if TYPE_CHECKING:
-    from benchmarks.setting import Setting
-    from benchmarks.work_layer import Call
+from benchmarks.setting import Setting
 
 Times = dict[str, list[float]]
 
@@ -34,7 +31,7 @@ def copy_rate(device: torch.device) -> float:
 
 
 def copies_past_l2(nbytes: int, device: torch.device) -> int:
-    """How many inputs of a size fill the L2 cache twice; at least two."""
+    """Return how many inputs of this size fill the L2 cache twice; at least two."""
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, -(-2 * l2 // nbytes))
 
@@ -43,7 +40,7 @@ def peak_mib(make: Callable[[], Callable[[], object]], device: torch.device) -> 
     """Return the most memory that a step has allocated at once, its model included.
 
     Args:
-        make: makes the step, with all that it holds. The second call of what it returns counts.
+        make: makes the step with its model. The second call of the step is measured.
         device: a CUDA device.
     """
     gc.collect()
@@ -58,11 +55,11 @@ def peak_mib(make: Callable[[], Callable[[], object]], device: torch.device) -> 
 
 
 def graph(work: Callable[[], object], pool: object) -> Callable[[], None]:
-    """Capture what ``work`` launches; return the replay."""
+    """Capture the kernels of ``work`` in a CUDA graph; return its replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):  # as torch's notes on CUDA graphs ask for
+        for _ in range(3):  # a warm-up, as torch's notes on CUDA graphs advise
             work()
     torch.cuda.current_stream().wait_stream(side)
     captured = torch.cuda.CUDAGraph()
@@ -118,10 +115,10 @@ def _replayed(
             call.backward(call.forward())
     torch.cuda.current_stream().wait_stream(side)
     forwards, backwards = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    # One stream for both, for autograd runs a backward on the stream of its forward.
+    # One stream for both: autograd runs a backward on the stream of its forward.
     stream = torch.cuda.Stream()
     with torch.cuda.graph(forwards, pool=pool, stream=stream):
-        # Where the cache is to be warm, an output takes the place of the one before.
+        # For a warm cache, each output takes the memory of the one before.
         outs = []
         for number in numbers:
             if warm:

@@ -1,4 +1,4 @@
-"""What a run measures, as plain data."""
+"""The results of a run, as plain data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-BASE = "BatchNorm2d.eval(), affine held"
+BASE = "BatchNorm2d.eval(), affine frozen"
 
 
 @dataclass(frozen=True)
@@ -15,14 +15,14 @@ class Record:
 
     Attributes:
         work: the piece of work, a name of the command line.
-        case: what tells this case from the others, such as ``{"pass": "forward"}``.
+        case: what distinguishes this case, such as ``{"pass": "forward"}``.
         arm: the way to freeze.
-        unit: ``"x"``: a ratio of times to ``base``; ``"MiB"`` and ``"%"`` stand for themselves.
+        unit: ``"x"`` (a ratio of times to ``base``), ``"MiB"`` or ``"%"``.
         median: over the rounds.
         low: the lower quartile.
         high: the upper quartile.
-        rounds: how many there were; 1 where a figure does not vary.
-        base: the arm whose figure is 1, or what the figure is a ratio of.
+        rounds: the number of rounds; 1 if the figure does not vary.
+        base: the arm or the thing that the figure is a ratio to.
     """
 
     work: str
@@ -52,7 +52,7 @@ class Run:
 def over_rounds(
     work: str, case: Mapping[str, str], arm: str, values: Sequence[float], unit: str, base: str = ""
 ) -> Record:
-    """Return the record of one figure that was taken once a round."""
+    """Return the record of a figure that was measured once a round."""
     low, middle, high = quartiles(values)
     return Record(work, case, arm, unit, middle, low, high, len(values), base)
 

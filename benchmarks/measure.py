@@ -1,9 +1,8 @@
-"""How it is measured: in rounds, where every arm has its turn, in a new order each time.
+"""How it is measured: in rounds in which every arm has its turn, in a new order each time.
 
-Other load on the machine then falls on all arms alike, and a ratio of two times of the same round
-says more than either. It can also only add to a time: where a turn is short, a round has several,
-and of each arm the fastest counts. On a GPU time is taken by CUDA events on the stream, on a CPU by
-the clock.
+Other load on the machine then slows all arms alike, so the ratio of two times of one round is more
+reliable than the times. Other load only ever adds time: if a turn is short, a round has several,
+and the fastest turn of each arm counts. Times on a GPU are taken with CUDA events.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Takes one sample: the seconds of one call.
+# Returns one sample: the seconds of one call.
 Sampler = Callable[[], float]
 
 
@@ -26,11 +25,11 @@ class Effort:
     """How long a comparison may take.
 
     Attributes:
-        rounds: the most that are made.
-        seconds: no further round begins after these.
-        least: so many rounds are made in any case.
-        sample: seconds that one sample should take at least; short calls are repeated for it.
-        turns: of so many turns in a round the fastest counts.
+        rounds: the largest number of rounds.
+        seconds: no new round begins after this time.
+        least: the smallest number of rounds.
+        sample: the least seconds of one sample; short calls are repeated.
+        turns: the number of turns in a round, of which the fastest counts.
     """
 
     rounds: int
@@ -41,7 +40,7 @@ class Effort:
 
 
 def in_turns(samplers: Mapping[str, Sampler], effort: Effort) -> dict[str, list[float]]:
-    """Return the seconds of each arm, one for each round, after a round that warms up."""
+    """Return the seconds of each arm, one for each round, after a warm-up round."""
     times: dict[str, list[float]] = {arm: [] for arm in samplers}
     order = list(samplers)
     shuffle = random.Random(0).shuffle
@@ -82,14 +81,14 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def repeats(work: Callable[[], object], device: torch.device, effort: Effort) -> int:
-    """How often to call ``work`` so that it fills one sample: at least once, at most 1000 times."""
+    """Return how often to call ``work`` for one sample: between 1 and 1000 times."""
     work()
     once = min(seconds(work, device) for _ in range(2))
     return max(1, min(1000, round(effort.sample / max(once, 1e-7))))
 
 
 def repeated(work: Callable[[], object], times: int, device: torch.device) -> Sampler:
-    """Return a sampler that calls ``work`` so many times."""
+    """Return a sampler that calls ``work`` this many times."""
 
     def loop() -> None:
         for _ in range(times):

@@ -1,4 +1,4 @@
-"""The other libraries that freeze batch norm: which are there, and their own ways to do it."""
+"""The other libraries that freeze batch norm, and how each of them does it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Distribution: where its way to freeze lies.
+# Distribution: the module and the name of what freezes.
 HOMES = {
     "torchvision": ("torchvision.ops", "FrozenBatchNorm2d"),
     "timm": ("timm.layers", "freeze_batch_norm_2d"),
@@ -24,11 +24,11 @@ _ALSO = {"mmengine": "mmengine-lite"}
 
 @cache
 def find(peer: str) -> tuple[Any, str]:
-    """Return a peer's way to freeze, or None, and its version, or why it is absent."""
+    """Return what freezes and its version; or None and why the peer is absent."""
     module, name = HOMES[peer]
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a peer that does not suit this torch or Python fails in any way
+    except Exception as error:  # an incompatible peer may raise anything
         return None, f"absent: {type(error).__name__}: {error}".partition("\n")[0]
     return found, _version(peer)
 
@@ -48,12 +48,12 @@ def everyone() -> dict[str, str]:
 
 
 def is_absent(peer: str) -> bool:
-    """Whether a peer cannot be measured here; bnfreeze and torch, with no name, always can."""
+    """Whether a peer is missing here; the empty name means bnfreeze or torch."""
     return bool(peer) and find(peer)[0] is None
 
 
 def torchvision_layers(model: nn.Module) -> None:
-    """Put torchvision's layer in place of each live one, as `resnet50(norm_layer=...)` does."""
+    """Replace each layer by torchvision's, as `resnet50(norm_layer=...)` does."""
 
     def convert(live: nn.BatchNorm2d) -> nn.Module:
         frozen = find("torchvision")[0](live.num_features, live.eps)
@@ -69,20 +69,20 @@ def timm_layers(model: nn.Module) -> None:
 
 
 def transformers_layers(model: nn.Module) -> None:
-    """Freeze with the function that Transformers' DETR freezes its backbone with."""
+    """Freeze with the function that Transformers' DETR uses for its backbone."""
     with torch.no_grad():
         find("transformers")[0](model)
 
 
 def mmengine_convolutions(model: nn.Module) -> None:
-    """Let MMEngine scale the convolutions' weights; the norm layers must be in eval mode."""
+    """Let MMEngine scale the weights of the convolutions. The norm layers must be in eval mode."""
     holder = nn.Module()  # the function asks for a model and the name of a part of it
     holder.model = model
     find("mmengine")[0](holder, "model")
 
 
 def replace(model: nn.Module, convert: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
-    """Put something else in place of each live norm layer."""
+    """Replace each plain batch norm layer."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.BatchNorm2d):

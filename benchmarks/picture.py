@@ -1,25 +1,49 @@
-"""The main comparison as a picture: bars, with the range of each, in plain SVG."""
+"""The training steps of a run as a bar chart in SVG.
+
+`python -m benchmarks.picture benchmarks/results/cpu.json > docs/benchmarks.svg`.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
+from benchmarks import report, runs
 from benchmarks.arms import ARMS
-from benchmarks.facts import Record
+from benchmarks.facts import BASE, Record, Run
 from benchmarks.setting import LAYOUTS, PRECISIONS
 
 _LABELS, _PANEL, _GAP, _BAR, _ROW, _TOP = 250, 190, 24, 9, 28, 64
-# Ours, and everybody else's; darker NCHW, lighter channels_last.
+# bnfreeze, and all others; dark for NCHW, light for channels_last.
 _COLOURS = {True: ("#1a7f5a", "#7cc9a8"), False: ("#6b7280", "#c2c7d0")}
 
 
+def steps(run: Run) -> str:
+    """Draw the training steps with the largest batch.
+
+    Raises:
+        LookupError: the run has no training steps.
+    """
+    found = [one for one in run.records if one.work == "step" and one.case.get("launch") != "graph"]
+    if not found:
+        raise LookupError("the run has no training steps")
+    batch = max((one.case["batch"] for one in found), key=lambda batch: int(batch.split()[0]))
+    return draw(
+        [one for one in found if one.case["batch"] == batch],
+        f"A training step of a ResNet-50, batch {batch}",
+        f"Time divided by that of {BASE}, with quartiles. {report.machine(run)}, "
+        f"torch {run.versions['torch'].partition('+')[0]}.",
+    )
+
+
 def draw(records: Sequence[Record], title: str, footer: str) -> str:
-    """Return an SVG with a panel for each precision and two bars, one a layout, for each arm."""
+    """Return an SVG: a panel for each precision, and two bars for each arm, one a layout."""
     plain = [arm.name for arm in ARMS if arm.compiled is None]
-    told = {one.arm for one in records}
-    arms = [name for name in plain if name in told and not name.startswith("experiment")]
+    measured = {one.arm for one in records}
+    arms = [name for name in plain if name in measured and not name.startswith("experiment")]
     found = {(one.arm, one.case["precision"], one.case["layout"]): one for one in records}
     most = max((one.high for one in records if one.arm in arms), default=1.0)
     most = max(1.25, math.ceil(most * 4) / 4)
@@ -102,3 +126,7 @@ def _text(
 
 def _weight(name: str) -> int:
     return 600 if name.startswith("bnfreeze") else 400
+
+
+if __name__ == "__main__":
+    print(steps(runs.load(Path(sys.argv[1]))), end="")

@@ -1,14 +1,20 @@
-"""Records laid out as grids, and grids drawn: in a terminal or as Markdown."""
+"""Records as tables, in a terminal or as Markdown.
+
+The page of the docs: `python -m benchmarks.report benchmarks/results/*.json > docs/benchmarks.md`.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks import runs
 from benchmarks.facts import Record, Run
 
 TITLES = {
@@ -19,18 +25,21 @@ TITLES = {
     "step": "A training step of a ResNet-50",
     "detection": "A training step of a detector's ResNet-50 with feature pyramid",
     "memory": "Memory of a ResNet-50 at 224 × 224",
-    "guard": "What the proof costs",
+    "guard": "What verifying costs",
     "inspect": "What `bnfreeze inspect` costs",
-    "cold": "The kernel's cold start",
+    "cold": "The first call of the CUDA kernel",
 }
-# What stands side by side; everything else of a case makes a table of its own.
+# These become columns; every other value of a case makes a table of its own.
 _COLUMNS = ("precision", "layout", "call", "file")
+# How the values and the names of a case are written in a title.
+_WORDS = {"nothing": "batch norm alone", "relu": "with ReLU", "add+relu": "with add and ReLU"}
+_NAMES = {"what": "", "pass": "", "weights": "convolutions"}
 _UNITS = {"x": "", "MiB": " MiB", "%": " %"}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: what its figures are, a heading for each column, and a cell for each."""
+    """A table: its title, what the figures mean, the headings, and the rows."""
 
     title: str
     what: str
@@ -39,9 +48,9 @@ class Grid:
 
 
 def grids(records: Iterable[Record], works: Iterable[str] = TITLES) -> list[Grid]:
-    """Lay out the records of some works.
+    """Make tables of the records of these works.
 
-    Of the single shapes only those with compiled arms are shown; the JSON has all.
+    A single shape is shown only if compiled arms ran on it; the JSON has all of them.
     """
     records = list(records)
     compiled = {_shape(one) for one in records if one.arm.startswith("compile")}
@@ -61,7 +70,7 @@ def grids(records: Iterable[Record], works: Iterable[str] = TITLES) -> list[Grid
 
 
 def cell(record: Record | None) -> str:
-    """Tell one figure; the range is from the lower to the upper quartile."""
+    """Write one figure; the range is from the lower to the upper quartile."""
     if record is None:
         return "–"
     if record.arm == record.base:
@@ -80,8 +89,27 @@ def as_markdown(grid: Grid) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def page(paths: Sequence[Path]) -> str:
+    """Return a Markdown page with the tables of some files.
+
+    A work that is in several of them is shown from the last one.
+    """
+    parts: list[str] = []
+    seen: set[str] = set()
+    for path in reversed(paths):
+        run = runs.load(path)
+        here = [f"Made by `{run.command}`; all figures are in `{path}`.", *about(run)]
+        for grid in grids(one for one in run.records if one.work not in seen):
+            here.append(f"## {grid.title}")
+            here += [f"{grid.what[0].upper()}{grid.what[1:]}."] if grid.what else []
+            here.append(as_markdown(grid))
+        seen |= {one.work for one in run.records}
+        parts = here + parts
+    return "\n\n".join(["# Benchmarks", *parts]) + "\n"
+
+
 def show(run: Run, console: Console) -> None:
-    """Print a run: the machine, the tables, and what else must be known."""
+    """Print a run: the tables, the machine, and the notes."""
     for grid in grids(run.records):
         console.print(Text(f"\n{grid.title}", style="bold"))
         if grid.what:
@@ -101,7 +129,7 @@ def show(run: Run, console: Console) -> None:
 
 
 def _that_fit(grid: Grid, width: int) -> Iterable[range]:
-    """Yield the columns of each table that a wide grid is cut into."""
+    """Split a wide grid: yield the columns of each part."""
     names = max(map(len, grid.rows)) + 4
     widest = max(len(cell(one)) for row in grid.rows.values() for one in row)
     once = max(1, (width - names) // (max(widest, *map(len, grid.columns), 0) + 3))
@@ -110,7 +138,7 @@ def _that_fit(grid: Grid, width: int) -> Iterable[range]:
 
 
 def about(run: Run) -> list[str]:
-    """Say on what a run was made, and what was left out."""
+    """Return lines on the machine, the versions, and what was left out."""
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     lines = [f"On {machine(run)}; {versions}; commit {run.commit}."]
     lines += [f"{peer} is {why}" for peer, why in run.absent.items()]
@@ -120,7 +148,7 @@ def about(run: Run) -> list[str]:
 
 
 def machine(run: Run) -> str:
-    """Name the device, and its driver or the number of threads."""
+    """Return the name of the device with its driver or its number of threads."""
     threads, driver = run.device.get("threads"), run.device.get("driver")
     if driver:
         return f"{run.device['name']}, driver {driver}"
@@ -133,7 +161,7 @@ def _table(record: Record) -> tuple[str, ...]:
     for name, value in case.items():
         if name in _COLUMNS or (name, value) == ("shape", "all"):
             continue
-        words.append({"what": value, "pass": value}.get(name, f"{name} {value}"))
+        words.append(_WORDS.get(value) or f"{_NAMES.get(name, name)} {value}".strip())
     return (*words, record.unit, record.base)
 
 
@@ -148,7 +176,7 @@ def _column(record: Record) -> str:
 
 def _what(unit: str, base: str) -> str:
     if unit == "x":
-        return f"time as a ratio to {base}; median (quartiles) of paired rounds"
+        return f"time divided by that of {base}; median (quartiles) over the rounds"
     return f"per cent of {base}" if base else ""
 
 
@@ -156,3 +184,7 @@ def _digits(record: Record) -> int:
     if record.unit == "MiB":
         return 1 if record.median < 1000 else 0
     return 3 if record.median < 0.1 and record.unit == "%" else 2
+
+
+if __name__ == "__main__":
+    print(page([Path(name) for name in sys.argv[1:]]), end="")

@@ -1,4 +1,4 @@
-"""A run as a JSON file, and what there is to know of the machine that it was made on."""
+"""A run as a JSON file, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load(path: Path) -> Run:
     """Read what `save` wrote."""
     facts = json.loads(path.read_text(encoding="utf-8"))
     if facts.pop("schema") != SCHEMA:
-        raise ValueError(f"{path} is of another schema than {SCHEMA}.")
+        raise ValueError(f"{path} does not have schema {SCHEMA}.")
     records = [
         Record(one["work"], one["case"], arm, one["unit"], *figures, base=one["base"])
         for one in facts.pop("tables")
@@ -58,28 +58,25 @@ def device_facts(device: torch.device) -> dict[str, str]:
         return {
             "kind": "cuda",
             "name": torch.cuda.get_device_name(device),
-            "driver": _told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return {"kind": device.type, "name": _cpu(), "threads": str(torch.get_num_threads())}
 
 
 def versions() -> tuple[dict[str, str], dict[str, str]]:
-    """Return the versions of what is there, and why what is absent is so."""
+    """Return the versions of the installed libraries, and why the others are absent."""
     here = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.version.cuda:
         here["cuda"] = torch.version.cuda
     absent = {}
-    for peer, told in peers.everyone().items():
-        if peers.is_absent(peer):
-            absent[peer] = told
-        else:
-            here[peer] = told
+    for peer, version in peers.everyone().items():
+        (absent if peers.is_absent(peer) else here)[peer] = version
     return here, absent
 
 
 def commit() -> str:
-    """Return the commit of this checkout, with ``-dirty`` where files differ from it."""
-    return _told("git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=10")
+    """Return the commit of this checkout, with ``-dirty`` if files differ from it."""
+    return _output("git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=10")
 
 
 def _cpu() -> str:
@@ -90,7 +87,7 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _told(*command: str) -> str:
+def _output(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

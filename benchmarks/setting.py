@@ -1,4 +1,4 @@
-"""What a run was asked for: the device, how much of it, and which arms."""
+"""The options of a run: the device, the size, and which arms."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run was asked for.
+    """The options of a run.
 
     Attributes:
-        device: where it is measured.
+        device: the device that is measured.
         size: ``"tiny"`` runs everything once, for the tests; ``"quick"`` takes minutes; ``"full"``.
         arms: patterns of arms; all of them if empty.
-        tell: is told what is being measured.
-        notes: what the reader of the results must know is added here.
+        tell: called with a line on what is being measured.
+        notes: lines that readers of the results must see are added here.
     """
 
     device: torch.device
@@ -41,7 +41,7 @@ class Setting:
         return self.device.type == "cuda"
 
     def pick(self, *, tiny: _T, quick: _T, full: _T, gpu: _T | None = None) -> _T:
-        """Choose by size; ``gpu`` in place of ``full`` on a GPU."""
+        """Choose by size; on a GPU ``gpu`` instead of ``full``."""
         if self.size == "full" and self.on_gpu and gpu is not None:
             return gpu
         return {"tiny": tiny, "quick": quick, "full": full}[self.size]
@@ -49,7 +49,7 @@ class Setting:
     def effort(self, quick: float, full: float, gpu: float, turns: int = 1) -> Effort:
         """Return how long one comparison may take, from the seconds for each size.
 
-        With several ``turns`` the fastest of them counts; on a GPU, where little disturbs, each.
+        With several ``turns`` the fastest counts. On a GPU there is one turn: little disturbs it.
         """
         return self.pick(
             tiny=Effort(1, 0.0, least=1, sample=0.0),
@@ -59,12 +59,12 @@ class Setting:
         )
 
     def prepared(self, makers: Mapping[str, Callable[[], _T]], what: str = "") -> dict[str, _T]:
-        """Call each arm's maker; return what those make that do not fail, and note the others."""
+        """Call each maker; return the results. One that fails is noted and left out."""
         made = {}
         for arm, make in makers.items():
             try:
                 made[arm] = make()
-            except Exception as error:  # of a peer, a compiler or a driver: of any kind
+            except Exception as error:  # a peer, a compiler or a driver may raise anything
                 reason = f"{type(error).__name__}: {error}".partition("\n")[0]
                 where = f" {what}" if what else ""
                 self.notes.append(f"{arm} failed{where} and was left out: {reason}")
@@ -78,14 +78,14 @@ def in_precision(module: nn.Module, precision: str, layout: str, device: torch.d
 
 
 def activations(shape: Sequence[int], precision: str, layout: str, device: torch.device) -> Tensor:
-    """Return random feature maps as they come from a convolution: under autocast, bf16."""
+    """Return random feature maps; under autocast bf16, as a convolution returns."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     x = torch.randn(*shape, device=device, dtype=dtype)
     return x.contiguous(memory_format=LAYOUTS[layout])
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which a precision is run."""
+    """Return the context for a precision."""
     if precision != "autocast":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)

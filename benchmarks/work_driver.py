@@ -1,10 +1,10 @@
-"""What a call on CUDA tensors costs the host, without a GPU: the driver does nothing.
+"""How much host time a call on CUDA tensors takes, without a GPU: the driver does nothing.
 
-In a process of its own with the fake GPU of tests/shim, torch's CUDA tensors, its allocator, its
-streams and its dispatch are real, and so is the way to a launch, through cudaLaunchKernel for torch
-and cuda.bindings for us; only what comes behind it is not there. On one core, on which autograd's
-thread runs as well: what is counted is work, and not how fast the machine wakes a thread.
-`BatchNorm2d.eval()` takes ATen's kernel, for cuDNN finds nothing to run on.
+This runs in a process of its own with the fake GPU of tests/shim. torch's CUDA tensors, allocator,
+streams and dispatch are real, and so is the path to a kernel launch (cudaLaunchKernel for torch,
+cuda.bindings for bnfreeze). Only the GPU behind it is missing. Everything runs on one core,
+autograd's thread too, so that it measures work and not how fast the machine wakes a thread.
+`BatchNorm2d.eval()` uses ATen's kernel, because cuDNN finds no GPU.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ try:
     runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)
 except SystemExit as end:
     sys.stderr.flush()
-    os._exit(end.code or 0)  # autograd's threads may still clear up, and want Python for it
+    os._exit(end.code or 0)  # autograd's threads may still need Python
 """
 
 
 def measure(setting: Setting) -> Iterable[Record]:
-    """Yield the ratios of the work `host` for CUDA tensors, on a machine that has no GPU."""
+    """Yield the ratios of the work `host` for CUDA tensors, on a machine without a GPU."""
     if setting.on_gpu:
-        return  # the work `host` itself
+        return  # there the work `host` measures it
     why = fake_gpu.obstacle()
     if why:
         setting.notes.append(f"driver: not measured: {why}.")
@@ -48,7 +48,7 @@ def measure(setting: Setting) -> Iterable[Record]:
         run = on_fake_gpu(Path(folder), ["host", *options, *arms])
     setting.notes.extend(f"driver: {note}" for note in run.notes)
     for one in run.records:
-        # Triton wants a driver of its own, so that what is compiled has run eagerly.
+        # Triton needs a real driver; compiled arms ran eagerly here.
         if not one.arm.startswith("compile"):
             yield dataclasses.replace(one, work="driver")
 
@@ -57,7 +57,7 @@ def on_fake_gpu(folder: Path, arguments: Sequence[str]) -> Run:
     """Run the benchmarks in a process with a fake GPU, and return the run.
 
     Raises:
-        RuntimeError: the process came to no end; with what it wrote.
+        RuntimeError: the process failed; the message ends with its output.
     """
     file = folder / "results.json"
     environment = fake_gpu.build(folder) | {"TORCHDYNAMO_DISABLE": "1"}

@@ -1,8 +1,8 @@
-"""What the proof costs: a check after each step, and snapshots of a whole model.
+"""The cost of verification: a check after each step, and snapshots of a whole model.
 
-On a CPU the check is timed by itself, between real steps, as the difference of two runs would drown
-in the noise of the machine. On a GPU, where it also waits for the step, steps with and without a
-guard take turns.
+On a CPU the check is timed by itself, between real steps, because the difference of two runs would
+be lost in noise. On a GPU the check also waits for the step, so steps with and without a guard take
+turns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.work_model import resnet50
 
 
 def measure(setting: Setting) -> Iterable[Record]:
-    """Yield the check's share of a step, and the ratios of snapshot and verify to a copy."""
+    """Yield the check in per cent of a step, and the ratios of snapshot and verify to a copy."""
     yield from _steps(setting)
     yield from _whole_model(setting)
 
@@ -56,7 +56,7 @@ def _steps(setting: Setting) -> Iterable[Record]:
 def _alone(
     model: nn.Module, step: Callable[[], None], device: torch.device, rounds: int
 ) -> list[float]:
-    """Time a check right after each step, where the guard's own would be."""
+    """Time a check right after each step, as the guard runs it."""
     shares = []
     with bnfreeze.guard(model, tensors="norm", every=sys.maxsize) as watch:
         for _ in range(rounds):
@@ -111,9 +111,9 @@ def _whole_model(setting: Setting) -> Iterable[Record]:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to give no freed memory back to the kernel.
+    """Tell glibc to keep freed memory.
 
-    The first touch of memory new to a process costs whatever the kernel takes to clear it.
+    Otherwise the kernel must clear new pages again and again, which would be measured too.
     """
     if sys.platform.startswith("linux"):
         trim, mmap = -1, -3

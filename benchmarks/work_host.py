@@ -1,7 +1,7 @@
-"""What a call costs before there is anything to compute: a feature map of eight elements.
+"""The fixed cost of a call: a feature map of eight elements, so that there is little to compute.
 
-The arms take turns after twenty calls, without a GPU on one core. What else runs on the machine can
-only add to these; so of each hundred turns the fastest counts.
+The arms take turns of twenty calls; without a GPU on one core. Other load on the machine can only
+add to these times, so the fastest of each hundred turns counts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def measure(setting: Setting) -> Iterable[Record]:
         arm.name: arm.ready(arm.layer(live, "nothing").norm.to(device))
         for arm in choose(setting.arms)
         if arm.alone
-        and arm.frozen  # one value a channel has no batch to normalise with
+        and arm.frozen  # with one value per channel, training mode is an error
         and (arm.compiled is None or (setting.size == "full" and arm.name in FEW_COMPILED))
     }
     for name, make in (
@@ -39,7 +39,7 @@ def measure(setting: Setting) -> Iterable[Record]:
         ("forward, grad", _with_grad),
         ("forward and backward", _and_backward),
     ):
-        host = torch.device("cpu")  # on a GPU too: how long it takes there is of no interest
+        host = torch.device("cpu")  # on a GPU too: only the time of the host counts
         samplers = {arm: repeated(make(layer, x), 20, host) for arm, layer in layers.items()}
         effort = setting.pick(
             tiny=Effort(1, 0.0, least=1),
@@ -52,7 +52,7 @@ def measure(setting: Setting) -> Iterable[Record]:
 
 @contextmanager
 def _one_core(setting: Setting) -> Iterator[None]:
-    """Stay on one core; but with a GPU backward runs on a thread that is to have its own."""
+    """Stay on one core; not with a GPU, where backward runs on a thread of its own."""
     if setting.on_gpu or not hasattr(os, "sched_setaffinity"):
         yield
         return

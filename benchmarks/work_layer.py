@@ -1,10 +1,9 @@
-"""The layer alone: every norm layer of a ResNet-50, with what follows it, forward and backward."""
+"""The norm layers of a ResNet-50 alone, each with the operations after it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import product
 
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 
 from benchmarks import cuda
 from benchmarks.arms import FEW_COMPILED, FOLLOWS, Arm, choose
+from benchmarks.calls import Call
 from benchmarks.facts import BASE, Record, over_rounds, ratios
 from benchmarks.measure import Effort, Sampler, in_turns, repeated, repeats, seconds
-from benchmarks.setting import LAYOUTS, PRECISIONS, Setting, activations, autocast, in_precision
+from benchmarks.setting import LAYOUTS, PRECISIONS, Setting, activations, in_precision
 
 NAME = "layer"
 # Compiling takes longer than measuring: one shape, where the bytes are.
@@ -27,7 +27,7 @@ Times = dict[str, list[float]]
 
 @cache
 def shapes() -> dict[tuple[int, int], int]:
-    """How many norm layers of a ResNet-50 at 224 × 224 have each number of channels and height."""
+    """Count the norm layers of a ResNet-50 at 224 × 224 by number of channels and height."""
     found: Counter[tuple[int, int]] = Counter()
     with torch.device("meta"):
         model = torchvision.models.resnet50().eval()
@@ -38,38 +38,13 @@ def shapes() -> dict[tuple[int, int], int]:
     return dict(found)
 
 
-@dataclass(frozen=True)
-class Call:
-    """One arm in one case, ready to be called on any of several inputs."""
-
-    layer: nn.Module
-    inputs: list[tuple[Tensor, Tensor]]
-    wanted: list[Tensor]
-    precision: str
-    grads: dict[torch.dtype, Tensor] = field(default_factory=dict)
-
-    def forward(self, number: int = 0) -> Tensor:
-        x, residual = self.inputs[number % len(self.inputs)]
-        with autocast(self.precision, x.device):
-            return self.layer(x, residual)
-
-    def backward(self, out: Tensor, number: int = 0, retain: bool = False) -> tuple[Tensor, ...]:
-        x, residual = self.inputs[number % len(self.inputs)]
-        inputs = [x, residual] if residual.requires_grad else [x]
-        if out.dtype not in self.grads:  # which differs from arm to arm
-            self.grads[out.dtype] = torch.randn_like(out)
-        return torch.autograd.grad(
-            out, [*inputs, *self.wanted], self.grads[out.dtype], retain_graph=retain or None
-        )
-
-
 def measure(setting: Setting) -> Iterable[Record]:
-    """Yield each shape's ratios, and those of all layers together, as often as each occurs."""
+    """Yield the ratios of each shape, and of all layers of the network together."""
     ceiling = cuda.copy_rate(setting.device) if setting.on_gpu else None
     if setting.size == "quick":
         setting.notes.append("The layer alone: two of the twelve shapes, those of the first stage.")
     if setting.on_gpu:
-        # A warm backward is run several times on one forward.
+        # A warm backward runs several times on one forward.
         torch._functorch.config.donated_buffer = False
     for precision, layout, follow in product(PRECISIONS, LAYOUTS, FOLLOWS):
         setting.tell(f"layer: {precision}, {layout}, then {follow}")
@@ -100,7 +75,7 @@ def _all_shapes(setting: Setting, case: dict[str, str], ceiling: float | None) -
 
 
 def _compiled(setting: Setting, case: dict[str, str], shape: tuple[int, int]) -> list[Arm]:
-    """Return the compiled arms, where there is the time to compile them."""
+    """Return the compiled arms, if there is time to compile them."""
     if (
         setting.size != "full"
         or (shape, case["then"]) != (COMPILED_SHAPE, COMPILED_FOLLOW)
@@ -113,7 +88,7 @@ def _compiled(setting: Setting, case: dict[str, str], shape: tuple[int, int]) ->
 def _compare(
     setting: Setting, case: dict[str, str], shape: tuple[int, ...], arms: list[Arm]
 ) -> Iterator[tuple[dict[str, str], Times]]:
-    """Yield the times of forward and of backward, on a GPU eager and replayed, cold and warm."""
+    """Yield the times of forward and backward; on a GPU also of CUDA graphs and of a warm cache."""
     precision, follow = case["precision"], case["then"]
     inputs = _inputs(setting, case, shape)
     live = trained_norm(shape[1])
@@ -137,7 +112,7 @@ def _compare(
 def _inputs(
     setting: Setting, case: dict[str, str], shape: tuple[int, ...]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return an input and a residual; on a GPU so many of them that the L2 cache forgets."""
+    """Return inputs and residuals: one of each; on a GPU more than fit into the L2 cache."""
     torch.manual_seed(0)
 
     def one() -> Tensor:
@@ -155,7 +130,7 @@ def _times(
     effort: Effort,
 ) -> Times:
     one = calls[BASE] if BASE in calls else next(iter(calls.values()))
-    # Of the backward, all the outputs must be held.
+    # For the backward, all outputs must be in memory.
     times = min(64, repeats(one.forward, setting.device, effort))
     return in_turns({arm: make(call, times) for arm, call in calls.items()}, effort)
 
@@ -178,7 +153,7 @@ def _backward(call: Call, times: int) -> Sampler:
 
 
 def trained_norm(channels: int) -> nn.BatchNorm2d:
-    """Return a norm layer whose tensors are not those of a new one."""
+    """Return a norm layer with random statistics, weight and bias."""
     norm = nn.BatchNorm2d(channels)
     with torch.no_grad():
         for tensor in (norm.weight, norm.running_var):
@@ -189,18 +164,18 @@ def trained_norm(channels: int) -> nn.BatchNorm2d:
 
 
 def _add(total: Times, times: Times, count: int, arms: list[Arm]) -> None:
-    """Add up the rounds of all shapes, each as often as the shape occurs."""
+    """Add up the rounds of all shapes, each times the number of its layers."""
     for arm in arms:
         if arm.name not in times:
             continue
         column = times[arm.name]
         before = total.get(arm.name, [0.0] * len(column))
-        # Rounds that one shape had no time for are left out of all.
+        # Only as many rounds as every shape has.
         total[arm.name] = [a + count * b for a, b in zip(before, column, strict=False)]
 
 
 def least_bytes(case: Mapping[str, str], shape: tuple[int, ...]) -> int:
-    """The bytes that one pass which does everything must read and write."""
+    """Return the bytes that a single pass over the feature maps must read and write."""
     element = 4 if case["precision"] == "fp32" else 2
     maps = {
         "forward": {"nothing": 2, "relu": 2, "add+relu": 3},
@@ -212,7 +187,7 @@ def least_bytes(case: Mapping[str, str], shape: tuple[int, ...]) -> int:
 def _records(
     case: dict[str, str], times: Times, least: int, ceiling: float | None
 ) -> Iterator[Record]:
-    """Yield the ratios and, on a GPU, the rate of the least bytes in per cent of a plain copy's."""
+    """Yield the ratios; on a GPU also the bandwidth, in per cent of that of a plain copy."""
     yield from ratios(NAME, case, times, BASE)
     for arm, column in times.items():
         if ceiling is not None:

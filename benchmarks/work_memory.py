@@ -1,7 +1,7 @@
-"""What a ResNet-50 keeps for backward, anywhere; and the peak of a whole step, on a GPU.
+"""Memory that a ResNet-50 saves for backward; on a GPU also the peak of a whole step.
 
-Kept bytes are counted by saved-tensor hooks: each storage once, parameters and casts and scaled
-copies of them left out. They do not depend on the device, so one pass is enough.
+Saved bytes are counted with saved-tensor hooks: each storage once, without parameters and casts or
+scaled copies of them. They do not depend on the device, so one pass is enough.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def measure(setting: Setting) -> Iterable[Record]:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         image = torch.randn(1, 3, height, height, dtype=dtype)
         for arm in choose(setting.arms):
-            if arm.compiled is None and not arm.holds_weights:
+            if arm.compiled is None and not arm.needs_frozen_weights:
                 model = arm.model(live).to(dtype)
                 mib = saved_mib(model, image, precision == "autocast")
-                case = {"what": "kept for backward", "precision": precision}
+                case = {"what": "saved for backward", "precision": precision}
                 yield Record("memory", case, arm.name, "MiB", mib, mib, mib, 1)
         if setting.on_gpu:
             yield from _peaks(setting, live, precision)
 
 
 def _peaks(setting: Setting, live: torch.nn.Module, precision: str) -> Iterable[Record]:
-    """Yield the peak of one step for each arm, which has the device to itself."""
+    """Yield the peak of one step of each arm, alone on the device."""
     layout = "channels_last"
     batch, height = setting.pick(tiny=(2, 64), quick=(64, 224), full=(64, 224))
     images = torch.randn(batch, 3, height, height, device=setting.device)
@@ -52,14 +52,14 @@ def _peaks(setting: Setting, live: torch.nn.Module, precision: str) -> Iterable[
 
         mib = cuda.peak_mib(make, setting.device)
         if arm.compiled is not None:
-            torch._dynamo.reset()  # its caches hold the model
+            torch._dynamo.reset()  # its caches keep the model alive
         return mib
 
     compiled = FEW_COMPILED if precision == "autocast" else ()
     arms = [
         arm
         for arm in choose(setting.arms)
-        if not arm.holds_weights and (arm.compiled is None or arm.name in compiled)
+        if not arm.needs_frozen_weights and (arm.compiled is None or arm.name in compiled)
     ]
     peaks = setting.prepared({arm.name: partial(peak, arm) for arm in arms}, "(peak memory)")
     for arm, mib in peaks.items():

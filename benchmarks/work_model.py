@@ -1,4 +1,4 @@
-"""A residual block, a ResNet-50's training step, and a detector's backbone, frozen in each way."""
+"""A residual block, a training step of a ResNet-50, and the backbone of a detector."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def block(setting: Setting) -> Iterable[Record]:
     batch = setting.pick(tiny=1, quick=2, full=8, gpu=64)
     sizes = setting.pick(tiny=((8, 4),), quick=BLOCKS[:1], full=BLOCKS)
     for precision, layout in _cases(setting):
-        for weights in ("trained", "held"):
+        for weights in ("trained", "frozen"):
             for width, height in sizes:
                 setting.tell(f"block: {precision}, {layout}, {width} wide, weights {weights}")
                 case = {
@@ -47,10 +47,10 @@ def block(setting: Setting) -> Iterable[Record]:
                 chosen = _chosen(setting, precision, layout, width == sizes[0][0])
                 works = {}
                 for arm in chosen:
-                    # Compiled with weights that train, which is the common case.
-                    if weights == "trained" and arm.holds_weights:
+                    # Compiled arms run with weights that train, the common case.
+                    if weights == "trained" and arm.needs_frozen_weights:
                         continue
-                    if weights == "held" and arm.compiled is not None:
+                    if weights == "frozen" and arm.compiled is not None:
                         continue
                     model = in_precision(arm.model(live), precision, layout, setting.device)
                     wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
@@ -66,7 +66,7 @@ def step(setting: Setting) -> Iterable[Record]:
     for precision, layout in _cases(setting):
         live = calibrated(resnet50(setting), (4, 3, 64, 64))
         chosen = _chosen(setting, precision, layout, setting.on_gpu)
-        arms = [arm for arm in chosen if not arm.holds_weights]
+        arms = [arm for arm in chosen if not arm.needs_frozen_weights]
         steps = {arm.name: Step(arm, live, precision, layout, setting.device) for arm in arms}
         for batch in _batches(setting, precision, layout):
             setting.tell(f"step: {precision}, {layout}, batch {batch}")
@@ -96,7 +96,7 @@ def backbone(setting: Setting) -> Iterable[Record]:
         images = images.contiguous(memory_format=LAYOUTS[layout])
         works = {}
         for arm in choose(setting.arms):
-            if arm.compiled is None and not arm.holds_weights:
+            if arm.compiled is None and not arm.needs_frozen_weights:
                 works[arm.name] = partial(
                     Step(arm, live, precision, layout, setting.device, part="body"), images, None
                 )
@@ -112,7 +112,7 @@ def resnet50(setting: Setting) -> resnet.ResNet:
 
 
 def _with_pyramid(body: resnet.ResNet) -> nn.Module:
-    """A ResNet with a feature pyramid, its stem and first stage held as torchvision's detectors."""
+    """A ResNet with a feature pyramid; stem and first stage are frozen as in torchvision."""
     for part in (body.conv1, body.bn1, body.layer1):
         part.requires_grad_(False)
     stages = {f"layer{number}": str(number) for number in range(1, 5)}
@@ -131,7 +131,7 @@ class Step:
         device: torch.device,
         part: str = "",
     ) -> None:
-        # The arm freezes a part of the model, of which the rest has no norm layers.
+        # The arm freezes a part of the model; the rest has no norm layers.
         if part:
             whole = copy.deepcopy(live)
             setattr(whole, part, arm.model(getattr(live, part)))
@@ -139,7 +139,7 @@ class Step:
             whole = arm.model(live)
         whole = in_precision(whole, precision, layout, device)
         trained = [p for p in whole.parameters() if p.requires_grad]
-        # So slow that the model stays as it is, round after round.
+        # A rate so small that the model stays nearly the same, round after round.
         self.optimizer = torch.optim.SGD(trained, lr=1e-6, momentum=0.9)
         self.model, self.precision = arm.ready(whole), precision
 
@@ -158,7 +158,7 @@ class Step:
 
 
 def calibrated(model: nn.Module, shape: Sequence[int]) -> nn.Module:
-    """Give a model's norm layers statistics that fit its random weights."""
+    """Give the norm layers statistics that fit the random weights of the model."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     torch.manual_seed(0)
     for norm in norms:
@@ -172,7 +172,7 @@ def calibrated(model: nn.Module, shape: Sequence[int]) -> nn.Module:
 
 
 def _cases(setting: Setting) -> Sequence[tuple[str, str]]:
-    """Return every precision and layout; of a tiny run each of them at least once."""
+    """Return every precision with every layout; for a tiny run each at least once."""
     every = tuple(product(PRECISIONS, LAYOUTS))
     return setting.pick(tiny=(every[0], every[3], every[5]), quick=every, full=every)
 
@@ -183,7 +183,7 @@ def _batches(setting: Setting, precision: str, layout: str) -> tuple[int, ...]:
 
 
 def _chosen(setting: Setting, precision: str, layout: str, compiled: bool) -> list[Arm]:
-    """Return the arms of one case; compiled ones only where that can be waited for."""
+    """Return the arms of one case; compiled ones only if there is time for them."""
     every = tuple(arm.name for arm in ARMS)
     names = setting.pick(tiny=(), quick=FEW_COMPILED, full=every, gpu=FEW_COMPILED)
     cases = setting.pick(tiny=(), quick=("fp32",), full=PRECISIONS, gpu=("autocast",))
@@ -209,15 +209,15 @@ def _compared(
     seconds: tuple[float, float, float],
     turns: int = 1,
 ) -> Iterable[Record]:
-    """Yield the arms' ratios, and on a GPU those of CUDA graphs of the same work as well.
+    """Yield the ratios of the arms; on a GPU also of CUDA graphs of the same work.
 
     Args:
-        setting: what was asked for.
+        setting: the options of the run.
         work: the name of the work.
-        case: what tells it from other cases.
+        case: what distinguishes this case.
         works: what each arm does.
-        seconds: how long this may take in a quick run, in a full one, and in one on a GPU.
-        turns: of so many in a round the fastest counts.
+        seconds: the time for a quick run, a full one, and one on a GPU.
+        turns: the number of turns in a round, of which the fastest counts.
     """
     effort = setting.effort(*seconds, turns)
     for way in ("eager", "graph") if setting.on_gpu else ("",):

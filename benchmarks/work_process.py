@@ -1,6 +1,6 @@
-"""What is measured in processes of its own: the command `inspect`, and the kernel's cold start.
+"""Measured in separate processes: the command `inspect`, and the first call of the CUDA kernel.
 
-The measure of both is a bare ``import torch``, which any other program of this kind begins with.
+Both are compared with a bare ``import torch``, because other programs of this kind begin with it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import sys, torch
 status = open("/proc/self/status").read()
 print(status.partition("VmHWM:")[2].split()[0], file=sys.stderr)
 """
-# Prints the seconds from a warm process to the first result. Then it leaves at once, for autograd's
-# threads may still clear up, and one that wants Python while that shuts down aborts the process.
+# Prints the seconds of the first call in a warm process. Then it exits at once: a thread of
+# autograd that still needs Python while Python shuts down would abort the process.
 _FIRST_CALL = """
 import os, sys, time, torch
 from bnfreeze import FrozenBatchNorm2d
@@ -62,7 +62,7 @@ IMPORT = "import torch"
 def inspect(setting: Setting) -> Iterable[Record]:
     """Yield the time and the peak memory of the command over the size of the file."""
     if not sys.platform.startswith("linux"):
-        setting.notes.append("inspect: not measured, as its memory is asked of Linux.")
+        setting.notes.append("inspect: not measured; its memory is read from Linux.")
         return
     sizes = {"0.1 GB": 10**8, "1 GB": 10**9, "10 GB": 10**10}
     names = setting.pick(tiny=("0.1 GB",), quick=("0.1 GB", "1 GB"), full=tuple(sizes))
@@ -88,13 +88,13 @@ def inspect(setting: Setting) -> Iterable[Record]:
 
 
 def cold_start(setting: Setting) -> Iterable[Record]:
-    """Yield how long the first call waits for its kernel, its cache empty or full."""
+    """Yield the time of the first call, with an empty and with a full kernel cache."""
     what = "first call" if setting.on_gpu else "two variants compiled for sm_90"
     setting.tell(f"cold: {what}")
     code = _FIRST_CALL if setting.on_gpu else _COMPILE
     with tempfile.TemporaryDirectory() as full:
         try:
-            _told(code, full)
+            _seconds(code, full)
         except subprocess.CalledProcessError as error:
             last = error.stderr.strip().rpartition("\n")[2]
             setting.notes.append(f"cold: not measured: {last}")
@@ -102,12 +102,12 @@ def cold_start(setting: Setting) -> Iterable[Record]:
 
         def empty() -> float:
             with tempfile.TemporaryDirectory() as folder:
-                return _told(code, folder)
+                return _seconds(code, folder)
 
         samplers = {
             "empty cache": empty,
-            "full cache": lambda: _told(code, full),
-            IMPORT: lambda: _told(_SECONDS_TO_IMPORT, full),
+            "full cache": lambda: _seconds(code, full),
+            IMPORT: lambda: _seconds(_SECONDS_TO_IMPORT, full),
         }
         times = in_turns(samplers, setting.effort(quick=5.0, full=40.0, gpu=30.0))
     yield from ratios("cold", {"what": what}, times, IMPORT)
@@ -120,12 +120,12 @@ def _whole_process(code: tuple[str, ...], peaks: list[float]) -> float:
     return time.perf_counter() - begin
 
 
-def _told(code: str, cache: str) -> float:
+def _seconds(code: str, cache: str) -> float:
     return float(_run((code,), {"BNFREEZE_CACHE": cache}).split()[-1])
 
 
 def _run(code: tuple[str, ...], more: Mapping[str, str]) -> str:
-    """Run Python code in a process of its own; return what it wrote to stderr."""
+    """Run Python code in a new process; return what it wrote to stderr."""
     root = str(Path(__file__).parent.parent)
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         BnfreezeWarning,
         CheckpointError,
         CorruptCheckpointError,
+        NotFrozenError,
         PolicyError,
         UnsafeCheckpointError,
         UnsupportedFormatError,
@@ -34,10 +35,13 @@ if TYPE_CHECKING:
     from bnfreeze.inspection.stored_layers import StoredLayer
     from bnfreeze.nn.modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
     from bnfreeze.policies.policy import Policy
+    from bnfreeze.verification.assert_frozen import assert_frozen
+    from bnfreeze.verification.diff import Diff, TensorChange, diff
     from bnfreeze.verification.drift import Drift
-    from bnfreeze.verification.guard import guard
-    from bnfreeze.verification.report import DriftError, DriftReport
-    from bnfreeze.verification.snapshot import Snapshot, assert_frozen, snapshot, verify
+    from bnfreeze.verification.drift_report import DriftError, DriftReport
+    from bnfreeze.verification.guard import Guard, guard
+    from bnfreeze.verification.snapshot import Snapshot
+    from bnfreeze.verification.verify import snapshot, verify
 
 __all__ = [
     "BnfreezeError",
@@ -46,6 +50,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointInspection",
     "CorruptCheckpointError",
+    "Diff",
     "Drift",
     "DriftError",
     "DriftReport",
@@ -54,20 +59,24 @@ __all__ = [
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
+    "Guard",
     "Inspection",
     "LayerFit",
     "LayerRow",
     "LiveLayer",
     "ModelInspection",
+    "NotFrozenError",
     "Policy",
     "PolicyError",
     "ProbeReport",
     "RecalibrationReport",
     "Snapshot",
     "StoredLayer",
+    "TensorChange",
     "UnsafeCheckpointError",
     "UnsupportedFormatError",
     "assert_frozen",
+    "diff",
     "freeze",
     "functional",
     "guard",
@@ -91,11 +100,13 @@ _HOME = {
     "CheckpointError": "errors",
     "CheckpointInspection": "inspection.checkpoint",
     "CorruptCheckpointError": "errors",
+    "Diff": "verification.diff",
     "Drift": "verification.drift",
-    "DriftError": "verification.report",
-    "DriftReport": "verification.report",
+    "DriftError": "verification.drift_report",
+    "DriftReport": "verification.drift_report",
     "Finding": "findings",
     "FreezeReport": "freezing.report",
+    "Guard": "verification.guard",
     "Inspection": "inspection.result",
     "LayerRow": "freezing.report",
     "LiveLayer": "inspection.behaviour",
@@ -103,19 +114,22 @@ _HOME = {
     "FrozenBatchNorm1d": "nn.modules",
     "FrozenBatchNorm2d": "nn.modules",
     "FrozenBatchNorm3d": "nn.modules",
+    "NotFrozenError": "errors",
     "Policy": "policies.policy",
     "PolicyError": "errors",
     "Snapshot": "verification.snapshot",
     "StoredLayer": "inspection.stored_layers",
+    "TensorChange": "verification.diff",
     "UnsafeCheckpointError": "errors",
     "UnsupportedFormatError": "errors",
-    "assert_frozen": "verification.snapshot",
+    "assert_frozen": "verification.assert_frozen",
+    "diff": "verification.diff",
     "freeze": "freezing.freeze",
     "guard": "verification.guard",
     "inspect": "inspection.inspect",
-    "snapshot": "verification.snapshot",
+    "snapshot": "verification.verify",
     "unfreeze": "freezing.freeze",
-    "verify": "verification.snapshot",
+    "verify": "verification.verify",
 }
 _MODULES = {"functional"}
 

@@ -107,21 +107,21 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     from bnfreeze.checkpoints import open_checkpoint
-    from bnfreeze.inspection.diff import compare
+    from bnfreeze.verification.diff import diff_stored
 
     _check_outputs(options)
     with open_checkpoint(options.first) as first, open_checkpoint(options.second) as second:
         (before, origin), (after, goal) = (_part(one, options) for one in (first, second))
         with _Progress("comparing tensor") as progress:
-            difference = compare(before, after, (origin, goal), progress=progress)
+            found = diff_stored(before, after, (origin, goal), progress=progress)
     if options.json:
-        _print_json(difference.to_dict())
+        _print_json(found.to_dict())
     elif options.plain:
-        _print_lines(difference.lines())
+        _print_lines(found.lines())
     else:
-        _print_sheets([difference])
-    _save_pictures(options, [difference])
-    return 0 if difference.identical else 1
+        _print_sheets([found])
+    _save_pictures(options, [found])
+    return 0 if found.ok else 1
 
 
 def _snapshot(options: argparse.Namespace) -> int:
@@ -133,11 +133,9 @@ def _snapshot(options: argparse.Namespace) -> int:
         raise BnfreezeError("-o: the name of a file is empty.")
     if os.path.exists(options.output):
         try:
-            Snapshot.load(options.output)  # an earlier one may be written over, and nothing else
+            Snapshot.load(options.output)  # only an earlier snapshot may be overwritten
         except (BnfreezeError, OSError):
-            raise BnfreezeError(
-                f"{options.output}: is there already, and is no snapshot."
-            ) from None
+            raise BnfreezeError(f"{options.output} exists and is not a snapshot.") from None
     with open_checkpoint(options.path) as checkpoint:
         tensors, origin = _part(checkpoint, options)
         with telling(checkpoint.path):
@@ -266,14 +264,14 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _print_lines(lines: Sequence[tuple[str, ...]]) -> None:
-    from bnfreeze.tables import escaped
+    from bnfreeze.text import escaped
 
     for line in lines:
         sys.stdout.write("\t".join(map(escaped, line)) + "\n")
 
 
 def _complain(message: str) -> int:
-    from bnfreeze.tables import escaped
+    from bnfreeze.text import escaped
 
     sys.stderr.write(f"bnfreeze: {escaped(message)}\n")
     return 2
@@ -283,7 +281,7 @@ def _complain_of_defect() -> int:
     """Show the traceback of an unforeseen error; exit code 1 would say that something differs."""
     import traceback
 
-    from bnfreeze.tables import escaped
+    from bnfreeze.text import escaped
 
     for line in traceback.format_exc().splitlines():
         sys.stderr.write(f"{escaped(line)}\n")

@@ -7,6 +7,7 @@ __all__ = [
     "BnfreezeWarning",
     "CheckpointError",
     "CorruptCheckpointError",
+    "NotFrozenError",
     "PolicyError",
     "UnsafeCheckpointError",
     "UnsupportedFormatError",
@@ -19,6 +20,22 @@ class BnfreezeError(Exception):
 
 class PolicyError(BnfreezeError, ValueError):
     """A policy or a pattern that cannot be kept: unknown, matching nothing, or impossible here."""
+
+
+class NotFrozenError(BnfreezeError, AssertionError):
+    """Layers that should be frozen are not.
+
+    Attributes:
+        layers: the dotted name of each such layer, and why it is not frozen.
+    """
+
+    def __init__(self, message: str = "", layers: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(message)
+        self.layers = layers
+
+    def __reduce__(self) -> tuple[type[NotFrozenError], tuple[str, tuple[tuple[str, str], ...]]]:
+        # Pickle's own way to rebuild an exception would lose the layers.
+        return (type(self), (str(self), self.layers))
 
 
 class CheckpointError(BnfreezeError):

@@ -13,11 +13,12 @@ __all__ = ["replacement", "write_whole"]
 
 @contextmanager
 def replacement(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give the path of a new, empty file beside `path`, which takes its place after the block.
+    """Give the path of a new, empty file beside `path`, which replaces it after the block.
+
+    After any error in the block, what was at `path` before is still there.
 
     Raises:
-        OSError: it cannot be written; what was there before is still there, and so it is after any
-            error in the block.
+        OSError: it cannot be written.
     """
     path = Path(os.path.realpath(path))
     name = ""
@@ -25,7 +26,7 @@ def replacement(path: str | os.PathLike[str]) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".bnfreeze.")
         os.close(handle)
         yield Path(name)
-        # As open() would have made it, which mkstemp does not.
+        # mkstemp makes a private file; this gives it the permissions that open() would.
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(name, 0o666 & ~mask)
@@ -34,19 +35,19 @@ def replacement(path: str | os.PathLike[str]) -> Iterator[Path]:
         if name:
             os.unlink(name)
         if isinstance(error, OSError) and error.errno:
-            error.filename = os.fspath(path)  # nobody has asked for the other
+            error.filename = os.fspath(path)  # not the temporary name
         raise
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` beside `path` and rename it there, so that no half of it is ever seen.
+    """Write `text` to a new file and rename it to `path`, so that nobody sees half of it.
 
     Raises:
-        OSError: it cannot be written; what was there before is still there.
+        OSError: it cannot be written; what was at `path` before is still there.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
-        # A pipe or /dev/stdout is written to, and not put something else in its place.
+        # A pipe or /dev/stdout must be written to, not replaced.
         path.write_text(text, encoding="utf-8")
         return
     with replacement(path) as fresh:

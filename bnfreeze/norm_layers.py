@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+
+from bnfreeze.torch_private import _InstanceNorm, _NormBase
 
 __all__ = [
     "AFFINE",
@@ -34,8 +34,8 @@ AFFINE = ("weight", "bias")
 # Transformers has a copy in each detection model: DetrFrozenBatchNorm2d, RTDetrFrozenBatchNorm2d.
 _LOOKALIKE_NAME = re.compile(r"Frozen\w*BatchNorm", re.ASCII)
 
-# What wraps a whole model under one more name, by class name and so without importing it:
-# (the class, the name under which it keeps the model).
+# Classes that wrap a whole model, and the attribute in which they keep it. By class name, so that
+# nothing is imported.
 _WRAPPERS = {
     "DataParallel": "module",
     "DistributedDataParallel": "module",
@@ -48,7 +48,7 @@ _WRAPPERS = {
 
 
 def eps_of(module: nn.Module) -> float:
-    """The layer's eps; Transformers' frozen batch norms have none, and compute with 1e-5."""
+    """The layer's eps. Transformers' frozen batch norms have none, and compute with 1e-5."""
     return float(getattr(module, "eps", 1e-5))
 
 
@@ -58,9 +58,9 @@ def keeps_statistics(module: nn.Module) -> bool:
 
 
 def computed_affine(module: nn.Module) -> list[str]:
-    """Which of weight and bias are no tensors of the module's own.
+    """Which of weight and bias are computed from other tensors.
 
-    A parametrization computes them from others; so does pruning, or what flattens parameters.
+    A parametrization does that, and so do pruning and wrappers that flatten parameters.
     """
     return [
         name
@@ -81,7 +81,7 @@ def is_lookalike(module: nn.Module, kind: type[nn.Module] | None = None) -> bool
 
     Args:
         module: any module.
-        kind: the class to judge it by, where that is not its own: what it was before freezing.
+        kind: the class to look at, if not the module's own: the one it had before freezing.
     """
     kind = kind or type(module)
     if issubclass(kind, _NormBase):
@@ -109,9 +109,9 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def keeps_unknown_statistics(module: nn.Module) -> bool:
-    """Whether a module that is no norm layer to bnfreeze nevertheless keeps such statistics.
+    """Whether a module that bnfreeze does not know as a norm layer keeps running statistics.
 
-    One of them will do: EvoNorm-B0 keeps a variance alone.
+    A mean or a variance is enough: EvoNorm-B0 keeps only a variance.
     """
     buffers = {name for name, _ in module.named_buffers(recurse=False)}
     return not is_norm(module) and not buffers.isdisjoint(STATISTICS[:2])
@@ -124,7 +124,7 @@ class NamedModule:
     module: nn.Module
     names: tuple[str, ...]
     # The names as people write them: without the segments that wrappers such as
-    # DistributedDataParallel and torch.compile put in between.
+    # DistributedDataParallel and torch.compile add.
     plain_names: tuple[str, ...]
 
     @property
@@ -170,7 +170,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
 
 
 def check_model(model: object) -> nn.Module:
-    """Give `model` back if it is one that can be frozen and looked at.
+    """Return `model` if it can be frozen and inspected.
 
     Raises:
         TypeError: not an `nn.Module`, or a TorchScript module, whose layers cannot be changed.

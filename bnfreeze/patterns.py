@@ -17,8 +17,8 @@ __all__ = ["Pattern", "nearest"]
 class Pattern:
     """A pattern over dotted names: ``*`` and ``?`` stay inside a segment, ``**`` spans any number.
 
-    A name that matches stands for itself and all below it; the empty pattern is the root, and so
-    the whole model.
+    A name that matches stands for itself and all below it. The empty pattern is the root: the
+    whole model.
     """
 
     text: str
@@ -41,9 +41,9 @@ class Pattern:
         return cls(text, tuple(_segment(segment, text) for segment in segments))
 
     def matches(self, name: str) -> bool:
-        """Whether `name`, or a module above it, is meant."""
-        # How many segments of the pattern may be matched so far. One regex for all of them would
-        # take for ever, with several ``**`` and a long name that does not match.
+        """Whether the pattern matches `name` or a module above it."""
+        # How many segments of the pattern can be matched so far. A single regex would take
+        # forever for several ``**`` and a long name that does not match.
         end = len(self._segments)
         matched = self._with_spans({0})
         for segment in name.split(".") if name else []:
@@ -61,7 +61,7 @@ class Pattern:
         return end in matched
 
     def _with_spans(self, matched: set[int]) -> set[int]:
-        """Add what is matched as well where ``**`` spans nothing more."""
+        """Add the counts in which a ``**`` spans no further segment."""
         for count, pattern in enumerate(self._segments):
             if pattern is None and count in matched:
                 matched.add(count + 1)
@@ -80,7 +80,7 @@ def _segment(segment: str, whole: str) -> re.Pattern[str] | None:
             f"Pattern {whole!r}: '**' spans whole segments and stands alone between dots, "
             f"as in 'head.**.bn1'; inside {segment!r} use a single '*'."
         )
-    # Brackets are no special characters of ours; of fnmatch's they are.
+    # Brackets are special to fnmatch, but not in our patterns.
     return re.compile(fnmatch.translate(segment.replace("[", "[[]")))
 
 

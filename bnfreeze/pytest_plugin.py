@@ -1,4 +1,4 @@
-"""The pytest plugin: the fixture `bnfreeze_guard`, and snapshots that explain why they differ.
+"""The pytest plugin: the fixture `bnfreeze_guard`, and comparisons that explain themselves.
 
 Every pytest run on the machine loads this module, so it imports no torch until a test asks.
 """
@@ -51,7 +51,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
     """Explain ``assert snapshot(model) == before`` by the verdict and the first drift."""
-    # Where nobody has imported it, neither side is a snapshot.
+    # If nobody has imported the module, neither side is a snapshot.
     home = sys.modules.get("bnfreeze.verification.snapshot")
     if home is None or op != "==":
         return None

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import io
 import re
-import sys
-import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bnfreeze.files import write_whole
 from bnfreeze.findings import Finding
+from bnfreeze.text import SEGMENT, encodable, escaped, stdout_encoding, wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -55,15 +54,6 @@ _WIDE: Final = 120
 _PROSE: Final = 17
 _GAP: Final = 2
 _LONGEST_REPR: Final = 300
-
-# What stands for a character that the output's encoding does not have.
-_INSTEAD: Final = {"…": "..", "→": "->", "·": "-", "×": "x", "–": "-", "−": "-", "─": "-"}
-# All bars or none: code page 437 has two of the eight.
-_ASCII_BARS: Final = str.maketrans("▁▂▃▄▅▆▇█", ".:-=+*#@")
-# Where a word too long for its line may be broken: at dots, else inside the segments.
-_SEGMENT: Final = re.compile(r"[^.]*\.|[^.]+")
-_PART: Final = re.compile(r"[^_/-]*[_/-]+|[^_/-]+")
-_CAMEL: Final = re.compile(r".+?(?:(?<=[a-z0-9])(?=[A-Z])|$)")
 
 
 @dataclass(frozen=True)
@@ -126,7 +116,7 @@ class Printable(ABC):
         from rich.console import Console
 
         buffer = _Buffer()
-        buffer.encoding = _stdout_encoding()
+        buffer.encoding = stdout_encoding()
         # As wide as the terminal, or as COLUMNS says; 80 where neither is known.
         Console(file=buffer, color_system=None, width=Console().width).print(self)
         return buffer.getvalue().rstrip("\n")
@@ -180,52 +170,6 @@ def _recorded(sheets: Sequence[Printable], width: int) -> Console:
     return console
 
 
-def escaped(text: str) -> str:
-    r"""Show control and bidirectional characters by their code, as ``\x1b``."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        char
-        if char.isprintable() and unicodedata.category(char) not in {"Cf", "Co", "Cn"}
-        else char.encode("unicode_escape").decode()
-        for char in text
-    )
-
-
-def encodable(text: str, encoding: str | None = None) -> str:
-    r"""Give text that can be printed: control characters escaped, and all in an encoding.
-
-    Args:
-        text: any text, of one line.
-        encoding: where it will be printed; None for that of ``sys.stdout``. A character that it
-            does not have is replaced by a similar one of ASCII, or by its code, as ``\u6c34``.
-    """
-    text = escaped(text)
-    encoding = encoding or _stdout_encoding()
-    if text.isascii() or encoding.lower().startswith("utf"):
-        return text
-    return "".join(
-        char if _has(encoding, char) else _INSTEAD.get(char) or _code(char)
-        for char in text.translate(_ASCII_BARS)
-    )
-
-
-def _stdout_encoding() -> str:
-    return getattr(sys.stdout, "encoding", None) or "utf-8"
-
-
-def _has(encoding: str, char: str) -> bool:
-    try:
-        char.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return char.isascii()
-    return True
-
-
-def _code(char: str) -> str:
-    return char.encode("ascii", "backslashreplace").decode()
-
-
 def _drawn(sheet: Sheet, width: int, encoding: str) -> Iterator[Text]:
     """A sheet line by line; no line is wider than `width`."""
     from rich.text import Text
@@ -234,7 +178,7 @@ def _drawn(sheet: Sheet, width: int, encoding: str) -> Iterator[Text]:
         return encodable(text, encoding)
 
     def paragraph(text: str, style: str, indent: int = 0) -> Iterator[Text]:
-        for line in _wrapped(fit(text), width - indent):
+        for line in wrapped(fit(text), width - indent):
             yield Text(" " * indent + line, style=style)
 
     if sheet.title:
@@ -273,7 +217,7 @@ def _table(sheet: Sheet, width: int, fit: Callable[[str], str]) -> Iterator[Text
     room = width - 1
     # The shortest name column in which no word of a name is broken, and the rest as short as can
     # be. Where they do not fit side by side, each name stands on a line of its own.
-    word = max(cell_len(part) for line in cells for part in _SEGMENT.findall(line[0]) or [""])
+    word = max(cell_len(part) for line in cells for part in SEGMENT.findall(line[0]) or [""])
     least = min(widths[0], max(word, 12)) + sum(min(w, _PROSE) + _GAP for w in widths[1:])
     stacked = len(shown) > 1 and least > room
     if stacked:
@@ -294,11 +238,11 @@ def _table(sheet: Sheet, width: int, fit: Callable[[str], str]) -> Iterator[Text
             for name, cell in zip(columns, line, strict=True)
         ]
         if stacked or heading:
-            for part in _wrapped(line[0], room):
+            for part in wrapped(line[0], room):
                 yield _line([part], styles, [0], [False])
             line = ["", *line[1:]]
         if not heading:
-            parts = [_wrapped(cell, w) for cell, w in zip(line, widths, strict=True)]
+            parts = [wrapped(cell, w) for cell, w in zip(line, widths, strict=True)]
             for i in range(max(map(len, parts))):
                 one = [part[i] if i < len(part) else "" for part in parts]
                 yield _line(one, styles, widths, numeric)
@@ -332,39 +276,6 @@ def _line(
         text.append("" if right else pad)
     text.rstrip()
     return text
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    """Break text into lines: at spaces; in a word too long for a line, at dots and the like."""
-    from rich.cells import cell_len, chop_cells
-
-    width = max(width, 1)
-    if cell_len(text) <= width:
-        return [text]
-    indent = " " * min(len(text) - len(text.lstrip()), width // 2)
-    lines = [indent]
-    for word in text.split():
-        pieces = [word]
-        for split in (
-            _SEGMENT.findall,
-            _PART.findall,
-            _CAMEL.findall,
-            lambda piece: chop_cells(piece, width),
-        ):
-            pieces = [
-                part
-                for piece in pieces
-                for part in (split(piece) if cell_len(indent + piece) > width else [piece])
-            ]
-        for position, piece in enumerate(pieces):
-            between = " " if position == 0 and lines[-1] != indent else ""
-            if cell_len(lines[-1] + between + piece) <= width:
-                lines[-1] += between + piece
-            elif lines[-1] == indent:
-                lines[-1] = piece
-            else:
-                lines.append(indent + piece if cell_len(indent + piece) <= width else piece)
-    return lines
 
 
 def _findings(

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-# The tensors are so small that threads only wait for each other.
+# The tensors are small: several threads would be slower.
 torch.set_num_threads(1)
 
 
@@ -12,7 +12,7 @@ def seeded():
 
 
 class Small(nn.Module):
-    """A model with a stem, two blocks and a head, as small as one can be and still be nested."""
+    """A small nested model: a stem, two blocks and a head."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ def images():
 
 @pytest.fixture
 def model(images):
-    """Small, with statistics, weights and biases that are not those of a new layer."""
+    """Return a Small whose statistics, weights and biases are not those of a new layer."""
     model = Small()
     with torch.no_grad():
         for module in model.modules():

@@ -1,4 +1,4 @@
-"""The benchmarks: the command runs, every arm computes what it says, the README shows the run."""
+"""The benchmarks: the command runs, and every arm computes what it should."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torchvision.models import resnet
 
 from benchmarks import __main__ as command
-from benchmarks import arms, peers, readme, report, runs
+from benchmarks import arms, peers, picture, report, runs
 from benchmarks.facts import BASE, Record, Run, quartiles, ratios
 from benchmarks.measure import Effort, in_turns
 from benchmarks.setting import Setting
@@ -63,14 +63,14 @@ def test_a_frozen_arm_has_the_gradients_of_eval_mode(arm, block):
     for one in (model, evaluated):
         leaf, convolution = x.clone().requires_grad_(), getattr(one.conv2, "conv", one.conv2)
         # Folded once, the weight cannot train; the arm is not measured where it does.
-        wanted = [leaf] if arm.holds_weights else [leaf, convolution.weight]
+        wanted = [leaf] if arm.needs_frozen_weights else [leaf, convolution.weight]
         gradients.append(torch.autograd.grad(one(leaf).square().sum(), wanted))
     assert all(close(*pair) for pair in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("arm", named(arm for arm in PLAIN if arm.alone and arm.frozen))
 @pytest.mark.parametrize("follow", arms.FOLLOWS)
-def test_a_layer_computes_what_follows_it(arm, follow):
+def test_a_layer_computes_the_operations_after_it(arm, follow):
     live, x, residual = trained_norm(6), torch.randn(2, 6, 3, 3), torch.randn(2, 6, 3, 3)
     expected = copy.deepcopy(live).eval()(x)
     if follow == "add+relu":
@@ -80,7 +80,7 @@ def test_a_layer_computes_what_follows_it(arm, follow):
     assert close(arm.layer(live, follow)(x, residual), expected)
 
 
-def test_an_arm_leaves_the_model_that_it_copies_as_it_is(block):
+def test_an_arm_does_not_change_the_model_that_it_copies(block):
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     kinds = [type(module) for module in block.modules()]
     for arm in PLAIN:
@@ -91,11 +91,11 @@ def test_an_arm_leaves_the_model_that_it_copies_as_it_is(block):
 
 
 @pytest.mark.slow  # compiles C++ without a cache
-def test_inductors_pass_takes_the_norm_layer_away(tmp_path, monkeypatch):
+def test_the_pass_of_inductor_removes_the_norm_layer(tmp_path, monkeypatch):
     live = nn.Sequential(nn.Conv2d(3, 6, 1), trained_norm(6))
     x = torch.randn(2, 3, 4, 4)
     counters.clear()
-    # What comes out of the cache has been through the pass in another process.
+    # A graph from the cache does not go through the pass again.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with torch.no_grad():
         out = INDUCTOR.ready(INDUCTOR.model(live))(x)
@@ -105,7 +105,7 @@ def test_inductors_pass_takes_the_norm_layer_away(tmp_path, monkeypatch):
 
 @pytest.mark.slow  # compiles a dozen times
 @pytest.mark.parametrize("arm", named(arm for arm in arms.ARMS if arm.compiled is not None))
-def test_a_compiled_arm_computes_what_it_does_when_it_is_not_compiled(arm, block):
+def test_a_compiled_arm_computes_the_same(arm, block):
     model, x = arm.model(block), torch.randn(4, 16, 6, 6)
     expected = copy.deepcopy(model)(x)
     out = arm.ready(model)(x)
@@ -119,38 +119,46 @@ def test_the_shapes_are_those_of_the_norm_layers_of_a_resnet50():
     assert sum(count * c * h * h for (c, h), count in shapes().items()) == 11_113_984
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """What the whole command writes and its exit code, with mmengine away."""
-    path = tmp_path_factory.mktemp("benchmarks") / "tiny.json"
+def measured(path, *works):
+    """Run the command on toy models, without mmengine; return its exit code and the run."""
     home = peers.HOMES["mmengine"]
     peers.HOMES["mmengine"] = ("a_module_that_nobody_has", "")
     peers.find.cache_clear()
     try:
-        code = command.main(["--tiny", "--device", "cpu", "--json", str(path)])
+        code = command.main([*works, "--tiny", "--device", "cpu", "--json", str(path)])
     finally:
         peers.HOMES["mmengine"] = home
         peers.find.cache_clear()
-    return code, path
+    return code, runs.load(path)
 
 
-def test_every_work_is_measured_and_nothing_fails(tiny):
-    code, path = tiny
-    run = runs.load(path)
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The file of a run of two works, and the run."""
+    path = tmp_path_factory.mktemp("benchmarks") / "quick.json"
+    code, run = measured(path, "block", "memory")
+    assert code == 0
+    return path, run
+
+
+@pytest.mark.slow
+def test_every_work_is_measured_and_nothing_fails(tmp_path):
+    code, run = measured(tmp_path / "tiny.json")
     assert code == 0
     assert not [note for note in run.notes if "failed" in note]
     assert {one.work for one in run.records} == set(command.WORKS)
+    assert {one.unit for one in run.records} == {"x", "MiB", "%"}
 
 
-def test_the_json_has_the_machine_and_finite_figures(tiny):
-    facts = json.loads(tiny[1].read_text())
+def test_the_json_has_the_machine_and_finite_figures(quick):
+    facts = json.loads(quick[0].read_text())
     assert facts["schema"] == 1
     assert facts["device"].keys() == {"kind", "name", "threads"}
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["commit"]
     for one in facts["tables"]:
         assert one.keys() == {"work", "case", "unit", "base", "arms"}
-        assert one["unit"] in {"x", "MiB", "%"}
+        assert one["unit"] in {"x", "MiB"}
         for arm, (median, low, high, rounds) in one["arms"].items():
             assert math.isfinite(median)
             assert low <= median <= high
@@ -159,30 +167,29 @@ def test_the_json_has_the_machine_and_finite_figures(tiny):
                 assert arm != one["base"] or median == 1
 
 
-def test_no_absolute_times_are_told(tiny):
-    assert {one.unit for one in runs.load(tiny[1]).records} == {"x", "MiB", "%"}
-
-
-def test_each_installed_arm_is_measured(tiny):
-    told = {one.arm for one in runs.load(tiny[1]).records}
-    expected = {
+def test_every_installed_arm_is_measured_and_an_absent_one_is_named(quick):
+    run = quick[1]
+    installed = {
         arm.name for arm in PLAIN if arm.peer != "mmengine" and not peers.is_absent(arm.peer)
     }
-    assert expected <= told
-
-
-def test_an_absent_peer_is_named_and_not_measured(tiny, capsys):
-    run = runs.load(tiny[1])
-    assert "ModuleNotFoundError" in run.absent["mmengine"]
+    assert installed <= {one.arm for one in run.records}
     assert not [one for one in run.records if "MMEngine" in one.arm]
+    assert "ModuleNotFoundError" in run.absent["mmengine"]
     assert any(line.startswith("mmengine is absent") for line in report.about(run))
 
 
-def test_the_run_says_that_it_was_not_on_a_gpu(tiny):
-    assert "Not yet measured on a GPU." in report.about(runs.load(tiny[1]))
+def test_the_committed_runs_become_a_page_and_a_picture():
+    files = [runs.HERE / "results" / name for name in ("cpu.json", "host.json")]
+    page = report.page(files)
+    headings = [line[3:] for line in page.splitlines() if line.startswith("## ")]
+    assert headings.count(report.TITLES["host"]) == 1  # it is in both files
+    shown = {heading.partition(":")[0] for heading in headings}
+    assert {report.TITLES["step"], report.TITLES["host"]} < shown <= set(report.TITLES.values())
+    assert page.count(f"\n| {BASE} | 1 |") > 20
+    assert picture.steps(runs.load(files[0])).count("bnfreeze fused-act") == 1
 
 
-def test_a_run_survives_its_file(tmp_path):
+def test_a_run_can_be_saved_and_loaded(tmp_path):
     records = [
         Record("step", {"precision": "bf16"}, "an arm", "x", 0.9, 0.8, 1.0, 5, BASE),
         Record("step", {"precision": "bf16"}, "another", "x", 0.8, 0.7, 0.9, 5, BASE),
@@ -212,7 +219,7 @@ def test_each_round_gives_every_arm_its_turn():
     assert [len(column) for column in times.values()] == [8, 8, 8]
 
 
-def test_of_several_turns_in_a_round_the_fastest_counts():
+def test_the_fastest_turn_of_a_round_counts():
     spent = iter([9.0, 5.0, 3.0, 4.0, 8.0, 7.0, 6.0])  # the first of them warms up
     times = in_turns({"a": lambda: next(spent)}, Effort(rounds=2, seconds=60.0, turns=3))
     assert times == {"a": [3.0, 6.0]}
@@ -228,7 +235,7 @@ def test_an_arm_that_fails_is_left_out_and_named():
     assert setting.notes == ["bad failed here and was left out: RuntimeError: no such kernel"]
 
 
-def test_arms_are_chosen_by_a_part_of_their_name_and_the_base_is_always_there():
+def test_arms_are_chosen_by_a_part_of_their_name_and_the_base_always():
     chosen = [arm.name for arm in arms.choose(["fused-act"])]
     assert chosen == [BASE, "bnfreeze fused-act", "compile: bnfreeze fused-act"]
     assert len({arm.name for arm in arms.ARMS}) == len(arms.ARMS)
@@ -238,30 +245,6 @@ def test_a_wrong_work_is_refused(capsys):
     with pytest.raises(SystemExit):
         command.main(["layers"])
     assert "layers" in capsys.readouterr().err
-
-
-def test_the_readme_shows_the_committed_runs():
-    text = readme.README.read_text(encoding="utf-8")
-    run = readme.committed()
-    assert readme.filled(text, run) == text
-    assert readme.page() == readme.PAGE.read_text(encoding="utf-8")
-    assert readme.drawn(run) == readme.PICTURE.read_text(encoding="utf-8")
-
-
-def test_every_mark_in_the_readme_is_filled():
-    text = readme.README.read_text(encoding="utf-8")
-    marks = readme.marks(text)
-    assert set(marks) == set(readme.MARKS)
-    assert text.count("<!-- benchmarks:") == len(marks)
-
-
-def test_a_number_changed_by_hand_is_noticed():
-    text = readme.README.read_text(encoding="utf-8")
-    run = readme.committed()
-    step = text.index("<!-- benchmarks: step -->")
-    digit = next(place for place in range(step, len(text)) if text[place].isdigit())
-    tampered = text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :]
-    assert readme.filled(tampered, run) == text != tampered
 
 
 def test_the_batch_norm_layers_of_the_live_arm_train(block):

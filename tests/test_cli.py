@@ -101,12 +101,12 @@ def test_a_wide_terminal_shows_more(command, sound, monkeypatch):
 
 def test_json_is_one_object_with_stable_keys(command, sound, sick, tmp_path):
     code, out, _ = command("inspect", sound, sick, tmp_path / "missing", "--json")
-    told = json.loads(out)
+    data = json.loads(out)
     assert code == 2
-    assert list(told) == ["schema", "ok", "files"]
-    assert told["schema"] == 2
-    assert told["ok"] is False
-    first, second, third = told["files"]
+    assert list(data) == ["schema", "ok", "files"]
+    assert data["schema"] == 2
+    assert data["ok"] is False
+    first, second, third = data["files"]
     assert list(first) == [
         "path",
         "kind",
@@ -295,9 +295,9 @@ def test_explain_gives_a_page_or_lists_all_and_hints_at_the_nearest(command):
     assert page.startswith("# never-trained\n")
     listed = command("explain")[1].splitlines()
     assert [line.split()[0] for line in listed] == [kind.code for kind in KINDS]
-    told = json.loads(command("explain", "stats-dtype", "--json")[1])
-    assert told["schema"] == 2
-    assert [kind["code"] for kind in told["findings"]] == ["stats-dtype"]
+    data = json.loads(command("explain", "stats-dtype", "--json")[1])
+    assert data["schema"] == 2
+    assert [kind["code"] for kind in data["findings"]] == ["stats-dtype"]
     code, out, err = command("explain", "stats-dtpe")
     assert (code, out) == (2, "")
     assert "stats-dtype" in err
@@ -395,7 +395,7 @@ def test_diff_says_what_moved_and_what_did_not(command, sound, tuned):
     assert code == 1
     assert re.search(r"backbone +identical +identical +identical", out)
     assert re.search(r"head +identical +1 of 2 moved +1 of 2 moved +1", out)
-    assert "Bit-identical but for head. All 12 running statistics are bit-identical." in (
+    assert "Bit-identical except for head. All 12 running statistics are bit-identical." in (
         " ".join(out.split())
     )
     assert "without 'module.'" in " ".join(out.split())
@@ -404,30 +404,32 @@ def test_diff_says_what_moved_and_what_did_not(command, sound, tuned):
 
 
 def test_diff_in_json_and_plain(command, sound, tuned):
-    told = json.loads(command("diff", sound, tuned, "--json")[1])
-    assert list(told) == [
+    data = json.loads(command("diff", sound, tuned, "--json")[1])
+    assert list(data) == [
         "schema",
-        "identical",
+        "ok",
         "first",
         "second",
         "modules",
         "tensors",
         "findings",
     ]
-    assert told["schema"] == 2
-    assert told["modules"] == {"stem": True, "backbone": True, "head": False}
-    moved = {x["name"]: x for x in told["tensors"] if x["status"] != "identical"}
+    assert data["schema"] == 2
+    assert data["modules"] == {"stem": True, "backbone": True, "head": False}
+    moved = {x["name"]: x for x in data["tensors"] if x["kind"] != "identical"}
     assert set(moved) == {"head.1.weight", "head.2.bias"}
     assert moved["head.1.weight"] == {
         "name": "head.1.weight",
         "role": "weight",
-        "status": "moved",
+        "kind": "value",
         "total": 5 * 6 * 64,
         "changed": 1,
         "max_abs": pytest.approx(0.5),
+        "cause_code": "unknown",
+        "cause": moved["head.1.weight"]["cause"],
     }
     lines = command("diff", sound, tuned, "--plain")[1].splitlines()
-    assert f"moved\thead.1.weight\t1/{5 * 6 * 64}\t0.5" in lines
+    assert f"value\thead.1.weight\t1/{5 * 6 * 64}\t0.5" in lines
     assert len(lines) == 28
 
 
@@ -470,17 +472,17 @@ def test_diff_compares_bits_and_names(command, tmp_path):
         "t.x": torch.arange(6.0).reshape(2, 3).t().contiguous().t(),
     }
     paths = [save_zip(one, tmp_path / "a.pt"), save_zip(two, tmp_path / "b.pt")]
-    told = json.loads(command("diff", *paths, "--json")[1])["tensors"]
-    assert {x["name"]: (x["status"], x["changed"], x["max_abs"]) for x in told} == {
+    data = json.loads(command("diff", *paths, "--json")[1])["tensors"]
+    assert {x["name"]: (x["kind"], x["changed"], x["max_abs"]) for x in data} == {
         "same.nan": ("identical", 0, None),
-        "zero.sign": ("moved", 1, 0.0),
+        "zero.sign": ("value", 1, 0.0),
         "other.dtype": ("dtype", 0, None),
         "other.shape": ("shape", 0, None),
         "gone.away": ("removed", 0, None),
-        "inf.x": ("moved", 1, None),
-        "half.x": ("moved", 1, 2.0),
-        "f8.x": ("moved", 2, None),
-        "c.x": ("moved", 2, None),
+        "inf.x": ("value", 1, None),
+        "half.x": ("value", 1, 2.0),
+        "f8.x": ("value", 2, None),
+        "c.x": ("value", 2, pytest.approx(2**0.5)),
         "t.x": ("identical", 0, None),
         "new.one": ("added", 0, None),
     }
@@ -500,9 +502,9 @@ def test_diff_of_large_tensors_goes_piece_by_piece(command, tmp_path):
     two["x.weight"][2, 999_999] = 1
     two["y.weight"] = two["y.weight"].reshape(3, -1).t().contiguous().t().reshape(-1)
     paths = [save_zip(one, tmp_path / "a.pt"), save_zip(two, tmp_path / "b.pt")]
-    told = json.loads(command("diff", *paths, "--json")[1])["tensors"]
-    assert [(x["status"], x["changed"], x["max_abs"]) for x in told] == [
-        ("moved", 1, 1.0),
+    data = json.loads(command("diff", *paths, "--json")[1])["tensors"]
+    assert [(x["kind"], x["changed"], x["max_abs"]) for x in data] == [
+        ("value", 1, 1.0),
         ("identical", 0, None),
     ]
 
@@ -515,7 +517,7 @@ def test_an_unforeseen_error_is_no_difference_and_reaches_no_terminal(
     def fail(*_, **__):
         raise RuntimeError("\x1b[31m")
 
-    monkeypatch.setattr("bnfreeze.inspection.diff.compare", fail)
+    monkeypatch.setattr("bnfreeze.verification.diff.diff_stored", fail)
     assert main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "a.pt")]) == 2
     error = capsys.readouterr().err
     assert "a defect of bnfreeze" in error
@@ -523,14 +525,14 @@ def test_an_unforeseen_error_is_no_difference_and_reaches_no_terminal(
     assert "\x1b" not in error
 
 
-def test_checkpoints_without_a_common_name_are_told_to_be_of_different_models(tmp_path, capsys):
+def test_checkpoints_without_a_common_name_are_said_to_be_of_different_models(tmp_path, capsys):
     for name in ("a", "b"):
         torch.save({f"{name}.{k}": v for k, v in STATISTICS.items()}, tmp_path / f"{name}.pt")
     assert main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]) == 1
     assert "No name is in both" in capsys.readouterr().out
 
 
-def test_a_pattern_that_names_a_tensor_is_told_its_module(tmp_path, capsys):
+def test_a_pattern_that_names_a_tensor_is_pointed_to_its_module(tmp_path, capsys):
     torch.save({f"a.{k}": v for k, v in STATISTICS.items()}, tmp_path / "a.pt")
     assert main(["inspect", str(tmp_path / "a.pt"), "--select", "a.running_mean"]) == 2
     assert "It is a tensor; patterns name modules: 'a'." in capsys.readouterr().err

@@ -1,21 +1,21 @@
-"""Changing layers: all that are planned, or none; and taking them back."""
+"""Changing layers, and restoring them: all that are planned, or none."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from bnfreeze.freezing.ddp import refuse_thawing
+from bnfreeze.freezing.ddp import refuse_thawing, wrappers_in
 from bnfreeze.freezing.plan import Change, check_class
-from bnfreeze.fusion.blocks import PROGRAMS, absorb_in, release
-from bnfreeze.fusion.survey import Absorption
+from bnfreeze.fusion.blocks import Fusion, fuse_blocks, release
 from bnfreeze.norm_layers import STATISTICS, NamedModule, is_norm, keeps_statistics
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
-    Record,
+    FreezeRecord,
     frozen_parameters,
     layer_class,
     record_of,
@@ -23,47 +23,60 @@ from bnfreeze.policies.record import (
     was_lookalike,
 )
 
-__all__ = ["carry_out", "thaw"]
-
-_FUSED = Policy.FUSED | Policy.FUSED_ACT
+__all__ = ["carry_out", "thaw", "transaction"]
 
 
-def carry_out(
-    modules: Sequence[NamedModule], changes: Sequence[Change]
-) -> tuple[list[tuple[str, ...]], dict[int, Absorption]]:
-    """Take every layer back to its original state, then hold it; on an error, undo it all.
+@contextlib.contextmanager
+def transaction(modules: Sequence[NamedModule], *, keep: bool = True) -> Iterator[None]:
+    """Undo on an error everything that is changed on the modules inside the block.
 
     Args:
         modules: all of the model's.
-        changes: what is to become of some of them.
+        keep: False to undo it also if there was no error.
+    """
+    before = [_State.of(entry.module) for entry in modules]
+    done = False
+    try:
+        yield
+        done = keep
+    finally:
+        if not done:
+            for state in before:
+                state.put_back()
+
+
+def carry_out(
+    modules: Sequence[NamedModule],
+    changes: Sequence[Change],
+    traceable: Sequence[type | str] = (),
+) -> tuple[list[tuple[str, ...]], dict[int, Fusion]]:
+    """Restore each layer to its original state, then freeze it as planned.
+
+    Args:
+        modules: all of the model's.
+        changes: what some of them become.
+        traceable: as for `freeze`.
 
     Returns:
         For each change the actions that were needed, in the words of `LayerRow.actions`; and by
-        identity of each norm layer under the policy ``fused-act`` what it absorbs.
+        identity of each norm layer under the policy ``fused-act`` what it fuses.
     """
-    before = [_State.of(entry.module) for entry in modules]
     records = [record_of(change.module) for change in changes]
-    try:
-        release(modules)
-        for change in changes:
-            _restore(change.module, change.record)
-        done = [_hold(change, old) for change, old in zip(changes, records, strict=True)]
-        _freeze_tied(modules)
-        absorbed = absorb_in(modules)
-    except BaseException:
-        for state in before:
-            state.put_back()
-        raise
-    return done, absorbed
+    release(modules)
+    for change in changes:
+        _restore(change.module, change.record)
+    done = [_freeze(change, old) for change, old in zip(changes, records, strict=True)]
+    _freeze_tied(modules)
+    return done, fuse_blocks(modules, traceable)
 
 
-def _hold(change: Change, old: Record | None) -> tuple[str, ...]:
-    """Hold the layer, and say what is new against the record that it had."""
+def _freeze(change: Change, old: FreezeRecord | None) -> tuple[str, ...]:
+    """Freeze the layer; return what is new compared with the record that it had."""
     module, record = change.module, change.record
     if record is None:
         return ("restore",)
     cleared = []
-    for parameter in change.held.values():
+    for parameter in change.frozen.values():
         parameter.requires_grad_(False)
         if parameter.grad is not None:
             parameter.grad = None
@@ -71,28 +84,28 @@ def _hold(change: Change, old: Record | None) -> tuple[str, ...]:
     if change.kind is not layer_class(module):
         module.__class__ = change.kind
         if record.policy.forces_eval:
-            # What reads the flag past the property, as torch.jit.script does, must see it too.
+            # torch.jit.script does not use the property: it reads the flag in the instance's dict.
             module.__dict__["training"] = False
-    elif was_lookalike(module) and not change.held:
-        return ()  # nothing of it needs holding
+    elif was_lookalike(module) and not change.frozen:
+        return ()  # its class freezes all of it already
     set_record(module, record)
     if old is not None and old.policy == record.policy:
         return tuple(dict.fromkeys(cleared))
     done = ["restore"] if old is not None else []
-    done += ["fuse"] if record.policy & _FUSED else []
+    done += ["fuse"] if Policy.FUSED in record.policy else []
     if is_norm(module) and not was_lookalike(module) and keeps_statistics(module):
         done += ["force-eval"] if record.policy.forces_eval else []
-        done += ["hold-statistics"] if record.policy.freezes_statistics else []
-    done += [f"hold-{name}" for name in change.held]
+        done += ["freeze-statistics"] if record.policy.freezes_statistics else []
+    done += [f"freeze-{name}" for name in change.frozen]
     return tuple(dict.fromkeys([*done, *cleared]))
 
 
-def _restore(module: nn.Module, following: Record | None = None) -> None:
-    """Take one module back to what its record says; nothing if it has none.
+def _restore(module: nn.Module, following: FreezeRecord | None = None) -> None:
+    """Restore one module to what its record says; do nothing if it has none.
 
     Args:
         module: the module.
-        following: what it is held by from then on, if anything.
+        following: the record that it gets next, if any.
     """
     record = record_of(module)
     if record is None:
@@ -106,13 +119,13 @@ def _restore(module: nn.Module, following: Record | None = None) -> None:
         module.__class__ = base
         if record.policy.forces_eval:
             module.__dict__["training"] = record.training
-        if record.policy & _FUSED and not (following and following.policy & _FUSED):
-            _cast_along(module)
+        if Policy.FUSED in record.policy and not (following and Policy.FUSED in following.policy):
+            _cast_statistics(module)
     set_record(module, None)
 
 
-def _cast_along(module: nn.Module) -> None:
-    """Let statistics that a fused layer kept in fp32 follow a cast of the model, as they would."""
+def _cast_statistics(module: nn.Module) -> None:
+    """Cast statistics that a fused layer kept in fp32 to the half precision of the model."""
     weight = module._parameters.get("weight")
     if weight is not None and weight.dtype.itemsize < 4 and weight.is_floating_point():
         for name in STATISTICS[:2]:
@@ -121,36 +134,39 @@ def _cast_along(module: nn.Module) -> None:
                 buffer.data = buffer.data.to(weight.dtype)
 
 
-def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[int, Absorption]:
-    """Take the chosen among a model's modules back to what they were.
+def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[int, Fusion]:
+    """Restore the chosen ones among a model's modules.
 
     Returns:
-        By identity of each norm layer under the policy ``fused-act`` what it absorbs from now on.
+        By identity of each norm layer under the policy ``fused-act`` what it fuses from now on.
 
     Raises:
-        PolicyError: a layer whose class something else has changed since, or one that must not
-            train again as it is wrapped; none is changed then.
+        PolicyError: a layer whose class was changed by something else, or one that must not
+            train again because it is wrapped. None is changed then.
     """
     wanted = {id(module) for module in chosen}
     thawed = [e for e in modules if id(e.module) in wanted and record_of(e.module) is not None]
     for entry in thawed:
         check_class(entry)
-    refuse_thawing(modules, [(entry, frozen_parameters(entry.module)) for entry in thawed])
-    release(modules)
-    flags = _flags(thawed)
-    for entry in thawed:
-        _restore(entry.module)
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
-    _freeze_tied(modules)
-    return absorb_in(modules)
+    # Only wrappers that were given count: unfreeze(ddp.module) is the way to wrap again.
+    owned = [(entry, frozen_parameters(entry.module)) for entry in thawed]
+    refuse_thawing(wrappers_in(modules), owned)
+    with transaction(modules):
+        release(modules)
+        flags = _flags(thawed)
+        for entry in thawed:
+            _restore(entry.module)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        _freeze_tied(modules)
+        return fuse_blocks(modules)
 
 
 def _flags(thawed: Sequence[NamedModule]) -> list[tuple[nn.Parameter, bool]]:
     """The flag that each parameter gets back.
 
-    A tied one has several records. Where its layers were frozen by themselves, the later of these
-    saw it held already; so it required a gradient if any says so.
+    A tied parameter has several records. If its layers were frozen one after another, the later
+    record saw it frozen already; so it required a gradient if any record says so.
     """
     found: dict[int, tuple[nn.Parameter, bool]] = {}
     for entry in thawed:
@@ -164,7 +180,7 @@ def _flags(thawed: Sequence[NamedModule]) -> list[tuple[nn.Parameter, bool]]:
 
 
 def _freeze_tied(modules: Sequence[NamedModule]) -> None:
-    """A tied parameter stays held as long as any module that has it is frozen."""
+    """A tied parameter stays frozen as long as any module that has it is frozen."""
     for entry in modules:
         record = record_of(entry.module)
         for name in record.requires_grad if record else ():
@@ -175,31 +191,33 @@ def _freeze_tied(modules: Sequence[NamedModule]) -> None:
 
 @dataclass
 class _State:
-    """All that freezing changes on a module, to put it back if it fails half-way."""
+    """Everything that freezing may change on a module."""
 
     module: nn.Module
     kind: type[nn.Module]
     attributes: dict[str, object]
     parameters: list[tuple[nn.Parameter, bool, Tensor | None]]
+    statistics: list[tuple[Tensor, Tensor]]
 
     @classmethod
     def of(cls, module: nn.Module) -> _State:
-        attributes: dict[str, object] = {
-            key: module.__dict__[key]
-            for key in ("training", "_bnfreeze", PROGRAMS)
-            if key in module.__dict__
-        }
-        parameters = [
-            (p, p.requires_grad, p.grad) for p in module._parameters.values() if p is not None
-        ]
-        return cls(module, type(module), attributes, parameters)
+        return cls(
+            module,
+            type(module),
+            dict(module.__dict__),
+            [(p, p.requires_grad, p.grad) for p in module._parameters.values() if p is not None],
+            [(b, b.data) for name, b in module.named_buffers(recurse=False) if name in STATISTICS],
+        )
 
     def put_back(self) -> None:
         if type(self.module) is not self.kind:
             self.module.__class__ = self.kind
-        set_record(self.module, None)
-        self.module.__dict__.pop(PROGRAMS, None)
+        for name in self.module.__dict__.keys() - self.attributes.keys():
+            del self.module.__dict__[name]
         self.module.__dict__.update(self.attributes)
         for parameter, flag, grad in self.parameters:
             parameter.requires_grad_(flag)
             parameter.grad = grad
+        for buffer, data in self.statistics:
+            if buffer.dtype is not data.dtype:
+                buffer.data = data

@@ -7,20 +7,28 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from bnfreeze.findings import Finding
-from bnfreeze.freezing.apply import carry_out, thaw
-from bnfreeze.freezing.plan import plan
+from bnfreeze.freezing.apply import carry_out, thaw, transaction
+from bnfreeze.freezing.plan import Change, plan
 from bnfreeze.freezing.report import FreezeReport, LayerRow
-from bnfreeze.freezing.rules import matching, parse_rules, select
-from bnfreeze.fusion.survey import Absorption
+from bnfreeze.freezing.rules import Rule, matches, matching, parse_rules, selected_by
+from bnfreeze.fusion.blocks import Fusion
 from bnfreeze.inspection.behaviour import optimizers_by_id
 from bnfreeze.inspection.live import inspect_model
-from bnfreeze.norm_layers import NamedModule, check_model, is_norm, named_modules
+from bnfreeze.norm_layers import AFFINE, NamedModule, check_model, is_norm, named_modules
 from bnfreeze.patterns import Pattern
 from bnfreeze.policies.policy import Policy
-from bnfreeze.policies.record import layer_class, policy_name, record_of
+from bnfreeze.policies.record import (
+    layer_class,
+    mark_left_alone,
+    policy_name,
+    record_of,
+    was_lookalike,
+)
 
 __all__ = ["freeze", "unfreeze"]
+
+# Findings about the model as a whole, which a report of freezing shows too.
+_OF_THE_MODEL = frozenset({"layer-foreign", "model-nothing-trains", "optimizer-without-parameters"})
 
 
 def freeze(
@@ -28,124 +36,164 @@ def freeze(
     policy: Policy | str | Mapping[str, Policy | str] = "eval+affine",
     *,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    traceable: Sequence[type | str] = (),
+    dry_run: bool = False,
 ) -> FreezeReport:
-    """Freeze the norm layers of `model`, in place and undoably.
+    """Freeze the norm layers of `model`, in place; `unfreeze` undoes it exactly.
 
-    Modules, parameters and buffers stay the very objects they were, under the same names; so
-    references, optimizer groups, hooks, aliases of a shared layer and state_dict keys stay right.
-    Every layer is checked before any is changed.
+    Modules, parameters and buffers stay the same objects, under the same names. So references,
+    optimizer groups, hooks, aliases of a shared layer and state_dict keys stay right. Every layer
+    is checked before any is changed.
 
     Args:
-        model: any `nn.Module`, also one that is a single norm layer, or a wrapper such as
-            DistributedDataParallel around one.
+        model: any `nn.Module`, also a single norm layer, or a wrapper such as
+            DistributedDataParallel.
         policy: a `Policy`, its name (``"eval+affine"``), or a mapping from a pattern of dotted
             module names to a policy: ``{"backbone": "eval", "backbone.layer4": "none"}``. In a
-            pattern ``*`` and ``?`` stay inside one segment and ``**`` spans any number; a module
+            pattern ``*`` and ``?`` stay inside one segment and ``**`` spans any number. A module
             that matches stands for itself and all below it. The last rule that matches wins.
-            Layers that no rule matches, or that ``none`` does, keep what they have.
-        optimizer: the optimizer, or several. Held parameters that stand in it are then listed.
+            Layers that no rule matches, or whose rule is ``none``, keep what they have.
+        optimizer: the optimizer, or several. Frozen parameters that are in it are then listed, and
+            an optimizer that has none of the model's parameters is a finding.
+        traceable: classes of your own, or names of packages, whose forward torch.fx may trace for
+            the policy ``fused-act``, besides those of known libraries. Their forwards must do
+            nothing that a trace misses.
+        dry_run: return the report, and change nothing. The model is frozen, looked at and put
+            back, so the report is exactly that of a real call; all errors are the same, too. With
+            ``fused-act`` the blocks are traced as in a real call, so `LayerRow.fuses` is exact.
+            Do not run the model in another thread meanwhile.
 
     Returns:
-        A `FreezeReport` with a row for each norm layer. Leaving it as a context manager unfreezes
-        what this call froze.
+        A `FreezeReport` with a row for each norm layer. Used as a context manager, it unfreezes at
+        the end what this call froze.
 
     Raises:
-        PolicyError: an unknown policy, a pattern that matches nothing, or a layer that cannot
-            keep the policy's promise. Nothing has been changed then.
+        PolicyError: an unknown policy, a pattern that matches nothing, a layer that cannot follow
+            the policy, or parameters whose gradients a DistributedDataParallel around them waits
+            for. Nothing was changed then.
         TypeError: `model` is no `nn.Module`, or is TorchScript.
     """
     model = check_model(model)
     rules = parse_rules(policy)
     if isinstance(optimizer, Iterator):
-        optimizer = list(optimizer)  # it is asked twice
-    optimizers_by_id(optimizer)  # what is no optimizer is refused before anything is changed
+        optimizer = list(optimizer)  # it is read twice
+    optimizers_by_id(optimizer)  # refuse what is no optimizer before anything is changed
     modules = named_modules(model)
-    changes = plan(modules, select(modules, rules))
-    actions, absorbed = carry_out(modules, changes)
-    done = {
-        id(change.module): (did, change.note) for change, did in zip(changes, actions, strict=True)
-    }
-    return FreezeReport(
-        _rows(modules, done, absorbed),
-        _findings(model, {change.entry.name for change in changes}, optimizer),
-        _norm_names(modules),
-        lambda: thaw(named_modules(model), [change.module for change in changes]),
-    )
+    changes = plan(modules, selected_by(modules, rules))
+    with transaction(modules, keep=not dry_run):
+        actions, fusions = carry_out(modules, changes, traceable)
+        left_alone = _mark_left_alone(modules, rules)
+        done = {
+            id(change.module): (did, change.note)
+            for change, did in zip(changes, actions, strict=True)
+        }
+        chosen = {change.entry.name for change in changes}
+        found = inspect_model(model, optimizer=optimizer)
+        return FreezeReport(
+            _rows(modules, done, fusions),
+            tuple(f for f in found.findings if f.name in chosen or f.code in _OF_THE_MODEL),
+            {layer.name: layer for layer in found.layers},
+            "freeze (dry run)" if dry_run else "freeze",
+            (lambda: None) if dry_run else lambda: _thaw_again(model, changes, left_alone),
+        )
 
 
-def unfreeze(model: nn.Module, match: str | Iterable[str] | None = None) -> FreezeReport:
-    """Give frozen layers back exactly as they were: class, forward and requires_grad.
+def _mark_left_alone(modules: Sequence[NamedModule], rules: Sequence[Rule]) -> list[nn.Module]:
+    """Mark the norm layers whose last matching rule is ``none``, for `bnfreeze.assert_frozen`."""
+    marked = []
+    for entry in modules:
+        policies = [rule.policy for rule in rules if matches(entry, rule.pattern)]
+        if policies:
+            alone = is_norm(entry.module) and not policies[-1]
+            mark_left_alone(entry.module, alone)
+            marked += [entry.module] if alone else []
+    return marked
+
+
+def _thaw_again(
+    model: nn.Module, changes: Sequence[Change], left_alone: Sequence[nn.Module]
+) -> None:
+    for module in left_alone:
+        mark_left_alone(module, False)
+    thaw(named_modules(model), [change.module for change in changes])
+
+
+def unfreeze(model: nn.Module, select: str | Iterable[str] | None = None) -> FreezeReport:
+    """Restore frozen layers exactly as they were: class, forward and requires_grad.
 
     The training flag becomes the one last asked for by ``train()`` or ``eval()``, as if the layer
-    had never been frozen. Values are left as they are; only the statistics of a fused layer, which
-    stayed in fp32 while the model was cast to a half precision, follow it. Where nothing is
-    frozen, nothing is done.
+    had never been frozen. Values stay as they are, with one exception: the statistics of a fused
+    layer stay in fp32 when the model is cast to a half precision, and are cast now. Layers that are
+    not frozen are left alone.
 
     Args:
-        model: the model that was frozen, or a copy of it, or one loaded from a file. Of a part of
-            it, only what that part holds is known: a parameter tied to one elsewhere thaws.
-        match: a pattern of dotted module names, or several; None for all.
+        model: the model that was frozen, or a copy of it, or one loaded from a file. If it is a
+            part of a model, only that part is known: a parameter tied to one elsewhere thaws.
+        select: a pattern of dotted module names, or several; None for all.
 
     Returns:
-        A `FreezeReport`, with the action ``restore`` on each row that was given back.
+        A `FreezeReport`, with the action ``restore`` on each row that was restored.
 
     Raises:
-        PolicyError: a pattern that matches no module, a layer whose class something else has
-            changed since, or one whose gradients the DistributedDataParallel that wraps it would
-            not average. Nothing has been changed then.
+        PolicyError: a pattern that matches no module, a layer whose class was changed by
+            something else, or one whose gradients the DistributedDataParallel around it would not
+            average. Nothing was changed then.
         TypeError: `model` is no `nn.Module`.
     """
     model = check_model(model)
     modules = named_modules(model)
     chosen = modules
-    if match is not None:
-        texts = [match] if isinstance(match, str) else match
+    if select is not None:
+        texts = [select] if isinstance(select, str) else select
         chosen = matching(modules, [Pattern.parse(text) for text in texts])
+    for entry in chosen:
+        mark_left_alone(entry.module, False)
     frozen = [entry.module for entry in chosen if record_of(entry.module) is not None]
-    absorbed = thaw(modules, frozen)
+    fusions = thaw(modules, frozen)
     done = {id(module): (("restore",), "") for module in frozen}
-    return FreezeReport(_rows(modules, done, absorbed), norm_names=_norm_names(modules))
+    return FreezeReport(
+        _rows(modules, done, fusions),
+        facts={layer.name: layer for layer in inspect_model(model).layers},
+        call="unfreeze",
+    )
 
 
 def _rows(
     modules: Sequence[NamedModule],
     done: Mapping[int, tuple[tuple[str, ...], str]],
-    absorbed: Mapping[int, Absorption],
+    fusions: Mapping[int, Fusion],
 ) -> tuple[LayerRow, ...]:
-    """A row for each norm layer and for each other module that something was done to."""
+    """A row for each norm layer, and for each other module that was changed."""
     rows = []
     for entry in modules:
         module = entry.module
         actions, note = done.get(id(module), ((), ""))
         if id(module) not in done and not is_norm(module):
             continue
-        found = absorbed.get(id(module), Absorption("", ""))
+        found = fusions.get(id(module), Fusion("", ""))
         rows.append(
             LayerRow(
                 entry.name,
                 layer_class(module).__name__,
                 policy_name(module),
-                found.absorbs,
+                found.fuses,
                 actions,
-                "; ".join(filter(None, [note, found.note])),
+                "; ".join(filter(None, [note, found.note, _frozen_by_hand(module)])),
             )
         )
     return tuple(rows)
 
 
-def _norm_names(modules: Sequence[NamedModule]) -> frozenset[str]:
-    return frozenset(entry.name for entry in modules if is_norm(entry.module))
-
-
-def _findings(
-    model: nn.Module,
-    frozen: set[str],
-    optimizer: Optimizer | Iterable[Optimizer] | None,
-) -> tuple[Finding, ...]:
-    """What `inspect` finds in the layers just frozen, and in those that it could not judge."""
-    return tuple(
-        finding
-        for finding in inspect_model(model, optimizer=optimizer).findings
-        if finding.name in frozen
-        or finding.code in ("layer-foreign", "model-nothing-trains", "optimizer-without-parameters")
-    )
+def _frozen_by_hand(module: nn.Module) -> str:
+    """A note on a norm layer whose weight or bias does not train, although no policy says so."""
+    if not is_norm(module) or was_lookalike(module):
+        return ""
+    record = record_of(module)
+    names = [
+        name
+        for name in AFFINE
+        if (parameter := module._parameters.get(name)) is not None
+        and not parameter.requires_grad
+        and not (record and name in record.requires_grad)
+    ]
+    return f"{' and '.join(names)} frozen by you (requires_grad=False)" if names else ""

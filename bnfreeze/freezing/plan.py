@@ -1,4 +1,4 @@
-"""What is to become of each selected layer; checked for all of them before any is changed."""
+"""Decides what each selected layer becomes, and checks them all before any is changed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from bnfreeze.errors import PolicyError
-from bnfreeze.freezing.ddp import refuse_freezing, refuse_thawing
+from bnfreeze.freezing.ddp import refuse_freezing, refuse_thawing, wrappers_around
 from bnfreeze.freezing.rules import Selected
 from bnfreeze.norm_layers import (
     AFFINE,
@@ -22,7 +22,7 @@ from bnfreeze.policies.choice import frozen_class
 from bnfreeze.policies.fused import fused_class
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
-    Record,
+    FreezeRecord,
     class_changed_since,
     frozen_parameters,
     layer_class,
@@ -35,20 +35,20 @@ __all__ = ["Change", "check_class", "plan"]
 
 @dataclass(frozen=True)
 class Change:
-    """What is to become of one module.
+    """What one module becomes.
 
     Attributes:
         entry: the module and its names.
         kind: the class that it gets.
-        record: what is noted on it; None if it is only given back.
-        held: its own parameters that are held, by their names in it.
+        record: what is stored on it; None if it is only restored.
+        frozen: its own parameters that are frozen, by their names in it.
         note: what a person should know about it.
     """
 
     entry: NamedModule
     kind: type[nn.Module]
-    record: Record | None
-    held: dict[str, nn.Parameter]
+    record: FreezeRecord | None
+    frozen: dict[str, nn.Parameter]
     note: str
 
     @property
@@ -58,7 +58,11 @@ class Change:
 
 
 def plan(modules: Sequence[NamedModule], selected: Sequence[Selected]) -> list[Change]:
-    """Check every selected layer; raise one PolicyError that names all which cannot be frozen."""
+    """Check every selected layer.
+
+    Raises:
+        PolicyError: names all layers that cannot be frozen so.
+    """
     flags = _original_flags(modules)
     changes: list[Change] = []
     problems: list[str] = []
@@ -70,21 +74,27 @@ def plan(modules: Sequence[NamedModule], selected: Sequence[Selected]) -> list[C
     if problems:
         more = f"\n… and {len(problems) - 5} more layers." if len(problems) > 5 else ""
         raise PolicyError("\n".join(problems[:5]) + more)
-    refuse_freezing(modules, [(change.entry, list(change.held.values())) for change in changes])
-    refuse_thawing(modules, [(change.entry, _given_back(change)) for change in changes])
+    frozen = [(change.entry, list(change.frozen.values())) for change in changes]
+    thawed = [(change.entry, _thawed(change)) for change in changes]
+    stops = any(p.requires_grad for _, parameters in frozen for p in parameters)
+    starts = any(not p.requires_grad for _, parameters in thawed for p in parameters)
+    if stops or starts:
+        wrappers = wrappers_around(modules)
+        refuse_freezing(wrappers, frozen)
+        refuse_thawing(wrappers, thawed)
     return changes
 
 
-def _given_back(change: Change) -> list[nn.Parameter]:
-    """What was held, and is not to be any more."""
-    held = {id(parameter) for parameter in change.held.values()}
-    return [p for p in frozen_parameters(change.module) if id(p) not in held]
+def _thawed(change: Change) -> list[nn.Parameter]:
+    """The parameters that were frozen, and will train again."""
+    frozen = {id(parameter) for parameter in change.frozen.values()}
+    return [p for p in frozen_parameters(change.module) if id(p) not in frozen]
 
 
 def _original_flags(modules: Sequence[NamedModule]) -> dict[int, bool]:
-    """By parameter identity, the requires_grad that it had before any freezing.
+    """By identity of each frozen parameter, the requires_grad that it had before any freezing.
 
-    A tied parameter stands in several modules; the first record that names it knows.
+    A tied parameter is in several modules; the first record that names it counts.
     """
     flags: dict[int, bool] = {}
     for entry in modules:
@@ -111,35 +121,35 @@ def _plan_one(choice: Selected, flags: Mapping[int, bool]) -> Change:
     if norm:
         kind, policy, note = _kind(name, module, policy)
         notes.append(note)
-    held = {
+    frozen = {
         key: parameter
         for key, parameter in module._parameters.items()
         if parameter is not None
         and (Policy.WEIGHTS in policy or (norm and policy.freezes_affine and key in AFFINE))
     }
-    if norm and not held and policy.freezes_affine and not was_lookalike(module):
+    if norm and not frozen and policy.freezes_affine and not was_lookalike(module):
         notes.append("has no weight or bias")
     if norm and not keeps_statistics(module):
         notes.append("keeps no running statistics")
     old = record_of(module)
-    record = Record(
+    record = FreezeRecord(
         policy=policy,
         training=old.training if old and old.policy.forces_eval else module.training,
-        requires_grad={key: flags.get(id(p), p.requires_grad) for key, p in held.items()},
+        requires_grad={key: flags.get(id(p), p.requires_grad) for key, p in frozen.items()},
     )
-    return Change(entry, kind, record, held, "; ".join(filter(None, notes)))
+    return Change(entry, kind, record, frozen, "; ".join(filter(None, notes)))
 
 
 def check_class(entry: NamedModule) -> None:
-    """Refuse a frozen layer whose class something else has changed since.
+    """Refuse a frozen layer whose class was changed by something else.
 
     Raises:
-        PolicyError: which layer, and what it has become.
+        PolicyError: names the layer and its new class.
     """
     if class_changed_since(entry.module):
         raise PolicyError(
-            f"{entry.name or 'The model'} was frozen, and something has changed its class to "
-            f"{type(entry.module).__name__} since: undo that first (a parametrization, say)."
+            f"{entry.name or 'The model'} was frozen, and then something else changed its class "
+            f"to {type(entry.module).__name__} (a parametrization does that). Undo that first."
         )
 
 
@@ -148,7 +158,7 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
     if is_lazy(module):
         raise PolicyError(
             f"{name} is a {type(module).__name__} that has not seen an input yet, so there is "
-            f"nothing to hold: run one forward pass first."
+            f"nothing to freeze: run one forward pass first."
         )
     if policy.forces_eval and is_norm(module) and not keeps_statistics(module):
         raise PolicyError(
@@ -161,21 +171,21 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
     if computed and policy.freezes_affine and Policy.WEIGHTS not in policy:
         raise PolicyError(
             f"{name}: its {' and '.join(computed)} is computed from other parameters (by a "
-            f"parametrization, say), which policy '{policy}' would not hold. Undo that first, "
-            f"or hold them too: '{policy}+weights'."
+            f"parametrization or by pruning), which policy '{policy}' does not freeze. Undo that "
+            f"first, or freeze them too: '{policy}+weights'."
         )
 
 
 def _kind(name: str, module: nn.Module, policy: Policy) -> tuple[type[nn.Module], Policy, str]:
-    """The class that the layer gets, the policy that this keeps, and what to say of it."""
+    """The class that the layer gets, the policy that it then follows, and a note."""
     base, note = layer_class(module), ""
-    if policy & (Policy.FUSED | Policy.FUSED_ACT):
+    if Policy.FUSED in policy:
         kind, why = fused_class(module, activations=Policy.FUSED_ACT in policy)
         if kind is not None:
             return kind, policy, ""
         if not was_lookalike(module):
             # The strongest policy that does not change what the layer computes.
-            policy = policy & ~(Policy.FUSED | Policy.FUSED_ACT) | Policy.EVAL | Policy.AFFINE
+            policy = policy & Policy.WEIGHTS | Policy.EVAL | Policy.AFFINE
             note = f"not fused: {why}"
     if was_lookalike(module):
         return base, policy, "frozen already, by its own class"
@@ -184,6 +194,6 @@ def _kind(name: str, module: nn.Module, policy: Policy) -> tuple[type[nn.Module]
     except Exception as error:
         # A metaclass or an __init_subclass__ of the user's own may refuse a subclass.
         raise PolicyError(
-            f"{name}: its class {base.__name__} does not let itself be subclassed "
+            f"{name}: its class {base.__name__} cannot be subclassed "
             f"({type(error).__name__}: {error})."
         ) from error

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
 
 from bnfreeze.findings import Finding
+from bnfreeze.inspection.behaviour import LiveLayer
 from bnfreeze.policies.policy import Policy
 from bnfreeze.tables import Printable, Sheet, shared_kind
 
@@ -22,30 +23,37 @@ class LayerRow:
     Attributes:
         name: the dotted name; of a shared layer the first; empty for the model itself.
         kind: the class, as it was before freezing.
-        policy: the policy that holds it now, ``"none"`` where it is left alone.
-        absorbs: what the layer computes along under ``fused-act``: an activation (``"relu"``),
-            ``"add"``, ``"add+relu"``, or with another norm layer that it is added to
-            ``"affine+add+relu"``; that other one says ``"absorbed"``.
-        actions: what was changed, as stable words: ``fuse``, ``force-eval``, ``hold-statistics``,
-            ``hold-weight``, ``hold-bias`` (or another parameter's name), ``clear-grad``,
-            ``restore``; empty where nothing had to be.
+        policy: the policy that it is frozen by now, ``"none"`` if it is left alone, ``"frozen"``
+            for a frozen batch norm of another library.
+        fuses: what runs in the layer's kernel under ``fused-act``: an activation (``"relu"``),
+            ``"add"``, ``"add+relu"``, or ``"affine+add+relu"`` if the sum's other side is a norm
+            layer too; that other layer says ``"fused"``. Empty if nothing.
+        actions: what was changed; empty if nothing had to be:
+
+            * ``freeze-statistics``: the running statistics cannot change any more;
+            * ``freeze-weight``, ``freeze-bias``, or another parameter's name:
+              ``requires_grad`` is False;
+            * ``force-eval``: the layer always normalises with its running statistics;
+            * ``fuse``: it is a `FrozenBatchNorm1d/2d/3d` now;
+            * ``clear-grad``: a leftover ``.grad`` was removed;
+            * ``restore``: the layer went back to its original state (first, if others follow).
         note: what else a person should know.
     """
 
     name: str
     kind: str
     policy: str
-    absorbs: str = ""
+    fuses: str = ""
     actions: tuple[str, ...] = ()
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FreezeReport(Printable):
-    """What `freeze` or `unfreeze` did: a row a layer, and the findings.
+    """What `freeze` or `unfreeze` did: a row for each layer, and the findings.
 
-    Printing it gives a table. As a context manager, leaving it unfreezes the layers that it
-    reports as frozen::
+    Print it to see a table. Used as a context manager, it unfreezes at the end the layers that
+    it reports as frozen::
 
         with bnfreeze.freeze(model, "eval"):
             train(model)
@@ -53,10 +61,12 @@ class FreezeReport(Printable):
 
     layers: tuple[LayerRow, ...]
     findings: tuple[Finding, ...] = ()
-    # Parameters outside norm layers, which only the policy "weights" holds, are counted and not
-    # drawn: there are as many of these modules as norm layers, and they all say the same.
-    norm_names: frozenset[str] = field(default=frozenset(), repr=False)
-    undo: Callable[[], object] = field(default=lambda: None, repr=False, compare=False)
+    # By name of each norm layer what `inspect` says of it, so that the table never contradicts it.
+    # Other modules, of which the policy "weights" freezes parameters, are counted and not drawn:
+    # they are as many as the norm layers, and their rows would all say the same.
+    facts: Mapping[str, LiveLayer] = field(default_factory=dict, compare=False)
+    call: str = field(default="freeze", compare=False)
+    undo: Callable[[], object] = field(default=lambda: None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data with stable keys."""
@@ -66,35 +76,22 @@ class FreezeReport(Printable):
             "findings": [finding.to_dict() for finding in self.findings],
         }
 
+    def __repr__(self) -> str:
+        return (
+            f"<FreezeReport of {self.call}: {self._verdict()} "
+            f"{_count(len(self.findings), 'finding')}>"
+        )
+
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
-        norms = [row for row in self.layers if row.name in self.norm_names]
-        others = len(self.layers) - len(norms)
-        undone = any(row.policy == "none" and "restore" in row.actions for row in self.layers)
-        if undone:
-            done, count = "given back", sum("restore" in row.actions for row in norms)
-        else:
-            done, count = "frozen", sum(row.policy != "none" for row in norms)
-        tally = Counter(row.absorbs for row in norms if row.absorbs)
-        absorbed = ", ".join(f"{number} {what}" for what, number in tally.most_common())
-        title, further = shared_kind(f"Norm layers {done}", [row.kind for row in norms])
+        norms = self._norms()
+        title, further = shared_kind(f"Norm layers after {self.call}", [row.kind for row in norms])
         return Sheet(
             title=title,
-            columns=(
-                "layer",
-                "kind",
-                "policy",
-                "absorbs",
-                "uses",
-                "statistics",
-                "affine",
-                "note",
-            ),
-            rows=[_cells(row) for row in norms],
+            columns=("layer", "kind", "policy", "fuses", "uses", "statistics", "affine", "note"),
+            rows=[self._cells(row) for row in norms],
             findings=self.findings,
-            verdict=f"{count} of {len(norms)} norm layers {done}"
-            + (f", and the weights of {others} other modules." if others else ".")
-            + (f" They absorb: {absorbed}." if absorbed else ""),
+            verdict=self._verdict(),
             further=further,
         )
 
@@ -109,29 +106,50 @@ class FreezeReport(Printable):
     ) -> None:
         self.undo()
 
+    def _norms(self) -> list[LayerRow]:
+        return [row for row in self.layers if row.name in self.facts]
 
-def _cells(row: LayerRow) -> tuple[str, ...]:
-    """What the layer does from now on, in the words of the inspection's table."""
-    uses = statistics = affine = ""
-    if row.policy == "frozen":
-        uses, statistics, affine = "running", "held", "held"
-    elif row.policy != "none":
-        policy = Policy.parse(row.policy)
-        uses = "running" if policy.forces_eval else "batch"
-        statistics = "held" if policy.freezes_statistics else "update"
-        affine = "held" if policy.freezes_affine else "train"
-    words = {"clear-grad": "gradient cleared", "restore": "given back"}
-    notes = [words[action] for action in row.actions if action in words]
-    if row.policy != "none" and not row.actions and not row.note:
-        notes.append("as it was")
-    notes += [row.note] if row.note else []
-    return (
-        row.name or "(the model)",
-        row.kind,
-        row.policy,
-        row.absorbs,
-        uses,
-        statistics,
-        affine,
-        "; ".join(notes),
-    )
+    def _verdict(self) -> str:
+        norms = self._norms()
+        others, total = len(self.layers) - len(norms), _count(len(norms), "norm layer")
+        if self.call == "unfreeze":
+            restored = sum("restore" in row.actions for row in norms)
+            verdict = f"{restored} of {total} restored"
+            return f"{verdict}, and {_count(others, 'other module')}." if others else f"{verdict}."
+        cells = [self._cells(row) for row in norms]
+        statistics = sum(row[5] == "frozen" for row in cells)
+        affine = sum(row[6] == "frozen" for row in cells)
+        verdict = (
+            f"Of {total}, {statistics} have frozen statistics and {affine} frozen weight and bias."
+        )
+        if others:
+            verdict += f" {_count(others, 'other module')} have frozen weights."
+        tally = Counter(row.fuses for row in norms if row.fuses)
+        fused = ", ".join(f"{number} {what}" for what, number in tally.most_common())
+        return verdict + (f" They fuse: {fused}." if fused else "")
+
+    def _cells(self, row: LayerRow) -> tuple[str, ...]:
+        """What the layer does from now on, in the words of the inspection's table."""
+        facts = self.facts[row.name]
+        frozen = row.policy == "frozen"
+        policy = Policy.NONE if frozen else Policy.parse(row.policy)
+        statistics = "frozen" if frozen or Policy.STATS in policy else "still"
+        affine = "frozen" if frozen or Policy.AFFINE in policy else "still"
+        words = {"clear-grad": "gradient cleared", "restore": "restored"}
+        notes = [words[action] for action in row.actions if action in words]
+        if row.policy != "none" and not row.actions and not row.note:
+            notes.append("as it was")
+        return (
+            row.name or "(the model)",
+            row.kind,
+            row.policy,
+            row.fuses,
+            facts.normalizes_with,
+            "update" if facts.updates_statistics else statistics,
+            "train" if facts.trains_affine else affine,
+            "; ".join([*notes, *filter(None, [row.note])]),
+        )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,10 @@ from bnfreeze.patterns import Pattern, nearest
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import record_of
 
-__all__ = ["Rule", "Selected", "matching", "parse_rules", "select"]
+__all__ = ["Rule", "Selected", "matching", "parse_rules", "selected_by"]
+
+
+_STATELESS = re.compile(r"(Layer|Group|RMS|Instance)_?Norm")
 
 
 @dataclass(frozen=True)
@@ -53,27 +57,22 @@ class Selected:
     policy: Policy
 
 
-def select(modules: Sequence[NamedModule], rules: Iterable[Rule]) -> list[Selected]:
+def selected_by(modules: Sequence[NamedModule], rules: Iterable[Rule]) -> list[Selected]:
     """The norm layers, and with ``weights`` the modules with parameters, that the rules select.
 
     The last rule that matches any of a module's names wins. A module that it leaves alone
-    (``none``) is not among the selected. A module that an earlier call holds, and that this
-    rule's policy does not, is selected with the policy ``none``: it is to be given back.
+    (``none``) is not selected. A module that an earlier call froze, and that this rule's policy
+    does not freeze, is selected with the policy ``none``: it will be restored.
 
     Raises:
         PolicyError: a rule that selects nothing, with the nearest existing names; or one that
-            selects a TorchScript module.
+            selects a TorchScript module. A rule ``none`` needs to match any module at all.
     """
-    rules = list(rules)
     chosen: dict[int, Policy] = {}
     for rule in rules:
         reached = [index for index, entry in enumerate(modules) if matches(entry, rule.pattern)]
-        # An exception to a rule with weights may leave alone modules without a norm layer.
-        wanted = rule.policy
-        if wanted is Policy.NONE and any(Policy.WEIGHTS in other.policy for other in rules):
-            wanted = Policy.WEIGHTS
-        if not any(_eligible(modules[index].module, wanted) for index in reached):
-            raise PolicyError(_nothing_found(modules, rule, wanted))
+        if not any(not rule.policy or _eligible(modules[i].module, rule.policy) for i in reached):
+            raise PolicyError(_nothing_found(modules, rule))
         chosen.update(dict.fromkeys(reached, rule.policy))
     selected = []
     for index, entry in enumerate(modules):
@@ -88,7 +87,7 @@ def select(modules: Sequence[NamedModule], rules: Iterable[Rule]) -> list[Select
 
 
 def matching(modules: Sequence[NamedModule], patterns: Iterable[Pattern]) -> list[NamedModule]:
-    """The modules that any of the patterns means.
+    """The modules that any of the patterns matches.
 
     Raises:
         PolicyError: a pattern that matches no module at all.
@@ -104,7 +103,7 @@ def matching(modules: Sequence[NamedModule], patterns: Iterable[Pattern]) -> lis
 
 
 def matches(entry: NamedModule, pattern: Pattern) -> bool:
-    """Whether the pattern means the module, under any of its names, wrappers left out or not."""
+    """Whether the pattern matches any of the module's names, with wrappers or without."""
     return any(pattern.matches(name) for name in (*entry.plain_names, *entry.names))
 
 
@@ -112,6 +111,11 @@ def _eligible(module: nn.Module, policy: Policy) -> bool:
     if is_norm(module) or _is_scripted_norm(module):
         return True
     return Policy.WEIGHTS in policy and any(p is not None for p in module._parameters.values())
+
+
+def _stateless(module: nn.Module) -> bool:
+    """Whether the module normalises without running statistics; by name, for RMSNorm has many."""
+    return any(_STATELESS.search(kind.__name__) for kind in type(module).__mro__)
 
 
 def _is_scripted_norm(module: nn.Module) -> bool:
@@ -125,16 +129,22 @@ def _refuse_script(entry: NamedModule) -> None:
     if isinstance(entry.module, torch.jit.ScriptModule):
         raise PolicyError(
             f"{entry.name} is a TorchScript module, whose layers are compiled and cannot be "
-            f"changed: freeze the original module before it is scripted, or leave it out with "
-            f"{{{entry.name!r}: 'none'}} as the last rule."
+            f"changed: freeze the original module before you script it, or leave this one out "
+            f"with {{{entry.name!r}: 'none'}} as the last rule."
         )
 
 
-def _nothing_found(modules: Sequence[NamedModule], rule: Rule, wanted: Policy) -> str:
-    text = rule.pattern.text
+def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
+    text, wanted = rule.pattern.text, rule.policy
     what = "norm layer" + (" and no parameter" if Policy.WEIGHTS in wanted else "")
-    if not any(_eligible(entry.module, wanted) for entry in modules):
-        return f"The model has no {what}: policy {str(rule.policy)!r} would freeze nothing."
+    if wanted and not any(_eligible(entry.module, wanted) for entry in modules):
+        others = sorted({type(e.module).__name__ for e in modules if _stateless(e.module)})
+        if others and Policy.WEIGHTS not in wanted:
+            return (
+                f"No batch norm here: the model normalises with {' and '.join(others)}, and these "
+                f"keep no running statistics. To freeze weights, use the policy 'weights'."
+            )
+        return f"The model has no {what}: policy {str(wanted)!r} would freeze nothing."
     reached = [entry for entry in modules if matches(entry, rule.pattern)]
     problem = "matches no module."
     if reached:
@@ -153,7 +163,7 @@ def _suggest(
     eligible: Callable[[nn.Module], bool],
     skip: Sequence[NamedModule] = (),
 ) -> str:
-    """Name the nearest modules that are, or have below them, what was looked for."""
+    """Name the nearest modules that are eligible, or contain a module that is."""
     names: dict[str, None] = {}
     for entry in modules:
         if eligible(entry.module):

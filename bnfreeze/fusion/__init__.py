@@ -1,7 +1,7 @@
-"""The policy `fused-act`: blocks whose norm layers compute along what follows them.
+"""The policy `fused-act`: norm layers that run the activation and the add after them.
 
-From the bottom up: a block's code is read (`bytecode`, `vouching`), and its forward traced on
-shadows of its modules (`shadows`, `tracing`); in the graph the norm layers take in what follows
-(`following`, `sums`); that becomes a generated forward, and the conditions under which it stands
-in (`watched`, `program`). `survey` does so for a whole model, and `blocks` puts it in place.
+`tracing` traces a block's forward with torch.fx. `matching` finds in the graph what follows each
+frozen norm layer, and rewrites it (`sums` has the add). `generated` makes a forward of the graph,
+with a guard that is asked at each call. `survey` does this for a whole model, and `blocks` puts the
+new forwards in place.
 """

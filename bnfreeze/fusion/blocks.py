@@ -1,11 +1,9 @@
-"""The blocks of a model whose forward is generated, so that norm layers absorb what follows them.
+"""The blocks of a model whose forward is generated, so that norm layers fuse what follows them.
 
-A block stays the very object it was; as with a norm layer its class is swapped, here for one that
-chooses anew at each call: the generated forward while all holds that it was made for, else the
-block's own. Both compute the same, for in the block's own forward a frozen layer is no more than
-that. So the block's own forward is what torch.compile, export and tracing see, and what runs once
-a hook is put on a module that the generated one passes by, a submodule is replaced or an attribute
-is set.
+A block stays the same object. Its class is swapped, as a norm layer's is, for one that chooses at
+each call: the generated forward if nothing has changed since it was made, otherwise the block's
+own. Both compute the same. The block's own forward is also what torch.compile, export and tracing
+see, and what runs if a hook, a mode or a replaced submodule could tell the difference.
 """
 
 from __future__ import annotations
@@ -13,26 +11,29 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from bnfreeze.fusion.program import Programs
-from bnfreeze.fusion.survey import Absorption, survey
+from bnfreeze.fusion.generated import Generated
+from bnfreeze.fusion.survey import Fusion, is_fused_act, survey
+from bnfreeze.fusion.tracing import names_of
+from bnfreeze.nn.eager import observer
 from bnfreeze.norm_layers import NamedModule
 from bnfreeze.policies.class_swap import Swapped, make_class
-from bnfreeze.policies.record import layer_class
+from bnfreeze.policies.record import layer_class, record_of, set_record
+from bnfreeze.torch_private import _has_any_global_hook
 
-__all__ = ["PROGRAMS", "absorb_in", "release"]
+__all__ = ["GENERATED", "Fusion", "fuse_blocks", "release"]
 
 # Where a block keeps its generated forwards.
-PROGRAMS = "_bnfreeze_programs"
+GENERATED = "_bnfreeze_generated"
 
 
 class _FusedBlock(Swapped):
-    """Runs the block's generated forward wherever it may."""
+    """Runs the block's generated forward if that can make no difference."""
 
     prefix: ClassVar[str] = "Fused"
 
@@ -51,45 +52,62 @@ class _FusedBlock(Swapped):
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if PROGRAMS in self.__dict__ and self.__dict__[PROGRAMS] is None:
-            # It comes out of a file. Where that goes wrong (of modules that refer to each other,
-            # one is read first), the block's own forward will do.
-            self.__dict__[PROGRAMS] = Programs()
+        if GENERATED in self.__dict__ and self.__dict__[GENERATED] is None:
+            # It comes out of a file. If modules refer to each other, one of them is not complete
+            # yet; then the block's own forward runs.
             with contextlib.suppress(Exception):
-                found = {id(block): programs for block, programs in survey(self).programs}
-                self.__dict__[PROGRAMS] = found[id(self)]
+                found = {
+                    id(block): forwards for block, forwards in survey(self, _named(self)).blocks
+                }
+                self.__dict__[GENERATED] = found.get(id(self))
 
 
 def _choose(block: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any] | None:
     """The generated forward that may run on these arguments, here and now."""
-    if torch._C._get_tracing_state() is not None or _has_any_global_hook():  # type: ignore[no-untyped-call]
+    generated: Generated | None = block.__dict__.get(GENERATED)
+    if generated is None or _has_any_global_hook() or observer():  # type: ignore[no-untyped-call]
         return None
-    for program in block.__dict__.get(PROGRAMS) or ():
-        if program.takes(args):
-            return program.run if program.holds(block) else None
-    return None
+    return generated.choose(block, args)
 
 
-def absorb_in(modules: Sequence[NamedModule]) -> dict[int, Absorption]:
-    """Generate the forward of every block of a model in which a norm layer can absorb something.
+def fuse_blocks(
+    modules: Sequence[NamedModule], traceable: str | type | Sequence[str | type] = ()
+) -> dict[int, Fusion]:
+    """Generate the forward of every block of a model in which a norm layer can fuse something.
 
     Args:
         modules: all of the model's, the first one being the model; none has such a forward yet.
+        traceable: classes, and names of packages, whose forward may be traced besides those of
+            known libraries. The layers remember it.
 
     Returns:
-        By identity of each norm layer under the policy ``fused-act`` what it absorbs.
+        By identity of each norm layer under the policy ``fused-act`` what it fuses.
+
+    Raises:
+        TypeError: something in `traceable` is neither a class of modules nor a name.
     """
-    found = survey(modules[0].module)
-    for block, programs in found.programs:
+    given, model = names_of(traceable), modules[0].module
+    for entry in modules if given else ():
+        record = record_of(entry.module)
+        if record is not None and is_fused_act(entry.module):
+            set_record(entry.module, replace(record, traceable=given))
+    found = survey(model, _named(model))
+    for block, generated in found.blocks:
         block.__class__ = make_class(layer_class(block), _FusedBlock)
-        block.__dict__[PROGRAMS] = programs
+        block.__dict__[GENERATED] = generated
     return found.layers
+
+
+def _named(model: nn.Module) -> tuple[str, ...]:
+    """The classes and packages that the layers of a model remember."""
+    records = [record_of(module) for module in model.modules()]
+    return tuple({name for record in records if record for name in record.traceable})
 
 
 def release(modules: Sequence[NamedModule]) -> None:
     """Give every block its own forward back."""
     for entry in modules:
         if issubclass(type(entry.module), _FusedBlock):
-            entry.module.__dict__.pop(PROGRAMS, None)
-            # Where something else has derived a class from ours, it has no more to choose from.
+            entry.module.__dict__.pop(GENERATED, None)
+            # If something else has derived a class from ours, that has nothing to choose from now.
             entry.module.__class__ = layer_class(entry.module)

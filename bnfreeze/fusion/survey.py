@@ -1,74 +1,108 @@
-"""Which blocks of a model get a generated forward, and what each norm layer absorbs in them.
+"""Which blocks of a model get a generated forward, and what each norm layer fuses in them.
 
-Blocks are looked at from the innermost on. One whose output is a norm layer's, with nothing behind
-it, is open: what follows may stand in the block around it. That one is traced with the forward of
-the open block inlined, and keeps it inlined if the norm layer finds something there. So a
-generated forward reaches across as few modules as it must.
+Blocks are looked at from the innermost on. If a block's output is a norm layer's, the block is
+open: what follows may be in the block around it. That one is traced with the forward of the open
+block inlined, and keeps it inlined if the norm layer finds something there. So a generated forward
+covers as few modules as it must.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
-from bnfreeze.fusion.bytecode import Untraceable
-from bnfreeze.fusion.matching import Call, absorb
-from bnfreeze.fusion.program import Program, Programs, program
-from bnfreeze.fusion.tracing import trace
+from bnfreeze.fusion.generated import Forward, Generated, Key, compiled, generate, keys
+from bnfreeze.fusion.matching import FusedCall, fuse_calls
+from bnfreeze.fusion.tracing import UntraceableError, trace, visible, why_not_traced
 from bnfreeze.policies.fused import has_hooks, own_activation, takes_more
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, record_of
 
-__all__ = ["Absorption", "Survey", "survey"]
+__all__ = ["Fusion", "Survey", "is_fused_act", "survey"]
+
+_MODES = (True, False)
 
 
 @dataclass(frozen=True)
-class Absorption:
-    """What a norm layer absorbs, in the words of `LayerRow.absorbs`, and a note on it."""
+class Fusion:
+    """What a norm layer fuses.
 
-    absorbs: str
+    Attributes:
+        fuses: what runs in its kernel: an activation (``"relu"``), ``"add"``, ``"add+relu"``, or
+            with another norm layer that it is added to ``"affine+add+relu"``; that other layer
+            says ``"fused"``. Empty if nothing does.
+        note: why nothing does, or when it does not.
+    """
+
+    fuses: str
     note: str
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What can be absorbed in a model as it is now.
+    """What can be fused in a model as it is now.
 
     Attributes:
-        programs: the blocks that get a generated forward, with it.
-        layers: by identity of the norm layer what it absorbs; all those that the policy
-            ``fused-act`` holds.
+        blocks: the blocks that get generated forwards, with these.
+        layers: by identity of each norm layer under the policy ``fused-act`` what it fuses.
     """
 
-    programs: list[tuple[nn.Module, Programs]]
-    layers: dict[int, Absorption]
+    blocks: list[tuple[nn.Module, Generated]]
+    layers: dict[int, Fusion]
 
 
-def survey(model: nn.Module) -> Survey:
-    """Look at every block of a model; nothing of it is changed."""
-    walk = _Walk(model)
+def survey(model: nn.Module, traceable: Sequence[str]) -> Survey:
+    """Look at every block of a model; nothing of it is changed.
+
+    Args:
+        model: the model.
+        traceable: full names of classes and packages that may be traced besides the known ones.
+    """
+    walk = _Walk(model, traceable)
     if walk.layers:
         walk.visit(model)
-    return Survey(
-        walk.programs,
-        {id(module): walk.result(module) for module in model.modules() if _is_held(module)},
-    )
+    layers = {id(m): walk.result(m) for m in model.modules() if is_fused_act(m)}
+    return Survey(walk.blocks, layers)
 
 
-def _is_held(module: nn.Module) -> bool:
+def is_fused_act(module: nn.Module) -> bool:
+    """Whether the module is frozen by the policy ``fused-act``."""
     record = record_of(module)
     return record is not None and Policy.FUSED_ACT in record.policy
 
 
+@dataclass
+class _Attempt:
+    """A block traced in both modes, with some modules inlined.
+
+    Attributes:
+        calls: by mode the calls of norm layers, those for lists behind those for tensors.
+        forwards: what was generated.
+        called: the names of the modules that the graphs call or look up.
+        failures: by mode why it could not be traced in it.
+    """
+
+    calls: dict[bool, list[FusedCall]] = field(default_factory=dict)
+    forwards: dict[Key, Forward] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
+    failures: dict[bool, UntraceableError] = field(default_factory=dict)
+
+    @property
+    def fusing(self) -> set[int]:
+        return {id(call.layer) for calls in self.calls.values() for call in calls if call.fuses}
+
+
 class _Walk:
-    def __init__(self, model: nn.Module) -> None:
-        # The layers that may absorb what follows them.
-        self.layers = {id(m): m for m in model.modules() if _is_held(m) and takes_more(m)}
-        self.calls: dict[int, list[Call]] = {}
+    def __init__(self, model: nn.Module, traceable: Sequence[str]) -> None:
+        self.traceable = traceable
+        # The layers that may fuse what follows them.
+        self.layers = {id(m): m for m in model.modules() if is_fused_act(m) and takes_more(m)}
+        # By identity of the layer and mode.
+        self.calls: dict[tuple[int, bool], list[FusedCall]] = {}
         self.settled: set[int] = set()
-        self.programs: list[tuple[nn.Module, Programs]] = []
+        self.blocks: list[tuple[nn.Module, Generated]] = []
         # By identity the open blocks, and the layer that each ends in.
         self.open: dict[int, nn.Module] = {}
         self.visited: set[int] = set()
@@ -82,82 +116,152 @@ class _Walk:
             self.visit(child)
         pending = {id(m) for m in module.modules() if id(m) in self.layers} - self.settled
         if pending and layer_class(module).forward is not nn.Module.forward:
-            self.look(module, pending)
+            why = why_not_traced(module, self.traceable)
+            if "forward" in module.__dict__:
+                why = f"a forward is set on the {layer_class(module).__name__}"
+            if why:
+                self.settle(pending, why)
+            else:
+                self.look(module, pending)
 
     def look(self, block: nn.Module, pending: set[int]) -> None:
         inner = [
             m for m in block.modules() if id(m) in self.open and id(self.open[id(m)]) in pending
         ]
         try:
-            try:
-                calls, programs = self.attempt(block, inner)
-            except Untraceable as error:
-                if not inner:
-                    raise
-                self.settle({id(self.open[id(m)]) for m in inner}, _cannot(block, error))
-                inner = []
-                calls, programs = self.attempt(block, inner)
-            absorbing = {id(call.layer) for call in calls if call.absorbs}
-            needed = [m for m in inner if id(self.open[id(m)]) in absorbing]
-            if absorbing and len(needed) < len(inner):
-                final, programs = self.attempt(block, needed)
-                told = {id(call.layer) for call in final}
-                calls = [*final, *(call for call in calls if id(call.layer) not in told)]
-                absorbing = {id(call.layer) for call in final if call.absorbs}
-        except Untraceable as error:
+            attempt = self.attempt(block, inner)
+            found = attempt.calls
+            needed = [m for m in inner if id(self.open[id(m)]) in attempt.fusing]
+            if attempt.fusing and len(needed) < len(inner):
+                # The layers whose blocks are not inlined any more fuse nothing here.
+                dropped = {id(self.open[id(m)]) for m in inner if m not in needed}
+                inner, attempt = needed, self.attempt(block, needed)
+                found = {
+                    mode: [
+                        *attempt.calls.get(mode, ()),
+                        *(call for call in calls if id(call.layer) in dropped),
+                    ]
+                    for mode, calls in found.items()
+                }
+        except UntraceableError as error:
             self.settle(pending - self.settled, _cannot(block, error))
             return
-        if programs and absorbing:
-            self.programs.append((block, programs))
-        for call in calls:
-            if call.last and not has_hooks(block):
-                self.open[id(block)] = call.layer
-            else:
-                self.settled.add(id(call.layer))
-            if call.last and has_hooks(block):
-                call = Call(call.layer, note=f"a hook stands on its {layer_class(block).__name__}")
-            self.calls.setdefault(id(call.layer), []).append(call)
+        if attempt.fusing:
+            self.blocks.append((block, _generated(block, inner, attempt)))
+        self.note(block, found, attempt.failures)
 
-    def attempt(
-        self, block: nn.Module, inlined: Sequence[nn.Module]
-    ) -> tuple[list[Call], Programs]:
-        """Generate the block's forward for a tensor and, if it asks for that, for a list."""
-        traced = trace(block, inlined)
-        layers = list(self.layers.values())
-        calls = absorb(traced.graph, block, layers)
-        programs: list[Program] = [program(block, traced, "tensor", calls)]
-        if traced.asked:
+    def attempt(self, block: nn.Module, inlined: Sequence[nn.Module]) -> _Attempt:
+        """Generate the block's forwards for both modes; without inlining where that fails."""
+        attempt = _Attempt()
+        for mode in _MODES:
             try:
-                other = trace(block, inlined, "list")
-            except Untraceable:
-                pass  # it knows what to do with tensors
-            else:
-                also = absorb(other.graph, block, layers)
-                programs.append(program(block, other, "list", also))
-        return calls, Programs(programs)
+                try:
+                    self.add(attempt, block, inlined, mode)
+                except UntraceableError as error:
+                    if not inlined:
+                        raise
+                    self.add(attempt, block, (), mode)
+                    lost = [self.open[id(module)] for module in inlined]
+                    attempt.calls[mode] += [
+                        FusedCall(each, note=_cannot(block, error)) for each in lost
+                    ]
+            except UntraceableError as error:
+                attempt.failures[mode] = error
+        if not attempt.forwards:
+            raise attempt.failures[True]
+        return attempt
+
+    def add(
+        self, attempt: _Attempt, block: nn.Module, inlined: Sequence[nn.Module], mode: bool
+    ) -> None:
+        """Generate the forwards for one mode: for tensors and, if it asks for that, for lists."""
+        for kind in (Tensor, list):
+            try:
+                traced = trace(block, inlined, mode, kind)
+                nodes = [node for node in traced.graph.nodes if node.op == "call_module"]
+                names = {str(node.target) for node in nodes}
+                calls = fuse_calls(traced.graph, block, list(self.layers.values()), mode)
+                forward = compiled(traced.graph, layer_class(block).__name__)
+            except UntraceableError:
+                if kind is Tensor:
+                    raise
+                return
+            attempt.called |= names
+            attempt.calls[mode] = [*attempt.calls.get(mode, ()), *calls]
+            attempt.forwards |= dict.fromkeys(keys(traced, mode, kind), forward)
+            if not traced.asked:
+                return
+
+    def note(
+        self,
+        block: nn.Module,
+        found: dict[bool, list[FusedCall]],
+        failures: dict[bool, UntraceableError],
+    ) -> None:
+        """Remember what was found in a block."""
+        seen = {id(call.layer): call.layer for calls in found.values() for call in calls}
+        last = {id(call.layer) for calls in found.values() for call in calls if call.last}
+        for mode, error in failures.items():
+            found = {
+                **found,
+                mode: [FusedCall(layer, note=_cannot(block, error)) for layer in seen.values()],
+            }
+        if last and has_hooks(block):
+            note = f"{layer_class(block).__name__} has a hook"
+            found = {
+                mode: [FusedCall(c.layer, note=note) if c.last else c for c in calls]
+                for mode, calls in found.items()
+            }
+            last = set()
+        for mode, calls in found.items():
+            for call in calls:
+                self.calls.setdefault((id(call.layer), mode), []).append(call)
+        self.open |= {id(block): seen[key] for key in last}
+        self.settled |= seen.keys() - last
 
     def settle(self, layers: set[int], note: str) -> None:
         for key in layers:
-            self.calls.setdefault(key, []).append(Call(self.layers[key], note=note))
+            for mode in _MODES:
+                self.calls.setdefault((key, mode), []).append(
+                    FusedCall(self.layers[key], note=note)
+                )
         self.settled |= layers
 
-    def result(self, layer: nn.Module) -> Absorption:
-        """What all calls of a layer come to."""
+    def result(self, layer: nn.Module) -> Fusion:
+        """What all calls of a layer in both modes come to."""
         if id(layer) not in self.layers:
             own = own_activation(layer)
-            return Absorption(own or "", "" if own else "a hook stands on its activation")
-        calls = self.calls.get(id(layer), [])
+            return Fusion(own or "", "" if own else "its activation has a hook")
+        train, evaluate = (self._in_mode(layer, mode) for mode in _MODES)
+        if train.fuses == evaluate.fuses:
+            note = train.note or evaluate.note
+            return Fusion(train.fuses, note if train.fuses else f"fuses nothing: {note}")
+        if not train.fuses:
+            return Fusion(evaluate.fuses, f"not in train mode: {train.note}")
+        if not evaluate.fuses:
+            return Fusion(train.fuses, f"not in eval mode: {evaluate.note}")
+        return Fusion(train.fuses, f"in eval mode {evaluate.fuses}")
+
+    def _in_mode(self, layer: nn.Module, mode: bool) -> Fusion:
+        calls = self.calls.get((id(layer), mode), [])
         # The block around an open one knows better.
         calls = [call for call in calls if not call.last] or calls
         if not calls:
-            return Absorption("", "absorbs nothing: no block's forward was seen to call it")
-        absorbing = [call for call in calls if call.absorbs]
-        if not absorbing:
-            return Absorption("", f"absorbs nothing: {calls[-1].note}")
-        if len({(call.absorbs, call.note) for call in calls}) > 1:
-            return Absorption(absorbing[0].absorbs, "not each time that it is called")
-        return Absorption(absorbing[0].absorbs, absorbing[0].note)
+            return Fusion("", "no traced forward calls it")
+        fusing = [call for call in calls if call.fuses]
+        if not fusing:
+            return Fusion("", calls[-1].note)
+        if len({(call.fuses, call.note) for call in calls}) > 1:
+            return Fusion(fusing[0].fuses, "not each time that it is called")
+        return Fusion(fusing[0].fuses, fusing[0].note)
 
 
-def _cannot(block: nn.Module, error: Untraceable) -> str:
+def _generated(block: nn.Module, inlined: Sequence[nn.Module], attempt: _Attempt) -> Generated:
+    calls = [call for calls in attempt.calls.values() for call in calls if call.fuses]
+    passed = [module for call in calls for module in call.passed]
+    looked_into = visible(block, inlined, attempt.called)
+    return generate(block, attempt.forwards, looked_into, passed)
+
+
+def _cannot(block: nn.Module, error: UntraceableError) -> str:
     return f"{layer_class(block).__name__} cannot be traced: {error}"

@@ -9,7 +9,6 @@ from typing import Literal, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 
 from bnfreeze.norm_layers import (
@@ -21,7 +20,8 @@ from bnfreeze.norm_layers import (
     is_lookalike,
     keeps_statistics,
 )
-from bnfreeze.policies.record import layer_class, policy_name, record_of
+from bnfreeze.policies.record import frozen_by, layer_class, policy_name, record_of
+from bnfreeze.torch_private import _InstanceNorm
 
 __all__ = ["FrozenBy", "LiveLayer", "affine_parameters", "live_layer", "optimizers_by_id"]
 
@@ -110,7 +110,7 @@ def live_layer(
         normalizes_with=normalizes,
         updates_statistics=updates,
         trains_affine=trains,
-        frozen_by=_frozen_by(layer),
+        frozen_by=frozen_by(layer),
         num_features=int(
             getattr(layer, "num_features", 0 if mean is None or is_lazy(layer) else mean.numel())
         ),
@@ -118,17 +118,6 @@ def live_layer(
         why={"normalizes_with": why_normalizes, "statistics": why_updates, "affine": why_trains},
         aliases=entry.names[1:],
     )
-
-
-def _frozen_by(layer: nn.Module) -> FrozenBy | None:
-    if record_of(layer) is not None:
-        return "bnfreeze"
-    if is_lookalike(layer):
-        return "class"
-    parameters = affine_parameters(layer).values()
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
-        return "requires_grad"
-    return None
 
 
 def _normalizes_with(layer: nn.Module, training: bool) -> tuple[NormalizesWith, str]:

@@ -1,53 +1,94 @@
-"""Tensors of a state_dict in memory, under the same face as those of a file; and the way back."""
+"""Live tensors behind the interface of stored ones, so that both are looked at by the same code."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedParameter
 
 from bnfreeze.checkpoints import StateDict, StoredTensor
 from bnfreeze.checkpoints.state_dicts import find_state_dict
 from bnfreeze.checkpoints.stored_tensor import Words
+from bnfreeze.torch_private import DisableTorchFunctionSubclass
 
-__all__ = ["in_memory", "state_dict_in"]
-
-
-_META: Final = "it is on the meta device"
+__all__ = ["TensorInMemory", "read_tensor", "shard_of", "state_dict_in", "why_unreadable"]
 
 
-def _why_unread(tensor: torch.Tensor) -> str:
-    """Why the values cannot be read as plain memory; empty where they can."""
+def shard_of(tensor: Tensor) -> Tensor | None:
+    """This rank's shard of a DTensor; None for any other tensor."""
+    # If nobody has imported the module, there is no DTensor; not every torch is built with it.
+    home = sys.modules.get("torch.distributed.tensor")
+    if home is None or not isinstance(tensor, home.DTensor):
+        return None
+    return cast("Tensor", tensor._local_tensor)
+
+
+def why_unreadable(tensor: Tensor) -> str:
+    """Why the tensor's bits cannot be read; empty if they can."""
+    if type(tensor) not in (Tensor, Parameter):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            return "it has not seen an input yet"
+        own = shard_of(tensor)
+        if own is not None:
+            return why_unreadable(own)
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return f"bnfreeze cannot read the values of a {type(tensor).__name__}"
     if tensor.is_meta:
-        return _META
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return "its class keeps its values in a way of its own"
-    if tensor.layout is not torch.strided:
-        return "it is sparse"
-    return "it is quantised" if tensor.is_quantized else ""
+        return "it is on the meta device and has no values"
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return f"its layout is {str(tensor.layout).removeprefix('torch.')}"
+    if tensor.is_quantized:
+        return "it is quantised"
+    if tensor.numel() and not tensor.untyped_storage().size():
+        return "its storage has been freed"
+    return ""
 
 
-class _TensorInMemory(StoredTensor):
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.dtype = str(tensor.dtype).removeprefix("torch.")
-        self.shape = tuple(tensor.shape)
-        self.why = _why_unread(tensor)
+def read_tensor(tensor: Tensor) -> Tensor:
+    """The values as a plain contiguous tensor, of the same memory if possible.
+
+    For a DTensor: this rank's shard. Call it only if `why_unreadable` gives nothing.
+    """
+    own = shard_of(tensor)
+    with DisableTorchFunctionSubclass():
+        plain = (tensor if own is None else own).detach()
+        if plain.is_conj() or plain.is_neg():
+            plain = plain.resolve_conj().resolve_neg()
+        return plain.contiguous()
+
+
+class TensorInMemory(StoredTensor):
+    """A live tensor behind the interface of a stored one.
+
+    Attributes:
+        tensor: the tensor, as `read_tensor` gives it where it can be read.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.why = why_unreadable(tensor)
         self.has_values = not self.why
-        self._tensor = tensor
+        self.tensor = tensor if self.why else read_tensor(tensor)
+        self.dtype = str(tensor.dtype).removeprefix("torch.")
+        unseen = isinstance(tensor, UninitializedParameter | UninitializedBuffer)
+        self.shape = () if unseen else tuple(self.tensor.shape)
 
     def storage(self) -> tuple[object, int]:
-        if self.why == _META:
-            # There every storage has the same address.
-            return (self._tensor.device, id(self)), self._tensor.untyped_storage().nbytes()
+        """The device and address of the storage, and its size in bytes."""
         if self.why:
-            return self, 0
-        storage = self._tensor.untyped_storage()
-        return (self._tensor.device, storage.data_ptr()), storage.nbytes()
+            # On the meta device every storage has the same address.
+            size = self.tensor.untyped_storage().nbytes() if self.tensor.is_meta else 0
+            return id(self), size
+        storage = self.tensor.untyped_storage()
+        return (self.tensor.device, storage.data_ptr()), storage.nbytes()
 
     def words(self) -> Words:
-        flat = self._tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1).contiguous()
+        """All elements in row-major order, as unsigned integers; of the same memory on a CPU."""
+        flat = self.tensor.cpu().reshape(-1)
         size = min(flat.dtype.itemsize, 8)
         return flat.view(torch.uint8).numpy().view(np.dtype(f"<u{size}"))
 
@@ -61,20 +102,6 @@ def state_dict_in(saved: Mapping[str, Any], key: str | None = None) -> StateDict
     return find_state_dict(_described(saved), key)
 
 
-def in_memory(tensor: StoredTensor) -> torch.Tensor:
-    """Read a stored tensor: every bit of it, contiguous, on the CPU.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    dtype: torch.dtype = getattr(torch, tensor.dtype)
-    if not tensor.numel:
-        return torch.empty(tensor.shape, dtype=dtype)
-    # A copy, because what was read is read-only.
-    flat = torch.from_numpy(tensor.words().view(np.uint8).copy())
-    return flat.view(dtype).reshape(tensor.shape)
-
-
 def _described(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The same dicts with each tensor described; each dict once, without recursion."""
     made: dict[int, dict[str, Any]] = {id(saved): {}}
@@ -82,8 +109,8 @@ def _described(saved: Mapping[str, Any]) -> dict[str, Any]:
     while waiting:
         holder = waiting.pop()
         for name, value in holder.items():
-            if isinstance(value, torch.Tensor):
-                made[id(holder)][name] = _TensorInMemory(value)
+            if isinstance(value, Tensor):
+                made[id(holder)][name] = TensorInMemory(value)
             elif isinstance(value, Mapping):
                 if id(value) not in made:
                     made[id(value)] = {}

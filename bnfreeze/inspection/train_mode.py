@@ -16,10 +16,11 @@ __all__ = ["training_flags"]
 def training_flags(model: nn.Module) -> dict[int, bool]:
     """By module identity, the training flag that ``model.train()`` would leave.
 
-    The model is asked by calling it, because any module may override ``train`` (mmdetection's
+    ``model.train()`` is really called, because any module may override ``train`` (mmdetection's
     ``norm_eval`` backbones do, and set requires_grad there as well). The flags that the call
-    changed are put back. Where there is no norm layer inside, an override is passed by: a LoRA
-    layer, say, merges its weights there. A model that refuses to be switched keeps its flags.
+    changed are put back. An override in a module without a norm layer inside is not called: a
+    LoRA layer, for example, merges its weights there. If the call raises, the flags at that moment
+    count.
     """
     modules = list(model.modules())
     # Of a frozen layer, the record remembers the mode last asked for.
@@ -29,8 +30,8 @@ def training_flags(model: nn.Module) -> dict[int, bool]:
     ]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        # Whatever it raises is raised again by the loop that calls it, and is no business here.
-        with _passing_by(modules), contextlib.suppress(Exception):
+        # An error here will come again in the user's own loop; it is not reported twice.
+        with _without_overrides(modules), contextlib.suppress(Exception):
             model.train()
         return {id(module): module.training for module in modules}
     finally:
@@ -42,7 +43,7 @@ def training_flags(model: nn.Module) -> dict[int, bool]:
 
 
 @contextlib.contextmanager
-def _passing_by(modules: list[nn.Module]) -> Iterator[None]:
+def _without_overrides(modules: list[nn.Module]) -> Iterator[None]:
     """Let no module's own ``train`` run that has no norm layer inside."""
     passed = [
         module

@@ -1,4 +1,4 @@
-"""Dotted names as a tree to look at, and values as a little picture. Pure text."""
+"""Dotted names as a tree, and values as a small picture. Pure text."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def _shared(names: list[list[str]]) -> int:
 def grouped(names: Sequence[str]) -> dict[str, list[int]]:
     """The indices of names by the first segment in which the names differ."""
     split = [name.split(".") for name in names]
-    # A name of one segment alone would keep the others together.
+    # A name of a single segment would end what all have in common.
     deep = [parts for parts in split if len(parts) > 1]
     shared = _shared(deep) if deep and len(deep) == len(split) else 0
-    # What is left to differ in must not be the tensors' own names.
+    # The tensors' own names (weight, bias) must not make groups.
     shared = max(min([shared, *(len(parts) - 2 for parts in split)]), 0)
     groups: dict[str, list[int]] = {}
     for index, parts in enumerate(split):
@@ -91,13 +91,14 @@ class Scale:
     _BLOCKS = " ▁▂▃▄▅▆▇█"
 
     def __init__(self, spreads: Sequence[Sequence[float]], *, positive: bool) -> None:
-        """Lay the axis.
+        """Find the ends of the axis.
 
         Args:
             spreads: the deciles of each layer.
             positive: for variances: logarithmic. Otherwise linear about 0 and logarithmic beyond.
         """
-        # One channel in ten may lie beyond the ends: a single odd one must not squeeze the rest.
+        # The lowest and the highest tenth may lie beyond the ends, so that one extreme channel does
+        # not leave the rest without room.
         values = [value for deciles in spreads for value in (*deciles[1:-1],)]
         if positive:
             values = [value for value in values if value > 0]
@@ -115,7 +116,7 @@ class Scale:
         return f"{low} {high:>{max(width - len(low) - 1, 0)}}"
 
     def draw(self, deciles: Sequence[float] | None, width: int) -> str:
-        """Where on the axis a layer's values lie, the taller the more of them."""
+        """Bars where a layer's values lie on the axis; the more values, the taller."""
         if deciles is None:
             return ""
         start, end = self._place(self._low), self._place(self._high)

@@ -1,8 +1,11 @@
-"""One module for each trainer that takes the training loop out of its user's hands.
+"""One module for each trainer that runs the training loop for its user.
 
-Where people write the loop themselves, `bnfreeze.freeze` before it and `bnfreeze.guard` around it
-are all there is to say; docs/recipes.md shows where these lines go. A trainer that owns the loop
-wants the same two at the right moments, as a callback of its own kind: frozen before it wraps the
-model and builds the optimizer, watched from the first step to the last. Nothing else is here, and
-nothing imports these modules but who asks for them, as each imports its trainer.
+Who writes the loop calls `bnfreeze.freeze` before it and `bnfreeze.guard` around it;
+docs/recipes.md shows where. A trainer that owns the loop needs the same two at the right moments,
+as a callback of its own kind: freeze before it wraps the model and builds the optimizer, guard from
+the first step to the last.
+
+`callback` has what all of them share. A new trainer is one module here, with a class that derives
+from `FreezeCallback` and from the trainer's own callback, and one test in tests/ecosystem. Each
+module imports its trainer, so nothing else imports these modules.
 """

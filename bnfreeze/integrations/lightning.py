@@ -1,43 +1,44 @@
-"""Lightning: frozen before the strategy wraps the model, watched from first step to last."""
+"""Lightning: freezes before the strategy wraps the model, guards from first step to last."""
 
 from __future__ import annotations
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-except ImportError:  # the same under its other name
+except ImportError:  # the same library under its other name
     from pytorch_lightning import Callback, LightningModule, Trainer
 
 from bnfreeze.errors import PolicyError
-from bnfreeze.integrations.keeper import Keeper
+from bnfreeze.integrations.callback import FreezeCallback
 
 __all__ = ["FreezeBatchNorm"]
 
 
-class FreezeBatchNorm(Keeper, Callback):
-    """Freeze norm layers for ``trainer.fit``, and prove that they stayed frozen.
+class FreezeBatchNorm(FreezeCallback, Callback):
+    """Freeze norm layers for ``trainer.fit``, and check that they stay frozen.
 
-    Put it last: what ``BackboneFinetuning`` makes trainable is held again. What cannot be kept is
-    a `PolicyError` before the first step, a drift a `DriftError`. The model is left frozen. Layers
-    built in ``configure_model`` are frozen there, by hand. Arguments are those of `Keeper`.
+    Put it last in the list of callbacks: it freezes again what ``BackboneFinetuning`` makes
+    trainable. A policy that is impossible raises `PolicyError` before the first step, a drift
+    raises `DriftError`. The model stays frozen afterwards. If layers are built in
+    ``configure_model``, call `bnfreeze.freeze` there. The arguments are those of `FreezeCallback`.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self.hold(pl_module)
+        self.freeze(pl_module)
         behind = trainer.callbacks[trainer.callbacks.index(self) + 1 :]
         for other in trainer.callbacks:
-            # What BaseFinetuning, WeightAveraging and StochasticWeightAveraging are known by.
+            # How to know BaseFinetuning, WeightAveraging and StochasticWeightAveraging.
             writes = hasattr(other, "freeze_before_training") or hasattr(other, "should_update")
             if other in behind and writes:
                 raise PolicyError(
-                    f"{type(other).__name__} would change the model behind FreezeBatchNorm's "
-                    f"back: put FreezeBatchNorm behind it in the list of callbacks."
+                    f"{type(other).__name__} would change the model after FreezeBatchNorm has "
+                    f"frozen it: put FreezeBatchNorm after it in the list of callbacks."
                 )
             if hasattr(other, "reset_batch_norm_and_save_state") and self.looks_live(pl_module):
                 raise PolicyError(
-                    f"{type(other).__name__} assigns new statistics to each batch norm at its end: "
-                    f"use the policy 'fused', whose layers it passes by."
+                    f"{type(other).__name__} gives each batch norm new statistics at its end: "
+                    f"use the policy 'fused', whose layers it leaves alone."
                 )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,7 +48,7 @@ class FreezeBatchNorm(Keeper, Callback):
         self.watch(pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.hold(pl_module)
+        self.freeze(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.close()

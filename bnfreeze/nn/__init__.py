@@ -1,1 +1,1 @@
-"""The frozen layer: its modules, its function, and the CUDA kernel behind them."""
+"""The frozen layer: its modules, its function, and the CUDA kernel."""

@@ -1,46 +1,49 @@
-"""Who must see every operation for itself: compilers, transforms, modes, subclasses.
+"""Which calls are plain and eager, so that they may take the fast path.
 
-For these a call is plain differentiable ATen; all other tensors are plain and eager, and may be
-computed with as is fastest. Asked in every call, so the questions are put without helpers.
+Compilers, torch.func transforms, modes and tensor subclasses must see each operation. For them a
+call is the formula in plain differentiable ATen. These questions are asked in every call, so they
+are written out without helpers.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active as _transforms_active
-from torch._C import _get_tracing_state as _tracing_state
-from torch._C import _len_torch_dispatch_stack as _dispatch_modes
-from torch._C import _len_torch_function_stack as _function_modes
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling as _is_compiling
-from torch.overrides import _get_current_function_mode_stack as _function_mode_stack
-from torch.utils._device import DeviceContext
 
 from bnfreeze.nn.reference import Norm
+from bnfreeze.torch_private import (
+    DeviceContext,
+    _are_functorch_transforms_active,
+    _get_current_function_mode_stack,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+    forward_ad,
+)
 
-__all__ = ["PLAIN", "TRACING", "must_show", "why_formula"]
+__all__ = ["PLAIN", "TRACING", "backward_needs_formula", "why_formula"]
 
-# No subclass, which may do anything.
+# The types of a plain tensor. A subclass may do anything.
 PLAIN = frozenset({Tensor, nn.Parameter})
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
 
-_COMPILING = "torch.compile or torch.export is at work, which fuses plain ATen by itself."
-TRACING = "torch.jit.trace is at work."
+_COMPILING = "torch.compile or torch.export is running; it fuses plain ATen by itself."
+TRACING = "torch.jit.trace is running."
 
 
 def why_formula(x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | None) -> str:
-    """Why a call must be plain differentiable ATen, as a sentence; empty if it need not be."""
-    # First, for torch.compile follows only this branch and sees nothing of the rest.
+    """Return why a call needs the plain differentiable formula; empty if it does not."""
+    # This comes first, because torch.compile follows only this branch and sees nothing else.
     if _is_compiling():
         return _COMPILING
-    if (  # what _listener asks, without the price of a call
-        _transforms_active()
-        or _dispatch_modes()
-        or _function_modes()
+    if (  # the questions of observer, without the price of a call
+        _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
         or forward_ad._current_level >= 0
-        or _tracing_state() is not None
-    ) and (why := _listener()):
+        or _get_tracing_state() is not None
+    ) and (why := observer()):
         return why
     mean, var, weight, bias, _ = norm
     if (
@@ -59,39 +62,39 @@ def why_formula(x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | N
     if branch is not None:
         for tensor in branch[:4]:
             if tensor is not None and (tensor.requires_grad or type(tensor) not in PLAIN):
-                return "The branch's norm layer is trained, or is of a tensor subclass."
+                return "The branch's norm layer trains, or has a tensor subclass."
     return ""
 
 
-def _listener() -> str:
-    """Who wants to see every operation for itself, as a sentence; empty if nobody does."""
-    if _transforms_active():
+def observer() -> str:
+    """Return what observes every operation, as a sentence; empty if nothing does."""
+    if _are_functorch_transforms_active():
         return "A torch.func transform (vmap, grad, jvp) is active."
-    if _dispatch_modes():
+    if _len_torch_dispatch_stack():
         return "A torch dispatch mode is active."
-    if _function_modes() and any(
-        # torch.set_default_device is a mode as well, and concerns factory functions only.
+    if _len_torch_function_stack() and any(
+        # torch.set_default_device is a mode too, but it only concerns factory functions.
         type(mode) is not DeviceContext
-        for mode in _function_mode_stack()  # type: ignore[no-untyped-call]
+        for mode in _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     ):
         return "A torch function mode is active."
     if forward_ad._current_level >= 0:
         return "Forward-mode differentiation is active."
-    if _tracing_state() is not None:
+    if _get_tracing_state() is not None:
         return TRACING
     return ""
 
 
-def must_show(grad: Tensor) -> bool:
-    """Whether a backward pass must be plain differentiable ATen."""
+def backward_needs_formula(grad: Tensor) -> bool:
+    """Whether a backward pass must use plain differentiable ATen."""
     return (
         torch.is_grad_enabled()
         or _is_compiling()
         or type(grad) not in PLAIN
         or grad.layout is not torch.strided
-        or _transforms_active()
-        or _dispatch_modes() > 0
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
-        or _tracing_state() is not None
-        or (_function_modes() > 0 and _listener() != "")
+        or _get_tracing_state() is not None
+        or (_len_torch_function_stack() > 0 and observer() != "")
     )

@@ -1,8 +1,7 @@
 """Frozen batch norm as a function, with the residual and the activation that follow it.
 
-One question is asked of every call: may it take the fused CUDA kernel, may it at least take ATen
-with a backward of our own that saves next to nothing, or must it be plain differentiable ATen?
-`backend` answers it in words.
+Each call takes one of three paths: the fused CUDA kernel; ATen with a backward of our own, which
+saves next to nothing; or the formula in plain differentiable ATen. `backend` says which, and why.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bnfreeze.nn import pieces, reference
+from bnfreeze.nn import reference
+from bnfreeze.nn.activations import ACTIVATIONS, EXACT, FROM_INPUT
 from bnfreeze.nn.cuda.build import KernelError
 from bnfreeze.nn.cuda.launch import Launcher
 from bnfreeze.nn.cuda.load import kernel as _kernel
-from bnfreeze.nn.eager import TRACING, must_show, why_formula
-from bnfreeze.nn.reference import ACTIVATIONS, FROM_OUTPUT, Norm
+from bnfreeze.nn.eager import TRACING, backward_needs_formula, why_formula
+from bnfreeze.nn.reference import Norm
 
 __all__ = ["Backend", "backend", "frozen_batch_norm"]
 
@@ -38,28 +38,28 @@ def frozen_batch_norm(
     """Normalise with the running statistics; add ``residual``; apply ``activation``.
 
     ``activation((x - running_mean) * weight / sqrt(running_var + eps) + bias + residual)``,
-    per channel (Ioffe and Szegedy 2015, algorithm 2), in one kernel where there is one.
+    per channel (Ioffe and Szegedy 2015, algorithm 2), in one kernel where the CUDA kernel runs.
 
     Args:
         x: (N, C, *) of any floating dtype; channels_last or not.
-        running_mean: (C,), not differentiated. Read, never written.
-        running_var: (C,), likewise.
+        running_mean: (C,), not differentiated. It is read and never written.
+        running_var: (C,), as ``running_mean``.
         weight: (C,) or None.
         bias: (C,) or None.
         eps: added to the variance.
         residual: of the shape of ``x``, or None. It is not broadcast.
-        activation: ``"relu"``, ``"relu6"``, ``"silu"``, ``"hardswish"`` or None.
+        activation: None, or a name from `bnfreeze.nn.activations`, such as ``"relu"``.
 
     Returns:
-        A new tensor of the shape and dtype of ``x``. The arithmetic is in fp32 (in fp64 for
-        fp64) and rounds once, whatever the dtypes, under autocast too.
+        A new tensor of the shape and dtype of ``x``. The arithmetic is in fp32 (fp64 for fp64)
+        and rounds once, under autocast too.
 
-    With weight and bias not requiring grad, nothing of the size of ``x`` is saved for backward
-    without an activation; with relu or relu6 the output is; with silu or hardswish one tensor.
+    If weight and bias do not require grad, backward saves nothing of the size of ``x``; with an
+    activation it saves one tensor, which for relu and relu6 is the output.
 
     Raises:
-        ValueError: ``x`` has no channel dimension or a number of channels that is not C;
-            ``residual`` has another shape; ``activation`` is unknown.
+        ValueError: ``x`` has no channel dimension or not C channels; ``residual`` has another
+            shape; ``activation`` is unknown (the message lists the names).
         TypeError: ``x`` is not of a floating dtype.
     """
     norm = running_mean, running_var, weight, bias, eps
@@ -69,11 +69,10 @@ def frozen_batch_norm(
 def _frozen_batch_norm_add(
     x: Tensor, norm: Norm, residual: Tensor, branch: Norm, activation: str | None = None
 ) -> Tensor:
-    """``activation(norm(x) + branch(residual))``: two frozen norm layers that meet in one sum.
+    """``activation(norm(x) + branch(residual))``: the sum of two frozen norm layers.
 
-    The entry point for a fused residual block whose downsample branch ends in a norm layer of
-    its own. As `frozen_batch_norm`; ``residual`` (of the shape of ``x``) is first normalised
-    with ``branch``. Not public: the fusing of `freeze` is its one user.
+    For a fused residual block whose downsample branch ends in a norm layer. As
+    `frozen_batch_norm`, but ``residual`` is first normalised with ``branch``. Not public.
     """
     return _apply(x, norm, residual, branch, activation)
 
@@ -102,11 +101,11 @@ def backend(
     *,
     residual: Tensor | None = None,
 ) -> Backend:
-    """Tell which path `frozen_batch_norm` takes for these tensors, here and now, and why.
+    """Return which path `frozen_batch_norm` takes for these tensors, here and now, and why.
 
-    Args as in `frozen_batch_norm`; those left out are taken to be ordinary fp32 tensors on the
-    device of ``x``. Where it would be the kernel, it is launched once on the first image, so that a
-    kernel which cannot be had is not promised.
+    Args as in `frozen_batch_norm`; those left out are taken as ordinary fp32 tensors on the device
+    of ``x``. If the answer would be the kernel, it is first launched on the first image, to make
+    sure that it works.
     """
     if running_mean is None:
         running_mean = torch.empty(x.shape[1], device=x.device)
@@ -119,14 +118,13 @@ def backend(
     why = _why_aten(x, norm, residual)
     if why:
         return Backend("aten", why)
-    return Backend("kernel", "Everything suits the CUDA kernel.")
+    return Backend("kernel", "The CUDA kernel supports this input.")
 
 
 class _FrozenBatchNormAlone(torch.autograd.Function):
-    """A norm layer by itself with weight and bias held: by far the most frequent case.
+    """A norm layer alone, with frozen weight and bias: by far the most frequent case.
 
-    It saves nothing. What `_FrozenBatchNorm` does besides costs an eighth of the host's time for
-    a forward and backward pass.
+    It saves nothing, and takes an eighth less time on the host than `_FrozenBatchNorm` would.
     """
 
     @staticmethod
@@ -142,7 +140,7 @@ class _FrozenBatchNormAlone(torch.autograd.Function):
             launcher = None
             _check_shapes(x, norm, None)
             y = reference.normalised(x, norm)
-        # Autograd would watch over them if they were saved, for twice the time.
+        # Autograd would check the versions of saved tensors itself, in twice the time.
         ctx.how = norm, launcher, var._version, 0 if weight is None else weight._version
         return y
 
@@ -157,7 +155,7 @@ class _FrozenBatchNormAlone(torch.autograd.Function):
                 "running_var or weight of a frozen norm layer has been modified by an inplace "
                 "operation between forward and backward."
             )
-        if must_show(grad):
+        if backward_needs_formula(grad):
             return reference.scaled(grad, norm), None
         if launcher is not None:
             try:
@@ -181,9 +179,9 @@ class _FrozenBatchNorm(torch.autograd.Function):
     ) -> Any:
         norm, branch, activation = how
         mean, var, *_ = norm
-        # With a residual the sum cannot be had from x alone; it becomes a second output, so that
-        # a double backward finds its way through it.
-        from_input = activation in _FROM_INPUT
+        # With a residual, x alone does not give the sum. The sum becomes a second output, so that
+        # double backward can go through it.
+        from_input = activation in FROM_INPUT
         keeps_sum = from_input and residual is not None
         y, total, launcher = _computed(x, norm, residual, branch, activation, keeps_sum)
         ctx.how = norm, branch, activation, launcher
@@ -192,8 +190,8 @@ class _FrozenBatchNorm(torch.autograd.Function):
             kept = y if not from_input else total if keeps_sum else x
         ctx.kept_is_input = kept is x
         needs_x = x if ctx.needs_input_grad[2] else None
-        # Backward takes the parameters from ctx.how; that they are saved as well makes autograd
-        # complain where one of those it reads was changed in between.
+        # Backward reads the parameters from ctx.how. They are saved as well so that autograd
+        # raises an error if one of them was changed in between.
         read = (var, weight) if branch is None else (var, weight, *branch[1:3])
         if kept is x or needs_x is not None:
             ctx.save_for_backward(kept, needs_x, *read, mean, bias)
@@ -211,7 +209,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         rest = (norm, branch, activation, kept, ctx.kept_is_input, x, needs)
         if grad_sum is not None:
-            # Only a double backward gives the sum a gradient of its own, past the activation.
+            # Only a double backward gives the sum a gradient of its own.
             total = reference.backward(grad_sum, norm, branch, None, None, False, x, needs)
             if grad is None:
                 return (*total, None)
@@ -219,17 +217,14 @@ class _FrozenBatchNorm(torch.autograd.Function):
             return (*(_plus(a, b) for a, b in zip(total, more, strict=True)), None)
         if grad is None:
             return None, None, None, None, None
-        if must_show(grad):
+        if backward_needs_formula(grad):
             return *reference.backward(grad, *rest), None
         if launcher is not None:
             try:
                 return *launcher.backward(grad, *rest), None
             except KernelError as error:
                 _kernel.give_up(error)
-        return *pieces.backward(grad, *rest), None
-
-
-_FROM_INPUT = frozenset(ACTIVATIONS) - FROM_OUTPUT - {None}
+        return *reference.backward(grad, *rest, eager=True), None
 
 
 def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -246,10 +241,10 @@ def _apply(
     """Compute ``activation(norm(x) + branch(residual))``, as `frozen_batch_norm` describes it."""
     if activation not in ACTIVATIONS:
         names = ", ".join(repr(name) for name in ACTIVATIONS if name is not None)
-        raise ValueError(f"There is no activation {activation!r}; there are {names} and None.")
+        raise ValueError(f"Unknown activation {activation!r}; choose {names} or None.")
     why = why_formula(x, norm, residual, branch)
     if why:
-        if why is not TRACING:  # there a size is a traced value, and to compare it a warning
+        if why is not TRACING:  # where a size is a traced value, and comparing it warns
             _check_shapes(x, norm, residual)
         if not x.is_floating_point():
             raise TypeError(f"The input must be of a floating dtype; it is {x.dtype}.")
@@ -277,7 +272,10 @@ def _computed(
     activation: str | None,
     keep_sum: bool = False,
 ) -> tuple[Tensor, Tensor | None, Launcher | None]:
-    """Compute as `reference.forward`, by the kernel if it takes these tensors; and tell if it did."""
+    """Compute `reference.forward`, with the kernel if it supports the tensors.
+
+    Returns the output, the sum, and the launcher if the kernel ran.
+    """
     launcher = _launcher_for(x)
     if launcher is not None:
         try:
@@ -287,16 +285,19 @@ def _computed(
         except KernelError as error:
             _kernel.give_up(error)
     _check_shapes(x, norm, residual)
-    return *pieces.forward(x, norm, residual, branch, activation, keep_sum=keep_sum), None
+    if residual is None and activation in EXACT:
+        return reference.normalised(x, norm, activation), None, None
+    done = reference.forward(x, norm, residual, branch, activation, keep_sum=keep_sum, eager=True)
+    return *done, None
 
 
 def _launcher_for(x: Tensor) -> Launcher | None:
-    """The kernel's launcher, looked for at the first tensor on a CUDA device."""
+    """The kernel's launcher, loaded at the first tensor on a CUDA device."""
     return (_kernel.launcher or _kernel.load()) if _on_cuda(x) else None
 
 
 def _check_shapes(x: Tensor, norm: Norm, residual: Tensor | None) -> None:
-    """Raise what is wrong with the shapes; what the kernel takes needs no second look."""
+    """Raise a ValueError if the shapes do not fit. The kernel checks them itself."""
     shape, channels = x.shape, norm[0].numel()
     if len(shape) < 2 or shape[1] != channels:
         raise ValueError(
@@ -306,12 +307,12 @@ def _check_shapes(x: Tensor, norm: Norm, residual: Tensor | None) -> None:
     if residual is not None and residual.shape != shape:
         raise ValueError(
             f"The residual has the shape {tuple(residual.shape)} and the input "
-            f"{tuple(shape)}; they must agree, a residual is not broadcast."
+            f"{tuple(shape)}; they must be equal, because a residual is not broadcast."
         )
 
 
 def _why_aten(x: Tensor, norm: Norm, residual: Tensor | None) -> str:
-    """Why plain eager tensors do not go to the kernel, as a sentence; empty if they do."""
+    """Why plain eager tensors do not take the kernel, as a sentence; empty if they do."""
     if not _on_cuda(x):
         return "The input is not on a CUDA device."
     launcher = _kernel.launcher or _kernel.load()

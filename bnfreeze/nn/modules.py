@@ -1,8 +1,8 @@
 """The frozen layers: drop-ins for nn.BatchNorm1d, 2d and 3d that never leave evaluation.
 
-`forward` and everything else here use only attributes that torch's own norm layers have too, and
-nothing that ``__init__`` leaves behind beyond them: a live `nn.BatchNorm2d` whose ``__class__``
-is replaced by a subclass of `FrozenBatchNorm2d` works as it stands.
+All methods use only attributes that torch's own norm layers have too. So `freeze` can replace the
+``__class__`` of a live `nn.BatchNorm2d` by a subclass of `FrozenBatchNorm2d`, and it works. Weight
+and bias stay Parameters there. In a layer that is built directly they are buffers.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from typing import Any, ClassVar, NoReturn, TypeVar, cast
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfreeze.errors import PolicyError
 from bnfreeze.nn.functional import _apply
 from bnfreeze.nn.reference import Norm
+from bnfreeze.torch_private import _BatchNorm
 
 __all__ = ["FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3d"]
 
-# To torch.fx.symbolic_trace, which has no sizes to ask for, the layer is one call.
+# For torch.fx.symbolic_trace, which has no sizes, the layer is one call.
 torch.fx.wrap("_apply")
 _Proxy = torch.fx.Proxy
 
-_Self = TypeVar("_Self", bound="_FrozenBatchNorm")
+_Self = TypeVar("_Self", bound="_FrozenBatchNormNd")
 
 
-class _FrozenBatchNorm(nn.Module):
-    """What the three have in common; they differ in the ranks that they accept."""
+class _FrozenBatchNormNd(nn.Module):
+    """What the three have in common. They differ in the ranks that they accept."""
 
-    # As torch's norm layers, so that their checkpoints and ours are of one format.
+    # As in torch's norm layers, so that their checkpoints and ours have one format.
     _version = 2
 
     _ranks: ClassVar[tuple[int, ...]]
@@ -40,8 +40,8 @@ class _FrozenBatchNorm(nn.Module):
     num_features: int
     eps: float
     affine: bool
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    weight: Tensor | None
+    bias: Tensor | None
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor | None
@@ -60,13 +60,9 @@ class _FrozenBatchNorm(nn.Module):
         self.affine = affine
         dtype = dtype or torch.get_default_dtype()
         wide = torch.promote_types(dtype, torch.float32)
-        if affine:
-            ones = torch.ones(num_features, device=device, dtype=dtype)
-            self.weight = nn.Parameter(ones, requires_grad=False)
-            self.bias = nn.Parameter(torch.zeros_like(ones), requires_grad=False)
-        else:
-            self.register_parameter("weight", None)
-            self.register_parameter("bias", None)
+        weight = torch.ones(num_features, device=device, dtype=dtype) if affine else None
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", None if weight is None else torch.zeros_like(weight))
         self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=wide))
         self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=wide))
         self.register_buffer(
@@ -77,10 +73,12 @@ class _FrozenBatchNorm(nn.Module):
     def from_batchnorm(cls: type[_Self], bn: nn.Module) -> _Self:
         """Make a frozen layer with copies of the values of ``bn``, on its device.
 
+        Weight and bias of the new layer are buffers. They keep their dtype; statistics below fp32
+        become fp32.
+
         Args:
-            bn: torch's norm layer of the same rank, a SyncBatchNorm, or a frozen layer of
-                another library; what counts is that it has running_mean, running_var and eps.
-                Its weight and bias keep their dtype; statistics below fp32 become fp32.
+            bn: torch's norm layer of the same rank, a SyncBatchNorm, or another library's frozen
+                layer. It must have running_mean, running_var and eps.
 
         Raises:
             PolicyError: ``bn`` has no running statistics, is of another rank, or does more in
@@ -90,31 +88,26 @@ class _FrozenBatchNorm(nn.Module):
         kind = type(bn).__name__
         if mean is None or var is None:
             raise PolicyError(
-                f"{kind} has no running statistics, so there is nothing to freeze; a layer "
+                f"{kind} has no running statistics, so there is nothing to freeze. A layer "
                 f"made with track_running_stats=False always normalises with the batch."
             )
         if isinstance(bn, _BatchNorm):
             if not isinstance(bn, (cls._freezes, nn.SyncBatchNorm)):
                 raise PolicyError(
                     f"{kind} takes inputs of another rank than {cls.__name__}, "
-                    f"which stands for {cls._freezes.__name__}."
+                    f"which replaces {cls._freezes.__name__}."
                 )
             if type(bn).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
                 raise PolicyError(
-                    f"{kind} has a forward of its own, and what it does beyond normalising "
-                    f"would be lost. Use freeze(model, 'eval+affine') for it."
+                    f"{kind} has a forward of its own, which would be lost. "
+                    f"Use freeze(model, 'eval+affine') for it."
                 )
         weight, bias = getattr(bn, "weight", None), getattr(bn, "bias", None)
         eps = cast(float, bn.eps)
         layer = cls(mean.numel(), eps, weight is not None, mean.device, mean.dtype)
         with torch.no_grad():
-            for name, value in (("weight", weight), ("bias", bias)):
-                copied = None if value is None else value.detach().clone()
-                setattr(
-                    layer,
-                    name,
-                    None if copied is None else nn.Parameter(copied, requires_grad=False),
-                )
+            layer.weight = None if weight is None else weight.detach().clone()
+            layer.bias = None if bias is None else bias.detach().clone()
             layer.running_mean.copy_(mean)
             layer.running_var.copy_(var)
             count = getattr(bn, "num_batches_tracked", None)
@@ -144,17 +137,18 @@ class _FrozenBatchNorm(nn.Module):
         parameters: Any = self._parameters
         buffers: Any = self._buffers
         try:
-            # nn.Module's own lookup of the four costs as much as the launch of a kernel.
+            # nn.Module's own lookup of the four takes as long as the launch of a kernel.
             mean, var = buffers["running_mean"], buffers["running_var"]
-            weight, bias = parameters["weight"], parameters["bias"]
+            affine = parameters if "weight" in parameters else buffers
+            weight, bias = affine["weight"], affine["bias"]
         except KeyError:
-            # Parametrized, or a replica: they are there under other names.
+            # Parametrized, or a replica of DataParallel: they are attributes.
             mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
         return mean, var, weight, bias, self.eps
 
     @property
     def training(self) -> bool:
-        """Always False: `train` passes by, and setting it has no effect."""
+        """Always False: `train` and setting it have no effect."""
         return False
 
     @training.setter
@@ -185,7 +179,7 @@ class _FrozenBatchNorm(nn.Module):
         local_metadata: dict[str, Any],
         *args: Any,
     ) -> None:
-        """As in nn.Module; a checkpoint need not have num_batches_tracked."""
+        """As in nn.Module, but a checkpoint may lack num_batches_tracked."""
         key = prefix + "num_batches_tracked"
         if self.num_batches_tracked is not None and key not in state_dict:
             state_dict[key] = self.num_batches_tracked
@@ -194,36 +188,42 @@ class _FrozenBatchNorm(nn.Module):
                 value = state_dict.get(prefix + name)
                 if isinstance(value, Tensor) and value.dtype.itemsize < 4:
                     state_dict[prefix + name] = value.float()
+            for name in ("weight", "bias"):
+                value = state_dict.get(prefix + name)
+                if name in self._buffers and isinstance(value, Tensor):
+                    # An assigned Parameter would take the place of the buffer, and train.
+                    state_dict[prefix + name] = value.detach()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refuse, for torch.jit.script, which asks here, cannot compile what `forward` chooses.
+        """Refuse torch.jit.script, which calls this: it cannot compile `forward`.
 
         Raises:
-            PolicyError: what to do instead.
+            PolicyError: always; it says what to do instead.
         """
         raise PolicyError(
             f"{type(self).__name__} cannot be compiled by torch.jit.script. Use torch.jit.trace or "
-            f"torch.export.export; or freeze with 'eval+affine' in place of 'fused'."
+            f"torch.export.export, or freeze with 'eval+affine' instead of 'fused'."
         )
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, affine={self.affine}"
 
 
-class FrozenBatchNorm1d(_FrozenBatchNorm):
+class FrozenBatchNorm1d(_FrozenBatchNormNd):
     """A frozen `nn.BatchNorm1d`: (N, C) or (N, C, L).
 
     Args:
         num_features: C.
         eps: added to the variance.
-        affine: whether there are weight and bias: Parameters that do not require grad until
-            told to.
+        affine: whether there are weight and bias. They are buffers, as torchvision's are, so
+            that ``model.requires_grad_(True)`` does not thaw them. To train them, build the model
+            with `nn.BatchNorm1d` and ``freeze(model, "eval")`` it.
         device: of the tensors.
         dtype: of weight and bias. The statistics are at least fp32, after ``half()`` too.
 
-    Always normalises with the running statistics and never changes them; ``training`` is always
-    False. The state_dict has the keys of torch's layer and loads with or without
+    It always normalises with the running statistics and never changes them; ``training`` is
+    always False. The state_dict has the keys of torch's layer, and loads with and without
     ``num_batches_tracked``.
     """
 
@@ -231,15 +231,15 @@ class FrozenBatchNorm1d(_FrozenBatchNorm):
     _freezes = nn.BatchNorm1d
 
 
-class FrozenBatchNorm2d(_FrozenBatchNorm):
-    """A frozen `nn.BatchNorm2d`: (N, C, H, W). As `FrozenBatchNorm1d` in all else."""
+class FrozenBatchNorm2d(_FrozenBatchNormNd):
+    """A frozen `nn.BatchNorm2d`: (N, C, H, W). Otherwise as `FrozenBatchNorm1d`."""
 
     _ranks: ClassVar[tuple[int, ...]] = (4,)
     _freezes = nn.BatchNorm2d
 
 
-class FrozenBatchNorm3d(_FrozenBatchNorm):
-    """A frozen `nn.BatchNorm3d`: (N, C, D, H, W). As `FrozenBatchNorm1d` in all else."""
+class FrozenBatchNorm3d(_FrozenBatchNormNd):
+    """A frozen `nn.BatchNorm3d`: (N, C, D, H, W). Otherwise as `FrozenBatchNorm1d`."""
 
     _ranks = (5,)
     _freezes = nn.BatchNorm3d

@@ -1,11 +1,10 @@
-"""Frozen batch norm in plain ATen: the formula, and the backward that saves next to nothing.
+"""Frozen batch norm in plain ATen: the formula, and a backward that saves next to nothing.
 
-Everything here is ordinary differentiable tensor code. It is what tracing, export and the
-functorch transforms see, what runs where there is no kernel, and what the kernel is tested
-against.
+Everything here is ordinary differentiable tensor code. Tracing, export and the torch.func
+transforms see it; it runs where the kernel cannot; and the kernel is tested against it.
 
-The formula, per channel ``c``, is that of Ioffe and Szegedy 2015 (arXiv:1502.03167, algorithm 2)
-with an addition and an activation behind it::
+The formula, for each channel ``c``, is that of Ioffe and Szegedy 2015 (arXiv:1502.03167,
+algorithm 2), followed by an addition and an activation::
 
     z = (x - mean[c]) * weight[c] / sqrt(var[c] + eps) + bias[c] + residual
     y = activation(z)
@@ -13,51 +12,20 @@ with an addition and an activation behind it::
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-__all__ = [
-    "ACTIVATIONS",
-    "EXACT",
-    "FROM_OUTPUT",
-    "Norm",
-    "backward",
-    "forward",
-    "normalised",
-    "scaled",
-]
+from bnfreeze.nn.activations import ACTIVATIONS, FROM_OUTPUT, GRADIENTS, IN_PLACE
 
-ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda z: z,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-}
+__all__ = ["Norm", "backward", "forward", "normalised", "scaled"]
 
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,
-    "relu6": partial(F.relu6, inplace=True),
-    "silu": partial(F.silu, inplace=True),
-    "hardswish": partial(F.hardswish, inplace=True),
-}
-
-# What the backward of an activation needs: its output, or (silu, hardswish) what went into it.
-FROM_OUTPUT = frozenset({"relu", "relu6"})
-
-# Rounding commutes with these, so that rounding before them is rounding once.
-EXACT = frozenset({None, "relu", "relu6"})
-
-
-# Up to this many elements, whatever their shape, an operation costs what calling it costs.
+# Up to this many elements, the time of an operation is the time of calling it.
 _TINY = 2**11
 
 # Mean, var, weight, bias and eps of one frozen norm layer; each tensor has the shape (C,). A plain
-# tuple: to make a named one costs a twentieth of a call's time on the host.
+# tuple, because making a named one takes a twentieth of a call's time on the host.
 Norm = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]
 
 
@@ -70,7 +38,6 @@ def forward(
     *,
     keep_sum: bool = False,
     eager: bool = False,
-    into: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output and, with ``keep_sum``, what goes into the activation.
 
@@ -79,26 +46,21 @@ def forward(
         norm: applied to ``x``.
         residual: of the shape of ``x``, added after the norm.
         branch: applied to ``residual`` first.
-        activation: a key of `ACTIVATIONS`.
-        keep_sum: wanted where there is a residual and the backward needs its sum.
-        eager: the tensors are plain and nobody looks on. Then what is made on the way is changed
-            in place.
-        into: where both results are written, in place of new tensors.
+        activation: a key of `bnfreeze.nn.activations.ACTIVATIONS`.
+        keep_sum: whether the backward needs the sum of the norm and the residual.
+        eager: whether the tensors are plain and nothing observes the operations. Then
+            intermediate results are changed in place.
 
     Both results have the dtype of ``x``, and are rounded once from fp32 (fp64 for fp64).
     """
     math = _math_dtype(x.dtype)
-    wide = _cast(x, math)
-    z = _normalise(wide, norm, math)
+    z = _normalise(_cast(x, math), norm, math)
     if residual is not None:
-        # New memory costs a CPU as much as a pass over it; the copy of x is not needed any more.
-        # From another device it would take what the sum is to refuse.
-        reuse = eager and wide is not x and residual.device == x.device
-        other = wide.copy_(residual) if reuse else _cast(residual, math)
+        other = _cast(residual, math)
         other = other if branch is None else _normalise(other, branch, math)
         z = z.add_(other) if eager else z + other
-    total = _cast(z, x.dtype, into[1]) if keep_sum else None
-    return _cast(_activated(z, activation, eager and z is not total), x.dtype, into[0]), total
+    total = _cast(z, x.dtype) if keep_sum else None
+    return _cast(_activated(z, activation, eager and z is not total), x.dtype), total
 
 
 def backward(
@@ -120,24 +82,25 @@ def backward(
         norm: as in `forward`.
         branch: as in `forward`.
         activation: as in `forward`.
-        kept: relu and relu6: the output. silu and hardswish: what went into the activation, or
-            the input ``x``, from which that is computed again (``kept_is_input``).
-        kept_is_input: which of the two ``kept`` is.
+        kept: what the backward of the activation needs. It is the output for an activation in
+            `FROM_OUTPUT`. For the others it is the input of the activation or, with
+            ``kept_is_input``, ``x``, from which that is computed again.
+        kept_is_input: whether ``kept`` is ``x``.
         x: the input; only the gradient of weight needs it.
-        needs: which of the four are wanted.
+        needs: which of the four gradients are wanted.
         eager: as in `forward`.
 
-    In ordinary differentiable operations, so that a double backward may go through it.
+    All operations are differentiable, so that double backward works.
     """
     dtype, math = grad.dtype, _math_dtype(grad.dtype)
     if activation is not None:
         assert kept is not None
         if activation in FROM_OUTPUT:
-            grad = _GRADIENT[activation](grad, kept)
+            grad = GRADIENTS[activation](grad, kept)
         else:
             z = kept.to(math)
             z = _normalise(z, norm, math) if kept_is_input else z
-            grad = _GRADIENT[activation](grad.to(math), z)
+            grad = GRADIENTS[activation](grad.to(math), z)
     grad_residual = None
     if needs[1]:
         grad_residual = _cast(grad if branch is None else scaled(grad, branch, eager=eager), dtype)
@@ -145,7 +108,7 @@ def backward(
     mean, var, weight, bias, eps = norm
     if needs[2] and weight is not None:
         assert x is not None
-        # Never sum(g·x) - mean·sum(g): the difference of two large numbers.
+        # Not sum(g·x) - mean·sum(g), which would be the difference of two large numbers.
         centred = x.to(math) - _over(mean.to(math), x)
         invstd = (var.to(math) + eps).rsqrt()
         grad_weight = ((grad.to(math) * centred).sum(_others(x)) * invstd).to(weight.dtype)
@@ -153,7 +116,8 @@ def backward(
         grad_bias = grad.to(math).sum(_others(grad)).to(bias.dtype)
     grad_x = None
     if needs[0]:
-        # Past an activation it is a tensor of our own, unless the residual gets the same one.
+        # After an activation `grad` is a new tensor, which may be changed in place unless it is
+        # the residual's gradient too.
         own = activation is not None and grad_residual is not grad
         if eager and own and grad.dtype is math:
             grad_x = _cast(grad.mul_(_over(_scale(norm, math), grad)), dtype)
@@ -163,9 +127,10 @@ def backward(
 
 
 def normalised(x: Tensor, norm: Norm, activation: str | None = None) -> Tensor:
-    """Return what `forward` does with ``eager`` where at most one of `EXACT` follows the norm.
+    """Return what `forward` returns with ``eager``, for a norm layer without a residual.
 
-    A half input is read as it is.
+    The activation must be in `bnfreeze.nn.activations.EXACT`: a half input is then normalised
+    without a copy in fp32, and rounded before the activation.
     """
     math = _math_dtype(x.dtype)
     if _mixes(x):
@@ -178,51 +143,34 @@ def normalised(x: Tensor, norm: Norm, activation: str | None = None) -> Tensor:
 def scaled(grad: Tensor, norm: Norm, *, eager: bool = False) -> Tensor:
     """Return ``grad`` times the scale of each channel, in its dtype.
 
-    It is the gradient of x where nothing follows the norm. Computed in fp32 where ``grad`` is a
-    half; ``eager`` as in `forward`.
+    This is the gradient of x where nothing follows the norm. A half is computed in fp32.
+    ``eager`` is as in `forward`.
     """
     math = _math_dtype(grad.dtype)
     half, tiny = grad.dtype is not math, math is torch.float32 and grad.numel() <= _TINY
     if eager and (half or tiny) and _mixes(grad):
-        # A norm layer without mean and bias is just that product. Of halves it is one pass without
-        # an fp32 copy, three times as fast on CPU as type promotion; of next to nothing it is one
-        # operation where the formula is five; but of more in fp32 it can take twice as long.
+        # A norm layer with zero mean and no bias computes this product. For halves that is one
+        # pass without an fp32 copy, three times as fast on a CPU as type promotion. For a tiny
+        # tensor it is one operation where the formula takes five. For a large fp32 tensor it can
+        # take twice as long.
         _, var, weight, _, eps = norm
-        # Kept on the CPU only: memory made while a CUDA graph is captured belongs to the graph.
+        # Cached on the CPU only: memory made while a CUDA graph is captured belongs to the graph.
         zeros = _zeros(var.numel()) if var.is_cpu else torch.zeros_like(var)
         return _normalise(grad, (zeros, var, weight, None, eps), math)
     return _cast(grad * _over(_scale(norm, math), grad), grad.dtype)
-
-
-def _silu_gradient(grad: Tensor, z: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return torch.ops.aten.silu_backward(grad, z)  # type: ignore[no-any-return]
-    # ATen's has no derivative.
-    sigmoid = z.sigmoid()
-    return grad * sigmoid * (1 + z * (1 - sigmoid))
-
-
-_GRADIENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "relu": lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0),
-    "relu6": lambda grad, y: torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0),
-    "silu": _silu_gradient,
-    "hardswish": lambda grad, z: torch.ops.aten.hardswish_backward(grad, z),
-}
 
 
 def _math_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-    if into is not None:
-        return into.copy_(tensor)
-    # to() takes a microsecond to find that there is nothing to do.
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # to() takes a microsecond to find out that there is nothing to do.
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _mixes(x: Tensor) -> bool:
-    """Whether F.batch_norm takes halves with fp32 statistics there, and computes in fp32."""
+    """Whether batch_norm on this device takes a half input with fp32 statistics."""
     return x.is_cpu or x.is_cuda
 
 
@@ -243,15 +191,15 @@ def _normalise(x: Tensor, norm: Norm, math: torch.dtype) -> Tensor:
     mean, var = _cast(mean, math), _cast(var, math)
     weight = None if weight is None else _cast(weight, math)
     bias = None if bias is None else _cast(bias, math)
-    # Not F.batch_norm, which in some versions of torch refuses an eps of 0 in evaluation too.
-    enabled = x.is_cuda and torch.backends.cudnn.enabled  # to ask costs a tenth of the call
+    # Not F.batch_norm: some versions of torch refuse an eps of 0 there, in evaluation too.
+    enabled = x.is_cuda and torch.backends.cudnn.enabled  # asking takes a tenth of the call
     return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, enabled)
 
 
 def _activated(z: Tensor, activation: str | None, in_place: bool) -> Tensor:
     if activation is None or not in_place:
         return ACTIVATIONS[activation](z)
-    return _IN_PLACE[activation](z)
+    return IN_PLACE[activation](z)
 
 
 def _over(per_channel: Tensor, x: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 =========== ==========================================================================
 policy      `Policy`: the names, the flags, what each promises
-record      what freezing notes on a layer, so that the way back is exact
+record      what freezing writes down about a layer, so that undo is exact
 class_swap  how a layer's behaviour is changed: its class is swapped
 eval        the layer always normalises with its running statistics
 stats       the running statistics do not change; train mode uses the batch
 fused       the layer becomes a `FrozenBatchNorm1d/2d/3d`
-choice      which class keeps which policy's promise
+choice      which class a layer gets for which policy
 =========== ==========================================================================
 
-``affine`` and ``weights`` need no module of their own: they set ``requires_grad`` alone.
+``affine`` and ``weights`` need no module of their own: they only set ``requires_grad``.
+
+A new policy is one entry in the table of `Policy`, and, if it changes what a layer computes, a
+module here and a line in `choice`.
 """

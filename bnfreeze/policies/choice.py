@@ -1,21 +1,20 @@
-"""Which class keeps a policy's promise for a norm layer."""
+"""Which class a norm layer gets, so that it does what its policy says."""
 
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfreeze.policies.class_swap import FrozenLayer, make_class
 from bnfreeze.policies.eval import ForceEval, ForceEvalInstance
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.stats import BatchOnly, KeepStatistics
+from bnfreeze.torch_private import _BatchNorm, _InstanceNorm
 
 __all__ = ["frozen_class"]
 
 
 def frozen_class(base: type[nn.Module], policy: Policy) -> type[nn.Module]:
-    """The subclass of a norm layer's class that keeps the policy's promise; one for each."""
+    """The subclass of a norm layer's class that does what the policy says; always the same one."""
     behaviour: type[FrozenLayer] = FrozenLayer
     if policy.forces_eval:
         behaviour = ForceEvalInstance if issubclass(base, _InstanceNorm) else ForceEval

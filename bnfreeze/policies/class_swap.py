@@ -1,16 +1,16 @@
 """How a frozen layer gets its behaviour: it stays the same object, and its class is swapped.
 
 The new class is a subclass of the layer's own that cannot leave eval (`bnfreeze.policies.eval`) or
-whose forward cannot write to the running statistics (`bnfreeze.policies.stats`). Alternatives that
-were tried, and what is wrong with them:
+whose forward cannot write to the running statistics (`bnfreeze.policies.stats`). Other ways, and
+what is wrong with them:
 
 * forward hooks: some tools drop them, and they cannot stop ``model.train()`` from setting the flag;
-* methods set on the instance: after a deepcopy they stay bound to the original, and they cannot be
-  pickled;
+* methods set on the instance: they cannot be pickled, and in a deepcopy they still belong to the
+  original;
 * a new module in the layer's place: it breaks aliases, references and optimizer groups.
 
-What the layer was is stored on it, as a `bnfreeze.policies.record.Record`. So undo is exact, also
-after a deepcopy or a save.
+What the layer was before is stored on it (`FreezeRecord`), so undo is exact,
+also after a deepcopy or a save.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ __all__ = ["FrozenLayer", "Swapped", "make_class"]
 
 
 class Swapped(nn.Module):
-    """What every module does whose class was swapped: it is copied and pickled as itself."""
+    """A module whose class was swapped. It can be copied and pickled like any other."""
 
-    # The class whose forward takes the place of the module's own; None where that stays.
+    # The class whose forward replaces the module's own; None if the own forward stays.
     replaces: ClassVar[type[nn.Module] | None] = None
-    # What a class made of the module's own is called by, in front of that one's name.
-    prefix: ClassVar[str] = "Held"
+    # The new class is named by this and the name of the module's own class. No prefix may end in
+    # "Frozen": by that word `norm_layers.is_lookalike` knows the layers of other libraries.
+    prefix: ClassVar[str] = "FixedAffine"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """End here: a registry that the user's class keeps of its subclasses is not for ours."""
+        """Do not call the user's ``__init_subclass__``: our classes must not enter a registry."""
 
     @classmethod
     def members(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """What a class made of the class `base` has beyond those two."""
+        """Further attributes of a class that is made from the class `base`."""
         return {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle cannot find it by name. Let the layer's own
-        # class say how it is rebuilt, and swap the class again afterwards.
+        # The class is made at run time, so pickle cannot find it by name. The layer's own class
+        # says how the layer is rebuilt; afterwards its class is swapped again.
         base, kind = layer_class(self), type(self)
         behaviour = kind.__dict__["_bnfreeze_behaviour"]
         make, args, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
@@ -53,23 +54,22 @@ class Swapped(nn.Module):
 
 
 class FrozenLayer(Swapped):
-    """What every held norm layer does: it prints readably, and keeps what its policy holds."""
+    """A frozen norm layer: it prints its policy, and a reset leaves alone what is frozen."""
 
     def extra_repr(self) -> str:
         """As before, and the policy."""
         record = record_of(self)
-        return ", ".join(
-            filter(None, [super().extra_repr(), f"held={record.policy}" if record else ""])
-        )
+        frozen = f'frozen="{record.policy}"' if record else ""
+        return ", ".join(filter(None, [super().extra_repr(), frozen]))
 
     def reset_running_stats(self) -> None:
-        """As before, unless the statistics are held."""
+        """As before, unless the statistics are frozen."""
         record = record_of(self)
         if record is None or not record.policy.freezes_statistics:
             super().reset_running_stats()  # type: ignore[misc]
 
     def reset_parameters(self) -> None:
-        """As before, but for what is held."""
+        """As before, except for what is frozen."""
         record = record_of(self)
         if record is None or not record.policy.freezes_affine:
             super().reset_parameters()  # type: ignore[misc]
@@ -81,12 +81,12 @@ _made: dict[tuple[type, type], type[nn.Module]] = {}
 
 
 def make_class(base: type[nn.Module], behaviour: type[Swapped]) -> type[nn.Module]:
-    """The class that a module of the class `base` gets to behave so; one for each pair."""
+    """The subclass of `base` with the given behaviour; the same one for the same pair."""
     if (base, behaviour) not in _made:
         fused = behaviour.replaces
         name = fused.__name__ if fused else f"{behaviour.prefix}{base.__name__}"
         namespace = {
-            # torch.fx and others take a layer for a leaf by the module that its class stands in.
+            # torch.fx and others decide by the module of a class whether a layer is a leaf.
             "__module__": base.__module__,
             "__doc__": fused.__doc__ if fused else base.__doc__,
             "_bnfreeze_base": base,
@@ -95,7 +95,7 @@ def make_class(base: type[nn.Module], behaviour: type[Swapped]) -> type[nn.Modul
         }
         bases = (behaviour,) if fused else (behaviour, base)
         made = types.new_class(name, bases, exec_body=lambda body: body.update(namespace))
-        # Where two threads were here at once, both take the first one's.
+        # If two threads come here at once, both take the first one's class.
         _made.setdefault((base, behaviour), cast("type[nn.Module]", made))
     return _made[base, behaviour]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 from bnfreeze.policies.class_swap import FrozenLayer
 from bnfreeze.policies.record import record_of, set_record
@@ -14,8 +15,10 @@ __all__ = ["ForceEval", "ForceEvalInstance"]
 class ForceEval(FrozenLayer):
     """Normalises with the running statistics, whatever mode is asked for."""
 
-    # torch.jit.script must read the flag in the instance's dict, which is always False, and not
-    # compile the property. The scripted copy is a model of its own: its train() does thaw it.
+    prefix: ClassVar[str] = "Eval"
+
+    # torch.jit.script must not compile the property. It reads the flag in the instance's dict,
+    # which is always False. The scripted copy is a model of its own: its train() does thaw it.
     __jit_unused_properties__: tuple[str, ...] = ("training",)
 
     @property
@@ -25,24 +28,25 @@ class ForceEval(FrozenLayer):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        # train() and eval() of any module above arrive here, and so does a tool that sets the
-        # flag itself. It is remembered for the way back.
+        # train() and eval() of any module above end here, and so does a tool that sets the flag
+        # itself. The flag is remembered: unfreeze gives it back.
         record = record_of(self)
         if record is not None:
             set_record(self, replace(record, training=mode))
 
 
 class ForceEvalInstance(OnCopies, ForceEval):
-    """Forced to eval, for instance norm.
+    """As `ForceEval`, for instance norm.
 
-    It uses its running statistics only while it tracks them; and torch 2.10, for one, writes them
-    back in eval mode too, rounded.
+    Instance norm uses its running statistics only if ``track_running_stats`` is true. Some
+    versions of torch (2.10) also write them back in eval mode, rounded.
     """
 
     __jit_unused_properties__ = ("training", "track_running_stats")
 
     @property
     def track_running_stats(self) -> bool:
+        """Always True."""
         return True
 
     @track_running_stats.setter

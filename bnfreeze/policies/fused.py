@@ -1,8 +1,8 @@
 """The policies ``fused`` and ``fused-act``: a layer becomes a `FrozenBatchNorm1d/2d/3d`, in place.
 
-As with every policy the layer stays the very object it was, and its class is swapped; only that the
-new class is no subclass of the old one: its forward takes the old one's place. So only layers whose
-forward is known to be nothing but batch norm are converted.
+As with every policy, the layer stays the same object and its class is swapped. But here the new
+class is not a subclass of the old one: its forward replaces the old one. So only layers are
+converted whose forward is known to be batch norm and nothing else.
 """
 
 from __future__ import annotations
@@ -11,23 +11,16 @@ import re
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfreeze.nn.activations import activation_of
 from bnfreeze.nn.modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from bnfreeze.norm_layers import is_lookalike
 from bnfreeze.policies.class_swap import FrozenLayer, make_class
 from bnfreeze.policies.eval import ForceEval
 from bnfreeze.policies.record import layer_class
+from bnfreeze.torch_private import _BatchNorm
 
-__all__ = ["activation_of", "fused_class", "has_hooks", "own_activation", "takes_more"]
-
-# The activations that a frozen layer can compute along.
-ACTIVATION_MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-}
+__all__ = ["fused_class", "has_hooks", "own_activation", "takes_more"]
 
 
 class _Fused1d(ForceEval, FrozenBatchNorm1d):
@@ -48,7 +41,7 @@ class _FusedSync(_Fused2d):
 
 
 class _FusedLookalike(_Fused2d):
-    """Fills in what another library's frozen batch norm does not have."""
+    """Adds what another library's frozen batch norm does not have."""
 
     eps = 1e-5  # what Transformers' compute with
     num_batches_tracked = None
@@ -62,7 +55,7 @@ class _FusedLookalike(_Fused2d):
         return self.weight is not None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # As theirs: a checkpoint of a live layer has a count, and this layer no place for it.
+        # As theirs do: a checkpoint of a live layer has a count, which this layer does not keep.
         if "num_batches_tracked" not in self._buffers:
             state_dict.pop(f"{prefix}num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -80,7 +73,7 @@ class _FusedAct(_Fused2d):
         """As in `FrozenBatchNorm2d`; then the layer's own activation."""
         own = own_activation(self)
         if own is None:
-            # A hook stands on one of the two, or they have been replaced since.
+            # One of the two has a hook, or was replaced since.
             return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return]
         return super().forward(x, residual, own or activation)
 
@@ -88,8 +81,8 @@ class _FusedAct(_Fused2d):
 def own_activation(layer: nn.Module) -> str | None:
     """The activation that a fused layer computes as its own: empty if it has none.
 
-    None where it must call modules of its own for it: they are no longer the identity and one of
-    the four activations, or a hook stands on one.
+    None if it must call its own ``drop`` and ``act`` modules: they are not an identity and one of
+    the four activations, or one of them has a hook.
     """
     if not isinstance(layer, _FusedAct):
         return ""
@@ -99,17 +92,10 @@ def own_activation(layer: nn.Module) -> str | None:
     return "" if type(act) is nn.Identity else activation_of(act)
 
 
-def activation_of(module: Any) -> str | None:
-    """The name of the activation that the module is, if a frozen layer can compute it along."""
-    if type(module) is nn.ReLU6 and (module.min_val, module.max_val) != (0.0, 6.0):
-        return None
-    return ACTIVATION_MODULES.get(type(module))
-
-
 def has_hooks(module: nn.Module) -> bool:
     """Whether a hook runs when the module is called, or a forward set on the instance.
 
-    Accelerate, for one, puts its hooks on modules in that way.
+    Accelerate puts its hooks on modules in that way.
     """
     return "forward" in module.__dict__ or bool(
         module._forward_hooks
@@ -120,7 +106,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def takes_more(module: nn.Module) -> bool:
-    """Whether the module is a fused layer that can compute a sum and an activation along."""
+    """Whether the module is a fused layer that can fuse an addition and an activation."""
     fused = isinstance(module, FrozenBatchNorm1d | FrozenBatchNorm2d | FrozenBatchNorm3d)
     return fused and own_activation(module) == ""
 
@@ -143,7 +129,7 @@ def fused_class(
 
     Args:
         module: a norm layer, frozen already or not.
-        activations: whether a layer may compute an activation of its own, as timm's do.
+        activations: whether layers with an activation of their own (timm's) may be converted.
     """
     base = layer_class(module)
     if "forward" in module.__dict__:
@@ -156,12 +142,12 @@ def fused_class(
         if drop is not nn.Identity:
             return None, f"it drops ({drop.__name__}) before its activation"
         if act is not nn.Identity and activation_of(module.act) is None:
-            return None, f"its activation {act.__name__} is none of those that are fused"
+            return None, f"its activation {act.__name__} cannot be fused"
         behaviour = _FusedAct
     if behaviour is not None:
         return make_class(base, behaviour), ""
     if issubclass(base, _BatchNorm) or is_lookalike(module, base):
-        return None, f"{base.__name__} is a class of its own, whose forward is kept"
+        return None, f"{base.__name__} has a forward of its own, which is kept"
     return None, f"there is no fused layer for {base.__name__}"
 
 

@@ -1,4 +1,4 @@
-"""The policies: what is promised not to change. Pure; knows nothing of torch."""
+"""The table of policies: what each of them freezes. Pure Python; knows nothing of torch."""
 
 from __future__ import annotations
 
@@ -13,28 +13,33 @@ __all__ = ["Policy"]
 class Policy(enum.Flag):
     """What freezing does to a norm layer. Members combine: ``Policy.EVAL | Policy.AFFINE``.
 
-    A string with the members' names joined by ``+`` means the same: ``"eval+affine"``.
-
-    ========= ================== =============================== ================
-    name      running statistics normalises in train mode with   weight and bias
-    ========= ================== =============================== ================
-    stats     held               the batch, as before            train
-    affine    update             as before                       held
-    eval      held               the running statistics, always  train
-    fused     held               the running statistics, always  held
-    fused-act held               the running statistics, always  held
-    weights   as before          as before                       every parameter held
-    none      as before          as before                       as before
-    ========= ================== =============================== ================
+    A string with the names joined by ``+`` means the same: ``"eval+affine"``. A policy contains
+    what it implies: ``Policy.EVAL in Policy.FUSED`` is true.
     """
 
-    NONE = 0
-    STATS = enum.auto()
-    AFFINE = enum.auto()
-    EVAL = enum.auto()
-    FUSED = enum.auto()
-    FUSED_ACT = enum.auto()
-    WEIGHTS = enum.auto()
+    # The one table. A policy's name is its member's, in lower case; its bits are those of the
+    # policies that it implies, and one of its own. A combination is written in this order.
+
+    NONE = 0b000000
+    """Leave alone: an exception in a mapping."""
+
+    STATS = 0b000001
+    """The running statistics are frozen. Train mode normalises with the batch, as before."""
+
+    EVAL = 0b000011
+    """The layer always normalises with its running statistics, which are frozen."""
+
+    FUSED = 0b001111
+    """As ``eval+affine``, and the layer becomes a `FrozenBatchNorm1d/2d/3d`, in place."""
+
+    FUSED_ACT = 0b011111
+    """As ``fused``, and the activation and the addition that follow run in the same kernel."""
+
+    AFFINE = 0b000100
+    """Weight and bias are frozen."""
+
+    WEIGHTS = 0b100100
+    """Every parameter of the selected modules is frozen, those of convolutions too."""
 
     @classmethod
     def parse(cls, text: Policy | str) -> Policy:
@@ -69,32 +74,30 @@ class Policy(enum.Flag):
 
     @property
     def freezes_statistics(self) -> bool:
-        """Whether running_mean, running_var and num_batches_tracked are held."""
-        return bool(self & (Policy.STATS | Policy.EVAL | Policy.FUSED | Policy.FUSED_ACT))
+        """Whether running_mean, running_var and num_batches_tracked are frozen."""
+        return Policy.STATS in self
 
     @property
     def forces_eval(self) -> bool:
         """Whether the layer normalises with its running statistics, whatever ``train()`` says."""
-        return bool(self & (Policy.EVAL | Policy.FUSED | Policy.FUSED_ACT))
+        return Policy.EVAL in self
 
     @property
     def freezes_affine(self) -> bool:
-        """Whether a norm layer's weight and bias are held."""
-        return bool(self & (Policy.AFFINE | Policy.FUSED | Policy.FUSED_ACT | Policy.WEIGHTS))
+        """Whether a norm layer's weight and bias are frozen."""
+        return Policy.AFFINE in self
 
     def __str__(self) -> str:
-        names = [name for name, member in _BY_NAME.items() if member and member in self]
-        return "+".join(names) or "none"
+        """The shortest name: what another part of it implies is left out."""
+        parts = {name: member for name, member in _BY_NAME.items() if member and member in self}
+        return (
+            "+".join(
+                name
+                for name, member in parts.items()
+                if not any(member in other for other in parts.values() if other is not member)
+            )
+            or "none"
+        )
 
 
-# The order is the one in which a combination is written: what it does to the norm layer, then
-# what it adds.
-_BY_NAME = {
-    "none": Policy.NONE,
-    "stats": Policy.STATS,
-    "eval": Policy.EVAL,
-    "fused": Policy.FUSED,
-    "fused-act": Policy.FUSED_ACT,
-    "affine": Policy.AFFINE,
-    "weights": Policy.WEIGHTS,
-}
+_BY_NAME = {name.lower().replace("_", "-"): member for name, member in Policy.__members__.items()}

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfreeze.errors import PolicyError
 from bnfreeze.norm_layers import STATISTICS
 from bnfreeze.policies.class_swap import FrozenLayer
+from bnfreeze.torch_private import _BatchNorm, _InstanceNorm
 
 __all__ = ["BatchOnly", "KeepStatistics", "OnCopies"]
 
 
 class BatchOnly(FrozenLayer, _BatchNorm):
-    """Torch's own batch norm, which in train mode is not given its statistics at all."""
+    """Torch's own batch norm. In train mode its forward does not get the statistics at all."""
+
+    prefix: ClassVar[str] = "FixedStats"
 
     def forward(self, input: Tensor) -> Tensor:
         """As before; the statistics are read in eval mode, and never written."""
@@ -32,34 +33,36 @@ class BatchOnly(FrozenLayer, _BatchNorm):
 class OnCopies(FrozenLayer):
     """Runs the layer's own forward on copies of its statistics.
 
-    That holds them whatever this forward does with them: write in place, assign, pass over
-    ``track_running_stats``. Not meant for several threads that run one and the same layer at once.
+    So they stay as they are whatever that forward does: write in place, assign, or ignore
+    ``track_running_stats``. Do not run the same layer in several threads at once.
     """
 
+    prefix: ClassVar[str] = "FixedStats"
+
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refuse, for torch.jit.script, which asks here, cannot compile such a forward.
+        """Refuse: torch.jit.script calls this, and cannot compile such a forward.
 
         Raises:
             PolicyError: what to do instead.
         """
         raise PolicyError(
             f"{type(self).__name__} cannot be compiled by torch.jit.script. Use torch.jit.trace or "
-            f"torch.export.export; or unfreeze first, for what is scripted is not frozen anyway."
+            f"torch.export.export; or unfreeze first: a scripted copy is not frozen anyway."
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As before, with the statistics out of reach."""
-        held = {}
+        """As before, but the forward sees copies of the statistics."""
+        kept = {}
         for name in STATISTICS:
             buffer = self._buffers.get(name)
             if buffer is not None:
-                held[name] = buffer
+                kept[name] = buffer
         try:
-            for name, buffer in held.items():
+            for name, buffer in kept.items():
                 self._buffers[name] = buffer.clone()
             return super().forward(*args, **kwargs)
         finally:
-            for name, buffer in held.items():
+            for name, buffer in kept.items():
                 self._buffers[name] = buffer
 
 
@@ -67,7 +70,7 @@ class KeepStatistics(OnCopies):
     """Normalises with the batch in train mode, as before, and leaves the statistics alone."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As before; in eval mode nothing but an instance norm writes to its statistics."""
+        """As before. In eval mode only an instance norm writes to its statistics."""
         if self.training or isinstance(self, _InstanceNorm):
             return super().forward(*args, **kwargs)
         return super(OnCopies, self).forward(*args, **kwargs)

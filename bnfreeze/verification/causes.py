@@ -1,124 +1,125 @@
-"""The likeliest cause of a change, from what the two states show; never a guess.
+"""The likeliest cause of a change, from what the two states show. Needs no torch.
 
-A change is put before the rules for its kind, in order; the first that recognises it speaks. Where
-none does, the report says that the cause cannot be told, and what would tell it.
+A change is put before the rules for its kind, in order; the first one that recognises it gives
+the cause. If no rule does, the cause is ``"unknown"``, and the remedy says what would show it.
+`verify`, `guard`, ``snapshot(model) == before``, `diff` and the command all take causes from here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.modules.instancenorm import _InstanceNorm
-
-from bnfreeze.norm_layers import STATISTICS
+from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.verification.drift import Drift
 from bnfreeze.verification.facts import OwnerFacts, TensorFacts
-from bnfreeze.verification.state import State
+from bnfreeze.verification.reasons import BY_KIND, TRACE, UNKNOWN, Reason
+from bnfreeze.verification.state import Identity, State
 
-__all__ = ["TRACE", "explain", "strangers"]
+__all__ = ["explained"]
 
-Reason = tuple[str, str]
 
+# The same words as bnfreeze.norm_layers, which imports torch.
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _FREEZE = 'Use freeze(model, "eval").'
-# The remedy where only a trace would tell more.
-TRACE = "guard(model, trace=True) names the line that writes."
 
 
-def explain(drift: Drift, before: State, after: State) -> Drift:
-    """The drift with its cause and its remedy."""
+def explained(drifts: Iterable[Drift], before: State, after: State) -> tuple[Drift, ...]:
+    """The drifts, each with its cause and remedy."""
+    drifts = list(drifts)
+    other = _other_model(drifts, before, after)
+    return tuple(
+        _with(drift, other[drift.kind] if drift.kind in other else _reason(drift, before, after))
+        for drift in drifts
+    )
+
+
+def _with(drift: Drift, reason: Reason) -> Drift:
+    return replace(drift, cause_code=reason.code, cause=reason.cause, remedy=reason.remedy)
+
+
+def _reason(drift: Drift, before: State, after: State) -> Reason:
     case = _Case(drift, before, after)
     for rule in _RULES.get(drift.kind, ()):
         reason = rule(case)
         if reason is not None:
-            return replace(drift, cause=reason[0], remedy=reason[1])
-    if drift.kind in _KNOWN:
-        cause, remedy = _KNOWN[drift.kind]
-        return replace(drift, cause=cause, remedy=remedy)
-    return replace(drift, cause="The cause cannot be told from the two states.", remedy=TRACE)
+            return reason
+    return BY_KIND.get(drift.kind, UNKNOWN)
 
 
-def strangers(drifts: Sequence[Drift], before: State, after: State) -> Iterator[Drift]:
-    """The drifts; of a model that is another one, with that as the cause of what it explains."""
+def _other_model(drifts: Sequence[Drift], before: State, after: State) -> dict[str, Reason]:
+    """The cause of several kinds of drift at once, if this is another model; by kind."""
     ours, theirs = before.facts.tensors, after.facts.tensors
     gone = sum(name not in theirs for name in ours)
     reshaped = sum(drift.kind == "shape" for drift in drifts)
     replaced = {drift.name for drift in drifts if drift.kind == "replaced"}
     parameters = {n for n, facts in ours.items() if facts.kind == "parameter" and n in theirs}
-    what = remedy = ""
     if 2 * (gone + reshaped) > len(ours):
-        what = f"{gone} of {len(ours)} names are missing and {reshaped} have another shape, as in "
-        what += "a model of another architecture."
-        remedy = "Compare with the model of which the snapshot was taken."
-    elif len(parameters) > 1 and parameters <= replaced:
-        what = f"All {len(parameters)} parameters are other objects: this is another model or a "
-        what += "copy, or load_state_dict(assign=True) ran."
-        remedy = "Check the model of which the snapshot was taken; a copy, with Snapshot.load."
-    kinds = ("removed", "added", "shape", "replaced") if gone or reshaped else ("replaced",)
-    for drift in drifts:
-        known = what and drift.kind in kinds
-        yield replace(drift, cause=what, remedy=remedy) if known else drift
+        reason = Reason(
+            "other-model",
+            f"{gone} of {len(ours)} names are missing and {reshaped} have another shape: this is "
+            f"another model, or its names begin differently.",
+            "Compare one model with itself. If the file has several state_dicts, choose one with "
+            "--key.",
+        )
+        return dict.fromkeys(("removed", "added", "shape", "replaced"), reason)
+    if len(parameters) > 1 and parameters <= replaced:
+        reason = Reason(
+            "other-objects",
+            f"All {len(parameters)} parameters are other objects: this is another model or a "
+            f"copy, or load_state_dict(assign=True) ran.",
+            "Check the model of which the snapshot was taken. For a copy, save the snapshot and "
+            "use Snapshot.load.",
+        )
+        return {"replaced": reason}
+    return {}
 
 
 class _Case:
-    """One drift and what is known about its tensor, its layer and the optimizers."""
+    """One drift, and what is known about its tensor, its layer and the optimizers."""
 
     def __init__(self, drift: Drift, before: State, after: State) -> None:
         self.drift, self.before, self.after = drift, before, after
         self.key = drift.name.rpartition(".")[2]
-        facts = before.facts.tensors.get(drift.name)
-        self.old: TensorFacts | None = facts
+        self.old: TensorFacts | None = before.facts.tensors.get(drift.name)
         self.new: TensorFacts | None = after.facts.tensors.get(drift.name)
-        self.layer_name = facts.owner if facts else drift.name
-        was = before.facts.owners.get(self.layer_name)
-        # A snapshot of a checkpoint knows no classes and no policies.
-        self.was: OwnerFacts | None = was if was and was.kind else None
-        self.now: OwnerFacts | None = after.facts.owners.get(self.layer_name)
-        self.layer: nn.Module | None = after.modules.get(self.layer_name)
+        self.layer = self.old.owner if self.old else drift.name
+        self.was = _known(before.facts.owners.get(self.layer))
+        self.now = _known(after.facts.owners.get(self.layer))
+        self.before_id: Identity | None = before.identities.get(drift.name)
+        self.after_id: Identity | None = after.identities.get(drift.name)
 
     @property
     def is_statistic(self) -> bool:
-        return self.key in STATISTICS and self.old is not None and self.old.kind != "parameter"
+        return self.key in _STATISTICS and self.old is not None and self.old.kind != "parameter"
 
-    @property
-    def kind_now(self) -> str:
-        return self.now.short_kind if self.now else "module"
-
-    @property
-    def lets_statistics_move(self) -> bool:
-        """Whether no policy holds the layer's statistics now."""
-        return self.now is not None and self.now.policy in ("none", "affine", "weights")
-
-    def statistics(self, state: State) -> tuple[Tensor | None, ...]:
+    def statistics(self, state: State) -> list[StoredTensor | None]:
         """Mean, variance and count of the layer in one of the states."""
-        prefix = f"{self.layer_name}." if self.layer_name else ""
-        found = []
-        for key in STATISTICS:
-            facts = state.facts.tensors.get(prefix + key)
-            found.append(state.values.get(facts.first) if facts else None)
-        return tuple(found)
+        prefix = f"{self.layer}." if self.layer else ""
+        facts = [state.facts.tensors.get(prefix + key) for key in _STATISTICS]
+        return [state.values.get(one.first) if one else None for one in facts]
 
     def batches(self) -> int | None:
-        """By how much num_batches_tracked rose; None where it is not known."""
-        counts = [self.statistics(state)[2] for state in (self.before, self.after)]
-        if counts[0] is None or counts[1] is None or counts[0].numel() != 1:
+        """By how much num_batches_tracked rose; None if it is not known."""
+        old, new = (self.statistics(state)[2] for state in (self.before, self.after))
+        counts = [one.item() if one is not None else None for one in (old, new)]
+        if counts[0] is None or counts[1] is None:
             return None
-        return int(counts[1]) - int(counts[0])
-
-    def tensor(self) -> Tensor | None:
-        """The tensor as it is now."""
-        identity = self.after.identities.get(self.drift.name)
-        return identity.tensor if identity else None
+        return int(counts[1] - counts[0])
 
     def groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The optimizer groups in which the tensor stands, each with its optimizer's class."""
-        tensor = self.tensor()
+        """The optimizer groups that have the tensor, each with its optimizer's class."""
+        tensor = self.after_id.tensor if self.after_id else None
         for optimizer in self.before.live_optimizers():
             for group in optimizer.param_groups:
                 if any(member is tensor for member in group["params"]):
                     yield type(optimizer).__name__, group
+
+
+def _known(facts: OwnerFacts | None) -> OwnerFacts | None:
+    # A snapshot of a checkpoint knows no classes and no policies.
+    return facts if facts is not None and facts.kind else None
 
 
 # Values -----------------------------------------------------------------------------------------
@@ -127,103 +128,116 @@ class _Case:
 def _was_reset(case: _Case) -> Reason | None:
     if not case.is_statistic:
         return None
-    mean, var, count = case.statistics(case.after)
-    if mean is None or var is None or not mean.numel():
-        return None
-    if bool(mean.any()) or bool((var != 1).any()) or (count is not None and bool(count.any())):
-        return None
-    text = "Every mean of its layer is 0 and every variance 1: the statistics were reset, by "
-    if case.was is None or case.lets_statistics_move:
-        return (
-            text + "reset_running_stats() or a new initialisation.",
-            "Freeze the layer, which then refuses reset_running_stats().",
-        )
-    return (
-        text + "a tool that assigns new ones (Lightning's StochasticWeightAveraging does).",
-        "Such tools look for torch's own batch norm: use freeze(model, 'fused'), which is none.",
+    mean, var, count = (
+        None if one is None or not one.numel else one.values()
+        for one in case.statistics(case.after)
     )
+    if mean is None or var is None or mean.any() or (var != 1).any():
+        return None
+    if count is not None and count.any():
+        return None
+    text = "Every mean of its layer is 0 and every variance is 1: the statistics were reset, by "
+    if case.was is None or case.was.policy in _MOVING:
+        return Reason(
+            "reset",
+            text + "reset_running_stats() or a new initialisation.",
+            "Freeze the layer: a frozen layer refuses reset_running_stats().",
+        )
+    return Reason(
+        "reset",
+        text + "a tool that assigns new ones (Lightning's StochasticWeightAveraging does).",
+        "Such tools look for torch's own batch norm. Use freeze(model, 'fused'), which is not one.",
+    )
+
+
+# The policies under which statistics move.
+_MOVING = ("none", "affine", "weights", "affine+weights")
 
 
 def _layer_thawed(case: _Case) -> Reason | None:
     was, now = case.was, case.now
     if was is None or now is None or was.policy == "none" or now.policy == was.policy:
         return None
-    return (
-        f"Its layer was held by policy {was.policy!r} and is a {now.short_kind} with policy "
-        f"{now.policy!r} now: unfreeze() was called, or something replaced the layer.",
-        "Freeze it again, or unfreeze after the proof.",
+    return Reason(
+        "thawed",
+        f"Its layer was frozen by policy {was.policy!r}, and is now a {now.short_kind} with policy "
+        f"{now.policy!r}: unfreeze() was called, or something replaced the layer.",
+        "Freeze it again, or unfreeze after the check.",
     )
 
 
 def _forward_in_training(case: _Case) -> Reason | None:
-    if not case.is_statistic or not case.lets_statistics_move or case.layer is None:
+    layer = case.now
+    if not case.is_statistic or (layer is not None and layer.policy not in _MOVING):
         return None
-    training = bool(case.layer.training)
-    batches = case.batches()
-    if isinstance(case.layer, _InstanceNorm):
-        batches = None  # it does not count
-    elif batches is not None and batches <= 0:
+    batches = case.batches() if layer is None or layer.counts else None
+    training = layer is not None and bool(layer.training)
+    if batches is not None and batches <= 0:
         return None
     if not training and not batches:
         return None
-    text = f"Its layer is a plain {case.kind_now}"
-    if case.now is not None and case.now.policy != "none":
-        text = f"Its layer is a {case.kind_now} held by policy {case.now.policy!r} alone"
-    text += " in training mode" if training else ", in eval mode now"
+    kind = layer.short_kind if layer else "layer"
+    text = f"Its layer is a plain {kind}" if layer else "Its layer"
+    if layer is not None and layer.policy != "none":
+        text = f"Its layer is a {kind} whose policy {layer.policy!r} lets statistics update,"
+    if layer is not None:
+        text += " in training mode" if training else ", in eval mode now"
     if training and case.was is not None and case.was.mode == "eval":
         text += ": model.train() was called after an eval() that does not last"
     elif batches:
-        text += f", and ran {_times(batches)}{'' if training else ' in training mode'} since"
+        text += f"{', and' if layer else ''} ran {_times(batches)}"
+        text += f"{'' if training else ' in training mode'} since"
     else:
         text += ", where each forward pass updates its statistics"
     steps = (case.drift.step or 0) - (case.drift.since or 0)
     if batches and steps and batches > steps:
-        text += f" ({batches} forward passes in {steps} step{'s' if steps != 1 else ''}: is it "
-        text += "run twice by activation checkpointing?)"
-    if getattr(case.layer, "momentum", None) == 0 and case.key == "num_batches_tracked":
+        text += f" ({batches} forward passes in {steps} step{'s' if steps != 1 else ''}: does "
+        text += "activation checkpointing run it twice?)"
+    if layer is not None and layer.momentum == 0 and case.key == "num_batches_tracked":
         text += "; momentum=0 does not stop the count"
-    return f"{text}.", _FREEZE
+    return Reason("forward-in-training", f"{text}.", _FREEZE)
 
 
 def _object_replaced(case: _Case) -> Reason | None:
-    old = case.before.identities.get(case.drift.name)
-    new = case.after.identities.get(case.drift.name)
+    old, new = case.before_id, case.after_id
     if old is None or new is None or old.tensor is new.tensor:
         return None
-    return (
+    return Reason(
+        "other-tensor",
         "Another tensor is registered under its name: load_state_dict(assign=True), or an "
         "assignment to the attribute.",
-        "Copy into the tensor that is there, before freezing.",
+        "Copy into the existing tensor, before freezing.",
     )
 
 
 def _storage_replaced(case: _Case) -> Reason | None:
-    old = case.before.identities.get(case.drift.name)
-    new = case.after.identities.get(case.drift.name)
+    old, new = case.before_id, case.after_id
     if old is None or new is None or not (old.pointer and new.pointer):
         return None
     if old.pointer == new.pointer:
         return None
-    return (
-        "Its storage was replaced by another: .data = … was assigned, or it was moved.",
-        "Do not assign to .data of a held tensor.",
+    return Reason(
+        "other-storage",
+        "Its storage was replaced: something assigned to .data, or moved the tensor.",
+        "Do not assign to .data of a frozen tensor.",
     )
 
 
 def _was_trained(case: _Case) -> Reason | None:
     if case.new is None or case.new.kind != "parameter" or not case.new.requires_grad:
         return None
-    standing = [name for name, _ in case.groups()]
-    where = f" and stands in {standing[0]}" if standing else ""
-    return (
+    optimizer = next((name for name, _ in case.groups()), "")
+    where = f" and it is in {optimizer}" if optimizer else ""
+    return Reason(
+        "trained",
         f"Its requires_grad is True{where}: it trains.",
         'Use freeze(model, "affine"), or "weights" for what is not a norm layer.',
     )
 
 
 def _leftover_grad(case: _Case) -> Reason | None:
-    tensor = case.tensor()
-    if tensor is None or case.new is None or case.new.requires_grad:
+    grad = case.after_id.tensor.grad if case.after_id and case.new and case.new.has_grad else None
+    if grad is None or case.new is None or case.new.requires_grad:
         return None
     for name, group in case.groups():
         forces = [
@@ -232,29 +246,42 @@ def _leftover_grad(case: _Case) -> Reason | None:
             if isinstance(group.get(key), int | float) and group[key]
         ]
         by = name + (f" with {' and '.join(forces)}" if forces else "")
-        remedy = "Clear it with .grad = None, which freeze(model, optimizer=…) does."
-        if case.new.has_grad and tensor.grad is not None:
-            zero = not tensor.grad.any()
-            what = "of zeros, as zero_grad(set_to_none=False) leaves it," if zero else "left"
-            return (
-                f"Its requires_grad is False, but it has a .grad {what} and stands in {by}, "
-                f"which applies it.",
-                remedy,
-            )
+        zeros = ".grad of zeros, which zero_grad(set_to_none=False) leaves,"
+        return Reason(
+            "leftover-grad",
+            f"Its requires_grad is False, but it has a {'.grad' if grad.any() else zeros} and is "
+            f"in {by}, which applies it.",
+            "Clear it with .grad = None; freeze(model, optimizer=…) does that.",
+        )
     return None
+
+
+def _averaged(case: _Case) -> Reason | None:
+    """An average d * x + (1 - d) * x of equal numbers rounds, in some elements."""
+    drift = case.drift
+    if not drift.changed or drift.changed < 2 or drift.max_ulps is None:
+        return None
+    if not 0 < drift.max_ulps <= 4:
+        return None
+    return Reason(
+        "averaging",
+        f"No element moved by more than {drift.max_ulps} units of its last place. That is "
+        f"rounding, as an average (EMA, SWA) of equal numbers has.",
+        "Leave frozen tensors out of the average: copy them instead.",
+    )
 
 
 def _was_loaded(case: _Case) -> Reason | None:
     """A load_state_dict or an EMA writes to every tensor in place, changed or not."""
-    remedy = "Load before freezing; leave what is held out of the EMA's copy."
-    noted = case.before.facts.tensors
-    for where, owner in (("the snapshot", None), ("its layer", case.layer_name)):
-        names = [name for name, facts in noted.items() if owner in (None, facts.owner)]
+    facts = case.before.facts.tensors
+    for where, owner in (("the snapshot", None), ("its layer", case.layer)):
+        names = [name for name, one in facts.items() if owner in (None, one.owner)]
         if len(names) > 1 and all(_rewritten(case, name) for name in names):
-            return (
+            return Reason(
+                "loaded",
                 f"All {len(names)} tensors of {where} were written in place: by "
-                f"load_state_dict(), an EMA or another copy of it all.",
-                remedy,
+                f"load_state_dict(), an EMA or another copy.",
+                "Load before freezing; leave frozen tensors out of the EMA's copy.",
             )
     return None
 
@@ -267,19 +294,20 @@ def _rewritten(case: _Case, name: str) -> bool:
 
 
 def _written_in_place(case: _Case) -> Reason | None:
-    old = case.before.identities.get(case.drift.name)
-    new = case.after.identities.get(case.drift.name)
+    old, new = case.before_id, case.after_id
     if old is None or new is None or old.version is None or new.version is None:
         return None
     if old.version != new.version:
-        return (
+        return Reason(
+            "in-place",
             f"It was written in place {_times(new.version - old.version)}, by an operation that "
             f"autograd sees: copy_, an EMA, a broadcast, an optimizer.",
             TRACE,
         )
-    return (
-        "It was written past autograd: through .data, a numpy or dlpack view, or by a kernel "
-        "that does not tell.",
+    return Reason(
+        "hidden-write",
+        "It was written without autograd noticing: through .data, a numpy or dlpack view, or by "
+        "a kernel that does not report its writes.",
         TRACE,
     )
 
@@ -291,32 +319,52 @@ def _times(count: int) -> str:
 # Layers and flags -------------------------------------------------------------------------------
 
 
-def _class_swapped(case: _Case) -> Reason | None:
+def _class_changed(case: _Case) -> Reason | None:
     was, now = case.was, case.now
     if was is None or now is None or was.kind == now.kind:
         return None
     if now.short_kind == "SyncBatchNorm":
-        return (
-            "convert_sync_batchnorm rebuilt the layer, which is live again.",
+        return Reason(
+            "sync-batchnorm",
+            "convert_sync_batchnorm rebuilt the layer, which is not frozen any more.",
             "Convert first, then freeze.",
         )
-    if case.layer is not None and hasattr(case.layer, "parametrizations"):
-        return "A parametrization was registered on the layer.", "Parametrize first, then freeze."
+    if now.parametrized:
+        return Reason(
+            "parametrized",
+            "A parametrization was registered on the layer.",
+            "Parametrize first, then freeze.",
+        )
     if was.policy not in ("none", "frozen") and now.policy == "none":
-        return "unfreeze() was called, or something replaced the layer.", "Freeze it again."
-    return "Something changed the layer's class, or replaced the layer.", "Change, then freeze."
+        return Reason(
+            "unfrozen",
+            "unfreeze() was called, or something replaced the layer.",
+            "Freeze it again.",
+        )
+    return Reason(
+        "class-changed",
+        "Something changed the layer's class, or replaced the layer.",
+        "Change the layer first, then freeze.",
+    )
 
 
-def _mode_flipped(case: _Case) -> Reason | None:
+def _layer_replaced(case: _Case) -> Reason | None:
+    is_tensor = case.old is not None or case.new is not None
+    return None if is_tensor else _class_changed(case)
+
+
+def _mode_changed(case: _Case) -> Reason | None:
     if case.was is None or case.now is None or (case.was.mode, case.now.mode) != ("eval", "train"):
         return None
-    return "model.train() was called after an eval() that does not last.", _FREEZE
+    return Reason(
+        "train-called", "model.train() was called after an eval() that does not last.", _FREEZE
+    )
 
 
 def _policy_changed(case: _Case) -> Reason | None:
     if case.was is None or case.now is None or case.was.policy == case.now.policy:
         return None
-    return "freeze() was called again.", "Take the snapshot afterwards."
+    return Reason("frozen-again", "freeze() was called again.", "Take the snapshot afterwards.")
 
 
 _RULES: dict[str, tuple[Callable[[_Case], Reason | None], ...]] = {
@@ -328,57 +376,11 @@ _RULES: dict[str, tuple[Callable[[_Case], Reason | None], ...]] = {
         _storage_replaced,
         _was_trained,
         _leftover_grad,
+        _averaged,
         _was_loaded,
         _written_in_place,
     ),
-    "thawed": (_class_swapped, _mode_flipped, _policy_changed),
-}
-
-# Kinds that are their own cause.
-_KNOWN: dict[str, Reason] = {
-    "dtype": (
-        "The tensor was converted, as model.half(), .bfloat16() and .double() do.",
-        "Convert first, then freeze and take the snapshot.",
-    ),
-    "shape": ("The tensor was resized or replaced.", "Freeze the model in its final form."),
-    "device": (
-        "The tensor was moved.",
-        "Move first, then take the snapshot; or save it, and verify against the file.",
-    ),
-    "added": (
-        "The snapshot does not know this tensor, so nothing is proved about it.",
-        "Take the snapshot once the model is complete and all is frozen.",
-    ),
-    "removed": (
-        "No tensor has this name any more.",
-        "Take the snapshot of the model as it will be.",
-    ),
-    "aliasing": (
-        "Names were tied to one memory, or tied names were split: an assignment, a .data, a copy "
-        "or load_state_dict(assign=True).",
-        "Tie first, then freeze.",
-    ),
-    "replaced": (
-        "Something else is registered under its name: load_state_dict(assign=True), an assignment, "
-        "register_buffer, or fully_shard.",
-        "An optimizer still has the old parameter: replace first, then build it and freeze.",
-    ),
-    "requires-grad": (
-        "The flag was set: requires_grad_() on the model or on the parameter.",
-        "Set flags first, then freeze.",
-    ),
-    "optimizer": (
-        "The optimizer's groups changed: add_param_group, or a parameter was replaced.",
-        "Give the optimizer only what trains.",
-    ),
-    "grad": (
-        "A backward ran while it required a gradient, or .grad was assigned: the next optimizer "
-        "step moves it.",
-        "Clear it with .grad = None, which freeze(model, optimizer=…) does.",
-    ),
-    "unverified": (
-        "What cannot be read is not counted as unchanged.",
-        "Leave it out with a pattern; of sharded tensors each rank checks its own with "
-        "process_group=….",
-    ),
+    "thawed": (_class_changed, _mode_changed, _policy_changed),
+    "mode": (_mode_changed,),
+    "replaced": (_layer_replaced,),
 }

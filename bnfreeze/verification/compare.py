@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from bnfreeze.verification import bits
-from bnfreeze.verification.causes import explain, strangers
+from bnfreeze.checkpoints.stored_tensor import StoredTensor
+from bnfreeze.verification import values
+from bnfreeze.verification.causes import explained
 from bnfreeze.verification.drift import Drift
+from bnfreeze.verification.drift_report import DriftReport
 from bnfreeze.verification.facts import Facts, OwnerFacts, TensorFacts
-from bnfreeze.verification.report import DriftReport
 from bnfreeze.verification.state import State
+
+if TYPE_CHECKING:
+    from bnfreeze.verification.on_device import PendingCheck
 
 __all__ = ["DIGESTED", "compare"]
 
 DIGESTED = "Values were compared by SHA-256: equal up to a collision."
 _FROM_FILE = (
-    "The snapshot is a copy or was read from a file, which does not show the device, nor whether "
-    "a parameter was replaced by another with the same bits, nor what optimizers hold."
+    "The snapshot is a copy or was read from a file, which does not show the device, whether a "
+    "parameter was replaced by another with the same bits, or what optimizers have."
 )
-_INSTANTS = "A change undone between the two instants is seen by guard(trace=True) alone."
+_INSTANTS = "A change that was undone between the two moments is seen by guard(trace=True) only."
 
 
 def compare(
@@ -31,28 +35,28 @@ def compare(
     gathered: bool = False,
     step: int | None = None,
     since: int | None = None,
-    later: bits.Later | None = None,
+    pending: PendingCheck | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DriftReport:
     """What changed from `before` to `after`.
 
     Args:
-        before: what was promised to stay; its selection is compared.
-        after: what is; it may have more tensors than `before`.
+        before: what must not change; the tensors selected in it are compared.
+        after: what is now; it may have more tensors than `before`.
         gathered: whether other ranks check their shards of what is sharded.
         step: the optimizer steps completed now.
-        since: those completed when all was last seen to be well.
-        later: takes the values on an accelerator; their verdict is asked of it.
+        since: those completed at the last check that found no drift.
+        pending: takes the values on an accelerator; it is asked for the answer later.
+        progress: is called with how many tensors of files are compared, and of how many.
     """
-    changes = _changes(before, after, gathered, later)
+    changes = _changes(before, after, gathered, pending, progress)
     drifts = [replace(change, step=step, since=since) for change in changes]
     names = [*before.facts.tensors, *after.facts.tensors]
     places = {name: place for place, name in reversed(list(enumerate(names)))}
     # In the model's order, a layer after its tensors.
     last = {facts.owner: places[name] for name, facts in before.facts.tensors.items()}
-    # What a tensor holds comes before what is noted of it besides.
-    drifts.sort(
-        key=lambda d: (last[d.name] if d.kind == "thawed" else places[d.name], d.kind != "value")
-    )
+    # Values come before what else is known of a tensor.
+    drifts.sort(key=lambda d: (places.get(d.name, last.get(d.name, 0)), d.kind != "value"))
     notes = [_INSTANTS]
     if before.digests or after.digests:
         notes.append(DIGESTED)
@@ -60,12 +64,15 @@ def compare(
         notes.append(_FROM_FILE)
     distinct = {facts.first for facts in before.facts.tensors.values()}
     checked = sum(name in after.facts.tensors for name in distinct)
-    told = [explain(drift, before, after) for drift in drifts]
-    return DriftReport(tuple(strangers(told, before, after)), checked, tuple(notes))
+    return DriftReport(explained(drifts, before, after), checked, tuple(notes))
 
 
 def _changes(
-    before: State, after: State, gathered: bool, later: bits.Later | None
+    before: State,
+    after: State,
+    gathered: bool,
+    pending: PendingCheck | None,
+    progress: Callable[[int, int], None],
 ) -> Iterator[Drift]:
     ours, theirs = before.facts.tensors, after.facts.tensors
     for name, facts in theirs.items():
@@ -77,7 +84,7 @@ def _changes(
         if new is None:
             yield Drift(name, "removed", before=old.kind)
             continue
-        # What is said of a tensor is not said again of its other names.
+        # What is reported of a tensor is not reported again under its other names.
         if old.first != name and old.first in theirs and theirs[old.first].first == new.first:
             continue
         if old != new or _another(name, before, after):
@@ -87,12 +94,12 @@ def _changes(
             yield Drift(name, "unverified", after=doubt)
         elif (old.dtype, old.shape) == (new.dtype, new.shape):
             comparable.append(name)
-    yield from _values(comparable, before, after, later)
+    yield from _values(comparable, before, after, pending, progress)
     yield from _aliases(before.facts, after.facts)
     for name, was in before.facts.owners.items():
         now = after.facts.owners.get(name)
         if now is not None:
-            yield from _thawed(name, was, now, exact=bool(before.identities))
+            yield from _layer(name, was, now, exact=bool(before.identities))
 
 
 def _flags(name: str, before: State, after: State) -> Iterator[Drift]:
@@ -109,7 +116,7 @@ def _flags(name: str, before: State, after: State) -> Iterator[Drift]:
         yield Drift(name, "dtype", before=old.dtype, after=new.dtype)
     if old.shape != new.shape:
         yield Drift(name, "shape", before=str(old.shape), after=str(new.shape))
-    if old.device != new.device and before.identities:
+    if old.device != new.device and before.identities and after.identities:
         yield Drift(name, "device", before=old.device, after=new.device)
     if None not in (old.requires_grad, new.requires_grad) and (
         old.requires_grad != new.requires_grad
@@ -132,69 +139,65 @@ def _doubt(old: TensorFacts, new: TensorFacts, gathered: bool) -> str:
         sharding = [place or "not sharded" for place in (old.placement, new.placement)]
         return f"its sharding changed: {sharding[0]} → {sharding[1]}"
     if new.placement and not gathered:
-        return f"it is sharded ({new.placement}), and this rank sees its own shard alone"
+        return f"it is sharded ({new.placement}), and this rank sees only its own shard"
     return new.unreadable or old.unreadable
 
 
 def _values(
-    names: list[str], before: State, after: State, later: bits.Later | None
+    names: list[str],
+    before: State,
+    after: State,
+    pending: PendingCheck | None,
+    progress: Callable[[int, int], None],
 ) -> Iterator[Drift]:
     if before.digests or after.digests:
-        for name in names:
-            total = _count(before.facts.tensors[name])
+        for done, name in enumerate(names):
+            progress(done, len(names))
             if _digest(name, before) != _digest(name, after):
-                yield Drift(name, "value", total=total)
+                yield Drift(name, "value", total=prod(before.facts.tensors[name].shape))
         return
     pairs, compared = [], []
     for name in names:
         old, new = _value(name, before), _value(name, after)
         if old.shape == new.shape:
-            pairs.append((old.to(new.device), new))
+            pairs.append((old, new))
             compared.append(name)
-        else:  # shards: the shape that is noted is that of the whole
-            sizes = f"{tuple(old.shape)} → {tuple(new.shape)}"
-            yield Drift(name, "unverified", after=f"its shard has another shape: {sizes}")
-    for index in bits.unequal(pairs, later):
-        found = bits.locate(*pairs[index])
-        if found is not None:
-            yield Drift(
-                compared[index],
-                "value",
-                changed=found.changed,
-                total=pairs[index][0].numel(),
-                first_index=found.first_index,
-                before=found.before,
-                after=found.after,
-                max_abs=found.max_abs,
-            )
+        else:  # shards: their facts have the shape of the whole tensor
+            sizes = f"{old.shape} → {new.shape}"
+            yield Drift(name, "unverified", after=f"the shape of its shard changed: {sizes}")
+    for index, found in values.unequal(compared, pairs, pending, progress).items():
+        yield Drift(
+            compared[index],
+            "value",
+            changed=found.changed,
+            total=pairs[index][0].numel,
+            first_index=found.first_index,
+            before=found.before,
+            after=found.after,
+            max_abs=found.max_abs,
+            max_ulps=found.max_ulps,
+        )
 
 
-def _value(name: str, state: State) -> Tensor:
+def _value(name: str, state: State) -> StoredTensor:
     return state.values[state.facts.tensors[name].first]
 
 
 def _digest(name: str, state: State) -> str:
-    """The digest under this name, made of the values where only these are known."""
+    """The digest under this name; computed if only the values are known."""
     known = state.digests.get(name)
-    return bits.digest(name, _value(name, state)) if known is None else known
-
-
-def _count(facts: TensorFacts) -> int:
-    total = 1
-    for size in facts.shape:
-        total *= size
-    return total
+    return values.digest(name, _value(name, state)) if known is None else known
 
 
 def _aliases(before: Facts, after: Facts) -> Iterator[Drift]:
     """One drift for each group of names that was merged or split."""
     common = before.tensors.keys() & after.tensors.keys()
     old, new = _partners(before, common), _partners(after, common)
-    told: set[str] = set()
+    reported: set[str] = set()
     for name in before.tensors:
-        if name not in common or name in told or old[name] == new[name]:
+        if name not in common or name in reported or old[name] == new[name]:
             continue
-        told |= {*old[name], *new[name]}
+        reported |= {*old[name], *new[name]}
         others = [", ".join(n for n in group if n != name) for group in (old[name], new[name])]
         yield Drift(name, "aliasing", before=others[0], after=others[1])
 
@@ -207,14 +210,20 @@ def _partners(facts: Facts, common: set[str]) -> dict[str, tuple[str, ...]]:
     return partners
 
 
-def _thawed(name: str, was: OwnerFacts, now: OwnerFacts, *, exact: bool) -> Iterator[Drift]:
-    if not was.kind:
+def _layer(name: str, was: OwnerFacts, now: OwnerFacts, *, exact: bool) -> Iterator[Drift]:
+    if not was.kind or not now.kind:
         return  # a checkpoint does not say
-    # Read elsewhere, a class may come from another module: __main__, or an older torch.
+    # In another process a class may come from another module: __main__, or an older torch.
     same = was.kind == now.kind if exact else was.short_kind == now.short_kind
-    if not same:
+    flipped = (was.mode, now.mode) == ("eval", "train")
+    if was.policy == "none":
+        if not same and now.policy == "none":
+            yield Drift(name, "replaced", before=was.short_kind, after=now.short_kind)
+        elif flipped:
+            yield Drift(name, "mode", before="eval mode", after="train mode")
+    elif not same:
         yield Drift(name, "thawed", before=was.short_kind, after=now.short_kind)
     elif was.policy != now.policy:
         yield Drift(name, "thawed", before=f"policy {was.policy}", after=f"policy {now.policy}")
-    elif (was.mode, now.mode) == ("eval", "train"):
+    elif flipped:
         yield Drift(name, "thawed", before="eval mode", after="train mode")

@@ -1,4 +1,4 @@
-"""The proof across the ranks of a process group: each checks its own, then all compare."""
+"""A check across the ranks of a process group: each checks its own tensors, then all compare."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from bnfreeze.verification import bits
 from bnfreeze.verification.drift import Drift
-from bnfreeze.verification.report import DriftReport
+from bnfreeze.verification.drift_report import DriftReport
 from bnfreeze.verification.state import State
+from bnfreeze.verification.values import digest
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,8 +22,8 @@ __all__ = ["across_ranks"]
 def across_ranks(report: DriftReport, state: State, group: ProcessGroup) -> DriftReport:
     """The report of this rank joined with those of the others, the same on every rank.
 
-    Each rank sends what it found and the SHA-256 of each tensor that is not sharded. What the
-    most ranks hold (of as many, the lowest rank) is taken for right, and a rank that differs
+    Each rank sends what it found and the SHA-256 of each tensor that is not sharded. What
+    most ranks have (in a tie, what the lowest rank has) counts as right, and a rank that differs
     from it is named.
 
     Args:
@@ -33,7 +33,7 @@ def across_ranks(report: DriftReport, state: State, group: ProcessGroup) -> Drif
     """
     own = [replace(drift, rank=dist.get_rank(group)) for drift in report.drifts]
     digests = {
-        name: bits.digest(name, state.values[name])
+        name: digest(name, state.values[name])
         for name, facts in state.facts.tensors.items()
         if name in state.values and not facts.placement
     }
@@ -49,22 +49,27 @@ def across_ranks(report: DriftReport, state: State, group: ProcessGroup) -> Drif
 
 def _diverged(known: list[Drift], digests: list[dict[str, str]]) -> list[Drift]:
     """The tensors that are not the same on all ranks, though none of these drifted by itself."""
-    told = {(drift.name, drift.rank) for drift in known}
+    known_here = {(drift.name, drift.rank) for drift in known}
     found = []
     for name in dict.fromkeys(name for own in digests for name in own):
-        # What drifted on a rank is told already, and that rank has no say in what is right.
-        held = {rank: own.get(name) for rank, own in enumerate(digests) if (name, rank) not in told}
-        right = Counter(held.values()).most_common(1)[0][0] if held else None
-        first = next((rank for rank, digest in held.items() if digest == right), 0)
-        for rank, digest in held.items():
-            if digest != right:
+        # What drifted on a rank is reported already; that rank has no vote on what is right.
+        kept = {
+            rank: own.get(name)
+            for rank, own in enumerate(digests)
+            if (name, rank) not in known_here
+        }
+        right = Counter(kept.values()).most_common(1)[0][0] if kept else None
+        first = next((rank for rank, bits in kept.items() if bits == right), 0)
+        for rank, bits in kept.items():
+            if bits != right:
                 found.append(
                     Drift(
                         name,
                         "value",
                         rank=rank,
                         before=f"other bits than on rank {first}",
-                        cause="The ranks hold different models, each unchanged since its own "
+                        cause_code="ranks-differ",
+                        cause="The ranks have different models, each unchanged since its own "
                         "snapshot: they started apart.",
                         remedy="Broadcast the model, or load it on every rank, before the "
                         "snapshot.",

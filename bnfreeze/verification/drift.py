@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from bnfreeze.verification.bits import Scalar
+from bnfreeze.verification.values import Scalar
 
 __all__ = ["Drift", "Kind"]
 
@@ -20,6 +20,7 @@ Kind = Literal[
     "aliasing",
     "replaced",
     "thawed",
+    "mode",
     "requires-grad",
     "optimizer",
     "grad",
@@ -32,33 +33,38 @@ class Drift:
     """Something that is not as it was.
 
     Attributes:
-        name: the tensor's dotted name, of an alias the first; the layer's where it was thawed.
+        name: the tensor's dotted name, its first one if it has several; for ``thawed`` and
+            ``mode`` the layer's.
         kind: what changed:
 
             * ``value``: bits of the elements.
             * ``dtype``, ``shape``, ``device``.
             * ``added``, ``removed``: the name itself.
-            * ``aliasing``: which names share storage.
-            * ``replaced``: another object is registered under the name of a parameter, so that
-              optimizers and other references still have the old one; or what was a parameter is
-              a buffer, or persistent and no longer.
-            * ``thawed``: the layer's class or policy, or its mode from eval to train.
+            * ``aliasing``: which names share memory.
+            * ``replaced``: another parameter is registered under the name, so optimizers and
+              other references still have the old one; or a parameter became a buffer, a buffer
+              became non-persistent, a layer that was not frozen got another class.
+            * ``thawed``: the class or the policy of a frozen layer, or its mode from eval to train.
+            * ``mode``: a layer that was not frozen went from eval to train mode.
             * ``requires-grad``: the flag.
-            * ``optimizer``: whether it stands in the optimizer.
-            * ``grad``: a ``.grad`` is left on it though it requires none.
-            * ``unverified``: nobody can tell, and so it does not count as unchanged.
-        changed: how many elements differ in any bit; None where it was not counted.
+            * ``optimizer``: whether it is in the optimizer.
+            * ``grad``: it has a ``.grad`` although it requires none.
+            * ``unverified``: it cannot be compared, and so does not count as unchanged.
+        changed: how many elements differ in any bit; None if they were not counted.
         total: how many elements there are.
-        first_index: where the first of them is, in row-major order.
+        first_index: the index of the first of them, in row-major order.
         before: its value before; for the other kinds, what was.
         after: its value after; for the other kinds, what is.
-        max_abs: the largest absolute change; None where no change is a number.
+        max_abs: the largest absolute change; None if no change is a finite number.
+        max_ulps: the same in units of the last place, for floating point numbers of one sign.
         step: the optimizer steps completed when it was seen; None outside of `guard`.
-        since: the optimizer steps completed when all was last seen to be well.
-        rank: the rank on which it was seen; None where no process group was given.
-        operation: the very operation that wrote, under ``guard(trace=True)``.
+        since: the optimizer steps completed at the last check that found no drift.
+        rank: the rank on which it was seen; None without a process group.
+        operation: the operation that wrote, under ``guard(trace=True)``.
         where: file and line of the user's code that called it.
-        cause: the likeliest cause, from what can be seen; it says so where there is none to see.
+        cause_code: a stable name of the cause, such as ``"forward-in-training"``; ``"unknown"``
+            if nothing shows it.
+        cause: the likeliest cause, from what can be seen, as a sentence.
         remedy: what to do about it.
     """
 
@@ -70,16 +76,18 @@ class Drift:
     before: Scalar | None = None
     after: Scalar | None = None
     max_abs: float | None = None
+    max_ulps: int | None = None
     step: int | None = None
     since: int | None = None
     rank: int | None = None
     operation: str | None = None
     where: str | None = None
+    cause_code: str = ""
     cause: str = ""
     remedy: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data; numbers that JSON does not have are strings."""
+        """The fields as plain data; numbers that JSON lacks are strings."""
         fields = asdict(self)
         if self.first_index is not None:
             fields["first_index"] = list(self.first_index)

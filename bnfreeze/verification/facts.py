@@ -1,4 +1,4 @@
-"""What is noted of a model besides its values: plain data, which goes into a file as it is."""
+"""What is known of a model besides its values: plain data, written to a file as it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["LISTED", "Facts", "OwnerFacts", "TensorFacts"]
 
-# The selection of a snapshot that was taken of a checkpoint: the very tensors listed in it.
+# The selection of a snapshot of a checkpoint: exactly the tensors listed in it.
 LISTED = "listed"
 
 
@@ -49,15 +49,23 @@ class OwnerFacts(NamedTuple):
     Attributes:
         kind: its class, with the module that defines it: ``torch.nn.modules.conv.Conv2d``; empty
             where it is not known.
-        policy: the policy that holds it, ``"frozen"`` for another library's frozen batch norm,
-            ``"none"``.
-        mode: ``"train"`` or ``"eval"`` where that decides about the statistics; empty where the
-            mode is free to change, as it is under the policies ``stats`` and ``affine``.
+        policy: its policy, ``"frozen"`` for another library's frozen batch norm, ``"none"``;
+            empty where it is not known.
+        mode: ``"train"`` or ``"eval"`` if that decides about the statistics; empty if the mode
+            is free to change, as under the policies ``stats`` and ``affine``.
+        training: its training flag; None where it is not known.
+        counts: whether it counts batches in training mode; an instance norm does not.
+        momentum: its momentum, if it has one.
+        parametrized: whether torch.nn.utils.parametrize has changed it.
     """
 
     kind: str
     policy: str
     mode: str
+    training: bool | None = None
+    counts: bool = True
+    momentum: float | None = None
+    parametrized: bool = False
 
     @property
     def short_kind(self) -> str:
@@ -67,10 +75,10 @@ class OwnerFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """All that is noted of a model.
+    """All that is known of a model besides its values.
 
     Attributes:
-        selection: which tensors were asked for: ``"held"``, ``"norm"``, ``"all"`` or a pattern.
+        selection: which tensors were asked for: ``"frozen"``, ``"norm"``, ``"all"`` or a pattern.
         tensors: by dotted name, in the model's order, every alias under its own name.
         owners: by dotted name, the modules that have these tensors.
         groups: the names that share storage, where there are several.
@@ -102,12 +110,12 @@ class Facts:
             for name, fields in data["tensors"].items()
         }
         owners = {name: OwnerFacts(**fields) for name, fields in data["owners"].items()}
-        texts = [text for facts in owners.values() for text in facts]
+        texts = [text for facts in owners.values() for text in facts[:3]]
         for facts in tensors.values():
             texts += [facts.kind, facts.dtype, facts.device, facts.owner, facts.first]
             texts += [facts.placement, facts.unreadable]
         if not all(isinstance(text, str) for text in texts):
-            raise TypeError("a name in it is no text")
+            raise TypeError("a name in it is not text")
         groups = tuple(tuple(map(str, group)) for group in data["groups"])
         known = all(f.first in tensors and f.owner in owners for f in tensors.values())
         if not (tensors and known and all(name in tensors for group in groups for name in group)):

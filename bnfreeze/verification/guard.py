@@ -1,4 +1,4 @@
-"""guard: a model watched over its training steps."""
+"""guard: a model watched during training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bnfreeze.errors import BnfreezeWarning
-from bnfreeze.verification.bits import Later
 from bnfreeze.verification.drift import Drift
-from bnfreeze.verification.report import DriftError, DriftReport
-from bnfreeze.verification.snapshot import Snapshot, check, snapshot
+from bnfreeze.verification.drift_report import DriftError, DriftReport
+from bnfreeze.verification.on_device import PendingCheck
+from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.tracer import Tracer
+from bnfreeze.verification.verify import check, snapshot
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,11 +33,11 @@ def guard(
     *,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     every: int = 1,
-    tensors: str = "held",
+    tensors: str = "frozen",
     trace: bool = False,
     process_group: ProcessGroup | None = None,
 ) -> Guard:
-    """Watch `model` in a ``with`` block: what is held must not change in it.
+    """Watch `model` in a ``with`` block: what is frozen must not change in it.
 
     ::
 
@@ -44,30 +45,29 @@ def guard(
             train(model, optimizer)
 
     A snapshot is taken on entry. The model is compared with it after each `every` optimizer
-    steps, and on exit. A drift raises a `DriftError` from the very ``optimizer.step()`` after
-    which it was seen, so that nothing more is trained upon it. On an accelerator no check waits
-    for the device: its verdict on values is read at the next check or on exit, and names the
-    step that it was about. If the block raises by itself,
-    the model is compared all the same, and what drifted is added to that exception as a note
-    (before Python 3.11 as a `BnfreezeWarning`).
+    steps, and on exit. A drift raises a `DriftError` from the ``optimizer.step()`` after which it
+    was seen, so that no training is wasted. On a GPU no check waits for the device: its answer
+    about values is read at the next check or on exit, and names the step that it is about. If the
+    block itself raises, the model is compared anyway, and a drift is added to that exception as
+    a note (before Python 3.11 as a `BnfreezeWarning`).
 
     Args:
         model: any `nn.Module`.
-        optimizer: the optimizer whose steps are counted, or several; also, membership in them
-            must not change. None counts the steps of every optimizer in this process.
-        every: check after so many steps. The drift is then known to lie between two checks.
+        optimizer: the optimizer whose steps are counted, or several. What is in them must not
+            change either. None counts the steps of every optimizer in this process.
+        every: check after so many steps. A drift is then known to lie between two checks.
         tensors: as in `snapshot`.
-        trace: stop at the very operation that writes to a held tensor, and name the user's line.
-            Slow, as each operation on held memory is followed by a comparison; on a GPU also by
-            a synchronisation. Writes that torch does not dispatch (``.data =``, numpy, raw
-            pointers, compiled code, other processes) are found by the next comparison.
+        trace: stop at the operation that writes to a frozen tensor, and name the line of your
+            code. This is slow: each operation on frozen memory is followed by a comparison, on a
+            GPU also by a synchronisation. Writes that torch does not dispatch (``.data =``,
+            numpy, raw pointers, compiled code, other processes) are found at the next comparison.
         process_group: as in `verify`. Every rank has to take the same steps. On exit with an
-            exception each rank checks for itself alone, as the others may not come.
+            exception each rank checks only its own tensors, as the others may not come.
 
     Raises:
-        PolicyError: nothing is held, or the pattern matches no tensor.
+        PolicyError: nothing is frozen, or the pattern matches no tensor.
         ValueError: `every` is below 1.
-        TypeError: `model` is no `nn.Module`, or `optimizer` no optimizer with step hooks.
+        TypeError: `model` is not an `nn.Module`, or `optimizer` not an optimizer with step hooks.
         DriftError: in the block or on exit: something has changed.
     """
     if every < 1:
@@ -76,7 +76,7 @@ def guard(
 
 
 class Guard:
-    """What `guard` gives: a context manager that can be asked how it stands.
+    """What `guard` returns: a context manager.
 
     Attributes:
         step: how many optimizer steps it has seen.
@@ -101,8 +101,18 @@ class Guard:
         self._trace, self._group = trace, process_group
         self._tracer: Tracer | None = None
         self._checked_at = 0
-        self._later = Later()
+        self._pending = PendingCheck()
         self._stack = ExitStack()
+
+    def __repr__(self) -> str:
+        kind = type(self._model).__name__
+        every = f"every {self._every} steps" if self._every > 1 else "every step"
+        count = "" if self.before is None else f": {len(self.before)} tensors"
+        trace = ", traced" if self._trace else ""
+        return (
+            f"<Guard of {kind}, tensors={self._tensors!r}{count}, checked {every}{trace}, "
+            f"at step {self.step}>"
+        )
 
     def __enter__(self) -> Guard:
         self.step = self._checked_at = 0
@@ -127,7 +137,7 @@ class Guard:
         self._stack.close()
         traced = self._tracer.error if self._tracer is not None else None
         if traced is not None and error is not traced:
-            raise traced  # whatever caught it, and raised its own
+            raise traced  # something caught it and raised its own
         if error is None:
             self.check()
         elif not isinstance(error, DriftError):
@@ -151,10 +161,10 @@ class Guard:
         *,
         since: int | None = None,
         exchange: bool = True,
-        later: Later | None = None,
+        pending: PendingCheck | None = None,
     ) -> DriftReport:
         if self.before is None:
-            raise RuntimeError("The guard is not on watch: enter it with a with statement.")
+            raise RuntimeError("The guard is not active: enter it with a with statement.")
         if self._tracer is not None:
             self._tracer.paused = True
         try:
@@ -165,7 +175,7 @@ class Guard:
                 exchange=exchange,
                 step=step,
                 since=self._checked_at if since is None else since,
-                later=later,
+                pending=pending,
             )
         finally:
             if self._tracer is not None:
@@ -174,22 +184,22 @@ class Guard:
         return self.report
 
     def _settle(self) -> None:
-        """Read the verdict that the last check left to the accelerator.
+        """Read the answer that the last check left to the GPU.
 
         Raises:
-            DriftError: something had changed by then.
+            DriftError: something had changed at that check.
         """
         __tracebackhide__ = True
-        if not self._later.differed():
+        if not self._pending.differed():
             return
-        step, since = self._later.step, self._later.since
+        step, since = self._pending.step, self._pending.since
         report = self._compare(step, since=since)
-        if report.ok:  # the bits are back, but they were gone
+        if report.ok:  # the bits are right again, but they were not
             report = replace(report, drifts=(_undone(step, since),))
         report.raise_if_drifted()
 
     def _midway(self) -> DriftReport:
-        """Compare in the middle of a step, of which the trace has seen every write."""
+        """Compare in the middle of a step; the trace has seen every write up to here."""
         self._checked_at = self.step
         return self._compare(self.step + 1, exchange=False)
 
@@ -201,28 +211,28 @@ class Guard:
         if self._group is not None or self._trace:
             self.check()
             return
-        # Flags, and values on the CPU, are compared now. Of values on an accelerator a verdict
-        # is asked for, and read after the next steps, when it has long been there.
+        # Flags, and values on the CPU, are compared now. A comparison of values on a GPU is
+        # started, and its answer read after the next steps, when it has arrived.
         self._settle()
         since = self._checked_at
-        self._compare(self.step, later=self._later).raise_if_drifted()
-        self._later.step, self._later.since = self.step, since
+        self._compare(self.step, pending=self._pending).raise_if_drifted()
+        self._pending.step, self._pending.since = self.step, since
 
     def _note_on(self, error: BaseException) -> None:
-        """Say what drifted beside the exception of the block, which is the one that counts."""
+        """Add what drifted to the block's own exception, which is the one that counts."""
         try:
-            step = self._later.step if self._later.differed() else self.step
+            step = self._pending.step if self._pending.differed() else self.step
             report = self._compare(step, exchange=False)
         except Exception as failure:
             text = f"bnfreeze could not compare the model: {failure}"
         else:
             if report.ok:
                 return
-            text = f"Besides, the guarded model drifted: {report.message}"
+            text = f"The guarded model also drifted: {report.message}"
         if sys.version_info >= (3, 11):
             error.add_note(text)
         else:
-            # Where warnings are errors, the exception of the block still is the one that counts.
+            # If warnings are errors, the block's own exception is still the one that counts.
             with suppress(BnfreezeWarning):
                 warnings.warn(text, BnfreezeWarning, stacklevel=3)
 
@@ -233,8 +243,9 @@ def _undone(step: int, since: int) -> Drift:
         "value",
         step=step,
         since=since,
-        cause="Values on the accelerator differed, and do no longer: something wrote to what is "
-        "held, and then put it back.",
+        before="some values differed",
+        cause_code="restored",
+        cause="Frozen values on the GPU changed and were then restored.",
         remedy="guard(trace=True) stops at the operation that writes.",
     )
 
@@ -245,8 +256,8 @@ def _with_hooks(
     if optimizer is None:
         return None
     several = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-    # Accelerate's wrapper, which Transformers' Trainer has too, claims to be an Optimizer and was
-    # never made one; the steps are those of the one inside.
+    # Accelerate's wrapper, which Transformers' Trainer uses too, is an Optimizer by class, but its
+    # base was never initialised. The steps are those of the optimizer inside.
     several = [
         inner if isinstance(inner := getattr(one, "optimizer", None), Optimizer) else one
         for one in several
@@ -255,6 +266,6 @@ def _with_hooks(
         if not hasattr(one, "register_step_post_hook"):
             raise TypeError(
                 f"optimizer: expected a torch.optim.Optimizer or several, not "
-                f"{type(one).__name__}; of a wrapper give the optimizer inside."
+                f"{type(one).__name__}; for a wrapper, pass the optimizer inside it."
             )
     return several

@@ -1,29 +1,24 @@
-"""A change, told: where, what, since when, why, and how to mend it."""
+"""A change as text: where, what, since when, why, and how to mend it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 
-from bnfreeze.tables import escaped
-from bnfreeze.verification.bits import Scalar
+from bnfreeze.text import escaped
 from bnfreeze.verification.drift import Drift
+from bnfreeze.verification.values import Scalar
 
-__all__ = ["sentence", "tally", "told", "what_changed"]
+__all__ = ["message_of", "sentence", "tally", "what_changed"]
 
 
-def told(drifts: Sequence[Drift]) -> str:
-    """The first change in full, one of values if there is any, and how many more of which kind."""
+def message_of(drifts: Sequence[Drift]) -> str:
+    """The first change in full, of values if there is one, and how many more of which kind."""
     first = next((drift for drift in drifts if drift.kind == "value"), drifts[0])
     others = [drift for drift in drifts if drift is not first]
     lines = [sentence(first), f"{first.cause} {first.remedy}".strip()]
     if others:
         lines.append(f"And {len(others)} more: {tally(others)}.")
-    return escaped_lines(lines)
-
-
-def escaped_lines(lines: Sequence[str]) -> str:
-    """The lines that say anything, without control characters."""
     return "\n".join(escaped(line) for line in lines if line)
 
 
@@ -42,12 +37,15 @@ def sentence(drift: Drift) -> str:
         "value": "drifted",
         "added": "was added",
         "removed": "was removed",
-        "aliasing": "shares its storage otherwise",
+        "aliasing": "shares its memory differently",
         "replaced": "was replaced",
         "thawed": "was thawed",
-        "requires-grad": "has another requires_grad",
-        "optimizer": "left the optimizer" if drift.before else "was put into the optimizer",
-        "grad": "has a .grad left",
+        "mode": "went into train mode",
+        "requires-grad": "has a different requires_grad",
+        "optimizer": "was taken out of the optimizer"
+        if drift.before
+        else "was put into the optimizer",
+        "grad": "has a .grad",
         "unverified": "could not be verified",
     }.get(drift.kind, f"changed its {drift.kind}")
     what = what_changed(drift)
@@ -59,7 +57,7 @@ def what_changed(drift: Drift) -> str:
     if drift.kind == "value":
         return _elements(drift)
     if drift.kind == "aliasing":
-        return f"with {drift.after or 'no other'}, before with {drift.before or 'no other'}"
+        return f"now with {drift.after or 'no other'}, before with {drift.before or 'no other'}"
     if drift.kind == "unverified":
         return str(drift.after or "")
     if drift.kind in ("optimizer", "grad", "removed"):
@@ -71,7 +69,7 @@ def what_changed(drift: Drift) -> str:
 
 def _elements(drift: Drift) -> str:
     if drift.changed is None:
-        return "its SHA-256 is another" if drift.before is None else f"{drift.before}"
+        return "its SHA-256 differs" if drift.before is None else f"{drift.before}"
     before, after = _pair(drift.before, drift.after)
     index = ", ".join(map(str, drift.first_index or ()))
     verb = "differs" if drift.changed == 1 else "differ"
@@ -83,7 +81,7 @@ def _elements(drift: Drift) -> str:
 
 
 def _pair(before: Scalar | None, after: Scalar | None) -> tuple[str, str]:
-    """Both values, with as few digits as tell them apart."""
+    """Both values, with just enough digits to show the difference."""
     if isinstance(before, float) and isinstance(after, float):
         for digits in (3, 6, 9):
             short = f"{before:.{digits}g}", f"{after:.{digits}g}"

@@ -1,35 +1,29 @@
-"""A model's facts and values at one instant, read from the live model."""
+"""A model, or a checkpoint, at one instant: facts and values. Needs no torch."""
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from bnfreeze.checkpoints.stored_tensor import StoredTensor
+from bnfreeze.verification.facts import Facts
 
-from bnfreeze.errors import PolicyError
-from bnfreeze.inspection.behaviour import optimizers_by_id
-from bnfreeze.norm_layers import NamedModule, is_lookalike, is_norm, named_modules
-from bnfreeze.patterns import Pattern, nearest
-from bnfreeze.policies.record import frozen_names, policy_name, record_of
-from bnfreeze.verification import bits
-from bnfreeze.verification.facts import LISTED, Facts, OwnerFacts, TensorFacts
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
 
-__all__ = ["Identity", "State", "read_state"]
+__all__ = ["Identity", "State"]
 
 
 class Identity(NamedTuple):
-    """Which object stood under a name, and its memory: known only in the process that saw it.
+    """Which object had a name, and its memory: known only in the process that saw it.
 
     Attributes:
-        tensor: the tensor itself, and so kept alive: its id alone could be given away again, and
-            torch.utils.swap_tensors refuses a tensor that is weakly referenced.
-        pointer: where its storage lies.
+        tensor: the tensor itself. It is kept alive, because an id could be given to another
+            object, and torch.utils.swap_tensors refuses a tensor that is weakly referenced.
+        pointer: the address of its storage.
         version: how often autograd saw it written in place; None for an inference tensor.
     """
 
@@ -40,212 +34,26 @@ class Identity(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A model at one instant.
+    """A model, or a checkpoint, at one instant.
 
     Attributes:
         facts: what there is, besides values.
-        values: the bits of each readable tensor, by its first name, as `bits.read` gives them.
-        digests: their SHA-256 instead, by every name, where only these are kept.
+        values: the values of each readable tensor, by its first name.
+        digests: their SHA-256 instead, by every name, if only these are kept.
         identities: by name, which object it was; empty for a state read from a file.
         optimizers: weak references to the optimizers that were given.
-        modules: the owners themselves, by name; only while the model is at hand.
     """
 
     facts: Facts
-    values: Mapping[str, Tensor] = field(repr=False)
+    values: Mapping[str, StoredTensor] = field(repr=False)
     digests: Mapping[str, str] = field(default_factory=dict, repr=False)
     identities: Mapping[str, Identity] = field(default_factory=dict, repr=False)
     optimizers: tuple[weakref.ref[Optimizer], ...] = field(default=(), repr=False)
-    modules: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
 
     def live_optimizers(self) -> list[Optimizer]:
         """The optimizers that still exist."""
         return [one for ref in self.optimizers if (one := ref()) is not None]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy knows the values and not the objects, as one from a file does.
-        return {**self.__dict__, "identities": {}, "optimizers": (), "modules": {}}
-
-
-class _Slot(NamedTuple):
-    """A place in a module where a tensor is registered."""
-
-    name: str
-    tensor: Tensor
-    kind: str
-    owner: str
-    module: nn.Module
-
-
-def read_state(
-    model: nn.Module,
-    selection: str,
-    optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    *,
-    also: Collection[str] = (),
-    lenient: bool = False,
-) -> State:
-    """Read the state of `model`, whose values are then the model's own memory, not copies.
-
-    Args:
-        model: the model.
-        selection: ``"held"``, ``"norm"``, ``"all"``, or a pattern of dotted tensor names.
-        optimizer: the optimizer, or several.
-        also: names that are read as well, if they exist.
-        lenient: whether a selection of nothing is fine.
-
-    Raises:
-        PolicyError: there is nothing to check.
-    """
-    optimizers = _several(optimizer)
-    optimized = optimizers_by_id(optimizers) if optimizers else None
-    modules = named_modules(model)
-    slots = list(_slots(modules))
-    chosen = _chosen(modules, slots, selection)
-    if not chosen and not lenient:
-        raise PolicyError(_nothing(selection, slots))
-    tensors: dict[str, TensorFacts] = {}
-    values: dict[str, Tensor] = {}
-    identities: dict[str, Identity] = {}
-    owners: dict[str, nn.Module] = {}
-    first: dict[int, str] = {}
-    storages: dict[tuple[str, int], list[str]] = {}
-    for slot in slots:
-        if slot.name not in chosen and slot.name not in also:
-            continue
-        name, tensor = slot.name, slot.tensor
-        unreadable = bits.why_unreadable(tensor)
-        first.setdefault(id(tensor), name)
-        tensors[name] = _tensor_facts(slot, first[id(tensor)], optimized, unreadable)
-        owners[slot.owner] = slot.module
-        pointer, version = 0, None
-        if not unreadable:
-            if first[id(tensor)] == name:
-                values[name] = bits.read(tensor)
-            own = bits.shard(tensor)
-            local = tensor if own is None else own
-            pointer = local.untyped_storage().data_ptr()
-            if pointer:
-                storages.setdefault((_name(local.device), pointer), []).append(name)
-            version = None if tensor.is_inference() else tensor._version
-        identities[name] = Identity(tensor, pointer, version)
-    groups = tuple(tuple(names) for names in storages.values() if len(names) > 1)
-    noted = {name: _owner_facts(module) for name, module in owners.items()}
-    return State(
-        Facts(selection, tensors, noted, groups),
-        values,
-        identities=identities,
-        optimizers=tuple(weakref.ref(one) for one in optimizers),
-        modules=owners,
-    )
-
-
-def _several(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    if optimizer is None:
-        return []
-    several = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-    optimizers_by_id(several)  # what is no optimizer is refused
-    return several
-
-
-def _slots(modules: Iterable[NamedModule]) -> Iterator[_Slot]:
-    """Every tensor of the model under each of its names, wrappers' segments left out."""
-    seen: dict[str, int] = {}
-    for entry in modules:
-        module = entry.module
-        found = list(_own(module))
-        for plain in entry.plain_names if found else ():
-            for key, tensor, kind in found:
-                name = f"{plain}.{key}" if plain else key
-                # A wrapper's own tensor may have the very name of one inside it.
-                if seen.setdefault(name, id(tensor)) != id(tensor):
-                    name = f"{entry.name}.{key}" if entry.name else key
-                yield _Slot(name, tensor, kind, plain, module)
-
-
-def _own(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
-    for key, parameter in module._parameters.items():
-        if parameter is not None:
-            yield key, parameter, "parameter"
-    for key, buffer in module._buffers.items():
-        if buffer is not None:
-            passing = key in module._non_persistent_buffers_set
-            yield key, buffer, "non-persistent buffer" if passing else "buffer"
-    for key, value in module.__dict__.items():
-        if isinstance(value, Tensor):
-            yield key, value, "attribute"
-
-
-def _chosen(modules: Iterable[NamedModule], slots: Iterable[_Slot], selection: str) -> set[str]:
-    if selection == LISTED:
-        return set()  # they are named by themselves
-    if selection == "all":
-        return {slot.name for slot in slots}
-    if selection == "norm":
-        return {slot.name for slot in slots if is_norm(slot.module)}
-    if selection == "held":
-        # By identity, so that the other names of a held tensor belong to it.
-        held = [getattr(entry.module, k) for entry in modules for k in frozen_names(entry.module)]
-        ids = set(map(id, held))
-        return {slot.name for slot in slots if id(slot.tensor) in ids}
-    pattern = Pattern.parse(selection)
-    return {slot.name for slot in slots if pattern.matches(slot.name)}
-
-
-def _nothing(selection: str, slots: Iterable[_Slot]) -> str:
-    if selection == "held":
-        return (
-            "Nothing in the model is held, so there is nothing to check. Use freeze(model) first, "
-            "or say what to check: tensors='norm', 'all', or a pattern of tensor names."
-        )
-    if selection == "norm":
-        return "The model has no norm layer, so there is nothing to check. Use tensors='all'."
-    if selection == "all":
-        return "The model has no tensor, so there is nothing to check."
-    near = nearest(selection, ["held", "norm", "all", *(slot.name for slot in slots)])
-    hint = " Did you mean " + " or ".join(map(repr, near)) + "?" if near else ""
-    return f"Pattern {selection!r} matches no tensor of the model.{hint}"
-
-
-def _tensor_facts(
-    slot: _Slot, first: str, optimized: Mapping[int, str] | None, unreadable: str
-) -> TensorFacts:
-    tensor: Any = slot.tensor
-    placement = ""
-    if bits.shard(tensor) is not None:
-        shards = ", ".join(map(str, tensor.placements))
-        placement = f"{shards} over {tuple(tensor.device_mesh.shape)}"
-    return TensorFacts(
-        kind=slot.kind,
-        dtype=_name(tensor.dtype),
-        shape=() if unreadable.startswith("it has not seen") else tuple(tensor.shape),
-        device=_name(tensor.device),
-        requires_grad=tensor.requires_grad,
-        has_grad=tensor.is_leaf and tensor.grad is not None,
-        optimized=None if optimized is None else id(tensor) in optimized,
-        owner=slot.owner,
-        first=first,
-        placement=placement,
-        unreadable=unreadable,
-    )
-
-
-@functools.cache
-def _name(what: torch.dtype | torch.device) -> str:
-    return str(what).removeprefix("torch.")
-
-
-def _owner_facts(module: nn.Module) -> OwnerFacts:
-    record = record_of(module)
-    free = not is_norm(module) or (
-        not record.policy.forces_eval if record else is_lookalike(module)
-    )
-    # fully_shard gives a module a class made on the spot, derived from its own.
-    kind = type(module)
-    if any(base.__name__ == "FSDPModule" for base in kind.__bases__):
-        kind = kind.__bases__[-1]
-    return OwnerFacts(
-        kind=f"{kind.__module__}.{kind.__qualname__}",
-        policy=policy_name(module),
-        mode="" if free else "train" if module.training else "eval",
-    )
+        # A copy has the values and not the objects, like a state from a file.
+        return {**self.__dict__, "identities": {}, "optimizers": ()}

@@ -1,70 +1,51 @@
-"""A checkpoint as one side of a comparison: snapped into a file, or held against one."""
+"""A checkpoint as one side of a comparison. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-from torch import Tensor
 
 from bnfreeze.checkpoints import StoredTensor
 from bnfreeze.checkpoints.stored_tensor import check_claims
 from bnfreeze.errors import CheckpointError, PolicyError
-from bnfreeze.inspection.in_memory import in_memory
 from bnfreeze.patterns import Pattern
-from bnfreeze.verification import bits
+from bnfreeze.verification import values
+from bnfreeze.verification.causes import explained
 from bnfreeze.verification.compare import DIGESTED, compare
 from bnfreeze.verification.drift import Drift
+from bnfreeze.verification.drift_report import DriftReport
 from bnfreeze.verification.facts import LISTED, Facts, OwnerFacts, TensorFacts
-from bnfreeze.verification.report import DriftReport
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.state import State
 
-__all__ = ["snapshot_of", "verify_stored"]
+__all__ = ["snapshot_of", "state_of", "verify_stored"]
 
 _UNSAVED = frozenset({"non-persistent buffer", "attribute"})
-_MOVED = (
-    "When and why cannot be told from two files.",
-    "bnfreeze.guard(model) in the training run names the step, and the line with trace=True.",
-)
-_CAUSES = {
-    "dtype": (
-        "The checkpoint was saved in another dtype, as after model.half().",
-        "Compare with the checkpoint before it was converted.",
-    ),
-    "shape": (
-        "A layer of another size: the checkpoint is of another model.",
-        "Compare checkpoints of one model.",
-    ),
-    "removed": (
-        "The checkpoint has no tensor of this name.",
-        "Compare checkpoints of one model, saved alike.",
-    ),
-    "unverified": (
-        "What cannot be read is not counted as unchanged.",
-        "Leave it out with --select, or hold the live model against the snapshot.",
-    ),
-}
-_STRANGER = (
-    "None of the {} names is in the checkpoint: it is of another model, or its names begin "
-    "otherwise.",
-    "Compare checkpoints of one model; where the file has several state_dicts, name one with "
-    "--key.",
-)
+# A checkpoint does not say what is a parameter, what requires grad or what class a layer has.
+_UNKNOWN = TensorFacts("", "", (), "cpu", None, False, None, "", "")
+
+
+def state_of(tensors: Mapping[str, StoredTensor]) -> State:
+    """What a checkpoint shows: names, dtypes, shapes, and the values, read when they are needed.
+
+    Raises:
+        UnsafeCheckpointError: the tensors claim far more bytes than the file has.
+    """
+    check_claims(tensors.values())
+    facts = {name: _facts(name, tensor, _UNKNOWN) for name, tensor in tensors.items()}
+    owners = {fact.owner: OwnerFacts("", "", "") for fact in facts.values()}
+    return State(Facts(LISTED, facts, owners, ()), _readable(tensors))
 
 
 def snapshot_of(
     tensors: Mapping[str, StoredTensor], *, everything: bool = False, digest: bool = False
 ) -> Snapshot:
-    """Make a snapshot of what a checkpoint holds.
-
-    A checkpoint does not say what is a parameter, what requires grad or what class a layer has,
-    and so the snapshot does not either: names, dtypes, shapes and bits are compared with it.
+    """Make a snapshot of a checkpoint: of names, dtypes, shapes and bits.
 
     Args:
         tensors: the checkpoint's, by name.
-        everything: all of them, and not those of norm layers alone.
-        digest: keep SHA-256 digests and not a copy.
+        everything: all of them, instead of those of norm layers only.
+        digest: keep SHA-256 digests instead of a copy.
 
     Raises:
         PolicyError: there is nothing to take.
@@ -78,31 +59,36 @@ def snapshot_of(
         raise PolicyError(
             "It holds no norm layer, so there is nothing to take; --all takes every tensor."
         )
-    check_claims(chosen.values())
-    facts = {name: _facts(name, tensor, _UNKNOWN) for name, tensor in chosen.items()}
-    owners = {fact.owner: OwnerFacts("", "", "") for fact in facts.values()}
-    values = _Values(chosen)
-    digests = {name: bits.digest(name, value) for name, value in values.items()} if digest else {}
-    state = State(Facts(LISTED, facts, owners, ()), {} if digest else dict(values), digests)
-    return Snapshot(state)
+    state = state_of(chosen)
+    kept: dict[str, StoredTensor] = {}
+    digests: dict[str, str] = {}
+    for name, tensor in state.values.items():
+        try:
+            if digest:
+                digests[name] = values.digest(name, tensor)
+            else:
+                kept[name] = values.KeptTensor(tensor.dtype, tensor.shape, tensor.words())
+        except CheckpointError as error:
+            raise type(error)(f"{name}: {error}") from None
+    return Snapshot(replace(state, values=kept, digests=digests))
 
 
 def verify_stored(
     tensors: Mapping[str, StoredTensor], snapshot: Snapshot, *, select: Sequence[str] = ()
 ) -> DriftReport:
-    """Compare what a checkpoint holds with a snapshot: names, dtypes, shapes, bits.
+    """Compare a checkpoint with a snapshot: names, dtypes, shapes, bits.
 
     Args:
-        tensors: the checkpoint's, by name. More than the snapshot has are no drift.
+        tensors: the checkpoint's, by name. Tensors that the snapshot lacks are not a drift.
         snapshot: of a live model, or of another checkpoint.
         select: patterns of module names; none means all that the snapshot has.
 
     Returns:
-        A `DriftReport`. What the snapshot noted and no checkpoint can hold, such as a
+        A `DriftReport`. What the snapshot has and no checkpoint can have, such as a
         non-persistent buffer, is ``unverified``.
 
     Raises:
-        PolicyError: a pattern that is malformed, or the snapshot has nothing that any matches.
+        PolicyError: a pattern is malformed, or the snapshot has nothing that any matches.
         CheckpointError: a tensor cannot be read.
     """
     before = snapshot.state
@@ -115,31 +101,26 @@ def verify_stored(
     if not noted:
         raise PolicyError(f"The snapshot has nothing in {' or '.join(select)}.")
     unsaved = [name for name, facts in noted.items() if facts.kind in _UNSAVED]
-    # A file may untie what was tied, or leave all names but one out: each is compared by itself.
+    # A file may untie what was tied, or have only one of the names: each is compared alone.
     kept = {name: noted[name]._replace(first=name) for name in noted if name not in unsaved}
-    values = {name: before.values[noted[name].first] for name in kept if _has_values(name, before)}
-    old = replace(before, facts=replace(before.facts, tensors=kept), values=values, identities={})
+    was = {
+        name: before.values[first] for name in kept if (first := noted[name].first) in before.values
+    }
+    old = replace(before, facts=replace(before.facts, tensors=kept), values=was, identities={})
     found = {name: tensors[name] for name in kept if name in tensors}
     check_claims(found.values())
     facts = {name: _facts(name, tensor, kept[name]) for name, tensor in found.items()}
-    # What a file cannot show is taken to be as it was.
-    after = State(replace(before.facts, tensors=facts), _Values(found))
+    # What a file cannot show is taken to be as it was; of its layers nothing is known now.
+    owners = {fact.owner: OwnerFacts("", "", "") for fact in facts.values()}
+    after = State(replace(before.facts, tensors=facts, owners=owners), _readable(found))
     report = compare(old, after, gathered=True)
-    drifts = list(report.drifts)
-    for name in unsaved:
-        drifts.append(Drift(name, "unverified", after=f"a checkpoint holds no {noted[name].kind}"))
-    causes = _CAUSES
-    if kept and not found:
-        causes = {**_CAUSES, "removed": (_STRANGER[0].format(len(kept)), _STRANGER[1])}
-    told = []
-    for drift in drifts:
-        cause, remedy = causes.get(drift.kind, _MOVED)
-        told.append(replace(drift, cause=cause, remedy=remedy))
+    missing = [
+        Drift(name, "unverified", after=f"a checkpoint has no {noted[name].kind}")
+        for name in unsaved
+    ]
     # The other notes are about a live model.
-    return replace(report, drifts=tuple(told), notes=(DIGESTED,) if before.digests else ())
-
-
-_UNKNOWN = TensorFacts("", "", (), "cpu", None, False, None, "", "")
+    notes = (DIGESTED,) if before.digests else ()
+    return replace(report, drifts=report.drifts + explained(missing, old, after), notes=notes)
 
 
 def _facts(name: str, tensor: StoredTensor, noted: TensorFacts) -> TensorFacts:
@@ -148,7 +129,7 @@ def _facts(name: str, tensor: StoredTensor, noted: TensorFacts) -> TensorFacts:
         shape=tensor.shape,
         owner=_split(name)[0],
         first=name,
-        placement="",  # a checkpoint holds it whole
+        placement="",  # a checkpoint has the whole tensor
         unreadable=tensor.why,
     )
 
@@ -157,24 +138,5 @@ def _split(name: str) -> tuple[str, str, str]:
     return name.rpartition(".")
 
 
-def _has_values(name: str, state: State) -> bool:
-    return state.facts.tensors[name].first in state.values
-
-
-class _Values(Mapping[str, Tensor]):
-    """The values of stored tensors, each read when it is asked for."""
-
-    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
-        self._tensors = {name: tensor for name, tensor in tensors.items() if tensor.has_values}
-
-    def __getitem__(self, name: str) -> Tensor:
-        try:
-            return in_memory(self._tensors[name])
-        except CheckpointError as error:
-            raise type(error)(f"{name}: {error}") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+def _readable(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor.has_values}

@@ -1,9 +1,9 @@
-"""The operation that writes to a held tensor, caught in the act.
+"""The operation that writes to a frozen tensor, stopped when it happens.
 
-Every operation that torch dispatches passes a `TorchDispatchMode`. Which arguments it writes to,
-its schema says, but not always: batch norm's kernels write to the running statistics in silence,
-and so may anybody's own. So no schema is asked. Whatever operation has held memory among its
-arguments, the held tensors there are compared before and after it.
+Every operation that torch dispatches passes a `TorchDispatchMode`. The schema of an operation says
+which arguments it writes to, but not always: batch norm's kernels write to the running statistics
+without saying so, and so may a user's own kernel. So the schema is not used. Whenever frozen
+memory is among the arguments, the frozen tensors in it are compared before and after.
 """
 
 from __future__ import annotations
@@ -19,34 +19,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnfreeze.verification import bits
-from bnfreeze.verification.causes import TRACE
+from bnfreeze.inspection.in_memory import TensorInMemory, read_tensor, shard_of, why_unreadable
+from bnfreeze.torch_private import TorchDispatchMode
 from bnfreeze.verification.drift import Drift
-from bnfreeze.verification.report import DriftError, DriftReport
+from bnfreeze.verification.drift_report import DriftError, DriftReport
+from bnfreeze.verification.on_device import unequal_tensors
+from bnfreeze.verification.reasons import TRACE
 from bnfreeze.verification.state import State
 
 __all__ = ["Tracer", "user_line"]
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises a `DriftError` at the operation that changes a bit of a held tensor.
+    """Raises a `DriftError` at the operation that changes a bit of a frozen tensor.
 
     A write that leaves every bit as it was, such as DistributedDataParallel's broadcast of
-    buffers that are equal already, is none.
+    buffers that are equal already, is not a drift.
     """
 
     def __init__(self, before: State, look: Callable[[], DriftReport]) -> None:
         """Watch the tensors of `before`; `look` compares the model with it in full."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.paused = False
-        # What it raised: some callers, such as load_state_dict, catch all and raise their own.
+        # What it raised: some callers, load_state_dict among them, raise their own instead.
         self.error: DriftError | None = None
         self._before, self._look = before, look
-        # By the address of the memory, the first names of the held tensors that lie there.
+        # By the address of the memory, the first names of the frozen tensors there.
         self._names: dict[int, list[str]] = {}
-        for name in before.values:
+        self._values = {
+            name: value.tensor
+            for name, value in before.values.items()
+            if isinstance(value, TensorInMemory)
+        }
+        for name in self._values:
             pointer = before.identities[name].pointer
             if pointer:
                 self._names.setdefault(pointer, []).append(name)
@@ -74,12 +80,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _differs(self, name: str) -> bool:
         tensor = self._before.identities[name].tensor
-        if bits.why_unreadable(tensor):
+        if why_unreadable(tensor):
             return False  # the full comparison will say so
-        old, new = self._before.values[name], bits.read(tensor)
+        old, new = self._values[name], read_tensor(tensor)
         if (old.dtype, old.shape, old.device) != (new.dtype, new.shape, new.device):
             return True
-        return bool(bits.unequal([(old, new)]))
+        return bool(unequal_tensors([(old, new)]))
 
     def _stop(self, names: Collection[str], operation: str | None, when: str) -> None:
         """Raise what the comparison finds in these tensors, with the operation and the line."""
@@ -97,16 +103,20 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _caught(drift: Drift, operation: str | None, when: str, line: str | None) -> Drift:
-    """The drift with the operation and the line, which tell more than the states could."""
-    cause, remedy = drift.cause, drift.remedy
+    """The drift with the operation and the line, which show more than the two states do."""
+    code, cause, remedy = drift.cause_code, drift.cause, drift.remedy
     if operation is None:
+        code = "undispatched"
         cause = (
             f"It was written {when}, by something that torch does not dispatch: an assignment to "
             f".data, numpy, a raw pointer, compiled code."
         )
     elif remedy == TRACE:
-        cause, remedy = f"{operation} wrote to it.", "Leave what is held out, or freeze later."
-    return replace(drift, operation=operation, where=line, cause=cause, remedy=remedy)
+        code, cause = "operation", f"{operation} wrote to it."
+        remedy = "Leave frozen tensors out of it, or freeze later."
+    return replace(
+        drift, operation=operation, where=line, cause_code=code, cause=cause, remedy=remedy
+    )
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -120,9 +130,9 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def _pointer(tensor: Tensor) -> int:
-    own = bits.shard(tensor)
+    own = shard_of(tensor)
     tensor = tensor if own is None else own
-    return 0 if bits.why_unreadable(tensor) else tensor.untyped_storage().data_ptr()
+    return 0 if why_unreadable(tensor) else tensor.untyped_storage().data_ptr()
 
 
 # Where a call comes from ------------------------------------------------------------------------
@@ -135,10 +145,10 @@ _LIBRARIES = tuple(
 
 
 def user_line() -> str | None:
-    """File and line of the innermost call that stands in the user's own code.
+    """File and line of the innermost call in the user's own code.
 
-    That is neither in torch, in bnfreeze, in an installed package nor in Python's library; where
-    all of it is, the innermost outside of torch and bnfreeze. None on a thread of torch's own.
+    That is code outside of torch, bnfreeze, installed packages and Python's library; if there is
+    none, the innermost outside of torch and bnfreeze. None on a thread of torch's own.
     """
     frames = list(_frames(sys._getframe()))
     for frame in frames:

@@ -1,1 +1,1 @@
-"""Frozen models where people take their models; each test is a cell of docs/ecosystem.md."""
+"""Frozen models in the trainers, compilers, exporters and model libraries that people use."""

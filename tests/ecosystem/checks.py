@@ -1,7 +1,8 @@
-"""What a frozen model owes wherever it is taken, whoever it is that trains it."""
+"""What a frozen model must do in every training loop."""
 
 import contextlib
 
+import pytest
 import torch
 
 import bnfreeze
@@ -9,22 +10,29 @@ from bnfreeze import Policy, freeze, unfreeze
 from tests.helpers import moved, state, statistics
 
 __all__ = [
+    "POLICIES",
     "assert_frozen_as",
+    "by_policy",
     "freeze_by",
     "keeps_its_promise",
     "resumed_in_a_new_model",
     "train",
 ]
 
+# The three ways in which a layer is changed: another forward that still uses the batch; a forward
+# with the running statistics; and a new class of layer, with blocks that fuse what follows it.
+POLICIES = ("stats", "eval+affine", "fused-act")
+by_policy = pytest.mark.parametrize("policy", POLICIES)
+
 
 def freeze_by(model, policy, head="fc", **options):
-    """Freeze by a policy of the table; with ``weights``, all but the head."""
+    """Freeze by a policy; one with ``weights`` does not apply to the head."""
     rules = {"**": policy, head: "none"} if "weights" in policy else policy
     return freeze(model, rules, **options)
 
 
 def assert_frozen_as(model, policy):
-    """Each norm layer says that it is frozen by this policy, and does what that one promises."""
+    """Each norm layer reports this policy, and will behave as the policy says."""
     flags = Policy.parse(policy)
     layers = bnfreeze.inspect(model).layers
     assert layers
@@ -37,14 +45,14 @@ def assert_frozen_as(model, policy):
 
 @contextlib.contextmanager
 def keeps_its_promise(model, policy, head="fc", apart=(), process_group=None):
-    """What is held must not move within, in a bit; and all that is not held must.
+    """Within the block every frozen tensor must keep its bits, and every other one must change.
 
     Args:
-        model: the frozen model itself, not what wraps it.
-        policy: the one of `freeze_by`; ``"none"`` for a model that is not frozen.
-        head: the name of what trains, whatever is frozen.
-        apart: the last part of names that are no parameters, and of which nothing is promised.
-        process_group: of the ranks that must agree.
+        model: the frozen model itself, not a wrapper around it.
+        policy: the one that was given to `freeze_by`; ``"none"`` for a model that is not frozen.
+        head: the name of the part that trains under every policy.
+        apart: last parts of the names of buffers that are not checked.
+        process_group: the ranks that must agree.
     """
     flags = Policy.parse(policy)
     norms = {layer.name for layer in bnfreeze.inspect(model).layers}
@@ -54,20 +62,20 @@ def keeps_its_promise(model, policy, head="fc", apart=(), process_group=None):
         report = bnfreeze.verify(model, snapshot, process_group=process_group)
         assert report.ok, str(report)
     of_norms = {name for name in before if name.startswith(tuple(f"{norm}." for norm in norms))}
-    held = set()
-    held |= statistics(of_norms) if flags.freezes_statistics else set()
-    held |= of_norms - statistics(of_norms) if flags.freezes_affine else set()
+    frozen = set()
+    frozen |= statistics(of_norms) if flags.freezes_statistics else set()
+    frozen |= of_norms - statistics(of_norms) if flags.freezes_affine else set()
     if Policy.WEIGHTS in flags:
-        held |= {name for name in before if not name.startswith(f"{head}.")}
-    others = {name for name in before if name.rpartition(".")[2] in apart}
-    assert moved(before, model) - others == set(before) - held - others
+        frozen |= {name for name in before if not name.startswith(f"{head}.")}
+    unchecked = {name for name in before if name.rpartition(".")[2] in apart}
+    assert moved(before, model) - unchecked == set(before) - frozen - unchecked
 
 
 @contextlib.contextmanager
 def resumed_in_a_new_model(model, policy):
-    """A new model, thawed and of other values, to which what `model` holds must come back within.
+    """Give a new model with other values; within the block it must get those of ``model``.
 
-    On leaving it must be frozen by the policy once more.
+    At the end of the block it must be frozen by the policy.
     """
     fresh = type(model)()
     freeze_by(fresh, policy)
@@ -79,8 +87,8 @@ def resumed_in_a_new_model(model, policy):
     assert_frozen_as(fresh, policy)
 
 
-def train(model, images, steps=3, forward=None):
-    """Steps as people take them, with an optimizer that has weight decay."""
+def train(model, images, steps=2, forward=None):
+    """Take training steps, with an optimizer that has weight decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.1)
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""The model that is taken everywhere: as small as a residual network can be."""
+"""The model of these tests: as small as a residual network can be."""
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ class SmallResNet(nn.Module):
 
 
 def prepared(seed=0):
-    """A SmallResNet with statistics, weights and biases that are not those of a new layer."""
+    """Return a SmallResNet whose statistics, weights and biases are not those of a new layer."""
     torch.manual_seed(seed)
     model = SmallResNet()
     with torch.no_grad():

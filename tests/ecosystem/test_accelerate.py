@@ -10,23 +10,21 @@ from accelerate.state import AcceleratorState
 import bnfreeze
 from tests.helpers import moved, state
 
-from .cells import cell
-from .checks import assert_frozen_as, freeze_by, keeps_its_promise
+from .checks import assert_frozen_as, by_policy, freeze_by, keeps_its_promise
 
-PACKAGES = ("accelerate",)
 pytestmark = pytest.mark.filterwarnings("ignore", "error::bnfreeze.BnfreezeWarning")
 
 
 @pytest.fixture(autouse=True)
 def afresh():
-    """Accelerate keeps what the first Accelerator of a process was told."""
+    """Accelerate keeps the settings of the first Accelerator of a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def train(accelerator, model, loader):
-    """A loop as Accelerate's guide has it, with a guard around it."""
+    """The loop of Accelerate's guide, inside a guard."""
     training = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(training, lr=0.01, weight_decay=0.1)
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -42,7 +40,7 @@ def train(accelerator, model, loader):
     return watch.step
 
 
-@cell("`accelerator.prepare`, `mixed_precision={precision!r}`")
+@by_policy
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_prepared_model_keeps_the_promise(model, policy, precision, loader):
     freeze_by(model, policy)
@@ -52,7 +50,7 @@ def test_a_prepared_model_keeps_the_promise(model, policy, precision, loader):
     assert_frozen_as(model, policy)
 
 
-@cell("`accelerator.accumulate`, two batches a step")
+@by_policy
 def test_only_real_steps_are_counted(model, policy, loader):
     freeze_by(model, policy)
     with keeps_its_promise(model, policy):
@@ -60,7 +58,7 @@ def test_only_real_steps_are_counted(model, policy, loader):
     assert_frozen_as(model, policy)
 
 
-@cell("`save_state` and `load_state`")
+@by_policy
 def test_a_saved_state_is_loaded_into_a_new_frozen_model(model, policy, loader, tmp_path):
     freeze_by(model, policy)
     accelerator = Accelerator(cpu=True)

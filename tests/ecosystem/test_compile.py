@@ -1,4 +1,4 @@
-"""torch.compile."""
+"""torch.compile and CUDA graphs."""
 
 import copy
 import os
@@ -14,13 +14,12 @@ from torchvision.models.resnet import BasicBlock
 
 from bnfreeze import unfreeze
 
-from .cells import cell
-from .checks import assert_frozen_as, freeze_by, keeps_its_promise, train
+from .checks import assert_frozen_as, by_policy, freeze_by, keeps_its_promise, train
 
 
 @pytest.fixture(autouse=True)
 def forgotten():
-    """What one test has compiled is no business of the next."""
+    """Forget what other tests compiled."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -37,8 +36,8 @@ def outputs_and_gradients(model, images):
     return [out, images.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-@cell("training, `fullgraph=True`")
-def test_it_computes_and_trains_as_uncompiled(model, images, policy):
+@by_policy
+def test_compiled_training_computes_the_same(model, images, policy):
     freeze_by(model, policy)
     plain = copy.deepcopy(model)
     compiled = whole(model)
@@ -51,8 +50,8 @@ def test_it_computes_and_trains_as_uncompiled(model, images, policy):
     assert_frozen_as(compiled, policy)
 
 
-@cell("evaluation, `fullgraph=True`")
-def test_in_evaluation_it_computes_as_uncompiled(model, images, policy):
+@by_policy
+def test_compiled_evaluation_computes_the_same(model, images, policy):
     freeze_by(model, policy)
     expected = model.eval()(images)
     with torch.no_grad():
@@ -61,13 +60,16 @@ def test_in_evaluation_it_computes_as_uncompiled(model, images, policy):
 
 
 def cannot_compile():
-    """Whether inductor lacks a C++ compiler, or Python's headers."""
+    """Whether a C++ compiler or Python's headers are missing, which inductor needs."""
     compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
     return not compiler or not Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 @pytest.mark.skipif(cannot_compile(), reason="needs a C++ compiler and Python's headers")
-@cell("training, inductor")
+@pytest.mark.parametrize(
+    "policy",
+    ["fused-act", *(pytest.param(one, marks=pytest.mark.slow) for one in ("stats", "eval+affine"))],
+)
 def test_inductor_compiles_it(images, policy):
     model = nn.Sequential(BasicBlock(3, 3), nn.Flatten(), nn.Linear(3 * 16 * 16, 2))
     model(images)
@@ -76,8 +78,8 @@ def test_inductor_compiles_it(images, policy):
         train(whole(model, "inductor"), images)
 
 
-@cell("frozen after compiling, and thawed again")
-def test_freezing_what_is_compiled_takes_effect(model, images, policy):
+@by_policy
+def test_freezing_and_unfreezing_a_compiled_model_take_effect(model, images, policy):
     live = copy.deepcopy(model)
     compiled = whole(model)
     with keeps_its_promise(live, "none"), keeps_its_promise(model, "none"):
@@ -92,10 +94,10 @@ def test_freezing_what_is_compiled_takes_effect(model, images, policy):
         train(compiled, images)
 
 
-@cell("compiled block by block, `model.compile()`")
-# torch hides this one, but for whom warnings are errors.
+@by_policy
+# A warning of torch.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_parts_that_are_compiled_in_place(model, images, policy):
+def test_blocks_that_are_compiled_in_place(model, images, policy):
     model.layer1.compile(fullgraph=True, backend="aot_eager")
     freeze_by(model, policy)
     model.layer2.compile(fullgraph=True, backend="aot_eager")
@@ -104,8 +106,9 @@ def test_parts_that_are_compiled_in_place(model, images, policy):
     assert_frozen_as(model, policy)
 
 
-@cell('CUDA graphs, `mode="reduce-overhead"`', pytest.mark.gpu)
-def test_cuda_graphs_by_the_compiler(model, images, policy):
+@pytest.mark.gpu
+@by_policy
+def test_cuda_graphs_of_torch_compile(model, images, policy):
     model, images = model.cuda(), images.cuda()
     freeze_by(model, policy)
     compiled = torch.compile(model, mode="reduce-overhead")
@@ -113,7 +116,8 @@ def test_cuda_graphs_by_the_compiler(model, images, policy):
         train(compiled, images, steps=5)
 
 
-@cell("CUDA graphs, `torch.cuda.graph`", pytest.mark.gpu)
+@pytest.mark.gpu
+@by_policy
 def test_cuda_graphs_by_hand(model, images, policy):
     model, images = model.cuda(), images.cuda()
     freeze_by(model, policy)

@@ -6,16 +6,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from .cells import cell
-from .checks import assert_frozen_as, freeze_by, keeps_its_promise, train
+from tests.helpers import statistics
 
-PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+from .checks import POLICIES, assert_frozen_as, by_policy, freeze_by, keeps_its_promise, train
 
 BATCH = torch.export.Dim.DYNAMIC
 
 
 def run(file, images):
-    """What onnxruntime computes."""
+    """Compute with onnxruntime."""
     runtime = pytest.importorskip("onnxruntime")
     session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (name,) = (one.name for one in session.get_inputs())
@@ -23,7 +22,7 @@ def run(file, images):
     return torch.from_numpy(out)
 
 
-@cell("`torch.export.export`, {how}, evaluation")
+@by_policy
 @pytest.mark.parametrize("how", ["strict", "not strict"])
 def test_it_exports_in_evaluation(model, images, policy, how):
     freeze_by(model, policy)
@@ -40,22 +39,21 @@ def test_it_exports_in_evaluation(model, images, policy, how):
     assert_frozen_as(model, policy)
 
 
-@cell("`torch.export.export`, {how}, train mode")
+@pytest.mark.parametrize("policy", [*POLICIES, "affine"])
 @pytest.mark.parametrize("how", ["strict", "not strict"])
-def test_what_is_exported_in_train_mode_holds_the_same(model, images, policy, how):
+def test_it_exports_in_train_mode(model, images, policy, how):
     freeze_by(model, policy)
     expected = copy.deepcopy(model).train()(images)
     exported = torch.export.export(model.train(), (images,), strict=how == "strict").module()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert_close(exported(images), expected)
-    after = exported.state_dict()  # without what the graph makes no use of
+    after = exported.state_dict()  # only what the graph uses
     moved = {name for name in after if not torch.equal(before[name], after[name])}
-    counts = {name for name in before if "running" in name or "num_batches" in name}
-    assert moved == (counts if policy == "affine" else set())
+    assert moved == (statistics(before) if policy == "affine" else set())
     assert_frozen_as(model, policy)
 
 
-@cell("`torch.onnx.export`, {exporter}")
+@by_policy
 @pytest.mark.parametrize("exporter", ["`dynamo=True`", "`dynamo=False`"])
 def test_it_exports_to_onnx(model, images, policy, exporter, tmp_path):
     pytest.importorskip("onnx")
@@ -63,7 +61,7 @@ def test_it_exports_to_onnx(model, images, policy, exporter, tmp_path):
     freeze_by(model, policy)
     with torch.no_grad():
         expected = model.eval()(images)
-    model.train()  # as it is in the midst of training
+    model.train()
     file = str(tmp_path / "model.onnx")
     torch.onnx.export(model.eval(), (images,), file, dynamo="True" in exporter)
     assert_close(run(file, images), expected, rtol=1e-4, atol=1e-4)

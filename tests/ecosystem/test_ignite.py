@@ -10,21 +10,19 @@ from ignite.metrics import Accuracy
 
 import bnfreeze
 
-from .cells import cell
-from .checks import assert_frozen_as, freeze_by, keeps_its_promise
+from .checks import assert_frozen_as, by_policy, freeze_by, keeps_its_promise
 
-PACKAGES = ("pytorch-ignite",)
 pytestmark = pytest.mark.filterwarnings("ignore", "error::bnfreeze.BnfreezeWarning")
 
 
 def engine(model):
-    """A supervised trainer, which puts the model into train mode before every step."""
+    """A supervised trainer; it calls ``model.train()`` before every step."""
     training = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(training, lr=0.01, weight_decay=0.1)
     return create_supervised_trainer(model, optimizer, torch.nn.CrossEntropyLoss()), optimizer
 
 
-@cell("`create_supervised_trainer`, with an evaluator after each epoch")
+@by_policy
 def test_a_supervised_trainer_keeps_the_promise(model, policy, loader):
     freeze_by(model, policy)
     trainer, optimizer = engine(model)
@@ -36,7 +34,7 @@ def test_a_supervised_trainer_keeps_the_promise(model, policy, loader):
     assert_frozen_as(model, policy)
 
 
-@cell("a run resumed from `Checkpoint` with a new model")
+@by_policy
 def test_a_checkpoint_is_loaded_into_a_new_frozen_model(model, policy, loader, tmp_path):
     freeze_by(model, policy)
     trainer, optimizer = engine(model)
@@ -63,7 +61,7 @@ def test_a_drift_ends_the_run(model, loader):
         model.bn1.running_mean += 1
 
     with (
-        pytest.raises(bnfreeze.DriftError, match=r"bn1.running_mean drifted at step 3"),
+        pytest.raises(bnfreeze.DriftError, match=r"bn1\.running_mean.* step 3"),
         bnfreeze.guard(model, optimizer=optimizer),
     ):
         trainer.run(loader, max_epochs=2)

@@ -26,16 +26,20 @@ import bnfreeze
 from bnfreeze import DriftError, Policy, PolicyError, unfreeze
 from bnfreeze.integrations.lightning import FreezeBatchNorm
 
-from .cells import cell
-from .checks import assert_frozen_as, freeze_by, keeps_its_promise, resumed_in_a_new_model
+from .checks import (
+    assert_frozen_as,
+    by_policy,
+    freeze_by,
+    keeps_its_promise,
+    resumed_in_a_new_model,
+)
 
-PACKAGES = ("lightning",)
-# Lightning itself warns: of few workers, of how it uses torch.
+# Lightning's own warnings: few workers, how it uses torch.
 pytestmark = pytest.mark.filterwarnings("ignore", "error::bnfreeze.BnfreezeWarning")
 
 
 class Classifier(lightning.LightningModule):
-    """As people write it; its weight decay moves whatever it can."""
+    """A usual LightningModule; weight decay moves every parameter that is not frozen."""
 
     def __init__(self, net):
         super().__init__()
@@ -60,7 +64,7 @@ class Classifier(lightning.LightningModule):
 
 @pytest.fixture
 def trainer(tmp_path):
-    """A trainer of two epochs on the CPU that writes nothing but what it is asked to."""
+    """Makes a trainer: two epochs on the CPU, and no files unless asked for."""
 
     def trainer(*callbacks, **options):
         return lightning.Trainer(
@@ -83,7 +87,7 @@ def rules(policy):
 
 
 def fitted_as_promised(model, policy, trainer, loader):
-    """The callback, not the test, freezes; what it froze must be as if it had always been so."""
+    """The callback freezes, not the test; the model must end as if frozen from the start."""
     freeze_by(model, policy)
     with keeps_its_promise(model, policy):
         unfreeze(model)
@@ -91,12 +95,12 @@ def fitted_as_promised(model, policy, trainer, loader):
     assert_frozen_as(model, policy)
 
 
-@cell("the callback `FreezeBatchNorm`")
+@by_policy
 def test_fit_keeps_the_promise(model, policy, trainer, loader):
     fitted_as_promised(model, policy, trainer(FreezeBatchNorm(rules(policy))), loader)
 
 
-@cell("the callback in `DistributedDataParallel`, frozen before it wraps")
+@by_policy
 def test_fit_freezes_before_ddp_wraps(model, policy, trainer, loader):
     wrapped = []
 
@@ -114,7 +118,7 @@ def test_fit_freezes_before_ddp_wraps(model, policy, trainer, loader):
 
 
 class Finetuning(BaseFinetuning):
-    """Freezes and thaws all but the head, as the guide to BaseFinetuning does."""
+    """Freezes and unfreezes all but the head, as Lightning's guide does."""
 
     def __init__(self, train_bn):
         super().__init__()
@@ -133,14 +137,14 @@ class Finetuning(BaseFinetuning):
             )
 
 
-@cell("the callback behind `BaseFinetuning`, `train_bn={train_bn}`")
+@by_policy
 @pytest.mark.parametrize("train_bn", [True, False])
-def test_what_finetuning_thaws_is_held_again(model, policy, train_bn, trainer, loader):
+def test_what_finetuning_unfreezes_is_frozen_again(model, policy, train_bn, trainer, loader):
     callbacks = Finetuning(train_bn), FreezeBatchNorm(rules(policy))
     if train_bn:
         fitted_as_promised(model, policy, trainer(*callbacks, max_epochs=3), loader)
     else:
-        # It leaves weight and bias out of its optimizer, held or not.
+        # It leaves weight and bias out of its optimizer, frozen or not.
         freeze_by(model, policy)
         before = bnfreeze.snapshot(model)
         unfreeze(model)
@@ -149,28 +153,25 @@ def test_what_finetuning_thaws_is_held_again(model, policy, train_bn, trainer, l
         assert {layer.policy for layer in bnfreeze.inspect(model).layers} == {policy}
 
 
-@cell(
-    "the callback behind `WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn())`"
-)
-def test_an_average_by_lerp_leaves_held_bits_alone(model, policy, trainer, loader):
+@by_policy
+def test_an_average_by_lerp_leaves_frozen_bits_alone(model, policy, trainer, loader):
     averaging = WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     one = trainer(averaging, FreezeBatchNorm(rules(policy)))
     fitted_as_promised(model, policy, one, loader)
 
 
-@cell("the callback behind `EMAWeightAveraging()`, which rounds what it averages")
-def test_an_average_that_rounds_is_a_drift(model, policy, trainer, loader, refused):
-    one = trainer(EMAWeightAveraging(decay=0.9), FreezeBatchNorm(rules(policy)))
-    with refused(DriftError, "It was written past autograd"):
+def test_an_average_that_rounds_is_a_drift(model, trainer, loader):
+    one = trainer(EMAWeightAveraging(decay=0.9), FreezeBatchNorm("eval+affine"))
+    with pytest.raises(DriftError):
         one.fit(Classifier(model), loader)
 
 
-@cell("the callback beside `StochasticWeightAveraging`")
-def test_swa_must_not_reset_what_is_held(model, policy, trainer, loader, refused):
+@by_policy
+def test_swa_must_not_reset_frozen_statistics(model, policy, trainer, loader):
     callbacks = FreezeBatchNorm(rules(policy)), StochasticWeightAveraging(0.01, swa_epoch_start=1)
     flags = Policy.parse(policy)
     if flags.freezes_statistics and not policy.startswith("fused"):
-        with refused(PolicyError, "assigns new statistics to each batch norm at its end"):
+        with pytest.raises(PolicyError, match="StochasticWeightAveraging"):
             trainer(*callbacks).fit(Classifier(model), loader)
         return
     freeze_by(model, policy)
@@ -181,8 +182,8 @@ def test_swa_must_not_reset_what_is_held(model, policy, trainer, loader, refused
     assert_frozen_as(model, policy)
 
 
-@cell("the callback in a run resumed from its checkpoint with a new model")
-def test_a_resumed_run_goes_on_as_frozen(model, policy, trainer, loader, tmp_path):
+@by_policy
+def test_a_resumed_run_stays_frozen(model, policy, trainer, loader, tmp_path):
     unfrozen = list(model.state_dict())
     saving = ModelCheckpoint(tmp_path, filename="first")
     trainer(FreezeBatchNorm(rules(policy)), saving).fit(Classifier(model), loader)
@@ -195,8 +196,8 @@ def test_a_resumed_run_goes_on_as_frozen(model, policy, trainer, loader, tmp_pat
         )
 
 
-@cell("the callback, and `test` and `predict` before and after `fit`")
-def test_nothing_is_frozen_but_for_fit(model, policy, trainer, loader):
+@by_policy
+def test_only_fit_freezes(model, policy, trainer, loader):
     module, callback = Classifier(model), FreezeBatchNorm(rules(policy))
     one = trainer(callback)
     one.test(module, loader, verbose=False)
@@ -210,10 +211,10 @@ def test_nothing_is_frozen_but_for_fit(model, policy, trainer, loader):
     assert bnfreeze.snapshot(model, tensors="all") == before
 
 
-# Fabric leaves the loop to its user.
+# Fabric: the user writes the loop.
 
 
-@cell("`Fabric.setup`, and a guard on what it gives")
+@by_policy
 def test_fabric_keeps_the_promise(model, policy, loader):
     freeze_by(model, policy)
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
@@ -239,17 +240,17 @@ def test_patterns_match_through_fabric(model):
     assert sum(row.policy == "eval" for row in report.layers) == 2
 
 
-# What goes wrong is said.
+# Errors.
 
 
-def test_a_drift_ends_the_training_at_the_step_after_which_it_is_seen(model, trainer, loader):
+def test_a_drift_ends_the_training_after_its_step(model, trainer, loader):
     class Meddle(Callback):
         def on_before_optimizer_step(self, trainer, module, optimizer):
             if trainer.global_step == 2:
                 module.net.bn1.running_mean += 1
 
     one = trainer(FreezeBatchNorm("eval"), Meddle())
-    with pytest.raises(DriftError, match=r"bn1.running_mean drifted at step 3"):
+    with pytest.raises(DriftError, match=r"bn1\.running_mean.* step 3"):
         one.fit(Classifier(model), loader)
     assert one.global_step < 4
 
@@ -263,14 +264,14 @@ def test_without_a_guard_nothing_is_watched(model, trainer, loader):
 
 
 @pytest.mark.parametrize(("every", "step"), [(1, 1), (3, 3)])
-def test_the_guards_options_are_passed_on(model, trainer, loader, every, step):
+def test_the_options_of_the_guard_are_passed_on(model, trainer, loader, every, step):
     class Meddle(Callback):
         def on_train_batch_start(self, trainer, module, *_):
             module.net.fc.bias.data.add_(1)
             module.net.bn1.running_mean += 1
 
     watching = FreezeBatchNorm("affine", every=every, tensors="**.running_mean")
-    with pytest.raises(DriftError, match=f"running_mean drifted .*step.* {step}[^0-9]"):
+    with pytest.raises(DriftError, match=f"running_mean .*step.* {step}[^0-9]"):
         trainer(watching, Meddle()).fit(Classifier(model), loader)
 
 
@@ -290,25 +291,25 @@ def test_an_error_in_training_ends_the_watch_and_is_what_is_raised(model, traine
 def test_the_other_order_is_refused_before_training(model, trainer, loader):
     before = bnfreeze.snapshot(model, tensors="all")
     for other in (Finetuning(False), BackboneFinetuning(), WeightAveraging()):
-        with pytest.raises(PolicyError, match="put FreezeBatchNorm behind it"):
+        with pytest.raises(PolicyError, match="FreezeBatchNorm"):
             trainer(FreezeBatchNorm(), other).fit(Classifier(model), loader)
     unfreeze(model)
     assert bnfreeze.snapshot(model, tensors="all") == before
 
 
 class Converts(Callback):
-    """Does what ``Trainer(sync_batchnorm=True)`` does at this moment, where there is a GPU."""
+    """Does what ``Trainer(sync_batchnorm=True)`` does at this point on a GPU."""
 
     def on_fit_start(self, trainer, module):
         module.net = nn.SyncBatchNorm.convert_sync_batchnorm(module.net)
 
 
-def test_live_layers_in_place_of_frozen_ones_are_refused_before_training(model, trainer, loader):
-    with pytest.raises(PolicyError, match=r"Of 6 frozen norm layers 0 are left.*sync_batchnorm"):
+def test_a_callback_that_replaces_frozen_layers_is_refused_before_training(model, trainer, loader):
+    with pytest.raises(PolicyError, match="sync_batchnorm"):
         trainer(Converts(), FreezeBatchNorm()).fit(Classifier(model), loader)
 
 
-def test_converting_passes_fused_layers_by(model, trainer, loader):
+def test_converting_leaves_fused_layers_alone(model, trainer, loader):
     trainer(Converts(), FreezeBatchNorm("fused")).fit(Classifier(model), loader)
     assert_frozen_as(model, "fused")
 
@@ -318,16 +319,15 @@ def test_layers_that_are_not_there_yet_are_refused(trainer, loader):
         def configure_model(self):
             self.net = nn.Sequential(nn.Flatten(), nn.Linear(768, 4), nn.BatchNorm1d(4))
 
-    with pytest.raises(PolicyError, match="has no norm layer"):
+    with pytest.raises(PolicyError, match="norm layer"):
         trainer(FreezeBatchNorm()).fit(Late(None), loader)
 
 
-def test_what_base_finetuning_does_by_itself_is_found_and_named(model, trainer, loader):
+def test_inspect_names_base_finetuning(model, trainer, loader):
     trainer(Finetuning(train_bn=False), max_epochs=1).fit(Classifier(model), loader)
     found = [one for one in bnfreeze.inspect(model).findings if one.name == "layer1.bn1"]
     assert [one.code for one in found] == ["batch-stats-in-train"]
-    assert "track_running_stats is False, as Lightning's BaseFinetuning sets it" in found[0].message
-    assert "freeze(model, 'eval')" in found[0].remedy
+    assert "BaseFinetuning" in found[0].message
 
 
 def test_a_trainer_that_has_run_can_be_pickled(model, trainer, loader):

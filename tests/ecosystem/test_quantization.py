@@ -4,13 +4,12 @@ import pytest
 
 import bnfreeze
 
-from .cells import cell
-from .checks import assert_frozen_as, freeze_by, keeps_its_promise, train
+from .checks import assert_frozen_as, by_policy, freeze_by, keeps_its_promise, train
 
 quantization = pytest.importorskip("torch.ao.quantization")
 quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
 
-# Its own observers warn of how they are made.
+# Warnings that torch causes itself.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Please use quant_min and quant_max", "ignore:torch.quantize_per_tensor"
 )
@@ -20,7 +19,7 @@ FUSED = [
     ["layer1.conv1", "layer1.bn1"],
     ["layer2.downsample.0", "layer2.downsample.1"],
 ]
-# What the observers keep of the activations and the weights that they have seen.
+# The buffers of the observers.
 OBSERVED = (
     *("min_val", "max_val", "eps", "scale", "zero_point"),
     *("fake_quant_enabled", "observer_enabled"),
@@ -32,8 +31,8 @@ def fused(model):
     return quantization.fuse_modules_qat(model.train(), FUSED)
 
 
-@cell("fused and prepared, then frozen")
-def test_layers_inside_of_fused_ones_are_frozen(model, images, policy):
+@by_policy
+def test_layers_inside_fused_ones_are_frozen(model, images, policy):
     model = quantization.prepare_qat(fused(model))
     model(images)
     freeze_by(model, policy)
@@ -44,7 +43,7 @@ def test_layers_inside_of_fused_ones_are_frozen(model, images, policy):
     assert type(converted.conv1).__module__.startswith("torch.ao.nn.intrinsic.quantized")
 
 
-@cell("frozen, then prepared without fusing")
+@by_policy
 def test_frozen_layers_are_left_alone(model, images, policy):
     model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
     freeze_by(model, policy)
@@ -54,24 +53,21 @@ def test_frozen_layers_are_left_alone(model, images, policy):
     assert_frozen_as(model, policy)
 
 
-@cell("frozen, then fused")
-def test_fusing_frozen_layers_is_refused_by_torch(model, policy, refused):
-    freeze_by(model, policy)
-    with refused(AssertionError, "did not find fuser method for"):
+def test_torch_refuses_to_fuse_frozen_layers(model):
+    freeze_by(model, "eval")
+    with pytest.raises(AssertionError, match="did not find fuser method for"):
         fused(model)
-    assert_frozen_as(model, policy)
+    assert_frozen_as(model, "eval")
 
 
-@cell("fused, then frozen, then prepared")
-def test_preparing_fused_layers_rebuilds_them(model, images, policy, thaws):
+def test_preparing_fused_layers_builds_new_ones_that_are_not_frozen(model):
     model = fused(model)
-    freeze_by(model, policy)
+    freeze_by(model, "eval")
     before = bnfreeze.snapshot(model)
     model = quantization.prepare_qat(model)
-    told = {layer.name: layer.policy for layer in bnfreeze.inspect(model).layers}
-    assert told["layer1.conv1.bn"] == "none"
+    policies = {layer.name: layer.policy for layer in bnfreeze.inspect(model).layers}
+    assert policies["layer1.conv1.bn"] == "none"
     assert not bnfreeze.verify(model, before).ok
-    thaws("torch builds new layers of the fused ones: fuse, prepare, then freeze.")
 
 
 def prepared_by_fx(model, images):
@@ -79,9 +75,9 @@ def prepared_by_fx(model, images):
     return quantize_fx.prepare_qat_fx(model.train(), mapping, (images,))
 
 
-@cell("`prepare_qat_fx`, frozen {when}")
+@by_policy
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_fx_finds_what_to_prepare_by_itself(model, images, policy, when):
+def test_prepare_qat_fx(model, images, policy, when):
     if when == "before":
         freeze_by(model, policy)
     model = prepared_by_fx(model, images)

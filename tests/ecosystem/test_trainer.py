@@ -13,16 +13,20 @@ import bnfreeze
 from bnfreeze import DriftError, PolicyError, unfreeze
 from bnfreeze.integrations.transformers import FreezeBatchNorm
 
-from .cells import cell
-from .checks import assert_frozen_as, freeze_by, keeps_its_promise, resumed_in_a_new_model
+from .checks import (
+    assert_frozen_as,
+    by_policy,
+    freeze_by,
+    keeps_its_promise,
+    resumed_in_a_new_model,
+)
 
-PACKAGES = ("transformers", "accelerate")
-# Transformers and Accelerate warn of how they use torch, and of pinned memory without a GPU.
+# Transformers and Accelerate warn about their use of torch, and about pinned memory.
 pytestmark = pytest.mark.filterwarnings("ignore", "error::bnfreeze.BnfreezeWarning")
 
 
 class WithLoss(nn.Module):
-    """What Trainer asks of a model that is not Transformers' own."""
+    """The interface that Trainer needs of a model that is not from Transformers."""
 
     def __init__(self, net):
         super().__init__()
@@ -38,7 +42,7 @@ DATA = [{"pixel_values": torch.randn(3, 16, 16), "labels": index % 4} for index 
 
 @pytest.fixture
 def trainer(tmp_path):
-    """A trainer of two epochs on the CPU."""
+    """Makes a trainer of two epochs on the CPU."""
 
     def trainer(model, *callbacks, **options):
         arguments = {"num_train_epochs": 2, "save_strategy": "no"} | options
@@ -67,7 +71,7 @@ def rules(policy):
     return {"**": policy, "net.fc": "none"} if "weights" in policy else policy
 
 
-@cell("the callback `FreezeBatchNorm`")
+@by_policy
 def test_train_keeps_the_promise(model, policy, trainer):
     freeze_by(model, policy)
     with keeps_its_promise(model, policy):
@@ -78,7 +82,7 @@ def test_train_keeps_the_promise(model, policy, trainer):
     assert_frozen_as(model, policy)
 
 
-@cell("the callback, and `predict` after training")
+@by_policy
 def test_predicting_changes_nothing(model, policy, trainer):
     one = trainer(WithLoss(model), FreezeBatchNorm(rules(policy)))
     one.train()
@@ -89,7 +93,7 @@ def test_predicting_changes_nothing(model, policy, trainer):
     assert bnfreeze.snapshot(model, tensors="all") == before
 
 
-@cell("the callback with `bf16=True`")
+@by_policy
 def test_training_under_autocast_keeps_the_promise(model, policy, trainer):
     freeze_by(model, policy)
     with keeps_its_promise(model, policy):
@@ -98,8 +102,8 @@ def test_training_under_autocast_keeps_the_promise(model, policy, trainer):
     assert_frozen_as(model, policy)
 
 
-@cell("the callback in a run resumed from its checkpoint with a new model")
-def test_a_resumed_run_goes_on_as_frozen(model, policy, trainer, tmp_path):
+@by_policy
+def test_a_resumed_run_stays_frozen(model, policy, trainer, tmp_path):
     trainer(WithLoss(model), FreezeBatchNorm(rules(policy)), save_strategy="epoch").train()
     with resumed_in_a_new_model(model, policy) as fresh:
         one = trainer(WithLoss(fresh), FreezeBatchNorm(rules(policy)), num_train_epochs=4)
@@ -107,7 +111,7 @@ def test_a_resumed_run_goes_on_as_frozen(model, policy, trainer, tmp_path):
     assert one.state.global_step == 8
 
 
-# What goes wrong is said.
+# Errors.
 
 
 class Meddle(TrainerCallback):
@@ -116,9 +120,9 @@ class Meddle(TrainerCallback):
             model.net.bn1.running_mean += 1
 
 
-def test_a_drift_ends_the_training_at_the_step_after_which_it_is_seen(model, trainer):
+def test_a_drift_ends_the_training_after_its_step(model, trainer):
     one = trainer(WithLoss(model), FreezeBatchNorm("eval"), Meddle())
-    with pytest.raises(DriftError, match=r"bn1.running_mean drifted at step 3"):
+    with pytest.raises(DriftError, match=r"bn1\.running_mean.* step 3"):
         one.train()
 
 
@@ -126,13 +130,13 @@ def test_without_a_guard_nothing_is_watched(model, trainer):
     trainer(WithLoss(model), FreezeBatchNorm("eval", guard=False), Meddle()).train()
 
 
-def test_the_guards_options_are_passed_on(model, trainer):
+def test_the_options_of_the_guard_are_passed_on(model, trainer):
     watching = FreezeBatchNorm("eval", every=4, tensors="**.running_mean")
-    with pytest.raises(DriftError, match=r"running_mean drifted between steps 1 and 4"):
+    with pytest.raises(DriftError, match=r"running_mean.* 1 and 4"):
         trainer(WithLoss(model), watching, Meddle()).train()
 
 
-def test_training_that_failed_leaves_no_guard_behind_for_the_next(model, trainer):
+def test_training_that_failed_leaves_no_guard_behind(model, trainer):
     class Break(TrainerCallback):
         def on_step_end(self, *_, **events):
             raise RuntimeError("out of luck")
@@ -166,18 +170,18 @@ def test_each_model_that_the_trainer_builds_is_frozen(model, tmp_path):
     assert_frozen_as(built[-1], "eval")
 
 
-def test_a_callback_added_later_freezes_as_training_begins(model, trainer):
+def test_a_callback_added_later_freezes_at_the_start_of_training(model, trainer):
     one = trainer(WithLoss(model))
     one.add_callback(FreezeBatchNorm("fused"))
     one.train()
     assert_frozen_as(model, "fused")
 
 
-def test_freezing_as_training_begins_is_refused_where_ddp_wraps_the_model_already(model):
+def test_freezing_at_the_start_of_training_is_refused_inside_ddp(model):
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         late = FreezeBatchNorm()
-        with pytest.raises(PolicyError, match="give FreezeBatchNorm to the Trainer as it is built"):
+        with pytest.raises(PolicyError, match="Trainer"):
             late.on_train_begin(None, None, None, model=model, optimizer=None)
         unfreeze(model)
         early = FreezeBatchNorm()
@@ -188,6 +192,6 @@ def test_freezing_as_training_begins_is_refused_where_ddp_wraps_the_model_alread
         distributed.destroy_process_group()
 
 
-def test_what_cannot_be_kept_is_refused_before_training(trainer, model):
+def test_a_rule_that_matches_nothing_is_refused_before_training(trainer, model):
     with pytest.raises(PolicyError, match="backbone"):
         trainer(WithLoss(model), FreezeBatchNorm({"backbone": "eval"}))

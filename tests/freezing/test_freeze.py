@@ -43,7 +43,7 @@ def description(model):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_what_is_held_stays_and_what_trains_moves(model, images, policy):
+def test_what_is_frozen_stays_and_what_trains_moves(model, images, policy):
     flags, owners = Policy.parse(policy), norms(model)
     freeze(model, policy)
     before = state(model)
@@ -178,7 +178,7 @@ def test_none_leaves_a_frozen_layer_as_it_is(model):
     assert model.head[2].training
 
 
-def test_weights_holds_convolutions_and_spares_the_exceptions(model):
+def test_weights_freezes_convolutions_but_not_the_exceptions(model):
     freeze(model, {"": "eval+weights", "head": "none"})
     held = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert held == {name for name, _ in model.named_parameters() if not name.startswith("head")}
@@ -191,8 +191,9 @@ def test_a_later_rule_without_weights_takes_convolutions_back_out(model):
     assert model.backbone[1][1].weight.requires_grad
 
 
-def test_an_exception_to_weights_may_stand_for_a_module_without_norm_layers(model):
-    freeze(model, {"": "eval+weights", "head.1": "none"})
+@pytest.mark.parametrize("policy", ["eval+affine", "eval+weights"])
+def test_an_exception_may_name_a_module_without_norm_layers(model, policy):
+    freeze(model, {"**": policy, "head.1": "none"})
     assert model.head[1].weight.requires_grad
     assert not model.head[2].weight.requires_grad
 
@@ -204,6 +205,7 @@ def test_an_exception_to_weights_may_stand_for_a_module_without_norm_layers(mode
         ({"backbone.7": "eval"}, "matches no module"),
         ({"head.1": "eval"}, "matches 'head.1', but no norm layer"),
         ({"head.0": "eval+weights"}, "no norm layer and no parameter"),
+        ({"": "eval", "heat": "none"}, "matches no module. Did you mean 'head'"),
         ({"layer1": "none"}, "matches no module"),
         ({"layer[12]": "eval"}, "Only *, ? and ** are special"),
         ({"": "eval", "Stem": "affine"}, "Did you mean 'stem'"),
@@ -306,7 +308,7 @@ def test_leaving_the_report_leaves_alone_what_was_frozen_before(model):
 
 def test_unfreeze_takes_patterns(model):
     freeze(model, "eval")
-    report = unfreeze(model, "backbone.*")
+    report = unfreeze(model, select="backbone.*")
     given = {row.name for row in report.layers if row.actions == ("restore",)}
     assert given == {"backbone.0.1", "backbone.1.1"}
     assert not model.train().stem[1].training
@@ -326,7 +328,7 @@ def tied(first, second):
     return nn.ModuleDict({"first": first, "second": second}), first, second
 
 
-def test_tied_parameters_are_given_back_once_nobody_holds_them():
+def test_tied_parameters_train_again_once_no_layer_freezes_them():
     model, first, second = tied(nn.Linear(3, 3), nn.Linear(3, 3))
     freeze(model, "weights")
     unfreeze(model, "second")
@@ -340,7 +342,7 @@ def test_tied_parameters_are_given_back_once_nobody_holds_them():
     assert first.weight.requires_grad
 
 
-def test_a_tied_parameter_stays_held_when_only_one_of_its_layers_gets_a_new_policy():
+def test_a_tied_parameter_stays_frozen_when_only_one_of_its_layers_gets_a_new_policy():
     model, first, second = tied(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
     freeze(model, "eval+affine")
     freeze(model, {"second": "eval"})
@@ -382,9 +384,9 @@ def test_what_is_no_optimizer_is_refused_before_anything_changes(model):
 def test_an_error_half_way_leaves_nothing_half_frozen(model, monkeypatch):
     model.stem[1].weight.grad = torch.ones(4)
     before = description(model)
-    from bnfreeze.freezing import transaction
+    from bnfreeze.freezing import apply
 
-    real, count = transaction.set_record, []
+    real, count = apply.set_record, []
 
     def fails(module, record):
         count.append(module)
@@ -392,20 +394,32 @@ def test_an_error_half_way_leaves_nothing_half_frozen(model, monkeypatch):
             raise RuntimeError("disk on fire")
         real(module, record)
 
-    monkeypatch.setattr(transaction, "set_record", fails)
+    monkeypatch.setattr(apply, "set_record", fails)
     with pytest.raises(RuntimeError, match="disk on fire"):
         freeze(model, "eval+affine+weights")
-    assert len(count) > 7
+    assert len(count) == 7
     assert description(model) == before
     assert model.stem[1].weight.grad is not None
 
 
-def test_a_frozen_model_prints_what_holds_it(model):
-    freeze(model, "eval+affine")
-    assert "HeldBatchNorm2d(4, eps=1e-05" in repr(model)
-    assert "held=eval+affine)" in repr(model)
+@pytest.mark.parametrize(
+    ("policy", "name"),
+    [
+        ("eval+affine", "EvalBatchNorm2d"),
+        ("stats", "FixedStatsBatchNorm2d"),
+        ("affine", "FixedAffineBatchNorm2d"),
+        ("fused", "FrozenBatchNorm2d"),
+    ],
+)
+def test_a_frozen_model_prints_its_policy(model, policy, name):
+    printed = repr(model)
+    freeze(model, policy)
+    assert f"{name}(4, eps=1e-05" in repr(model)
+    assert f'frozen="{policy}")' in repr(model)
+    # Tools take a class whose name ends in FrozenBatchNorm2d for another library's layer.
+    assert type(model.stem[1]).__name__.endswith("FrozenBatchNorm2d") is (policy == "fused")
     unfreeze(model)
-    assert "eld" not in repr(model)
+    assert repr(model) == printed
 
 
 def test_two_models_do_not_know_of_each_other(model, images):

@@ -86,7 +86,7 @@ def made(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_eval_holds_the_statistics_and_gives_eval_modes_output(name):
+def test_eval_freezes_the_statistics_and_gives_eval_modes_output(name):
     layer, x = made(name)
     reference = copy.deepcopy(layer).eval()(x)
     kind = type(layer)
@@ -100,7 +100,7 @@ def test_eval_holds_the_statistics_and_gives_eval_modes_output(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_stats_holds_the_statistics_and_gives_train_modes_output(name):
+def test_stats_freezes_the_statistics_and_gives_train_modes_output(name):
     layer, x = made(name)
     reference = copy.deepcopy(layer).train()(x)
     buffers = {key: id(value) for key, value in layer.named_buffers()}
@@ -112,20 +112,20 @@ def test_stats_holds_the_statistics_and_gives_train_modes_output(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("policy", ["stats", "eval", "affine"])
-def test_copies_of_any_kind_stay_frozen_and_can_be_undone(name, policy):
-    layer, x = made(name)
-    kind = type(layer)
-    freeze(layer, policy)
-    twin = copy.deepcopy(layer)
-    assert torch.equal(twin.train()(x), layer.train()(x))
-    unfreeze(twin)
-    assert type(twin) is kind
-    assert type(layer) is not kind
+def test_copies_of_any_kind_stay_frozen_and_can_be_undone(name):
+    for policy in ("stats", "eval", "affine"):
+        layer, x = made(name)
+        kind = type(layer)
+        freeze(layer, policy)
+        twin = copy.deepcopy(layer)
+        assert torch.equal(twin.train()(x), layer.train()(x))
+        unfreeze(twin)
+        assert type(twin) is kind
+        assert type(layer) is not kind
 
 
 @pytest.mark.parametrize("policy", ["stats", "eval"])
-def test_statistics_are_held_even_from_a_batch_with_nan(policy):
+def test_statistics_are_frozen_even_from_a_batch_with_nan(policy):
     layer, x = made("2d")
     freeze(layer, policy)
     before = state(layer)
@@ -158,7 +158,7 @@ def test_an_instance_norm_that_stopped_tracking_is_brought_to_use_its_statistics
 
 
 @pytest.mark.parametrize("policy", ["stats", "eval"])
-def test_an_instance_norms_statistics_are_held_in_eval_mode_too(policy):
+def test_an_instance_norms_statistics_are_frozen_in_eval_mode_too(policy):
     def made_of(batch):
         torch.manual_seed(batch)
         layer = nn.InstanceNorm2d(64, track_running_stats=True).eval()
@@ -193,12 +193,14 @@ def test_an_instance_norms_statistics_are_held_in_eval_mode_too(policy):
 def test_an_instance_norm_without_statistics_is_no_norm_layer():
     model = nn.Sequential(nn.InstanceNorm2d(3), nn.GroupNorm(1, 3), nn.LayerNorm(3))
     assert inspect(model).layers == ()
-    with pytest.raises(PolicyError, match="no norm layer"):
+    with pytest.raises(PolicyError, match=r"No batch norm here.* LayerNorm.*'weights'"):
         freeze(model, "eval")
+    freeze(model, "weights")
+    assert not model[2].weight.requires_grad
 
 
 @pytest.mark.parametrize("policy", ["eval", "eval+affine"])
-def test_a_batch_norm_without_statistics_cannot_be_held_in_eval(policy):
+def test_a_batch_norm_without_statistics_cannot_be_forced_to_eval(policy):
     model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False))
     with pytest.raises(PolicyError, match=r"1 was built with track_running_stats=False.*'none'"):
         freeze(model, policy)
@@ -212,7 +214,7 @@ def test_the_advice_for_a_root_without_statistics_is_no_rule_that_cannot_match()
         freeze(nn.BatchNorm1d(4, track_running_stats=False), "eval")
 
 
-def test_a_batch_norm_without_statistics_has_none_to_hold_and_its_affine_can_be():
+def test_a_batch_norm_without_statistics_has_none_to_freeze_but_a_weight():
     layer = nn.BatchNorm2d(3, track_running_stats=False)
     (row,) = freeze(layer, "stats+affine").layers
     assert "keeps no running statistics" in row.note
@@ -234,7 +236,7 @@ def test_a_lazy_layer_must_have_seen_an_input():
     assert not model.train()[1].training
 
 
-def test_all_that_cannot_be_frozen_is_told_at_once():
+def test_all_that_cannot_be_frozen_is_named_at_once():
     layers = [nn.BatchNorm2d(3, track_running_stats=False) for _ in range(7)]
     with pytest.raises(PolicyError) as caught:
         freeze(nn.Sequential(*layers), "eval")
@@ -263,7 +265,7 @@ def test_a_class_that_registers_or_refuses_its_subclasses_does_not_see_ours(poli
 def test_a_class_whose_metaclass_refuses_a_subclass_is_a_policy_error():
     class Final(type):
         def __new__(mcs, name, bases, namespace):
-            if name.startswith("Held"):
+            if name.startswith("Eval"):
                 raise TypeError("final")
             return super().__new__(mcs, name, bases, namespace)
 
@@ -271,7 +273,7 @@ def test_a_class_whose_metaclass_refuses_a_subclass_is_a_policy_error():
         pass
 
     model = nn.Sequential(nn.BatchNorm2d(3), Sealed(3))
-    with pytest.raises(PolicyError, match="does not let itself be subclassed"):
+    with pytest.raises(PolicyError, match="cannot be subclassed"):
         freeze(model, "eval")
     assert type(model[0]) is nn.BatchNorm2d
 
@@ -317,7 +319,7 @@ def test_a_frozen_look_alike_is_recognised_and_needs_nothing(library):
         assert layer.num_features == 4
 
 
-def test_a_look_alike_whose_weight_is_a_parameter_can_have_it_held():
+def test_a_look_alike_whose_weight_is_a_parameter_can_have_it_frozen():
     class MyFrozenBatchNorm2d(nn.Module):
         def __init__(self):
             super().__init__()
@@ -340,7 +342,7 @@ def test_a_name_alone_makes_no_look_alike():
     assert inspect(nn.Sequential(FrozenBatchNormConfig())).layers == ()
 
 
-def test_statistics_in_an_unknown_module_are_told():
+def test_statistics_in_an_unknown_module_are_a_finding():
     class Whitening(nn.Module):
         def __init__(self):
             super().__init__()
@@ -354,7 +356,7 @@ def test_statistics_in_an_unknown_module_are_told():
         ]
 
 
-def test_a_variance_alone_is_told_too():
+def test_a_variance_alone_is_a_finding_too():
     model = nn.Sequential(nn.BatchNorm2d(2), EvoNorm2dB0(2))
     assert ("1", "layer-foreign") in [(f.name, f.code) for f in inspect(model).findings]
     freeze(model, "eval+affine")
@@ -388,7 +390,7 @@ def one_rank(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_frozen_before_ddp_trains_and_holds(model, images, one_rank):
+def test_frozen_before_ddp_trains_and_stays_frozen(model, images, one_rank):
     freeze(model, {"backbone": "eval+affine"})
     wrapped = DistributedDataParallel(model)
     before = state(model)
@@ -399,9 +401,9 @@ def test_frozen_before_ddp_trains_and_holds(model, images, one_rank):
     assert "head.1.weight" in moved(before, model)
 
 
-def test_after_ddp_statistics_can_be_held_and_weights_are_refused(model, images, one_rank):
+def test_after_ddp_statistics_can_be_frozen_and_weights_are_refused(model, images, one_rank):
     wrapped = DistributedDataParallel(model)
-    with pytest.raises(PolicyError, match="Freeze first and wrap then"):
+    with pytest.raises(PolicyError, match="Freeze first, then wrap"):
         freeze(wrapped, "eval+affine")
     assert model.stem[1].weight.requires_grad
     freeze(wrapped, {"backbone": "eval"})
@@ -413,7 +415,27 @@ def test_after_ddp_statistics_can_be_held_and_weights_are_refused(model, images,
     unfreeze(wrapped)
 
 
-def test_after_ddp_that_finds_unused_parameters_weights_can_be_held(model, images, one_rank):
+def test_a_module_inside_ddp_is_refused_as_its_wrapper_is(model, images, one_rank):
+    wrapped = DistributedDataParallel(model)
+    for part, dry_run in ((wrapped.module, False), (model.backbone, True)):
+        with pytest.raises(PolicyError, match="Freeze first, then wrap"):
+            freeze(part, "eval+affine", dry_run=dry_run)
+    assert model.stem[1].weight.requires_grad
+    freeze(model, "eval")  # freezes no parameter, so the wrapper waits for none
+    unfreeze(model)
+    del wrapped
+    freeze(model, "eval+affine")
+    wrapped = DistributedDataParallel(model)
+    model.requires_grad_(True)
+    freeze(model, "eval+affine")  # the wrapper does not wait for what was frozen when it was built
+    with pytest.raises(PolicyError, match="would not average"):
+        freeze(model, "eval")
+    step(wrapped, images)
+    unfreeze(model)  # the way to wrap again
+    assert model.stem[1].weight.requires_grad
+
+
+def test_after_ddp_that_finds_unused_parameters_weights_can_be_frozen(model, images, one_rank):
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     freeze(wrapped, "eval+affine")
     before = state(model)
@@ -423,12 +445,12 @@ def test_after_ddp_that_finds_unused_parameters_weights_can_be_held(model, image
     assert "stem.0.weight" in moved(before, model)
 
 
-def test_under_ddp_nothing_is_given_back_that_it_would_not_average(model, images, one_rank):
+def test_under_ddp_nothing_trains_again_that_it_would_not_average(model, images, one_rank):
     freeze(model, {"backbone": "eval+affine", "head": "eval"})
     wrapped = DistributedDataParallel(model)
-    told = r"backbone\.0\.1: its weights cannot train again.*Unfreeze its \.module and wrap that"
+    says = r"backbone\.0\.1: its weight and bias cannot train again.*unfreeze\(ddp\.module\)"
     for change in (unfreeze, lambda model: freeze(model, "eval")):
-        with pytest.raises(PolicyError, match=told):
+        with pytest.raises(PolicyError, match=says):
             change(wrapped)
         assert not model.backbone[0][1].weight.requires_grad
         assert not model.train().head[2].training
@@ -508,11 +530,11 @@ def test_a_scripted_model_is_refused_and_a_scripted_layer_can_be_left_out(model)
 
 
 @pytest.mark.parametrize("policy", ["eval", "fused"])
-def test_a_class_changed_since_by_something_else_is_told(model, policy):
+def test_a_class_changed_by_something_else_is_refused(model, policy):
     freeze(model, policy)
     nn.utils.parametrize.register_parametrization(model.stem[1], "weight", nn.Identity())
     for function in (freeze, unfreeze):
-        with pytest.raises(PolicyError, match="something has changed its class"):
+        with pytest.raises(PolicyError, match="something else changed its class"):
             function(model)
     nn.utils.parametrize.remove_parametrizations(model.stem[1], "weight")
     unfreeze(model)
@@ -534,7 +556,7 @@ def by_pruning(layer):
 
 @pytest.mark.parametrize("compute", [by_a_parametrization, by_pruning])
 @pytest.mark.parametrize("policy", ["affine", "eval+affine", "fused", "fused-act"])
-def test_a_weight_computed_from_others_is_held_with_these_or_not_at_all(
+def test_a_weight_computed_from_others_is_frozen_with_them_or_not_at_all(
     model, images, compute, policy
 ):
     compute(model.stem[1])

@@ -197,7 +197,7 @@ def optimizers(parameters):
 
 
 @pytest.mark.parametrize("index", range(5))
-def test_a_stale_gradient_does_not_move_a_held_weight(model, images, index):
+def test_a_stale_gradient_does_not_move_a_frozen_weight(model, images, index):
     optimizer = optimizers(model.parameters())[index]
     step(model, images, optimizer)  # gradients, and momentum in the optimizer's state
     plain = copy.deepcopy(model)
@@ -219,7 +219,7 @@ def test_a_stale_gradient_does_not_move_a_held_weight(model, images, index):
     assert not {n for n in moved(before, model) if n.startswith(("stem.1.", "head.2."))}
 
 
-def test_held_parameters_in_the_optimizer_are_listed(model):
+def test_frozen_parameters_in_the_optimizer_are_listed(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     report = freeze(model, {"stem": "eval+affine"}, optimizer=optimizer)
     listed = [f for f in report.findings if f.code == "optimizer-has-frozen"]
@@ -227,10 +227,12 @@ def test_held_parameters_in_the_optimizer_are_listed(model):
     assert "weight and bias" in listed[0].message
     again = freeze(model, {"stem": "eval+affine"}, optimizer=(one for one in [optimizer]))
     assert [f for f in again.findings if f.code == "optimizer-has-frozen"] == listed
-    assert "optimizer-has-frozen" not in codes(model, optimizer=torch.optim.SGD(model.head.parameters()))
+    assert "optimizer-has-frozen" not in codes(
+        model, optimizer=torch.optim.SGD(model.head.parameters())
+    )
 
 
-def test_lbfgs_moves_a_held_weight_without_a_gradient_and_the_report_warns_of_it(model, images):
+def test_lbfgs_moves_a_frozen_weight_without_a_gradient_and_the_report_warns_of_it(model, images):
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
 
     def closure():
@@ -264,7 +266,7 @@ def test_optimizer_state_still_loads_because_parameters_stay_parameters(model, i
 # Tools that walk over norm layers.
 
 
-def test_update_bn_leaves_held_layers_alone(model, images):
+def test_update_bn_leaves_frozen_layers_alone(model, images):
     freeze(model, "eval")
     before = state(model)
     update_bn([images], model)
@@ -273,7 +275,7 @@ def test_update_bn_leaves_held_layers_alone(model, images):
     assert model.stem[1].momentum == 0.1
 
 
-def test_reset_running_stats_and_reset_parameters_leave_what_is_held(model):
+def test_reset_running_stats_and_reset_parameters_leave_what_is_frozen(model):
     freeze(model, "eval")
     before = state(model)
     model.stem[1].reset_running_stats()

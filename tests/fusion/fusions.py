@@ -1,4 +1,4 @@
-"""What the policy `fused-act` absorbs in each model, and whether it computes what `fused` does.
+"""What the policy `fused-act` fuses in each model, and whether it computes what `fused` does.
 
 The quick models run with the tests. The whole table is one command::
 
@@ -20,7 +20,7 @@ from bnfreeze import freeze
 from tests.sweeps import torchvision_models
 
 # Of each model what follows its norm layers in the real data flow: how many are followed by an
-# activation that can be absorbed, by a sum, by a sum and an activation.
+# activation that can be fused, by a sum, by a sum and an activation.
 FOLLOWED = {
     "resnet18": (9, 0, 11),
     "resnet50": (33, 0, 20),
@@ -109,7 +109,7 @@ def result(model, inputs):
     return output, gradients
 
 
-def same_as_fused(model, inputs):
+def same_as_fused(model, inputs, traceable=()):
     """Whether outputs and gradients in train mode are those of `fused`, bit for bit.
 
     What `fused` does not fuse, timm's layers with an activation inside, differentiates in another
@@ -117,7 +117,7 @@ def same_as_fused(model, inputs):
     """
     other = copy.deepcopy(model)
     report = freeze(model, "fused")
-    freeze(other, "fused-act")
+    freeze(other, "fused-act", traceable=traceable)
     (output, gradients), (output2, gradients2) = result(model, inputs), result(other, inputs)
     assert gradients
     if any(row.policy != "fused" for row in report.layers):
@@ -138,20 +138,25 @@ def flat(output):
     return output
 
 
+def fused(report):
+    """By name of each layer what it fuses."""
+    return {row.name: row.fuses for row in report.layers}
+
+
 def counts(report):
-    return Counter(row.absorbs for row in report.layers)
+    return Counter(fused(report).values())
 
 
 def reasons(report):
-    """Why layers absorb nothing, or not always, and how many of them."""
+    """Why layers fuse nothing, or not always, and how many of them."""
     return Counter(row.note for row in report.layers if row.note)
 
 
-KINDS = ("act", "add", "add+act", "affine+add", "affine+add+act", "absorbed")
+KINDS = ("act", "add", "add+act", "affine+add", "affine+add+act", "fused")
 
 
 def row(name):
-    """One line of the table, and why layers absorb nothing or not always."""
+    """One line of the table, and why layers fuse nothing or not always."""
     model = lively(build(name))
     if not any("Norm" in type(m).__name__ and hasattr(m, "running_mean") for m in model.modules()):
         return [name, "0"], Counter()
@@ -178,7 +183,7 @@ def main(words):
         table.add_row(*cells)
         failed += cells[-1] == "NO"
     console.print(table)
-    console.print("Why layers absorb nothing, or not always:", style="bold")
+    console.print("Why layers fuse nothing, or not always:", style="bold")
     for name, found in why.items():
         for note, count in found.items():
             console.print(f"  {name}: {count} × {note}")

@@ -1,5 +1,6 @@
-"""Whole models frozen, trained and proved on a GPU; on the CPU as well, so that a GPU shows what
-is wrong with bnfreeze and not what is wrong with these tests.
+"""Whole models frozen, trained and verified on a GPU.
+
+They run on the CPU as well, so that a failure on a GPU is bnfreeze's and not that of a test.
 """
 
 import copy

@@ -102,6 +102,15 @@ def test_the_dict_is_plain_json_with_stable_keys(model):
         },
         "aliases": [],
     }
+    report = json.loads(json.dumps(freeze(model, {"head": "eval+affine"}).to_dict()))
+    assert report["layers"][-1] == {
+        "name": "head.2",
+        "kind": "BatchNorm1d",
+        "policy": "eval+affine",
+        "fuses": "",
+        "actions": ["force-eval", "freeze-statistics", "freeze-weight", "freeze-bias"],
+        "note": "",
+    }
 
 
 def test_a_train_of_the_users_own_that_does_more_is_not_run_where_it_need_not_be(model, images):

@@ -69,7 +69,7 @@ def test_grids_cover_the_tensor_within_the_devices_limits(direction):
         assert 1 <= down < 2**16
         assert (made.blocks > 0) == (direction == "trained")
         if direction == "trained":
-            # What the blocks leave behind is small beside the tensor, or small altogether.
+            # The partial sums are few, compared to the tensor or absolutely.
             elements = 1
             for length in shape:
                 elements *= length

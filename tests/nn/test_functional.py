@@ -7,13 +7,16 @@ import torch
 from torch import nn
 from torch.nn.functional import batch_norm
 
+from bnfreeze.nn.activations import ACTIVATIONS, TABLE
 from bnfreeze.nn.functional import _frozen_batch_norm_add, backend, frozen_batch_norm
-from bnfreeze.nn.reference import ACTIVATIONS
 from tests.helpers import Affine
 
 EPS = 1e-3
 SHAPES = [(4, 3), (2, 3, 5), (2, 3, 4, 5), (2, 3, 2, 3, 2), (0, 3, 4, 4), (1, 1, 1, 1)]
-COMBINATIONS = list(itertools.product(ACTIVATIONS, [None, "add", "affine+add"]))
+MODES = [None, "add", "affine+add"]
+COMBINATIONS = list(itertools.product(ACTIVATIONS, MODES))
+# For what is slow: each activation once, with one of the modes.
+ROTATION = [(activation, MODES[n % 3]) for n, activation in enumerate(ACTIVATIONS)]
 
 
 def tensors(shape, dtype=torch.float32, *, grad=False, seed=0, affine=True):
@@ -74,7 +77,7 @@ def test_fp32_is_bit_identical_to_batchnorm_in_eval(shape, affine):
     assert ours.dtype is x.dtype
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "hardswish"])
+@pytest.mark.parametrize("activation", [each.name for each in TABLE])
 def test_an_activation_is_torchs_own_applied_to_the_norm(activation):
     x, _, norm, _ = tensors((4, 3, 5, 5))
     ours = frozen_batch_norm(x, *norm, activation=activation)
@@ -136,7 +139,7 @@ def test_the_gradient_of_a_half_is_within_one_rounding_of_fp64(dtype, layout, ac
 @pytest.mark.parametrize(("activation", "mode"), COMBINATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("which", [(0,), (0, 1)])
-def test_nothing_that_is_handed_in_is_written_to(activation, mode, dtype, which):
+def test_no_argument_is_written_to(activation, mode, dtype, which):
     x, residual, norm, branch = tensors((4, 3, 5, 5), dtype)
     grad = torch.randn(4, 3, 5, 5).to(dtype)
     handed = (x, residual, grad, *norm[:4], *branch[:4])
@@ -198,7 +201,7 @@ def test_with_relu_it_is_the_output_that_is_saved():
 
 @pytest.mark.parametrize("which", ["var", "weight"])
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_what_backward_reads_may_not_change_in_between(which, activation):
+def test_a_change_of_what_backward_reads_is_an_error(which, activation):
     x, _, norm, _ = tensors((4, 3, 5, 5), grad=True)
     out = frozen_batch_norm(x, *norm, activation=activation)
     norm.mean.add_(1)  # backward does without
@@ -210,7 +213,7 @@ def test_what_backward_reads_may_not_change_in_between(which, activation):
 
 @pytest.mark.parametrize("which", ["var", "weight"])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_nor_may_what_it_reads_of_the_branch(which, activation):
+def test_so_is_a_change_in_the_branch(which, activation):
     x, residual, norm, branch = tensors((4, 3, 5, 5), grad=True)
     out = _frozen_batch_norm_add(x, norm, residual, branch, activation)
     branch.mean.add_(1)
@@ -276,7 +279,7 @@ def test_nan_and_inf_pass_as_in_aten(activation, dtype):
     assert torch.allclose(ours, theirs, equal_nan=True)
 
 
-def test_an_eps_of_zero_is_taken_at_its_word():
+def test_an_eps_of_zero_is_used():
     x = torch.tensor([1.0, -2.0]).view(1, 2, 1, 1)
     ours = frozen_batch_norm(x, torch.zeros(2), torch.tensor([4.0, 1.0]), None, None, 0.0)
     assert ours.flatten().tolist() == [0.5, -2.0]
@@ -303,15 +306,15 @@ def test_the_wrong_rank_channels_residual_activation_or_dtype_is_named():
         frozen_batch_norm(x[0, :, 0, 0], *norm)
     with pytest.raises(ValueError, match=r"shape \(2, 1, 4, 4\).*C = 3"):
         frozen_batch_norm(x[:, :1], *norm)
-    with pytest.raises(ValueError, match=r"residual has the shape \(2, 3, 1, 1\).*\(2, 3, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"\(2, 3, 1, 1\).*\(2, 3, 4, 4\)"):
         frozen_batch_norm(x, *norm, residual=x[:, :, :1, :1])
-    with pytest.raises(ValueError, match="'gelu'; there are 'relu', 'relu6', 'silu', 'hardswish'"):
-        frozen_batch_norm(x, *norm, activation="gelu")
+    with pytest.raises(ValueError, match=r"'softmax'.*'relu', 'relu6', 'silu', 'hardswish'"):
+        frozen_batch_norm(x, *norm, activation="softmax")
     with pytest.raises(TypeError, match=r"floating dtype; it is torch\.int64"):
         frozen_batch_norm(x.long(), *norm)
 
 
-@pytest.mark.parametrize(("activation", "mode"), COMBINATIONS)
+@pytest.mark.parametrize(("activation", "mode"), ROTATION)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_as_a_whole_graph(activation, mode, dtype):
     x, residual, norm, branch = tensors((2, 3, 4, 4), dtype, grad=True)
@@ -430,9 +433,9 @@ def test_backend_says_which_path_and_why():
         assert backend(x).path == "aten"
     with torch.autograd.forward_ad.dual_level():
         assert "Forward-mode" in backend(x).why
-    told = []
-    torch.func.vmap(lambda t: told.append(backend(t)) or t)(x[None])
-    assert "torch.func" in told[0].why
+    found = []
+    torch.func.vmap(lambda t: found.append(backend(t)) or t)(x[None])
+    assert "torch.func" in found[0].why
     assert "subclass" in backend(x.as_subclass(Sub)).why
     assert "statistics require grad" in backend(x, norm.mean.clone().requires_grad_()).why
     assert "dense tensor" in backend(x.long()).why

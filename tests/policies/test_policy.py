@@ -1,16 +1,26 @@
-import pytest
+"""The table of policies: names, flags, and what implies what."""
 
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+import bnfreeze
 from bnfreeze import Policy, PolicyError
+from bnfreeze.policies.record import frozen_by
+
+NAMES = ["stats", "eval", "fused", "fused-act", "affine", "weights"]
 
 
 @pytest.mark.parametrize(
     ("text", "policy"),
     [
         ("eval", Policy.EVAL),
-        ("eval+affine", Policy.EVAL | Policy.AFFINE),
         ("affine+eval", Policy.EVAL | Policy.AFFINE),
         (" Eval + AFFINE ", Policy.EVAL | Policy.AFFINE),
-        ("fused-act", Policy.FUSED_ACT),
         ("fused_act+weights", Policy.FUSED_ACT | Policy.WEIGHTS),
         ("none", Policy.NONE),
         (Policy.STATS, Policy.STATS),
@@ -18,31 +28,33 @@ from bnfreeze import Policy, PolicyError
 )
 def test_a_string_and_a_flag_mean_the_same(text, policy):
     assert Policy.parse(text) == policy
+
+
+@given(st.lists(st.sampled_from(NAMES), min_size=1))
+def test_every_combination_survives_str_parse_and_pickle(names):
+    policy = Policy.parse("+".join(names))
     assert Policy.parse(str(policy)) == policy
-
-
-def test_the_name_of_a_combination_has_one_order():
-    assert str(Policy.AFFINE | Policy.EVAL) == "eval+affine"
-    assert str(Policy.NONE) == "none"
+    assert pickle.loads(pickle.dumps(policy)) == policy
+    assert all(Policy.parse(name) in policy for name in names)
+    # The shortest name: leave one part out, and it means something else.
+    parts = str(policy).split("+")
+    for part in parts:
+        rest = [Policy.parse(other) for other in parts if other != part]
+        assert not rest or Policy.parse("+".join(map(str, rest))) != policy
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("text", "shortest"),
     [
-        ("evall", "Did you mean 'eval'?"),
-        ("eval+affin", "there is no policy 'affin'"),
-        ("", "there is no policy ''"),
-        ("eval+", "there is no policy ''"),
-        ("none+eval", "'none' means leave alone"),
-        (None, "not NoneType"),
-        (3, "not int"),
-        (["eval"], "not list"),
+        ("affine+eval", "eval+affine"),
+        ("eval+affine+fused", "fused"),
+        ("weights+fused-act+stats", "fused-act+weights"),
+        ("weights+affine+eval", "eval+weights"),
+        ("none", "none"),
     ],
 )
-def test_a_policy_that_does_not_exist_is_named_with_those_that_do(wrong, says):
-    with pytest.raises(PolicyError) as caught:
-        Policy.parse(wrong)
-    assert says in str(caught.value)
+def test_the_name_is_the_shortest_in_one_order(text, shortest):
+    assert str(Policy.parse(text)) == shortest
 
 
 @pytest.mark.parametrize(
@@ -58,8 +70,60 @@ def test_a_policy_that_does_not_exist_is_named_with_those_that_do(wrong, says):
         ("none", False, False, False),
     ],
 )
-def test_each_policy_holds_what_the_table_says(text, statistics, affine, eval_mode):
+def test_each_policy_freezes_what_the_table_says(text, statistics, affine, eval_mode):
     policy = Policy.parse(text)
-    assert policy.freezes_statistics is statistics
-    assert policy.freezes_affine is affine
-    assert policy.forces_eval is eval_mode
+    assert (Policy.STATS in policy) is policy.freezes_statistics is statistics
+    assert (Policy.AFFINE in policy) is policy.freezes_affine is affine
+    assert (Policy.EVAL in policy) is policy.forces_eval is eval_mode
+    assert (Policy.FUSED in policy) is text.startswith("fused")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("evall", "Did you mean 'eval'?"),
+        ("eval+affin", "there is no policy 'affin'"),
+        ("", "there is no policy ''"),
+        ("eval+", "there is no policy ''"),
+        ("none+eval", "'none' means leave alone"),
+        (None, "not NoneType"),
+        (["eval"], "not list"),
+    ],
+)
+def test_a_policy_that_does_not_exist_is_named_with_those_that_do(wrong, says):
+    with pytest.raises(PolicyError) as caught:
+        Policy.parse(wrong)
+    assert says in str(caught.value)
+
+
+def parametrized():
+    layer = nn.BatchNorm2d(3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "who"),
+    [
+        (nn.BatchNorm2d(3), None),
+        (nn.BatchNorm2d(3).eval(), None),
+        (nn.BatchNorm2d(3).requires_grad_(False), "requires_grad"),
+        (parametrized(), None),
+        (parametrized().requires_grad_(False), "requires_grad"),
+        (nn.BatchNorm2d(3, affine=False), None),
+        (nn.Conv2d(3, 3, 1).requires_grad_(False), None),
+        (FrozenBatchNorm2d(3), "class"),
+        (bnfreeze.FrozenBatchNorm2d(3), "class"),
+    ],
+)
+def test_who_froze_a_layer(layer, who):
+    assert frozen_by(layer) == who
+
+
+@pytest.mark.parametrize("policy", NAMES)
+def test_what_freeze_froze_is_frozen_by_bnfreeze(policy):
+    layer = nn.BatchNorm2d(3).requires_grad_(False)
+    bnfreeze.freeze(layer, policy)
+    assert frozen_by(layer) == "bnfreeze"
+    bnfreeze.unfreeze(layer)
+    assert frozen_by(layer) == "requires_grad"

@@ -1,7 +1,7 @@
-"""A CUDA made of g++ and a fake driver: frozen_bn.cu runs on the CPU, launched as on a GPU.
+"""CUDA replaced by g++ and a fake driver: frozen_bn.cu runs on the CPU, launched as on a GPU.
 
-Nothing of the package is replaced but what it calls outside: the driver's functions, and the
-compiler. The tensors are CPU tensors, whose device index is -1.
+Only the driver's functions and the compiler are replaced. The tensors are CPU tensors, whose
+device index is -1.
 """
 
 import ctypes

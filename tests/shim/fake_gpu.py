@@ -1,8 +1,8 @@
-"""A process with a GPU that is none: real CUDA tensors of torch, in the host's memory.
+"""A process with a stand-in GPU: real CUDA tensors of torch, in the host's memory.
 
-Here nothing of bnfreeze is replaced: NVRTC compiles the kernel, cuda.bindings launches it, on
-torch's streams, in torch's contexts, from autograd's own threads. What answers them is the folder
-fake_gpu; its device.h says how. See fake_cuda.py for the kernels themselves.
+Nothing of bnfreeze is replaced here: NVRTC compiles the kernel, and cuda.bindings launches it, on
+torch's streams, in torch's contexts, from autograd's own threads. The driver that they call is in
+the folder fake_gpu; its device.h says how it works. See fake_cuda.py for the kernels themselves.
 """
 
 import itertools
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from bnfreeze.nn.cuda.plan import _ACTIVATIONS, _LANES, _RESIDUALS, ARGS, Variant
+from bnfreeze.nn.activations import KERNEL_NAMES
+from bnfreeze.nn.cuda.plan import _LANES, _RESIDUALS, ARGS, Variant
 from tests.shim.fake_cuda import GXX, compile_all
 
 HERE = Path(__file__).parent
@@ -69,11 +70,19 @@ def build(folder, kernels=None):
     return environment
 
 
+# Each activation with one kind of residual: the kernels themselves are tested without a fake GPU.
+COMBINATIONS = [(name, kind % 3) for kind, name in enumerate(KERNEL_NAMES)]
+
+
 def variants():
-    """Every kernel for bf16, and what a residual block in fp32 needs."""
+    """The kernels of `COMBINATIONS` and of other tests in bf16, and of a residual block in fp32."""
     yield Variant("finish")
-    for dtype, activations in (("bf16", _ACTIVATIONS.values()), ("f32", ("NONE", "RELU"))):
-        for activation, residual in itertools.product(activations, _RESIDUALS):
+    plain = set(itertools.product((None, "relu", "silu"), (0, 1)))
+    block = {(None, 0), ("relu", 0), ("relu", 1), ("relu", 2)}
+    needed = {"bf16": plain | set(COMBINATIONS), "f32": block}
+    for dtype, pairs in needed.items():
+        for name, kind in pairs:
+            activation, residual = KERNEL_NAMES[name], _RESIDUALS[kind]
             for lanes in (1, _LANES[dtype]):
                 forward = f"{dtype}, {lanes}, Forward<{activation}, {residual}>"
                 backward = f"{dtype}, {lanes}, Backward<{activation}, {residual}>"

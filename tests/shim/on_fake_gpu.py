@@ -1,4 +1,4 @@
-"""What only a GPU that counts can tell; and that it finds what is planted.
+"""How many kernels are launched, and that the stand-in GPU finds bugs that are put in.
 
 Run by test_fake_gpu.py, in a process that has one.
 """
@@ -81,14 +81,14 @@ def test_a_model_launches_as_much_less_as_is_fused():
     before, after, fused = model("eval+affine"), model("fused"), model("fused-act")
     # Twenty norm layers, three of which end the branch that a sum takes as its residual; after the
     # others come seventeen ReLUs, and before eight of these a sum.
-    for held, alone, along in zip(before, after, fused, strict=True):
-        assert (held.ours, alone.ours, along.ours) == (0, 20, 17)
-        assert alone.torchs <= held.torchs - 20
+    for evaluated, alone, with_act in zip(before, after, fused, strict=True):
+        assert (evaluated.ours, alone.ours, with_act.ours) == (0, 20, 17)
+        assert alone.torchs <= evaluated.torchs - 20
     assert fused[0].torchs == after[0].torchs - 17 - 8
     assert fused[1].torchs == after[1].torchs - 17
 
 
-# --------------------------------------------------------------------------------- what is planted
+# ---------------------------------------------------------------------------- bugs that are put in
 
 
 def test_a_launch_on_the_default_stream_is_found(launcher):
@@ -122,11 +122,11 @@ def test_ptx_in_place_of_a_cubin_is_found(launcher):
         on_gpu.layer().cuda()(torch.randn(2, 8, 7, 7).cuda())
 
 
-# ------------------------------------------------------------------------------ what is not for it
+# ----------------------------------------------------------------- what the kernel does not support
 
 
 @pytest.mark.parametrize("part", [0, 1, 2, 3, "residual"])
-def test_a_tensor_that_lies_on_another_device_is_for_aten_to_refuse(part):
+def test_a_tensor_on_another_device_is_refused_by_aten(part):
     x, main = draw(), list(there(on_gpu.norm(5)))
     residual = draw() if part == "residual" else None
     if residual is not None:

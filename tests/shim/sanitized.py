@@ -3,8 +3,8 @@
     python sanitized.py LIBRARY CASE...
 
 A process of its own, without torch, for the address sanitizer must be loaded before all else. Each
-tensor is a block of memory of exactly its size; the sanitizers end the process at the first access
-beside it, or at an address that is no multiple of what is read there.
+tensor is a block of memory of exactly its size. The sanitizers end the process at the first access
+outside it, or at a misaligned address.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""What is tested on a GPU is tested without one too, but for what the GPU itself computes."""
+"""The tests for a GPU also run on a stand-in, except where the GPU itself must compute."""
 
 import re
 import subprocess
@@ -39,8 +39,9 @@ def test_the_tests_for_a_gpu_pass(environment):
     assert int(re.search(r"(\d+) passed", said)[1]) >= 30, said
 
 
+@pytest.mark.slow
 def test_the_benchmarks_for_a_gpu_run(tmp_path):
-    # Those in which nobody looks at what is computed, which is nothing.
+    # Those that do not use the results, because nothing is computed here.
     works = ["layer", "host", "block", "step", "detection", "memory", "cold"]
     run = on_fake_gpu(tmp_path, [*works, "--tiny", "--arms", "bnfreeze fused"])
     assert run.device["name"] == "bnfreeze's fake GPU"

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from bnfreeze.nn import functional
+from bnfreeze.nn.activations import ACTIVATIONS, EXACT, FROM_INPUT
 from bnfreeze.nn.cuda import plan as plans
 from bnfreeze.nn.cuda.launch import Launcher
 from bnfreeze.nn.cuda.layouts import DTYPES as NAMES
 from bnfreeze.nn.cuda.plan import Variant
 from bnfreeze.nn.functional import _frozen_batch_norm_add, frozen_batch_norm
-from bnfreeze.nn.reference import ACTIVATIONS
 from tests.helpers import Affine
 from tests.shim import fake_cuda
 from tests.shim.fake_cuda import PROCESSORS, FakeDriver, Libraries, compile_all, fake_host
@@ -31,17 +31,17 @@ ROWS = [(3, 16, 5, 5), (70, 123), (3, 2056), (2, 8, 3, 5, 5), (300, 8), (1, 1)]
 
 
 def cases():
-    """Every activation with every residual in both layouts, aligned or not; the dtype rotates."""
-    rotation = itertools.cycle(range(12))
-    for activation, residual in itertools.product(ACTIVATIONS, range(3)):
-        for rows, aligned in itertools.product([False, True], [True, False]):
-            n = next(rotation)
-            if n % 4 == 3:  # four does not divide the shapes' six, and twelve is shifted
-                next(rotation)
+    """Each activation with each residual in both layouts; each shape with vectors of 4 and of 8."""
+    pairs = itertools.product(ACTIVATIONS, range(3))
+    for n, (activation, residual) in enumerate(pairs):
+        for rows in (False, True):
+            # Not 0, 1, 0, 1: an activation comes aligned and not, in either layout.
+            aligned = (n + n // 3 + rows) % 2 == 0
             shapes = ROWS if rows else PLANES
-            yield shapes[n % 6], rows, DTYPES[(n + residual) % 3], aligned, activation, residual
-    for shape, dtype in itertools.product(PLANES + ROWS, DTYPES):
-        yield shape, shape in ROWS, dtype, True, "relu", 1
+            yield shapes[n % 6], rows, DTYPES[(n + rows) % 3], aligned, activation, residual
+    for n, shape in enumerate(PLANES + ROWS):
+        for dtype in (torch.float32, DTYPES[1 + n % 2]):
+            yield shape, shape in ROWS, dtype, True, "relu", 1
 
 
 CASES = list(cases())
@@ -55,7 +55,7 @@ def variants():
     yield Variant("finish")
     for shape, rows, dtype, aligned, activation, residual in CASES + OTHERS:
         for direction in ("forward", "backward", "trained"):
-            for kind in {residual, 0 if activation in (None, "relu", "relu6") else residual}:
+            for kind in {residual, 0 if activation in EXACT else residual}:
                 plan = plans.elementwise(
                     shape, NAMES[dtype], rows, aligned, direction, activation, kind, PROCESSORS
                 )
@@ -103,7 +103,7 @@ def run(x, residual, main, branch, activation, grad, *, trained):
     if trained:
         wanted += [main.weight.requires_grad_(), main.bias.requires_grad_()]
 
-    def call(x, residual, main):
+    def call(x, residual, main, activation=activation):
         if branch is None:
             mean, var, weight, bias, eps = main
             return frozen_batch_norm(
@@ -112,12 +112,18 @@ def run(x, residual, main, branch, activation, grad, *, trained):
         return _frozen_batch_norm_add(x, main, residual, branch, activation)
 
     out = call(x, residual, main)
-    grads = torch.autograd.grad(out, wanted, grad)
     double = [None if t is None else t.detach().double() for t in (x, residual, *main[:4])]
     x64, residual64, mean, var, weight, bias = double
     for leaf in (x64, residual64, weight, bias):
         None if leaf is None else leaf.requires_grad_()
-    exact = call(x64, residual64, Affine(mean, var, weight, bias, main.eps))
+    main64 = Affine(mean, var, weight, bias, main.eps)
+    exact = call(x64, residual64, main64)
+    # Next to a kink of the activation, rounding decides which of two gradients is right.
+    total = call(x64, residual64, main64, None).detach()
+    unit = 2 * torch.finfo(x.dtype).eps
+    for kink in (-3, 0, 3, 6):
+        grad.masked_fill_((total - kink).abs() <= unit * max(1, abs(kink)), 0)
+    grads = torch.autograd.grad(out, wanted, grad)
     wanted64 = [x64] if residual is None else [x64, residual64]
     wanted64 += [weight, bias] if trained else []
     grads64 = torch.autograd.grad(exact, wanted64, grad.double())
@@ -129,7 +135,7 @@ def compare(out, exact, grads, grads64, dtype, kept_sum):
     unit = torch.finfo(dtype).eps / 2
     slack = 3e-6 * exact.abs().max()
     assert ((out.double() - exact).abs() <= unit * exact.abs() * 1.01 + slack + 1e-7).all()
-    # A sum that was kept was rounded, and may so have come to the other side of hardswish's kink.
+    # A sum that is kept for backward is rounded.
     relative = (unit * 2 + 2e-6) if not kept_sum else (2e-5 if dtype is torch.float32 else 3e-2)
     for got, right in zip(grads, grads64, strict=True):
         assert (got.double() - right).norm() <= relative * (right.norm() + 0.1)
@@ -155,7 +161,7 @@ def check(case, driver, *, trained):
     parameters = torch.float32 if aligned else dtype
     main = norm(shape[1], generator, parameters)
     branch = norm(shape[1], generator, parameters, 0.5) if residual == 2 else None
-    kept_sum = residual and activation in ("silu", "hardswish")
+    kept_sum = residual and activation in FROM_INPUT
     compare(*run(x, r, main, branch, activation, grad, trained=trained), dtype, kept_sum)
     launched = driver.names()
     assert len(launched) == (3 if trained else 2)
@@ -164,7 +170,7 @@ def check(case, driver, *, trained):
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
-@pytest.mark.parametrize("trained", [False, True], ids=["held", "trained"])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_the_kernel_agrees_with_fp64(case, trained, driver):
     check(case, driver, trained=trained)
 

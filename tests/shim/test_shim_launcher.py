@@ -62,13 +62,13 @@ def install(driver, monkeypatch):
     return install
 
 
-def layer(channels=8):
+def layer(channels=8, *, trains=False):
     torch.manual_seed(0)
     made = FrozenBatchNorm2d(channels)
     made.running_mean.normal_()
     made.running_var.uniform_(0.5, 2)
-    made.weight.data.normal_()
-    made.bias.data.normal_()
+    made.weight.normal_().requires_grad_(trains)
+    made.bias.normal_().requires_grad_(trains)
     return made
 
 
@@ -165,7 +165,7 @@ def test_a_residual_and_a_gradient_in_another_layout_are_brought_into_the_inputs
 
 def test_an_expanded_gradient_and_a_saved_tensor_that_comes_back_changed(driver, install):
     install()
-    made = layer().requires_grad_()
+    made = layer(trains=True)
     x = torch.randn(3, 8, 4, 4, requires_grad=True)
 
     def unpack(tensor):  # as an offloading hook may: another layout, another address
@@ -214,14 +214,14 @@ def test_weight_or_bias_alone_in_bf16(only, driver, install):
     install()
     made, x = layer(), torch.randn(3, 8, 4, 4)
     setattr(made, "bias" if only == "weight" else "weight", None)
-    getattr(made, only).data = getattr(made, only).data.bfloat16()
+    setattr(made, only, getattr(made, only).bfloat16())
     assert torch.allclose(made(x).double(), exact(made, x), atol=1e-5)
     assert len(driver.names()) == 1
 
 
 def test_an_empty_batch_launches_nothing(driver, install):
     install()
-    made = layer().requires_grad_()
+    made = layer(trains=True)
     x = torch.randn(0, 8, 4, 4, requires_grad=True)
     out = made(x, x, "silu")
     out.sum().backward()
@@ -279,13 +279,13 @@ def test_a_double_backward_takes_aten(driver, install):
 @pytest.mark.parametrize(
     "call", ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuDeviceGet"]
 )
-def test_a_driver_that_refuses_is_told_once_and_aten_takes_over(call, driver, install):
+def test_a_driver_that_fails_is_reported_once_and_aten_takes_over(call, driver, install):
     install()
     driver.errors = {call: [999, 999]}
     made, x = layer(), torch.randn(2, 8, 4, 4)
-    with pytest.warns(BnfreezeWarning, match=r"cannot be had.*999.*falls back to ATen") as told:
+    with pytest.warns(BnfreezeWarning, match="999") as caught:
         out = made(x)
-    assert len(told) == 1
+    assert len(caught) == 1
     assert torch.allclose(out.double(), exact(made, x), atol=1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -314,9 +314,9 @@ def test_the_environment_turns_the_kernel_off(install, monkeypatch):
     install()
     functional._kernel.launcher = None
     monkeypatch.setenv("BNFREEZE_KERNEL", "0")
-    told = backend(torch.randn(2, 8, 4, 4))
-    assert told.path == "aten"
-    assert "BNFREEZE_KERNEL=0" in told.why
+    found = backend(torch.randn(2, 8, 4, 4))
+    assert found.path == "aten"
+    assert "BNFREEZE_KERNEL=0" in found.why
 
 
 def test_without_cuda_bindings_there_is_one_warning(install, monkeypatch):

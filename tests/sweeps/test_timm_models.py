@@ -8,9 +8,9 @@ from tests.sweeps import timm_models, torchvision_models
 
 @pytest.mark.parametrize("name", timm_models.QUICK)
 def test_a_model_of_timm_keeps_every_promise(name):
-    told = timm_models.line(name)
-    assert told.startswith(name)
-    assert told.endswith(" ok")
+    found = timm_models.line(name)
+    assert found.startswith(name)
+    assert found.endswith(" ok")
 
 
 def test_a_broken_promise_stands_in_the_line(monkeypatch):
@@ -27,7 +27,7 @@ def test_models_without_norm_layers_and_too_large_ones_are_passed_over(monkeypat
 def test_what_stands_in_the_file_is_not_swept_again(tmp_path, monkeypatch):
     path = tmp_path / "swept.txt"
     swept = []
-    monkeypatch.setattr(timm_models, "line", lambda name: swept.append(name) or f"{name} 1 ok")
+    monkeypatch.setattr(timm_models, "line", lambda name, _: swept.append(name) or f"{name} 1 ok")
     monkeypatch.setattr(timm_models, "size", lambda name: (10, 1))
     path.write_text("test_byobnet 1 failed\n")
     assert timm_models.main([str(path), "test_byobnet", "test_efficientnet"]) == 1

@@ -1,4 +1,4 @@
-"""A subset of the sweep over torchvision's models; the whole is `python -m tests.sweeps.torchvision_models`."""
+"""A subset of the sweep over torchvision; all is `python -m tests.sweeps.torchvision_models`."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_the_quick_subset_compares_outputs_of_some_models():
     assert compared == ["resnet18", "regnet_x_400mf", "shufflenet_v2_x0_5"]
 
 
-def test_the_sweep_would_notice_layers_that_are_not_held(monkeypatch):
+def test_the_sweep_would_notice_layers_that_are_not_frozen(monkeypatch):
     def frozen_in_name_only(model, policy):
         return FreezeReport(
             tuple(LayerRow(name, "", policy) for name in torchvision_models.norm_layers(model))
@@ -31,10 +31,10 @@ def test_the_sweep_would_notice_layers_that_are_not_held(monkeypatch):
     monkeypatch.setattr(torchvision_models, "freeze", frozen_in_name_only)
     _, _, wrong = torchvision_models.sweep("shufflenet_v2_x0_5")
     for promise in (
-        "stats: conv1.1.running_mean is held and moved",
-        "eval+affine: conv1.1.weight is held and moved",
-        "eval+affine+weights: conv1.0.weight is held and moved",
-        "eval, fused: train mode is another function than eval mode",
+        "stats: conv1.1.running_mean is frozen and moved",
+        "eval+affine: conv1.1.weight is frozen and moved",
+        "eval+affine+weights: conv1.0.weight is frozen and moved",
+        "train mode is another function than eval mode",
     ):
         assert promise in wrong
 

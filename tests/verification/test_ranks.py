@@ -1,4 +1,4 @@
-"""The proof across ranks: two processes, gloo."""
+"""A check across ranks: two processes, gloo."""
 
 import pytest
 import torch.distributed as dist
@@ -42,10 +42,7 @@ def test_ranks_that_started_apart_are_named(seen):
     for rank in seen:
         drifts, message = rank["ranks_that_started_apart"]
         assert drifts == [("value", "1.running_mean", 1)]
-        assert message.startswith(
-            "1.running_mean drifted on rank 1: other bits than on rank 0.\nThe ranks hold "
-            "different models"
-        )
+        assert "on rank 1: other bits than on rank 0" in message
 
 
 def test_a_guard_raises_on_all_ranks_at_the_same_step(seen):

@@ -31,7 +31,7 @@ def train(model, optimizer, steps, drift=lambda step: None):
         optimizer.step()
 
 
-def told(report):
+def seen_in(report):
     return [(drift.kind, drift.name, drift.rank) for drift in report.drifts]
 
 
@@ -66,7 +66,7 @@ def ddp_broadcast_overwrites():
     before = bnfreeze.snapshot(model)
     model.train()(torch.randn(3, 4))
     report = bnfreeze.verify(model, before, process_group=dist.group.WORLD)
-    return told(report), report.message
+    return seen_in(report), report.message
 
 
 def a_drift_on_rank_0():
@@ -84,7 +84,7 @@ def a_drift_on(rank):
     if dist.get_rank() == rank:
         model[1].running_var[3] = 9
     alone = bnfreeze.verify(model, before)
-    return alone.ok, told(bnfreeze.verify(model, before, process_group=dist.group.WORLD))
+    return alone.ok, seen_in(bnfreeze.verify(model, before, process_group=dist.group.WORLD))
 
 
 def ranks_that_started_apart():
@@ -92,7 +92,7 @@ def ranks_that_started_apart():
     bnfreeze.freeze(model)
     before = bnfreeze.snapshot(model)
     report = bnfreeze.verify(model, before, process_group=dist.group.WORLD)
-    return told(report), report.message
+    return seen_in(report), report.message
 
 
 def a_guard_raises_on_all_ranks():
@@ -108,7 +108,7 @@ def a_guard_raises_on_all_ranks():
         with bnfreeze.guard(model, optimizer=optimizer, process_group=dist.group.WORLD):
             train(model, optimizer, 5, drift)
     except bnfreeze.DriftError as error:
-        return told(error.report), error.report.drifts[0].step
+        return seen_in(error.report), error.report.drifts[0].step
     return None
 
 
@@ -130,7 +130,7 @@ def sharded():
     if dist.get_rank() == 1:
         model[0].weight._local_tensor[0, 2] += 1
     drifted = [
-        told(bnfreeze.verify(model, one, process_group=dist.group.WORLD))
+        seen_in(bnfreeze.verify(model, one, process_group=dist.group.WORLD))
         for one in (before, hashed)
     ]
     return alone, both, drifted
@@ -144,7 +144,7 @@ def a_trace_of_a_shard():
         with bnfreeze.guard(model, process_group=dist.group.WORLD, trace=True), torch.no_grad():
             model[0].bias.to_local().add_(1)
     except bnfreeze.DriftError as error:
-        return told(error.report), Path(error.report.drifts[0].where.rpartition(":")[0]).name
+        return seen_in(error.report), Path(error.report.drifts[0].where.rpartition(":")[0]).name
     return None
 
 
@@ -154,7 +154,7 @@ def sharded_after_the_snapshot():
     before = bnfreeze.snapshot(model, tensors="0.weight")
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     report = bnfreeze.verify(model, before, process_group=dist.group.WORLD)
-    return [(kind, name) for kind, name, rank in told(report) if rank == 0]
+    return [(kind, name) for kind, name, rank in seen_in(report) if rank == 0]
 
 
 SCENES = (

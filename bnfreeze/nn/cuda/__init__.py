@@ -1,18 +1,20 @@
 """The fused CUDA kernel: its source, how it is compiled, and how it is launched.
 
 ``frozen_bn.cu``
-    The kernel, in CUDA C++ without includes. It travels in the wheel as text.
+    The kernel, in CUDA C++ without includes. The wheel has it as text.
 `bnfreeze.nn.cuda.plan`
-    Which variant of it serves a call, with what grid. Pure arithmetic.
+    Which variant of it computes a call, and with what grid. Pure arithmetic.
 `bnfreeze.nn.cuda.layouts`
-    What it asks of the tensors it is given.
+    What it requires of tensors.
 `bnfreeze.nn.cuda.build`
-    NVRTC, and the cache on disk. Each variant is compiled when it is first used.
+    NVRTC and the cache on disk. Each variant is compiled when it is first used.
 `bnfreeze.nn.cuda.launch`
-    cuda.bindings: arguments, contexts, streams. What surrounds it is in `bnfreeze.nn.cuda.host`.
+    cuda.bindings: arguments, contexts, streams.
+`bnfreeze.nn.cuda.host`
+    What a launch needs from outside: driver, compiler, device functions. The tests replace it.
 `bnfreeze.nn.cuda.load`
-    Whether there is a kernel in this process, and if not, why not.
+    Whether this process has a kernel, and if not, why not.
 
-A wheel of pure Python that brings its kernel as source needs no compiler on the user's machine:
-every CUDA build of torch since 2.10 installs NVRTC and cuda.bindings along.
+The wheel is pure Python, and the user needs no compiler: every CUDA build of torch since 2.10
+installs NVRTC and cuda.bindings.
 """

@@ -1,7 +1,7 @@
 """From the CUDA source to a cubin: NVRTC, and a cache on disk.
 
-A cubin and not PTX: an NVRTC that is newer than the driver writes PTX that the driver refuses,
-while machine code for the device's own architecture loads.
+We compile to a cubin and not to PTX. An NVRTC newer than the driver writes PTX that the driver
+refuses, while machine code for the device's own architecture loads.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _OPTIONS = ("--std=c++17", "--fmad=false")
 
 
 class KernelError(Exception):
-    """The kernel cannot be had; the message says why. Caught within bnfreeze: ATen takes over."""
+    """The kernel is unavailable; the message says why. bnfreeze catches it and uses ATen."""
 
 
 def cubin(variant: Variant, arch: str) -> bytes:
-    """Return the cubin with the one entry point of ``variant``, from the cache if it is there.
+    """Return the cubin with the entry point of ``variant``, from the cache if it is there.
 
     Args:
         variant: what to compile.
@@ -58,7 +58,7 @@ def compile_source(source: str, arch: str) -> bytes:
     success = nvrtc.nvrtcResult.NVRTC_SUCCESS
     error, handle = nvrtc.nvrtcCreateProgram(source.encode(), b"frozen_bn.cu", 0, [], [])
     if error != success:
-        raise KernelError(f"NVRTC could not begin: {error!r}")
+        raise KernelError(f"NVRTC could not start: {error!r}")
     try:
         options = [option.encode() for option in (*_OPTIONS, f"--gpu-architecture={arch}")]
         (error,) = nvrtc.nvrtcCompileProgram(handle, len(options), options)
@@ -70,14 +70,14 @@ def compile_source(source: str, arch: str) -> bytes:
         code: bytes = b" " * nvrtc.nvrtcGetCUBINSize(handle)[1]
         (error,) = nvrtc.nvrtcGetCUBIN(handle, code)
         if error != success:
-            raise KernelError(f"NVRTC gave no cubin for {arch}: {error!r}")
+            raise KernelError(f"NVRTC returned no cubin for {arch}: {error!r}")
         return code
     finally:
         nvrtc.nvrtcDestroyProgram(handle)
 
 
 def cache_folder() -> Path:
-    """Return where cubins are kept: BNFREEZE_CACHE, or ``bnfreeze`` in the user's cache folder."""
+    """Return the folder of the cubins: BNFREEZE_CACHE, or ``bnfreeze`` in the user's cache."""
     if chosen := os.environ.get("BNFREEZE_CACHE"):
         return Path(chosen)
     if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
@@ -87,7 +87,7 @@ def cache_folder() -> Path:
 
 
 def _read(path: Path) -> bytes | None:
-    """The cubin in a cache file, or None. The file begins with the digest of what follows."""
+    """The cubin in a cache file, or None. The file begins with the digest of the rest."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -97,8 +97,8 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, code: bytes) -> None:
-    """Write by rename, so that a reader sees all or nothing and of two writers one wins."""
-    # A cache that cannot be written costs the next process a compilation, and is no error.
+    """Write by rename, so that a reader sees all or nothing, and one of two writers wins."""
+    # A cache that cannot be written is no error: the next process compiles again.
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -114,7 +114,7 @@ def _write(path: Path, code: bytes) -> None:
 def _nvrtc_version() -> tuple[int, int]:
     error, major, minor = _nvrtc().nvrtcVersion()
     if error != 0:
-        raise KernelError(f"NVRTC does not tell its version: {error!r}")
+        raise KernelError(f"NVRTC does not report its version: {error!r}")
     return int(major), int(minor)
 
 
@@ -126,7 +126,7 @@ def _nvrtc() -> Any:
     except Exception as error:
         # cuda.bindings raises errors of its own kinds when the library is not found.
         raise KernelError(
-            f"NVRTC is not there ({type(error).__name__}: {error}); it comes with "
+            f"NVRTC is not installed ({type(error).__name__}: {error}); install it with "
             f"`pip install cuda-bindings nvidia-cuda-nvrtc`"
         ) from error
     return nvrtc

@@ -3,26 +3,27 @@
 //     z = (x - mean[c]) * scale[c] + bias[c] + residual        scale = weight / sqrt(var + eps)
 //     y = activation(z)
 //
-// One pass over memory, forward and backward. Two ways of walking it ("mappings") cover every
-// dense tensor, and one small struct ("op") says what is done with an element:
+// One pass over memory, forward and backward. A "mapping" says which thread computes which
+// elements; two mappings cover every dense tensor. An "op" says what is done with an element:
 //
-//   planes   the channel before the plane, (N, C, *) contiguous: the tensor as one long array;
-//            the channel of an element is (i / plane) % channels.
-//   rows     channels last, and (N, C): a matrix (rows, channels). A thread keeps its channels and
-//            walks down the rows.
+//   planes   for (N, C, *) contiguous: the tensor is one long array; the channel of an element is
+//            (i / plane) % channels.
+//   rows     for channels last, and (N, C): a matrix (rows, channels). A thread keeps its channels
+//            and goes down the rows.
 //   planes_trained   as planes, but a block keeps one channel, for the sums over it.
-//   finish   sums what the blocks have left behind, always in the same order.
+//   finish   adds the partial sums of the blocks, always in the same order.
 //
-// scale is computed from weight, var and eps here, in every launch, so that no copy of it can be
-// out of date. The arithmetic is fp32; what is stored is rounded once. Contraction is off
-// (--fmad=false) and every fused multiply-add is written out, so that a CPU computes the same bits.
+// scale is computed here from weight, var and eps, in every launch, so it is never out of date. The
+// arithmetic is fp32; a result is rounded once. Contraction is off (--fmad=false) and every fused
+// multiply-add is written out, so that a CPU computes the same bits.
 //
-// No includes: NVRTC compiles this as it stands. Entry points are appended by the launcher, one
-// for each variant that is used:
+// There are no includes, because NVRTC has no header files. The launcher appends an entry point for
+// each variant that is used:
 //
 //     ENTRY(name, planes<f16, 8, Forward<RELU, ADD>, false>)
 //
-// A program that defines BNFREEZE_SHIM beforehand brings its own ENTRY, conversions and built-ins.
+// A program that defines BNFREEZE_SHIM has its own ENTRY, conversions and built-ins. The tests use
+// this to run the source on a CPU.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -31,7 +32,7 @@ typedef unsigned long long u64;
 constexpr u32 THREADS = 256;
 constexpr u32 UNROLL = 4;  // vectors in flight in each thread, for each array that is read
 
-enum Activation { NONE, RELU, RELU6, SILU, HARDSWISH };
+enum Activation { NONE, RELU, RELU6, SILU, HARDSWISH };  // the names in activations.py
 enum Residual { ALONE, ADD, AFFINE_ADD };  // AFFINE_ADD: the residual has a norm layer of its own
 
 // Laid out as launch.py packs it.
@@ -170,7 +171,7 @@ __device__ __forceinline__ Channel branch_channel(const Args &a, u32 c) {
     return {a.mean_r[c], scale, a.bias_r ? parameter(a.bias_r, a.kind_r, c) : 0.0f};
 }
 
-// Member by member, which stays in registers; a choice between two structs has an address.
+// Member by member, so that it stays in registers. A choice between two structs needs addresses.
 __device__ __forceinline__ Channel pick(bool first, const Channel &n, const Channel &m) {
     return {first ? n.mean : m.mean, first ? n.scale : m.scale, first ? n.bias : m.bias};
 }
@@ -183,7 +184,7 @@ __device__ __forceinline__ float normalise(float x, const Channel &n) {
 
 __device__ __forceinline__ float sigmoid(float z) { return reciprocal(1.0f + expf(-z)); }
 
-// Comparisons are written so that NaN goes where ATen lets it go: through.
+// Comparisons are written so that NaN passes through, as in ATen.
 template <int ACT>
 __device__ __forceinline__ float activate(float z) {
     if (ACT == RELU) return z <= 0.0f ? 0.0f : z;
@@ -197,7 +198,11 @@ __device__ __forceinline__ float activate(float z) {
     return z;
 }
 
-// g times the derivative; kept is the output for relu and relu6, else what went in.
+// Whether backward needs what goes into the activation. Otherwise it needs the output.
+template <int ACT>
+constexpr bool from_input = ACT == SILU || ACT == HARDSWISH;
+
+// g times the derivative; kept is the input or the output of the activation (see from_input).
 template <int ACT>
 __device__ __forceinline__ float deactivate(float g, float kept) {
     if (ACT == RELU) return kept <= 0.0f ? 0.0f : g;
@@ -217,8 +222,8 @@ template <int ACT, int RES>
 struct Forward {
     static constexpr bool reads1 = RES != ALONE;
     static constexpr bool branch = RES == AFFINE_ADD;
-    // z, for a backward that cannot have it from x alone
-    static constexpr bool writes1 = RES != ALONE && (ACT == SILU || ACT == HARDSWISH);
+    // z, if backward needs it and cannot compute it from x alone
+    static constexpr bool writes1 = RES != ALONE && from_input<ACT>;
 
     __device__ __forceinline__ static void run(float x, float residual, const Channel &n,
                                                const Channel &r, float &y, float &z) {
@@ -231,14 +236,14 @@ struct Forward {
 
 template <int ACT, int RES>
 struct Backward {
-    static constexpr bool from_input = RES == ALONE && (ACT == SILU || ACT == HARDSWISH);
+    static constexpr bool keeps_x = RES == ALONE && from_input<ACT>;  // x, and not z
     static constexpr bool reads1 = ACT != NONE;
     static constexpr bool branch = RES == AFFINE_ADD;
     static constexpr bool writes1 = RES != ALONE;
 
     // The gradient of z.
     __device__ __forceinline__ static float inner(float g, float kept, const Channel &n) {
-        return deactivate<ACT>(g, from_input ? normalise(kept, n) : kept);
+        return deactivate<ACT>(g, keeps_x ? normalise(kept, n) : kept);
     }
 
     __device__ __forceinline__ static void run(float g, float kept, const Channel &n,
@@ -251,11 +256,11 @@ struct Backward {
 
 // --------------------------------------------------------------------------------------- mappings
 
-// A vector may reach into the next plane, but no further: a plane has V elements at least. What
-// does not fill a vector at the very end is done element by element.
+// A vector may reach into the next plane but not further, because a plane has at least V elements.
+// The elements at the very end that do not fill a vector are computed one by one.
 //
-// WIDE: past 2^31 elements. The block finds its place by one 64-bit division; within the block
-// everything is small again.
+// WIDE: more than 2^31 elements. The block finds its place by one 64-bit division; within the block
+// 32 bits are enough.
 template <class T, int V, class Op, bool WIDE>
 __device__ __forceinline__ void planes(const Args &a) {
     constexpr u32 TILE = THREADS * UNROLL * V;
@@ -314,7 +319,7 @@ __device__ __forceinline__ void planes(const Args &a) {
 
     if (V > 1 && blockIdx.x == gridDim.x - 1 && threadIdx.x < a.size % V) {
         u64 i = a.size - 1 - threadIdx.x;
-        u32 c = a.channels - 1;  // the tensor's last plane has V elements at least
+        u32 c = a.channels - 1;  // the last plane has at least V elements
         n = channel(a, c);
         if (Op::branch) r = branch_channel(a, c);
         float v1 = Op::reads1 ? T::read(load<T, 1>(a.in1, i).lane[0]) : 0.0f;
@@ -355,7 +360,7 @@ __device__ __forceinline__ void rows(const Args &a) {
                 in0[u] = load<T, V>(a.in0, i);
                 if (Op::reads1) in1[u] = load<T, V>(a.in1, i);
                 if constexpr (TRAINED)
-                    in2[u] = Op::from_input ? in1[u] : load<T, V>(a.in2, i);
+                    in2[u] = Op::keeps_x ? in1[u] : load<T, V>(a.in2, i);
             }
 #pragma unroll
             for (u32 u = 0; u < AHEAD; ++u) {
@@ -383,7 +388,7 @@ __device__ __forceinline__ void rows(const Args &a) {
     }
 
     if constexpr (TRAINED) {
-        // The rows of the block are added in pairs, the same pairs every time.
+        // The rows of the block are added in pairs, always the same pairs.
         __shared__ float shared[2 * V][THREADS];
 #pragma unroll
         for (int k = 0; k < V; ++k) {
@@ -431,7 +436,7 @@ __device__ __forceinline__ void planes_trained(const Args &a) {
             at[u] = (((u64)image * a.channels + c) * a.plane + place) * V;
             in0[u] = load<T, V>(a.in0, at[u]);
             if (Op::reads1) in1[u] = load<T, V>(a.in1, at[u]);
-            in2[u] = Op::from_input ? in1[u] : load<T, V>(a.in2, at[u]);
+            in2[u] = Op::keeps_x ? in1[u] : load<T, V>(a.in2, at[u]);
         }
 #pragma unroll
         for (u32 u = 0; u < AHEAD; ++u) {

@@ -1,4 +1,4 @@
-"""What surrounds a launch: the driver, the compiler, and what torch knows of its devices."""
+"""What a launch needs from outside: the driver, the compiler, and torch's device functions."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 
 from bnfreeze.nn.cuda.build import KernelError, cubin
 from bnfreeze.nn.cuda.plan import Variant
+from bnfreeze.torch_private import _cuda_getCurrentRawStream, _cuda_getDevice
 
 __all__ = ["Host", "real_host"]
 
 
 @dataclass(frozen=True)
 class Host:
-    """What surrounds a launch. The tests put something else here."""
+    """What a launch needs from outside. The tests replace it."""
 
     driver: Any
     cubin: Callable[[Variant, str], bytes]
@@ -36,15 +37,15 @@ def real_host() -> Host:
     except Exception as error:
         # cuda.bindings raises errors of its own kinds when the library is not found.
         raise KernelError(
-            f"cuda.bindings is not there or finds no driver ({type(error).__name__}: {error}); "
-            f"it comes with `pip install cuda-bindings`"
+            f"cuda.bindings is not installed or finds no driver ({type(error).__name__}: {error}); "
+            f"install it with `pip install cuda-bindings`"
         ) from error
     return Host(
         driver=driver,
         cubin=cubin,
-        current_device=torch._C._cuda_getDevice,  # CUDA tensors are there: it is initialized
+        current_device=_cuda_getDevice,  # there are CUDA tensors, so CUDA is initialized
         on_device=torch.cuda.device,
-        stream=torch._C._cuda_getCurrentRawStream,
+        stream=_cuda_getCurrentRawStream,
         capability=torch.cuda.get_device_capability,
         processors=lambda device: torch.cuda.get_device_properties(device).multi_processor_count,
     )

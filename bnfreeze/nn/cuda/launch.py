@@ -1,7 +1,7 @@
 """Launching the kernel through cuda.bindings: arguments, grids, contexts, streams.
 
-This runs in every forward and backward pass, before work of a few microseconds: what can be
-decided once is decided once (`plan`), and what is left is written plainly and without helpers.
+This runs in every forward and backward pass, before a few microseconds of work on the device. So
+the plan is made once for each kind of input, and the rest is written out without helpers.
 """
 
 from __future__ import annotations
@@ -13,44 +13,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnfreeze.nn.activations import FROM_INPUT
 from bnfreeze.nn.cuda import plan as plans
 from bnfreeze.nn.cuda.build import KernelError
 from bnfreeze.nn.cuda.host import Host
 from bnfreeze.nn.cuda.layouts import DTYPES, KINDS, is_dense, joins, like, pointer, serves
 from bnfreeze.nn.cuda.plan import ARGS, THREADS, Plan, Variant
-from bnfreeze.nn.reference import FROM_OUTPUT, Norm
+from bnfreeze.nn.reference import Norm
 
 __all__ = ["Launcher"]
 
-# Either the thread has another context than it had, or none: what cuCtxSetCurrent mends.
+# The thread has another context than before, or none. cuCtxSetCurrent repairs that.
 _CONTEXT_ERRORS = frozenset({201, 400, 709})
 
 _pack = ARGS.pack_into
-_SCALED: _Op = None, 0, "backward"
 
-
+# The activation, the kind of residual (see `plans.elementwise`) and the direction.
 _Op = tuple[str | None, int, plans.Direction]
-# A plan, the function loaded for it, and its grid and geometry once more, for the launch to unpack.
+# A plan, the function loaded for it, and its grid and geometry again, for the launch to unpack.
 _Loaded = tuple[Plan, Any, int, int, bytes]
 
 
 class _Frame(threading.local):
-    """Each thread's own room for the arguments, which cuLaunchKernel copies before it returns."""
+    """Each thread's own buffer for the arguments. cuLaunchKernel copies it before it returns."""
 
     def __init__(self) -> None:
         arguments = ctypes.create_string_buffer(ARGS.size)
         # The kernel takes one argument, a struct; the driver wants an array of their addresses.
         self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         self.bound: set[int] = set()
-        # In one piece, for a thread's own attributes are slow to find.
+        # In one tuple, because attributes of a threading.local are slow.
         self.room = arguments, ctypes.addressof(self.pointers), self.bound
 
 
 class Launcher:
-    """Runs the kernel on tensors that `refusal` has nothing against.
+    """Runs the kernel on tensors that it supports (`refusal` returns an empty string for them).
 
-    `forward` and `backward` take and return what those of `bnfreeze.nn.reference` do, and raise
-    `KernelError` where the kernel cannot be compiled, loaded or launched.
+    `forward` and `backward` take and return the same as in `bnfreeze.nn.reference`. They raise
+    `KernelError` if the kernel cannot be compiled, loaded or launched.
     """
 
     def __init__(self, host: Host) -> None:
@@ -61,13 +61,13 @@ class Launcher:
         self._contexts: dict[int, Any] = {}
         self._plans: dict[Any, _Loaded] = {}
         self._streams: dict[int, Any] = {}
-        self._modules: list[Any] = []  # kept, for the functions live in them
+        self._modules: list[Any] = []  # kept alive, because the functions live in them
         self._current_device = host.current_device
         self._stream = host.stream
         self._cu_launch = host.driver.cuLaunchKernel
 
     def refusal(self, x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | None) -> str:
-        """Return why these tensors are not for the kernel, as a sentence; empty if they are."""
+        """Return why the kernel does not support these tensors; empty if it does."""
         shape, device = x.shape, x.get_device()
         channels = shape[1] if len(shape) > 1 else 0
         if not channels:
@@ -103,7 +103,7 @@ class Launcher:
         activation: str | None = None,
         keep_sum: bool = False,
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Compute as `bnfreeze.nn.reference.forward`; None if `refusal` has something against it."""
+        """Compute `bnfreeze.nn.reference.forward`; None if the input is not supported."""
         shape, dtype, device, in0 = x.shape, x.dtype, x.get_device(), x.data_ptr()
         in1 = kind = 0
         if residual is not None:
@@ -111,8 +111,8 @@ class Launcher:
                 return None
             residual, kind = like(residual, x), 1 if branch is None else 2
             in1 = residual.data_ptr()
-        aligned = not (in0 | in1) & 15  # torch's own allocators align the output to more
-        # All that `refusal` asks of the input: a plan that is there is an input not refused.
+        aligned = not (in0 | in1) & 15  # torch's allocators align the output to more
+        # All that `refusal` checks of the input. If there is a plan, the input is supported.
         layout = x.is_contiguous() or x.stride()
         key = shape, layout, dtype, x.is_neg(), device, aligned, activation, kind
         loaded = self._plans.get(key)
@@ -137,7 +137,7 @@ class Launcher:
         return y, z
 
     def alone(self, x: Tensor, norm: Norm) -> Tensor | None:
-        """Compute as `forward` of the two; nothing but what that takes, for it runs most."""
+        """Compute `forward` of the two alone. The most frequent call, so nothing else is done."""
         shape, device, in0 = x.shape, x.get_device(), x.data_ptr()
         layout = x.is_contiguous() or x.stride()
         key = shape, layout, x.dtype, x.is_neg(), device, not in0 & 15
@@ -156,7 +156,7 @@ class Launcher:
         return y
 
     def scaled(self, grad: Tensor, norm: Norm) -> Tensor:
-        """Compute as `bnfreeze.nn.reference.scaled`; nothing but what that takes, for it runs most."""
+        """Compute `bnfreeze.nn.reference.scaled`. The most frequent backward."""
         if grad.is_neg():
             grad = grad.resolve_neg()
         contiguous = grad.is_contiguous()
@@ -185,10 +185,10 @@ class Launcher:
         x: Tensor | None,
         needs: tuple[bool, bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Compute as `bnfreeze.nn.reference.backward`."""
+        """Compute `bnfreeze.nn.reference.backward`."""
         needs_x, needs_residual, needs_weight, needs_bias = needs
         trained = needs_weight or needs_bias
-        # All in one layout. What was saved has x's, unless a saved-tensor hook changed it.
+        # All in one layout. Saved tensors have the layout of x, unless a hook changed it.
         layout = kept if kept is not None else x if x is not None else grad
         if not is_dense(layout):
             layout = layout.contiguous()
@@ -196,12 +196,10 @@ class Launcher:
         kept = None if kept is None else like(kept, layout)
         x = None if x is None else like(x, layout)
         residual = 0
-        if needs_residual or (
-            activation is not None and not kept_is_input and activation not in FROM_OUTPUT
-        ):
+        if needs_residual or (activation in FROM_INPUT and not kept_is_input):
             residual = 1 if branch is None else 2
         grad_x = torch.empty_like(grad) if needs_x else None
-        # Without activation and affine, the gradient goes on to the residual as it is.
+        # Without an activation and a branch, the residual's gradient is the output's.
         passes_on = needs_residual and activation is None and branch is None
         grad_r = None
         if needs_residual:
@@ -216,7 +214,7 @@ class Launcher:
             return grad_x, grad_r, grad_w, grad_b
         in0, in1, in2 = grad.data_ptr(), pointer(kept), pointer(x)
         if trained and x is None:
-            in2 = in0  # without a gradient of weight nobody reads the sum that this makes
+            in2 = in0  # the sum made of it is only read for the gradient of weight
         out0, out1 = pointer(grad_x), 0 if passes_on else pointer(grad_r)
         aligned = not (in0 | in1 | in2 | out0 | out1) & 15
         device = grad.get_device()
@@ -238,22 +236,22 @@ class Launcher:
         return grad_x, grad_r, grad_w, grad_b
 
     def _plan(self, x: Tensor, device: int, op: _Op, aligned: bool) -> _Loaded:
-        """The plan for a tensor like ``x``, and the function loaded for it, from memory."""
+        """The plan for a tensor like ``x``, and the function loaded for it; cached."""
         contiguous = x.is_contiguous()
         key = x.shape, x.dtype, contiguous, aligned, op, device
         loaded = self._plans.get(key)
         if loaded is None:
             plan = self._make_plan(x, contiguous, op, aligned)
-            assert plan is not None  # or `refusal` had said so
+            assert plan is not None  # `refusal` has checked it
             loaded = self._loaded(plan, device)
-            if len(self._plans) >= 10_000:  # inputs of ever new shapes
+            if len(self._plans) >= 10_000:  # every input has a new shape
                 self._plans.clear()
             self._plans[key] = loaded
         return loaded
 
     def _make_plan(self, x: Tensor, contiguous: bool, op: _Op, aligned: bool) -> Plan | None:
         activation, residual, direction = op
-        # Where a plane is a single element the two layouts are one, and rows is the faster.
+        # If a plane is a single element, the two layouts are the same, and rows is faster.
         rows = not contiguous or x.numel() == x.shape[0] * x.shape[1]
         return plans.elementwise(
             x.shape,
@@ -333,14 +331,14 @@ class Launcher:
     def _bind(self, device: int, frame: _Frame) -> None:
         """Make the device's primary context, which is torch's, this thread's current one.
 
-        torch does so with its first CUDA call in a thread; but a thread that has only been given
-        memory out of torch's cache has made none yet.
+        torch does this at its first CUDA call in a thread. But a thread that has only got memory
+        from torch's cache has made no such call yet.
         """
         driver = self._host.driver
         with self._lock:
             if device not in self._contexts:
                 handle = self._checked(driver.cuDeviceGet(device), "cuDeviceGet")
-                # Never released: torch holds it to the end of the process as well.
+                # Never released: torch keeps it until the process ends, too.
                 self._contexts[device] = self._checked(
                     driver.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain"
                 )
@@ -357,7 +355,7 @@ class Launcher:
             major, minor = self._host.capability(device)
             code = self._host.cubin(variant, f"sm_{major}{minor}")
             # While a stream of this thread is captured into a graph, loading is only allowed in
-            # relaxed mode; it is no part of what is captured.
+            # relaxed mode. It does not become a part of the graph.
             relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
             before = self._checked(
                 driver.cuThreadExchangeStreamCaptureMode(relaxed), "the capture mode"

@@ -1,4 +1,4 @@
-"""What the kernel asks of tensors, in every call: dtypes, devices, sizes, layouts."""
+"""What the kernel requires of tensors: dtypes, devices, sizes, layouts. Checked in every call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FP32 = torch.float32
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a tensor is contiguous or channels_last, which is what the kernel walks."""
+    """Whether a tensor is contiguous or channels_last: the layouts that the kernel supports."""
     return x.is_contiguous() or _is_channels_last(x)
 
 
@@ -32,7 +32,7 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def like(tensor: Tensor, x: Tensor) -> Tensor:
-    """``tensor`` laid out in memory as ``x`` is, copied if it must be."""
+    """Return ``tensor`` in the memory layout of ``x``, copied if necessary."""
     if x.is_contiguous():
         return tensor.contiguous()
     last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
@@ -40,7 +40,7 @@ def like(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def joins(residual: Tensor, x: Tensor) -> bool:
-    """Whether the two can be added as they are."""
+    """Whether the two can be added without a copy or a cast."""
     return (
         residual.shape == x.shape
         and residual.dtype is x.dtype
@@ -50,8 +50,8 @@ def joins(residual: Tensor, x: Tensor) -> bool:
 
 
 def serves(norm: Norm, channels: int, device: int) -> bool:
-    """Whether a norm layer's tensors are of (C,), side by side in memory, on the device."""
-    # Written out, for a call costs as much as three of these questions.
+    """Whether a norm layer's tensors have the shape (C,), contiguous, on the device."""
+    # Written out, because a call takes as long as three of these checks.
     mean, var, weight, bias, _ = norm
     return (
         mean.dtype is _FP32

@@ -1,4 +1,4 @@
-"""Whether there is a kernel to launch in this process; and if not, why not, said once."""
+"""Whether this process has a kernel to launch; if not, one warning says why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ __all__ = ["Kernel", "kernel"]
 
 
 class Kernel:
-    """The CUDA kernel, if it can be had; once it could not, ATen for good, with one warning."""
+    """The CUDA kernel. After one failure it is off for the rest of the process, with one warning.
+
+    Attributes:
+        launcher: None until `load`, and where the kernel is unavailable.
+        trouble: why it is unavailable, as a sentence; empty if it is not.
+    """
 
     def __init__(self) -> None:
         self.launcher: Launcher | None = None
@@ -25,13 +30,13 @@ class Kernel:
         self._lock = threading.Lock()
 
     def load(self) -> Launcher | None:
-        """Look for the kernel, once; None if there is `trouble`."""
+        """Load the kernel once; return None if there is `trouble`."""
         with self._lock:
             if self.launcher is None and not self.trouble:
                 if os.environ.get("BNFREEZE_KERNEL") == "0":
                     self.trouble = "BNFREEZE_KERNEL=0 turns the CUDA kernel off."
                 elif torch.version.cuda is None:
-                    self.trouble = "This torch is built for ROCm; the kernel is CUDA's."
+                    self.trouble = "This torch is built for ROCm; the kernel needs CUDA."
                 else:
                     try:
                         self.launcher = Launcher(real_host())
@@ -40,13 +45,13 @@ class Kernel:
         return self.launcher
 
     def give_up(self, error: KernelError) -> None:
-        """From now on ATen; the first time with a warning."""
+        """Use ATen from now on; warn the first time."""
         if self.trouble:
             return
-        self.launcher, self.trouble = None, f"The CUDA kernel cannot be had: {error}."
+        self.launcher, self.trouble = None, f"CUDA kernel unavailable: {error}."
         warnings.warn(
-            f"{self.trouble} Frozen batch norm falls back to ATen: the same results, slower. "
-            f"BNFREEZE_KERNEL=0 does so without this warning.",
+            f"CUDA kernel unavailable: {error}; falling back to ATen. The results are the same, "
+            f"but slower. Set BNFREEZE_KERNEL=0 to use ATen without this warning.",
             BnfreezeWarning,
             stacklevel=2,
         )

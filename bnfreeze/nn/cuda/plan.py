@@ -1,4 +1,4 @@
-"""Which kernel variant serves a call, and with what grid: pure arithmetic.
+"""Which kernel variant computes a call, and with what grid: pure arithmetic.
 
 The names are those of ``frozen_bn.cu``, which says what each mapping does.
 """
@@ -10,20 +10,20 @@ import struct
 from dataclasses import dataclass
 from typing import Literal
 
+from bnfreeze.nn.activations import KERNEL_NAMES
+
 __all__ = ["ARGS", "GEOMETRY", "THREADS", "Plan", "Variant", "elementwise", "finish"]
 
 THREADS = 256
 UNROLL = 4
 
-# struct Args of frozen_bn.cu: what a plan fixes, behind what differs from call to call.
+# struct Args of frozen_bn.cu. GEOMETRY, its end, is fixed by the plan; the rest by each call.
 GEOMETRY = struct.Struct("=Q6I")
 ARGS = struct.Struct(f"=14Q2f2I{GEOMETRY.size}s")
 
-_NARROW = 2**31  # up to here 32 bits suffice, and fast_division is exact
+_NARROW = 2**31  # up to here 32 bits are enough, and fast_division is exact
 
 _LANES = {"f32": 4, "f16": 8, "bf16": 8}  # elements in 16 bytes
-_ACTIVATIONS = {None: "NONE", "relu": "RELU", "relu6": "RELU6", "silu": "SILU"}
-_ACTIVATIONS["hardswish"] = "HARDSWISH"
 _RESIDUALS = ("ALONE", "ADD", "AFFINE_ADD")
 
 Dtype = Literal["f32", "f16", "bf16"]
@@ -44,13 +44,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Plan:
-    """A variant, its grid, and the geometry that goes behind the pointers.
+    """A variant, its grid and its geometry.
 
-    Args:
+    Attributes:
         variant: the entry point.
-        grid: blocks in x and y; `THREADS` threads each.
+        grid: blocks in x and y, with `THREADS` threads each.
         geometry: packed as `GEOMETRY`.
-        blocks: how many partial sums there are for each channel; 0 where none are made.
+        blocks: the number of partial sums for each channel; 0 if there are none.
     """
 
     variant: Variant
@@ -69,7 +69,7 @@ def elementwise(
     residual: int,
     processors: int,
 ) -> Plan | None:
-    """Plan a pass over a tensor; None if it is beyond what the kernel can index.
+    """Plan a pass over a tensor; None if it is too large for the kernel's indices.
 
     Args:
         shape: (N, C, *), not empty.
@@ -82,7 +82,7 @@ def elementwise(
         processors: how many multiprocessors the device has.
     """
     op = "Forward" if direction == "forward" else "Backward"
-    op = f"{op}<{_ACTIVATIONS[activation]}, {_RESIDUALS[residual]}>"
+    op = f"{op}<{KERNEL_NAMES[activation]}, {_RESIDUALS[residual]}>"
     trained = direction == "trained"
     if rows:
         return _rows(shape, dtype, aligned, op, processors, trained)
@@ -99,7 +99,7 @@ def finish(channels: int, blocks: int) -> Plan:
 
 def _planes(shape: tuple[int, ...], dtype: Dtype, aligned: bool, op: str) -> Plan | None:
     channels, plane, size = _sizes(shape)
-    # A vector may touch two planes but not three.
+    # A vector may lie in two planes but not in three.
     lanes = _LANES[dtype] if aligned and plane >= _LANES[dtype] else 1
     tile = THREADS * UNROLL * lanes
     if plane + tile >= 2**31 or channels + tile >= 2**31:
@@ -121,8 +121,8 @@ def _rows(
     across = _ceil(groups, THREADS)
     if across > 65535:
         return None
-    # Enough rows for each thread that reading its channels' parameters (and, trained, what the
-    # block leaves behind) costs little beside them; else as many blocks as keep the device busy.
+    # Each thread gets enough rows that reading its channels' parameters (and, if trained, writing
+    # the block's partial sums) costs little. At most as many blocks as keep the device busy.
     each, busy = (16, 4) if trained else (UNROLL, 8)
     down = max(1, min(_ceil(rows, height * each), busy * processors // across))
     geometry = GEOMETRY.pack(rows, channels, 0, 0, 0, 0, 0)

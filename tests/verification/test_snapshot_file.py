@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import struct
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -116,7 +114,7 @@ def test_a_missing_file_is_an_os_error(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip", b"{}", b"[]", b'{"format": "x"}'])
 def test_what_is_no_snapshot_is_refused(content, tmp_path):
     (tmp_path / "file").write_bytes(content)
-    with pytest.raises(UnsupportedFormatError, match="no snapshot"):
+    with pytest.raises(UnsupportedFormatError, match="not a snapshot"):
         Snapshot.load(tmp_path / "file")
 
 
@@ -156,7 +154,7 @@ DAMAGE = {
     "a dtype that is no text": (
         lambda h: first(h).update(dtype=3),
         CorruptCheckpointError,
-        "no text",
+        "not text",
     ),
     "an endless shape": (
         lambda h: first(h).update(shape=[float("inf")]),
@@ -217,28 +215,13 @@ def test_values_that_contradict_the_facts_are_refused(edit, reason, tmp_path):
         Snapshot.load(tmp_path / "file")
 
 
-def test_a_dtype_that_this_torch_lacks_is_said(tmp_path):
+def test_an_unknown_dtype_is_refused(tmp_path):
     model = nn.ModuleDict({"norm": nn.BatchNorm2d(3)})
     bnfreeze.freeze(model)
     bnfreeze.snapshot(model).save(tmp_path / "file")
     damaged(tmp_path / "file", lambda h: first(h).update(dtype="nn"))
-    with pytest.raises(UnsupportedFormatError, match="dtype 'nn', which this version"):
+    with pytest.raises(UnsupportedFormatError, match="dtype 'nn', which bnfreeze does not know"):
         Snapshot.load(tmp_path / "file")
-
-
-def test_a_dtype_in_a_file_imports_nothing(tmp_path):
-    model = nn.ModuleDict({"norm": nn.BatchNorm2d(3)})
-    bnfreeze.freeze(model)
-    bnfreeze.snapshot(model).save(tmp_path / "file")
-    # torch imports this part of itself when it is asked for as an attribute.
-    damaged(tmp_path / "file", lambda h: first(h).update(dtype="_inductor"))
-    code = (
-        "import sys, bnfreeze\n"
-        "try:\n    bnfreeze.Snapshot.load(sys.argv[1])\n"
-        "except bnfreeze.UnsupportedFormatError:\n    print('torch._inductor' in sys.modules)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "file")]
-    assert subprocess.run(command, capture_output=True, text=True).stdout == "False\n"
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):

@@ -1,4 +1,4 @@
-"""What every trainer's callback does, whatever the trainer calls its moments."""
+"""What the callbacks of all trainers do, whatever the trainer calls its events."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from bnfreeze.errors import PolicyError
 from bnfreeze.freezing.freeze import freeze
 from bnfreeze.freezing.report import FreezeReport
 from bnfreeze.freezing.rules import parse_rules
+from bnfreeze.inspection.in_memory import shard_of
 from bnfreeze.inspection.live import inspect_model
 from bnfreeze.policies.policy import Policy
-from bnfreeze.verification.bits import shard
+from bnfreeze.torch_private import _BatchNorm
+from bnfreeze.verification.drift_report import DriftError
 from bnfreeze.verification.guard import Guard, guard
-from bnfreeze.verification.report import DriftError
 
-__all__ = ["Keeper"]
+__all__ = ["FreezeCallback"]
 
 
-class Keeper:
-    """Freezes a trainer's model, as often as it must, and watches it while it trains.
+class FreezeCallback:
+    """Freezes a trainer's model, again if it must, and guards it while it trains.
 
     Args:
         policy: as in `bnfreeze.freeze`.
-        guard: whether to watch; `every`, `tensors` and `trace` are as in `bnfreeze.guard`.
+        guard: whether to guard the model; `every`, `tensors` and `trace` are as in
+            `bnfreeze.guard`.
 
     Attributes:
-        report: what was frozen, and how; None before.
+        report: what was frozen, and how; None before that.
 
     Raises:
         PolicyError: an unknown policy.
@@ -42,11 +43,11 @@ class Keeper:
         *,
         guard: bool = True,
         every: int = 1,
-        tensors: str = "held",
+        tensors: str = "frozen",
         trace: bool = False,
     ) -> None:
         super().__init__()
-        parse_rules(policy)  # a slip is told here, and not hours later in a queue
+        parse_rules(policy)  # a typo is an error now, not hours later in a queue
         self.report: FreezeReport | None = None
         self._policy, self._guarded = policy, guard
         self._options: dict[str, Any] = {"every": every, "tensors": tensors, "trace": trace}
@@ -54,17 +55,17 @@ class Keeper:
         self._guard: Guard | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A trainer may be pickled, to be sent to other processes: neither can go along.
+        # A trainer may be pickled to be sent to other processes; these two cannot be.
         return self.__dict__ | {"report": None, "_guard": None}
 
-    def hold(self, model: nn.Module) -> bool:
-        """Freeze, or hold again what something has thawed since.
+    def freeze(self, model: nn.Module) -> bool:
+        """Freeze the model, or freeze again what something else has thawed.
 
         Returns:
             Whether anything was frozen that was not, or not by this policy.
 
         Raises:
-            PolicyError: the policy cannot be kept, or the model has no norm layer.
+            PolicyError: the policy is impossible here, or the model has no norm layer.
         """
         report = freeze(model, self._policy)
         self._frozen = _frozen(model)
@@ -74,7 +75,7 @@ class Keeper:
         return changed
 
     def looks_live(self, model: nn.Module) -> bool:
-        """Whether a tool that looks for torch's batch norm takes a held layer for a live one."""
+        """Whether a tool that looks for torch's batch norm would find a frozen layer."""
         layers = inspect_model(model).layers
         still = {layer.name for layer in layers if not layer.updates_statistics}
         return any(
@@ -83,38 +84,39 @@ class Keeper:
         )
 
     def check(self, model: nn.Module) -> None:
-        """See that nothing has built live layers in place of frozen ones.
+        """Check that no frozen layer was replaced by a live one.
 
         Raises:
-            PolicyError: how many are left, and what does such a thing.
+            PolicyError: how many are left, and what may have replaced the others.
         """
         if (left := _frozen(model)) < self._frozen:
             raise PolicyError(
-                f"Of {self._frozen} frozen norm layers {left} are left: the trainer has built live "
-                f"ones in their place, as sync_batchnorm=True does. Leave it off, frozen layers "
-                f"have nothing to synchronise; or use the policy 'fused', which it passes by."
+                f"Only {left} of {self._frozen} frozen norm layers are left: the trainer has "
+                f"replaced the others by live ones, as sync_batchnorm=True does. Turn that off, "
+                f"because frozen layers need no synchronisation; or use the policy 'fused', whose "
+                f"layers it does not replace."
             )
 
     def watch(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-        """Keep watch until `close`; what an earlier training left on watch is dismissed.
+        """Start the guard; `close` ends it. A guard of an earlier training is dropped.
 
         Raises:
-            PolicyError: nothing is held.
+            PolicyError: nothing is frozen.
         """
         self.close(DriftError())
         if self._guarded:
-            # Each rank sees its own shard alone, so they have to check together.
-            sharded = any(shard(parameter) is not None for parameter in model.parameters())
+            # With sharded parameters each rank sees only its own part, so all check together.
+            sharded = any(shard_of(parameter) is not None for parameter in model.parameters())
             group = distributed.group.WORLD if sharded else None
             watch = guard(model, optimizer=optimizer, process_group=group, **self._options)
             self._guard = watch.__enter__()
 
     def close(self, error: BaseException | None = None) -> None:
-        """Compare for the last time, and end the watch.
+        """Check for the last time, and end the guard.
 
         Args:
-            error: what ended the training, if it has failed. A drift is added to it as a note; to
-                a `DriftError` nothing is, nor is there a comparison then.
+            error: what ended the training, if it failed. A drift is added to it as a note. If it
+                is a `DriftError`, nothing more is checked.
 
         Raises:
             DriftError: something has changed.

@@ -7,9 +7,9 @@ from typing import Any
 
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.findings import Finding
-from bnfreeze.tables import Printable, Sheet
+from bnfreeze.tables import Printable, Sheet, escaped
 from bnfreeze.verification.drift import Drift
-from bnfreeze.verification.messages import sentence, told, what_changed
+from bnfreeze.verification.messages import message_of, sentence, what_changed
 
 __all__ = ["DriftError", "DriftReport"]
 
@@ -18,7 +18,7 @@ class DriftError(BnfreezeError, AssertionError):
     """Something frozen has changed.
 
     Attributes:
-        report: the `DriftReport`; None where there is none.
+        report: the `DriftReport`, or None.
     """
 
     def __init__(self, message: str = "", report: DriftReport | None = None) -> None:
@@ -26,7 +26,7 @@ class DriftError(BnfreezeError, AssertionError):
         self.report = report
 
     def __reduce__(self) -> tuple[type[DriftError], tuple[str, DriftReport | None]]:
-        # The way that pickle rebuilds an exception by itself would lose the report.
+        # Pickle's own way to rebuild an exception would lose the report.
         return (type(self), (str(self), self.report))
 
 
@@ -36,7 +36,7 @@ class DriftReport(Printable):
 
     Attributes:
         drifts: the changes, in the model's order.
-        checked: how many tensors were compared, each counted once, whatever its aliases.
+        checked: how many tensors were compared, each counted once, however many names it has.
         notes: what the comparison does not show.
     """
 
@@ -49,10 +49,21 @@ class DriftReport(Printable):
         """Whether something was compared and nothing has changed."""
         return not self.drifts and self.checked > 0
 
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __repr__(self) -> str:
+        # Short: pytest cuts a longer one when it explains `assert verify(model, before)`.
+        text = self.verdict
+        if self.drifts:
+            text += " " + escaped(sentence(self.drifts[0]))
+            text += f" {escaped(self.drifts[0].cause)}".rstrip()
+        return f"<DriftReport: {text if len(text) <= 215 else text[:214] + '…'}>"
+
     @property
     def message(self) -> str:
         """The first change in full, and how many more there are; or that there is none."""
-        return told(self.drifts) if self.drifts else self.verdict
+        return message_of(self.drifts) if self.drifts else self.verdict
 
     @property
     def verdict(self) -> str:
@@ -61,7 +72,7 @@ class DriftReport(Printable):
         if self.drifts:
             count = len(self.drifts)
             drifts = f"{count} drift{'s' if count != 1 else ''}"
-            return f"{drifts} in {tensors}." if self.checked else f"{drifts}; none was compared."
+            return f"{drifts}; {tensors} compared."
         if not self.checked:
             return "Nothing was compared."
         return f"{tensors} unchanged, bit for bit."

@@ -1,0 +1,161 @@
+"""The activations that a frozen layer can compute: one table, and what is derived from it.
+
+To add an activation, change two files:
+
+1. Here: add an entry to `TABLE`.
+2. ``cuda/frozen_bn.cu``: add its ``kernel`` name to ``enum Activation``, its formula to
+   ``activate`` and ``deactivate``, and, if its backward needs the input, a line to ``from_input``.
+
+The tests take the activations from the table. ``tests/nn/test_activations.py`` checks that the
+table agrees with torch and that the CUDA source knows every entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+
+__all__ = [
+    "ACTIVATIONS",
+    "ACTIVATION_FUNCTIONS",
+    "ACTIVATION_METHODS",
+    "EXACT",
+    "FROM_INPUT",
+    "FROM_OUTPUT",
+    "GRADIENTS",
+    "IN_PLACE",
+    "KERNEL_NAMES",
+    "TABLE",
+    "Activation",
+    "activation_of",
+]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One activation, and all that differs between activations.
+
+    Attributes:
+        name: what ``activation=`` takes.
+        module: its class in torch.nn.
+        functions: the functions that compute it, as they stand in the graph of a traced model.
+            Their first argument is the tensor; a second one can only be ``inplace``.
+        methods: likewise, the names of tensor methods.
+        forward: computes it.
+        in_place: computes it in place.
+        gradient: takes the gradient of the output, and the output or the input (``from_output``);
+            returns the gradient of the input. It is differentiable where autograd records.
+        from_output: whether ``gradient`` needs the output. Otherwise it needs the input.
+        exact: whether rounding before the activation gives the same result as rounding after it.
+        kernel: its name in ``frozen_bn.cu``.
+        settings: attributes that the module must have, with their values.
+    """
+
+    name: str
+    module: type[nn.Module]
+    functions: tuple[Callable[..., Tensor], ...]
+    methods: tuple[str, ...]
+    forward: Callable[[Tensor], Tensor]
+    in_place: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+    from_output: bool
+    exact: bool
+    kernel: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
+def _silu_gradient(grad: Tensor, z: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(grad, z)  # type: ignore[no-any-return]
+    # ATen's has no derivative.
+    sigmoid = z.sigmoid()
+    return grad * sigmoid * (1 + z * (1 - sigmoid))
+
+
+TABLE = (
+    Activation(
+        name="relu",
+        module=nn.ReLU,
+        functions=(F.relu, F.relu_, torch.relu, torch.relu_),
+        methods=("relu", "relu_"),
+        forward=F.relu,
+        in_place=torch.relu_,
+        gradient=lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0),
+        from_output=True,
+        exact=True,
+        kernel="RELU",
+    ),
+    Activation(
+        name="relu6",
+        module=nn.ReLU6,
+        functions=(F.relu6,),
+        methods=(),
+        forward=F.relu6,
+        in_place=partial(F.relu6, inplace=True),
+        gradient=lambda grad, y: torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0),
+        from_output=True,
+        exact=True,
+        kernel="RELU6",
+        # A ReLU6 is a Hardtanh, whose bounds can be changed.
+        settings=(("min_val", 0.0), ("max_val", 6.0)),
+    ),
+    Activation(
+        name="silu",
+        module=nn.SiLU,
+        functions=(F.silu,),
+        methods=(),
+        forward=F.silu,
+        in_place=partial(F.silu, inplace=True),
+        gradient=_silu_gradient,
+        from_output=False,
+        exact=False,
+        kernel="SILU",
+    ),
+    Activation(
+        name="hardswish",
+        module=nn.Hardswish,
+        functions=(F.hardswish,),
+        methods=(),
+        forward=F.hardswish,
+        in_place=partial(F.hardswish, inplace=True),
+        gradient=lambda grad, z: torch.ops.aten.hardswish_backward(grad, z),
+        from_output=False,
+        exact=False,
+        kernel="HARDSWISH",
+    ),
+)
+
+# Derived from the table, for quick access by name. None means no activation.
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda z: z,
+    **{each.name: each.forward for each in TABLE},
+}
+IN_PLACE = {each.name: each.in_place for each in TABLE}
+GRADIENTS = {each.name: each.gradient for each in TABLE}
+FROM_OUTPUT = frozenset(each.name for each in TABLE if each.from_output)
+FROM_INPUT = frozenset(each.name for each in TABLE if not each.from_output)
+EXACT = frozenset({None, *(each.name for each in TABLE if each.exact)})
+KERNEL_NAMES: dict[str | None, str] = {None: "NONE", **{each.name: each.kernel for each in TABLE}}
+
+# What calls an activation in the graph of a traced model: functions, and methods of a tensor.
+ACTIVATION_FUNCTIONS: dict[Any, str] = {f: each.name for each in TABLE for f in each.functions}
+ACTIVATION_METHODS = {method: each.name for each in TABLE for method in each.methods}
+
+_BY_MODULE: dict[type, Activation] = {each.module: each for each in TABLE}
+
+
+def activation_of(module: object) -> str | None:
+    """Return the name of the activation that ``module`` computes; None if it is not in the table.
+
+    Subclasses do not count, for their forward may do something else.
+    """
+    entry = _BY_MODULE.get(type(module))
+    if entry is None or any(getattr(module, name) != value for name, value in entry.settings):
+        return None
+    return entry.name

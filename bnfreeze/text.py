@@ -1,0 +1,99 @@
+"""Text made fit for where it is shown: its encoding, its width, and no control characters."""
+
+from __future__ import annotations
+
+import re
+import sys
+import unicodedata
+from typing import Final
+
+__all__ = ["SEGMENT", "encodable", "escaped", "stdout_encoding", "wrapped"]
+
+# What stands for a character that the output's encoding does not have.
+_INSTEAD: Final = {"…": "..", "→": "->", "·": "-", "×": "x", "–": "-", "−": "-", "─": "-"}
+# All bars or none: code page 437 has two of the eight.
+_ASCII_BARS: Final = str.maketrans("▁▂▃▄▅▆▇█", ".:-=+*#@")
+# Where a word too long for its line may be broken: at dots, else inside the segments.
+SEGMENT: Final = re.compile(r"[^.]*\.|[^.]+")
+_PART: Final = re.compile(r"[^_/-]*[_/-]+|[^_/-]+")
+_CAMEL: Final = re.compile(r".+?(?:(?<=[a-z0-9])(?=[A-Z])|$)")
+
+
+def escaped(text: str) -> str:
+    r"""Show control and bidirectional characters by their code, as ``\x1b``."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char
+        if char.isprintable() and unicodedata.category(char) not in {"Cf", "Co", "Cn"}
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def encodable(text: str, encoding: str | None = None) -> str:
+    r"""Give text that can be printed: control characters escaped, and all in an encoding.
+
+    Args:
+        text: any text, of one line.
+        encoding: where it will be printed; None for that of ``sys.stdout``. A character that it
+            does not have is replaced by a similar one of ASCII, or by its code, as ``\u6c34``.
+    """
+    text = escaped(text)
+    encoding = encoding or stdout_encoding()
+    if text.isascii() or encoding.lower().startswith("utf"):
+        return text
+    return "".join(
+        char if _has(encoding, char) else _INSTEAD.get(char) or _code(char)
+        for char in text.translate(_ASCII_BARS)
+    )
+
+
+def stdout_encoding() -> str:
+    """The encoding of ``sys.stdout``; UTF-8 where there is none."""
+    return getattr(sys.stdout, "encoding", None) or "utf-8"
+
+
+def _has(encoding: str, char: str) -> bool:
+    try:
+        char.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return char.isascii()
+    return True
+
+
+def _code(char: str) -> str:
+    return char.encode("ascii", "backslashreplace").decode()
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Break text into lines: at spaces; in a word too long for a line, at dots and the like."""
+    from rich.cells import cell_len, chop_cells
+
+    width = max(width, 1)
+    if cell_len(text) <= width:
+        return [text]
+    indent = " " * min(len(text) - len(text.lstrip()), width // 2)
+    lines = [indent]
+    for word in text.split():
+        pieces = [word]
+        for split in (
+            SEGMENT.findall,
+            _PART.findall,
+            _CAMEL.findall,
+            lambda piece: chop_cells(piece, width),
+        ):
+            pieces = [
+                part
+                for piece in pieces
+                for part in (split(piece) if cell_len(indent + piece) > width else [piece])
+            ]
+        for position, piece in enumerate(pieces):
+            between = " " if position == 0 and lines[-1] != indent else ""
+            if cell_len(lines[-1] + between + piece) <= width:
+                lines[-1] += between + piece
+            elif lines[-1] == indent:
+                lines[-1] = piece
+            else:
+                lines.append(indent + piece if cell_len(indent + piece) <= width else piece)
+    return lines

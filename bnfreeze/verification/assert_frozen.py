@@ -1,0 +1,161 @@
+"""assert_frozen: is everything frozen that should be, and is it what it was?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from bnfreeze.errors import NotFrozenError, PolicyError
+from bnfreeze.inspection.live import inspect_model
+from bnfreeze.norm_layers import (
+    NamedModule,
+    check_model,
+    is_norm,
+    keeps_unknown_statistics,
+    named_modules,
+)
+from bnfreeze.patterns import Pattern
+from bnfreeze.policies.record import class_changed_since, is_left_alone, policy_name, record_of
+from bnfreeze.verification.snapshot import Snapshot
+from bnfreeze.verification.verify import verify
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from bnfreeze.inspection.behaviour import LiveLayer
+
+__all__ = ["assert_frozen"]
+
+
+def assert_frozen(
+    model: nn.Module,
+    before: Snapshot | None = None,
+    *,
+    select: str | Iterable[str] | None = None,
+    strict: bool = False,
+    process_group: ProcessGroup | None = None,
+) -> None:
+    """Raise unless `model` is frozen, and is what it was.
+
+    The state is always checked. Each layer that bnfreeze froze must keep its policy's promise in
+    the next training step, which is taken to begin with ``model.train()``. A norm layer that is
+    not frozen must not update its statistics, unless its rule was ``none``.
+
+    Args:
+        model: any `nn.Module`.
+        before: a snapshot; with it the bits are compared first, as `verify` does.
+        select: a pattern of dotted module names, or several: only these modules are checked for
+            their state. None means all.
+        strict: also demand of every selected norm layer that it normalises with its running
+            statistics and trains neither weight nor bias.
+        process_group: as in `verify`.
+
+    Raises:
+        NotFrozenError: a layer does not keep its promise, or was never frozen; ``.layers`` has
+            the names and the reasons.
+        DriftError: something has changed since the snapshot; ``.report`` has the drifts.
+        PolicyError: there is nothing to check: no layer is frozen and none is a norm layer, or
+            `select` matches none.
+        TypeError: `model` is not an `nn.Module`, or `before` not a `Snapshot`.
+    """
+    __tracebackhide__ = True
+    modules = named_modules(check_model(model))
+    if before is not None and not isinstance(before, Snapshot):
+        raise TypeError(f"Expected a Snapshot, not {type(before).__name__}.")
+    if before is not None:
+        verify(model, before, process_group=process_group).raise_if_drifted()
+    chosen = _chosen(modules, select)
+    if not chosen and (before is None or select is not None):
+        raise PolicyError(_nothing(select))
+    facts = {layer.name: layer for layer in inspect_model(model).layers}
+    found = [
+        (entry.name, "; ".join(reasons))
+        for entry in chosen
+        if (reasons := list(_reasons(entry, facts.get(entry.name), strict)))
+    ]
+    if found:
+        raise NotFrozenError(_message(found, len(chosen)), tuple(found))
+
+
+def _chosen(
+    modules: Sequence[NamedModule], select: str | Iterable[str] | None
+) -> list[NamedModule]:
+    """The frozen modules and the norm layers that the patterns match."""
+    texts = [select] if isinstance(select, str) else select
+    patterns = None if texts is None else [Pattern.parse(text) for text in texts]
+    return [
+        entry
+        for entry in modules
+        if (
+            record_of(entry.module) is not None
+            or is_norm(entry.module)
+            or keeps_unknown_statistics(entry.module)
+        )
+        and (patterns is None or any(_matches(entry, pattern) for pattern in patterns))
+    ]
+
+
+def _matches(entry: NamedModule, pattern: Pattern) -> bool:
+    return any(pattern.matches(name) for name in (*entry.plain_names, *entry.names))
+
+
+def _reasons(entry: NamedModule, facts: LiveLayer | None, strict: bool) -> Iterator[str]:
+    """Why the module is not frozen as it should be."""
+    module, record = entry.module, record_of(entry.module)
+    if record is not None:
+        yield from _broken_promises(module, facts)
+    elif not is_left_alone(module):
+        if facts is None:
+            yield f"{type(module).__name__} keeps running statistics, and is not frozen"
+        elif facts.updates_statistics:
+            yield _because("it is not frozen, and its statistics update", facts, "statistics")
+    if strict and facts is not None:
+        if facts.normalizes_with != "running":
+            yield _because("it does not use its running statistics", facts, "normalizes_with")
+        if facts.trains_affine:
+            yield _because("its weight or bias trains", facts, "affine")
+
+
+def _because(text: str, facts: LiveLayer, answer: str) -> str:
+    why = facts.why.get(answer, "")
+    return f"{text} ({why})" if why else text
+
+
+def _broken_promises(module: nn.Module, facts: LiveLayer | None) -> Iterator[str]:
+    record = record_of(module)
+    assert record is not None
+    policy = policy_name(module)
+    if class_changed_since(module):
+        yield f"it was frozen by {policy!r}, and something changed its class since"
+    if facts is not None and record.policy.freezes_statistics and facts.updates_statistics:
+        yield f"its statistics update, though policy {policy!r} freezes them"
+    if facts is not None and record.policy.forces_eval and facts.normalizes_with == "batch":
+        yield f"it normalises with the batch, though policy {policy!r} promises eval mode"
+    for name in record.requires_grad:
+        parameter = module._parameters.get(name)
+        if parameter is None:
+            continue
+        if parameter.requires_grad:
+            yield f"{name}.requires_grad is True, though policy {policy!r} freezes it"
+        elif parameter.grad is not None:
+            yield f"{name} has a .grad, which the next optimizer step applies"
+
+
+def _message(found: Sequence[tuple[str, str]], checked: int) -> str:
+    lines = [f"{name or 'The model'}: {why}." for name, why in found[:5]]
+    if len(found) > 5:
+        lines.append(f"And {len(found) - 5} more layers.")
+    head = f"{len(found)} of {checked} layers {'is' if len(found) == 1 else 'are'} not frozen:"
+    remedy = (
+        "Freeze them with freeze(model, …). To leave a layer out on purpose, give it the rule "
+        "'none', or check only a part of the model with select=…"
+    )
+    return "\n".join([head, *lines, remedy])
+
+
+def _nothing(select: str | Iterable[str] | None) -> str:
+    if select is None:
+        return "Nothing in the model is frozen and it has no norm layer: there is nothing to check."
+    return f"select={select!r} matches no frozen module and no norm layer: nothing to check."

@@ -1,0 +1,130 @@
+"""assert_frozen: the state of a model, and its bits."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+import bnfreeze
+
+
+def net():
+    model = nn.Sequential()
+    model.add_module("body", nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    model.add_module("head", nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    return model
+
+
+def frozen(policy="eval+affine"):
+    model = net()
+    bnfreeze.freeze(model, policy)
+    return model
+
+
+def failing(model, **options):
+    """The names of the layers that are reported; empty if it passes."""
+    try:
+        bnfreeze.assert_frozen(model, **options)
+    except bnfreeze.NotFrozenError as error:
+        return {name for name, why in error.layers if why}
+    return set()
+
+
+@pytest.mark.parametrize("policy", ["eval", "stats", "eval+affine", "fused", "fused+weights"])
+def test_a_frozen_model_passes(policy):
+    model = frozen(policy)
+    bnfreeze.assert_frozen(model)
+    bnfreeze.assert_frozen(model.train())
+    bnfreeze.assert_frozen(copy.deepcopy(model))
+
+
+def test_a_layer_that_is_not_frozen_fails_unless_it_was_left_out_on_purpose():
+    assert failing(net()) == {"body.1", "head.1"}
+    assert failing(net().eval()) == {"body.1", "head.1"}
+    partly = frozen({"body": "eval"})
+    assert failing(partly) == {"head.1"}
+    assert failing(partly, select="body") == set()
+    assert failing(partly, select=["body", "head"]) == {"head.1"}
+    on_purpose = frozen({"": "eval", "head": "none"})
+    assert failing(on_purpose) == set()
+    assert failing(pickle.loads(pickle.dumps(on_purpose))) == set()
+    bnfreeze.unfreeze(on_purpose)
+    assert failing(on_purpose) == {"body.1", "head.1"}
+
+
+def test_a_rule_none_is_forgotten_when_another_rule_follows():
+    model = frozen({"": "eval", "head": "none"})
+    bnfreeze.freeze(model, "eval")
+    bnfreeze.unfreeze(model, "head")
+    assert failing(model) == {"head.1"}
+
+
+def test_affine_alone_leaves_statistics_free():
+    assert failing(frozen("affine")) == set()
+
+
+@pytest.mark.parametrize(
+    ("policy", "change"),
+    [
+        ("eval+affine", lambda bn: bn.weight.requires_grad_()),
+        ("eval+affine", lambda bn: setattr(bn.bias, "grad", torch.ones(4))),
+        ("eval+affine", lambda bn: setattr(bn, "__class__", nn.BatchNorm2d)),
+        ("weights", lambda bn: bn.requires_grad_()),
+    ],
+)
+def test_a_promise_that_is_not_kept_is_named(policy, change):
+    model = frozen(policy)
+    change(model.body[1])
+    assert failing(model) == {"body.1"}
+
+
+def test_a_convolution_frozen_by_weights_is_checked():
+    model = frozen("eval+weights")
+    model.head[0].bias.requires_grad_()
+    assert failing(model) == {"head.0"}
+
+
+def test_strict_demands_running_statistics_and_nothing_that_trains():
+    assert failing(frozen("eval+affine"), strict=True) == set()
+    assert failing(frozen("fused"), strict=True) == set()
+    for policy in ("eval", "stats+affine", "stats"):
+        assert failing(frozen(policy), strict=True) == {"body.1", "head.1"}
+
+
+def test_nothing_to_check_is_an_error():
+    with pytest.raises(bnfreeze.PolicyError):
+        bnfreeze.assert_frozen(nn.Linear(2, 2))
+    with pytest.raises(bnfreeze.PolicyError, match="nowhere"):
+        bnfreeze.assert_frozen(frozen(), select="nowhere")
+
+
+def test_a_look_alike_is_frozen_and_a_foreign_norm_layer_is_not():
+    bnfreeze.assert_frozen(nn.Sequential(FrozenBatchNorm2d(4)))
+    foreign = nn.Module()
+    foreign.register_buffer("running_var", torch.ones(4))
+    model = nn.ModuleDict({"known": FrozenBatchNorm2d(4), "foreign": foreign})
+    assert failing(model) == {"foreign"}
+
+
+def test_with_a_snapshot_the_bits_are_compared_too():
+    model = frozen()
+    before = bnfreeze.snapshot(model)
+    bnfreeze.assert_frozen(model, before)
+    model.body[1].running_mean += 1
+    bnfreeze.assert_frozen(model)
+    with pytest.raises(bnfreeze.DriftError) as caught:
+        bnfreeze.assert_frozen(model, before)
+    assert [drift.name for drift in caught.value.report.drifts] == ["body.1.running_mean"]
+    with pytest.raises(TypeError, match="Snapshot"):
+        bnfreeze.assert_frozen(model, "before")
+
+
+def test_the_error_is_an_assertion_and_pickles():
+    with pytest.raises(AssertionError) as caught:
+        bnfreeze.assert_frozen(net())
+    assert isinstance(caught.value, bnfreeze.BnfreezeError)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.layers) == (str(caught.value), caught.value.layers)
