@@ -242,9 +242,7 @@ def judge(probes: list[Probe], shift: Callable[[float, int], Tensor]) -> dict[st
     for factor in FACTORS:
         changes[f"variance × {factor}"] = lambda e, f=factor: moved(e, 0.0, f)
     return {
-        what: {
-            size: verdicts(group, THRESHOLDS, change) for size, group in by_size(probes).items()
-        }
+        what: {size: verdicts(group, THRESHOLDS, change) for size, group in by_size(probes).items()}
         for what, change in changes.items()
     }
 

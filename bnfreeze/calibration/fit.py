@@ -7,13 +7,13 @@ from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfreeze.calibration.intervals import student_quantile
 from bnfreeze.calibration.measuring import running_statistics
 from bnfreeze.calibration.moments import Moments
 from bnfreeze.norm_layers import NamedModule, eps_of
 from bnfreeze.policies.record import layer_class, policy_name
+from bnfreeze.torch_private import _InstanceNorm
 
 __all__ = ["THRESHOLDS", "LayerFit", "PerChannel", "Thresholds", "Verdict", "layer_fit"]
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfreeze.calibration.batches import Batches, call
 from bnfreeze.calibration.moments import Moments
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.norm_layers import STATISTICS, NamedModule
 from bnfreeze.policies.record import record_of, set_record
+from bnfreeze.torch_private import _InstanceNorm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CalibrationError",
     "Measured",
-    "across_ranks",
     "as_in_evaluation",
     "measure",
+    "pooled_over_ranks",
     "running_statistics",
 ]
 
@@ -190,7 +190,7 @@ def measure(
     return Measured(found, sizes, tuple(order.values()), place)
 
 
-def across_ranks(
+def pooled_over_ranks(
     run: Callable[[], Measured], layers: Sequence[NamedModule], group: ProcessGroup | None
 ) -> Measured:
     """Measure on each rank, and pool what all have measured; the same on every rank.

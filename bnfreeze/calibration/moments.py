@@ -195,6 +195,7 @@ def _by_sample(x: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
         variances = squares / size - means.square()
         # Written so that NaN, and what overflows fp32, is computed again.
         near = means.square() <= _FAR * (variances + variances.mean(0, keepdim=True))
+        near &= variances.isfinite()
         far = ~near.all(0)
         if bool(far.any()):
             v, m = torch.var_mean(x[:, far].double(), dim=dims, correction=0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bnfreeze.calibration.advice import advice_before, probe_findings
 from bnfreeze.calibration.batches import Batches
 from bnfreeze.calibration.fit import THRESHOLDS, layer_fit
-from bnfreeze.calibration.measuring import Measured, across_ranks, as_in_evaluation, measure
+from bnfreeze.calibration.measuring import Measured, as_in_evaluation, measure, pooled_over_ranks
 from bnfreeze.calibration.progress import Progress, Steps
 from bnfreeze.calibration.report import ProbeReport
 from bnfreeze.errors import PolicyError
@@ -72,7 +72,7 @@ def probe(
     layers = selected_layers(model, select)
     source = Batches(batches, max_batches, passes=1)
     with Steps(progress, source, passes=1) as steps, as_in_evaluation(model) as inner:
-        measured = across_ranks(
+        measured = pooled_over_ranks(
             lambda: measure(inner, layers, source, forward=forward, progress=steps.advance),
             layers,
             process_group,

@@ -13,9 +13,9 @@ from bnfreeze.calibration.batches import Batches
 from bnfreeze.calibration.measuring import (
     CalibrationError,
     Measured,
-    across_ranks,
     as_in_evaluation,
     measure,
+    pooled_over_ranks,
     running_statistics,
 )
 from bnfreeze.calibration.probe import probe_report, selected_layers
@@ -112,7 +112,7 @@ def recalibrate(
                     model, which, source, forward=forward, progress=steps.advance, **options
                 )
 
-            return across_ranks(run, which, process_group)
+            return pooled_over_ranks(run, which, process_group)
 
         passes = 2
         with as_in_evaluation(model) as inner:

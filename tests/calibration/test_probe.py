@@ -204,7 +204,7 @@ def test_what_cannot_be_probed_is_refused():
     with pytest.raises(PolicyError, match="No norm layer"):
         probe(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)), [])
     with pytest.raises(PolicyError, match="Did you mean 'bn'"):
-        probe(Taking(), [torch.randn(2, 3)], select="bm")
+        probe(Taking(), [torch.randn(2, 3)], select="bnn")
     assert len(probe(Taking(), [torch.randn(2, 3)], select="bn").layers) == 1
     with pytest.raises(TypeError, match=r"nn\.Module"):
         probe({}, [])
