@@ -26,6 +26,13 @@ def _findings(layers: Sequence[LayerFit], thresholds: Thresholds) -> Iterator[Fi
     for layer in layers:
         if layer.verdict == "not reached":
             yield finding("layer-not-reached", layer.name, "no batch reached this layer.")
+        elif layer.origin == "carried":
+            yield finding(
+                "stats-shifted",
+                layer.name,
+                "this layer fits once the layers before it normalise their inputs.",
+                level="note",
+            )
         elif layer.verdict == "shifted":
             yield finding(
                 "stats-shifted",
@@ -88,21 +95,32 @@ def advice_before(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
     unsure = [layer for layer in reached if layer.verdict == "uncertain"]
     sure = f"{thresholds.confidence:.0%} sure in each layer"
     if shifted:
-        many = 2 * len(shifted) > len(reached)
         start = (
             f"The stored statistics do not fit this data in {len(shifted)} of {len(reached)} "
-            f"layers ({sure}), most in {_worst(shifted, thresholds)}. "
+            f"layers ({sure}). "
         )
+        select = ""
         if all(layer.policy != "none" for layer in shifted):
-            start += "They are frozen: name them by select=. "
-        start += "Do not freeze them as they are: recalibrate(model, batches, score=...), then "
-        start += "freeze. "
-        if many:
+            select = ", select='**'"  # they are frozen
+        call = f"recalibrate(model, batches, score=...{select})"
+        own = [layer for layer in shifted if layer.origin == "own"]
+        if not own:
             return start + (
-                "The shift goes through most of the network, so recalibrating may not be enough. "
-                f"{_CHECK}, and fine-tune without freezing if it stays low."
+                f"Worst: {_worst(shifted, thresholds)}. Do not freeze them like this: {call} "
+                f"first. {_CHECK}."
             )
-        return start + f"{_CHECK}."
+        if _is_most(own, reached):
+            return start + (
+                f"In {len(own)} layers that remains even when all layers before are normalised, so "
+                f"new statistics alone are unlikely to be enough: fine-tune without freezing, or "
+                f"see what {call} says."
+            )
+        rest = len(shifted) - len(own)
+        return start + (
+            f"The shift starts in {_names(own)} ({_worst(own, thresholds)})"
+            + (f"; the other {rest} seem to follow from it" if rest else "")
+            + f". Do not freeze them like this: {call} is likely to mend it; then freeze. {_CHECK}."
+        )
     if not unsure:
         return (
             f"The stored statistics fit this data in all {len(reached)} layers ({sure}): "
@@ -132,10 +150,20 @@ def _worst(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
     layer = max(layers, key=lambda one: max(size(one)))
     by_mean, by_variance = size(layer)
     if by_mean > by_variance:
-        how = f"its means are off by {layer.mean_shift.median:.2f} σ"
+        how = f"means are off by {layer.mean_shift.median:.2f} σ"
     else:
-        how = f"the data's variance is {layer.variance_ratio.median:.2f} times the stored one"
-    return f"{layer.name or 'the model'}: {how}, median channel"
+        how = f"variances are {layer.variance_ratio.median:.2f} times the stored ones"
+    return f"{layer.name or 'the model'}, where {how}" if len(layers) > 1 else how
+
+
+def _is_most(own: Sequence[LayerFit], reached: Sequence[LayerFit]) -> bool:
+    """Whether the inputs of most layers have changed, and not only their scale."""
+    return len(reached) > 2 and 2 * len(own) > len(reached)
+
+
+def _names(layers: Sequence[LayerFit]) -> str:
+    named = [layer.name or "the model" for layer in layers]
+    return ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
 
 
 def advice_after(
@@ -158,19 +186,20 @@ def advice_after(
             "fine-tune it. Freezing alone changes nothing for the better."
         )
     reached = [layer for layer in before if layer.verdict != "not reached"]
-    were = sum(layer.verdict == "shifted" for layer in reached)
+    own = [layer for layer in reached if layer.origin == "own"]
     are = sum(layer.verdict == "shifted" for layer in after)
     left = f" {are} of {len(reached)} layers still do not fit: try exact=True." if are else ""
     if scores is None:
-        if 2 * were > len(reached):
+        if _is_most(own, reached):
             return (
-                f"The statistics are those of this data now.{left} Before, {were} of "
-                f"{len(reached)} layers did not fit, so the features may not suit either: measure "
-                f"the accuracy, or pass score=, before you freeze."
+                f"The statistics are those of this data now.{left} But {len(own)} of "
+                f"{len(reached)} layers were off even with normalised inputs, so the features are "
+                f"unlikely to suit this data: measure the accuracy, or pass score=, before you "
+                f"freeze; fine-tune without freezing if it is low."
             )
         return (
-            f"The statistics are those of this data now.{left} Freeze the model, after the "
-            f"accuracy on labelled data has shown that it is no worse than before."
+            f"The statistics are those of this data now.{left} Freeze the model once the accuracy "
+            f"on labelled data has shown that it is no worse than before."
         )
     first, then = scores
     figures = f"({first:.4g} before, {then:.4g} after)"

@@ -15,9 +15,10 @@ from bnfreeze.norm_layers import NamedModule, eps_of
 from bnfreeze.policies.record import layer_class, policy_name
 from bnfreeze.torch_private import _InstanceNorm
 
-__all__ = ["THRESHOLDS", "LayerFit", "PerChannel", "Thresholds", "Verdict", "layer_fit"]
+__all__ = ["THRESHOLDS", "LayerFit", "Origin", "PerChannel", "Thresholds", "Verdict", "layer_fit"]
 
 Verdict = Literal["fits", "shifted", "uncertain", "not reached"]
+Origin = Literal["", "own", "carried", "unclear"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,9 @@ class LayerFit:
         samples_needed: with about so many samples, margins would be half the thresholds; 0 if
             one sample is all there is to judge by.
         verdict: ``"fits"``, ``"shifted"``, ``"uncertain"`` or ``"not reached"``.
+        origin: of a shifted layer, whether it still does not fit while all layers normalise with
+            each batch: ``"own"`` if so, ``"carried"`` if it fits then, so that the shift comes
+            from a layer before it, ``"unclear"`` if that is uncertain; empty if not looked at.
         shifts: the deciles over channels of the shift with its sign, in σ; empty if not reached.
     """
 
@@ -110,6 +114,7 @@ class LayerFit:
     dead_channels: int = 0
     samples_needed: int = 0
     verdict: Verdict = "not reached"
+    origin: Origin = ""
     shifts: tuple[float, ...] = ()
 
 

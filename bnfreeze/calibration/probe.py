@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from bnfreeze.calibration.advice import advice_before, probe_findings
 from bnfreeze.calibration.batches import Batches
-from bnfreeze.calibration.fit import THRESHOLDS, layer_fit
+from bnfreeze.calibration.fit import THRESHOLDS, LayerFit, Origin, Verdict, layer_fit
 from bnfreeze.calibration.measuring import Measured, as_in_evaluation, measure, pooled_over_ranks
 from bnfreeze.calibration.progress import Progress, Steps
 from bnfreeze.calibration.report import ProbeReport
@@ -40,8 +41,10 @@ def probe(
         report = bnfreeze.probe(model, loader)
         print(report)          # a table; report.advice says what to do
 
-    The model runs as in evaluation, once over the data. Nothing changes: neither tensors, training
-    flags, gradients, hooks, nor the random state. Labels are not needed.
+    The model runs as in evaluation, once over the data. If layers do not fit, it runs once more,
+    with all layers normalising with each batch: a shift in an early layer is carried to all layers
+    behind it, and this tells where it starts. Nothing changes: neither tensors, training flags,
+    gradients, hooks, nor the random state. Labels are not needed.
 
     Args:
         model: any `nn.Module`, frozen or not. Of one wrapped by `DistributedDataParallel`,
@@ -50,12 +53,12 @@ def probe(
             model's input, of a dict ``pixel_values``, ``image``, ``images``, ``input``,
             ``inputs`` or ``x``. Tensors are moved to the model's device. Several hundred samples
             like those that the model will see are a good number; the report says if they are
-            too few.
+            too few. An iterator that can be read only once is enough; then there is no second run.
         select: patterns of dotted module names, as for `freeze`; None for every norm layer.
         forward: how to run the model on a batch: ``forward(model, batch)``.
         max_batches: stop after so many.
         process_group: pool over its ranks, which may have different numbers of batches, and all of
-            which have to call this. None: this process alone.
+            which have to call this, with data that can be read twice. None: this process alone.
         progress: True shows a bar on a terminal; or a function of the number of batches done and
             of all, None if not known.
 
@@ -70,22 +73,53 @@ def probe(
     """
     check_model(model)
     layers = selected_layers(model, select)
-    source = Batches(batches, max_batches, passes=1)
+    source = Batches(batches, max_batches, passes=1 if process_group is None else 2)
+    apart = None
     with Steps(progress, source, passes=1) as steps, as_in_evaluation(model) as inner:
-        measured = pooled_over_ranks(
-            lambda: measure(inner, layers, source, forward=forward, progress=steps.advance),
-            layers,
-            process_group,
+
+        def measured(which: Sequence[NamedModule], with_batch: Sequence[NamedModule]) -> Measured:
+            def run() -> Measured:
+                return measure(
+                    inner,
+                    which,
+                    source,
+                    forward=forward,
+                    normalize_with_batch=with_batch,
+                    progress=steps.advance,
+                )
+
+            return pooled_over_ranks(run, which, process_group)
+
+        whole = measured(layers, ())
+        if not isinstance(batches, Iterator) and any(
+            fit.verdict == "shifted" for fit in _fits(layers, whole)
+        ):
+            steps.more_passes(1)
+            every = selected_layers(model, None)
+            apart = measured(every, every)
+    return probe_report(layers, whole, apart)
+
+
+def probe_report(
+    layers: Sequence[NamedModule], measured: Measured, apart: Measured | None = None
+) -> ProbeReport:
+    """Judge the layers' statistics, as they are now.
+
+    Args:
+        layers: the layers.
+        measured: what they were given in eval mode.
+        apart: what some of them were given while they normalised with each batch.
+    """
+    fits = _fits(layers, measured)
+    if apart is not None:
+        known = [entry for entry in layers if id(entry.module) in apart.moments]
+        alone = {fit.name: fit.verdict for fit in _fits(known, apart)}
+        fits = tuple(
+            replace(fit, origin=_ORIGINS[alone[fit.name]])
+            if fit.verdict == "shifted" and fit.name in alone
+            else fit
+            for fit in fits
         )
-    return probe_report(layers, measured)
-
-
-def probe_report(layers: Sequence[NamedModule], measured: Measured) -> ProbeReport:
-    """Judge the layers' statistics, as they are now, by what was measured."""
-    fits = tuple(
-        layer_fit(entry, measured.moments[id(entry.module)], measured.sizes[id(entry.module)])
-        for entry in layers
-    )
     first = next((m.samples for e in measured.order if (m := measured.moments[id(e.module)])), 0)
     return ProbeReport(
         fits,
@@ -94,6 +128,21 @@ def probe_report(layers: Sequence[NamedModule], measured: Measured) -> ProbeRepo
         first,
         measured.batches,
         THRESHOLDS,
+    )
+
+
+_ORIGINS: dict[Verdict, Origin] = {
+    "shifted": "own",
+    "fits": "carried",
+    "uncertain": "unclear",
+    "not reached": "",
+}
+
+
+def _fits(layers: Sequence[NamedModule], measured: Measured) -> tuple[LayerFit, ...]:
+    return tuple(
+        layer_fit(entry, measured.moments[id(entry.module)], measured.sizes[id(entry.module)])
+        for entry in layers
     )
 
 

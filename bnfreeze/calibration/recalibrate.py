@@ -114,11 +114,11 @@ def recalibrate(
 
             return pooled_over_ranks(run, which, process_group)
 
-        passes = 2
+        passes = 2  # before and after
         with as_in_evaluation(model) as inner:
             first = None if score is None else float(score(model))
             now = measured(inner, layers, exact=keep)
-            before = probe_report(layers, now)
+            apart = None
             reached = _reached(chosen, now)
             if keep:
                 writes = [w for e in reached for w in _keeping_function(e, now)]
@@ -133,9 +133,10 @@ def recalibrate(
                     writes += own
             else:
                 passes += 1
-                now = measured(inner, reached, normalize_with_batch=reached, exact=True)
-                writes = [w for entry in reached for w in _replacing(entry, now)]
+                apart = measured(inner, reached, normalize_with_batch=reached, exact=True)
+                writes = [w for entry in reached for w in _replacing(entry, apart)]
 
+        before = probe_report(layers, now, apart)  # the buffers are the old ones again
         old = [(tensor, tensor.detach().clone()) for tensor, _ in writes]
 
         def undo() -> None:

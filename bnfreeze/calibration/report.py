@@ -80,6 +80,7 @@ class ProbeReport(Printable):
             "layer",
             "kind",
             "verdict",
+            "shift",
             "mean off, σ",
             scale.ends(_BAR),
             "variance",
@@ -89,7 +90,7 @@ class ProbeReport(Printable):
             "samples",
         )
         rows = [
-            (line, *(_cells(layers[index], scale) if index is not None else ("",) * 9))
+            (line, *(_cells(layers[index], scale) if index is not None else ("",) * 10))
             for line, index in outline(names)
         ]
         return Sheet(
@@ -98,28 +99,28 @@ class ProbeReport(Printable):
             rows=rows,
             findings=self.findings,
             verdict=self.advice,
-            further=further | {"batch noise", "channels off", "samples"},
+            further=further | {"by chance", "batch noise", "channels off", "samples"},
             notes=(
-                f"{self.samples:,} samples in {self.batches:,} batches. Median channel … the one "
-                f"farthest off; the picture shows all. By chance: so far may a mean be off by the "
-                f"choice of the samples alone.",
+                f"{self.samples:,} samples in {self.batches:,} batches. Of each layer: the median "
+                f"channel … the one farthest off; the picture shows all.",
             ),
-            pictures=frozenset({columns[4]}),
+            pictures=frozenset({columns[5]}),
         )
 
 
 def _cells(layer: LayerFit, scale: Scale) -> tuple[str, ...]:
     if layer.verdict == "not reached":
-        return (layer.kind, layer.verdict, *[""] * 7)
+        return (layer.kind, layer.verdict, *[""] * 8)
     off = layer.shifted_channels
     return (
         layer.kind,
         layer.verdict,
+        layer.origin,
         _shift(layer.mean_shift),
         scale.draw(layer.shifts, _BAR),
         _ratio(layer.variance_ratio),
         f"±{layer.margin:.2f}",
-        f"{layer.batch_noise:.2f} (batch {layer.batch_size})",
+        f"{layer.batch_noise:.2f} of {layer.batch_size}",
         f"{off} of {layer.channels}" if off else "",
         f"{layer.samples}",
     )
