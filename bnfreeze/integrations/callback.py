@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import distributed, nn
 from torch.optim import Optimizer
 
-from bnfreeze.errors import PolicyError
+from bnfreeze.calibration.probe import probe
+from bnfreeze.calibration.recalibrate import recalibrate
+from bnfreeze.calibration.report import ProbeReport, RecalibrationReport
+from bnfreeze.errors import BnfreezeWarning, PolicyError
 from bnfreeze.freezing.freeze import freeze
 from bnfreeze.freezing.report import FreezeReport
 from bnfreeze.freezing.rules import parse_rules
@@ -21,6 +25,8 @@ from bnfreeze.verification.guard import Guard, guard
 
 __all__ = ["FreezeCallback"]
 
+_PROBED = 32  # batches
+
 
 class FreezeCallback:
     """Freezes a trainer's model, again if it must, and guards it while it trains.
@@ -29,9 +35,18 @@ class FreezeCallback:
         policy: as in `bnfreeze.freeze`.
         guard: whether to guard the model; `every`, `tensors` and `trace` are as in
             `bnfreeze.guard`.
+        recalibrate: data for `bnfreeze.recalibrate`, which is called once, before anything is
+            frozen.
+        probe: True calls `bnfreeze.probe` when training begins, on the first 32 batches of the
+            training data; or other data for it. If the statistics do not fit, a `BnfreezeWarning`
+            gives the advice.
+
+    With several processes, `recalibrate` and `probe` pool over all of them.
 
     Attributes:
         report: what was frozen, and how; None before that.
+        recalibrated: the report of `recalibrate`; None without one.
+        probed: the report of `probe`; None without one.
 
     Raises:
         PolicyError: an unknown policy.
@@ -45,18 +60,23 @@ class FreezeCallback:
         every: int = 1,
         tensors: str = "frozen",
         trace: bool = False,
+        recalibrate: Iterable[Any] | None = None,
+        probe: bool | Iterable[Any] = False,
     ) -> None:
         super().__init__()
         parse_rules(policy)  # a typo is an error now, not hours later in a queue
         self.report: FreezeReport | None = None
         self._policy, self._guarded = policy, guard
         self._options: dict[str, Any] = {"every": every, "tensors": tensors, "trace": trace}
+        self.recalibrated: RecalibrationReport | None = None
+        self.probed: ProbeReport | None = None
+        self._data, self._probe = recalibrate, probe
         self._frozen = 0
         self._guard: Guard | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A trainer may be pickled to be sent to other processes; these two cannot be.
-        return self.__dict__ | {"report": None, "_guard": None}
+        # A trainer may be pickled to be sent to other processes; these cannot be.
+        return self.__dict__ | {"report": None, "recalibrated": None, "_guard": None}
 
     def freeze(self, model: nn.Module) -> bool:
         """Freeze the model, or freeze again what something else has thawed.
@@ -66,13 +86,33 @@ class FreezeCallback:
 
         Raises:
             PolicyError: the policy is impossible here, or the model has no norm layer.
+            CalibrationError: the data to recalibrate with cannot be used.
         """
+        if self._data is not None:
+            self.recalibrated = recalibrate(model, self._data, process_group=_world())
+            self._data = None
         report = freeze(model, self._policy)
         self._frozen = _frozen(model)
         changed = any(row.actions for row in report.layers)
         if changed or self.report is None:
             self.report = report
         return changed
+
+    def look(self, model: nn.Module, training_data: Iterable[Any] | None) -> None:
+        """Probe the model, if that was asked for, and warn if its statistics do not fit.
+
+        Raises:
+            TypeError: nothing in a batch looks like the model's input.
+            CalibrationError: the data cannot be used.
+        """
+        if self._probe is False:
+            return
+        data, most = (training_data, _PROBED) if self._probe is True else (self._probe, None)
+        if data is None:
+            return
+        self.probed = probe(model, data, max_batches=most, process_group=_world())
+        if any(finding.code == "stats-shifted" for finding in self.probed.findings):
+            warnings.warn(self.probed.advice, BnfreezeWarning, stacklevel=2)
 
     def looks_live(self, model: nn.Module) -> bool:
         """Whether a tool that looks for torch's batch norm would find a frozen layer."""
@@ -128,3 +168,9 @@ class FreezeCallback:
 
 def _frozen(model: nn.Module) -> int:
     return sum(layer.policy != "none" for layer in inspect_model(model).layers)
+
+
+def _world() -> distributed.ProcessGroup | None:
+    """All processes, if there are several."""
+    several = distributed.is_available() and distributed.is_initialized()
+    return distributed.group.WORLD if several else None

@@ -45,6 +45,7 @@ class FreezeBatchNorm(FreezeCallback, Callback):
         self.check(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.look(pl_module, trainer.train_dataloader)
         self.watch(pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -35,6 +35,7 @@ class FreezeBatchNorm(FreezeCallback, TrainerCallback):
                 "several devices: pass FreezeBatchNorm to the Trainer when you build it, or call "
                 "bnfreeze.freeze at the end of model_init."
             )
+        self.look(model, events.get("train_dataloader"))
         self.watch(model, optimizer)
 
     def on_train_end(self, *_: Any, **events: Any) -> None:
