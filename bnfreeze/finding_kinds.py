@@ -150,7 +150,7 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         ("note",),
         "No data reached a norm layer",
         "The layer was not called in any batch, so nothing is known about its statistics.",
-        "A part of the model that runs in training only, or on other inputs, is not judged and not "
+        "A part of the model that runs in training only, or on other inputs, is neither judged nor "
         "recalibrated.",
         "Run the model as you use it: pass forward=, or data that reach this layer.",
         "bnfreeze.probe(model, loader, forward=lambda model, batch: model.both_heads(batch))",
@@ -184,7 +184,8 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "Every running mean is 0, every variance is 1, and no batch was counted.",
         "With these values a frozen layer normalises nothing: it is the identity, apart from "
         "weight and bias.",
-        "Load the pretrained weights before freezing, or leave this layer out.",
+        "Load the pretrained weights before freezing, or leave this layer out. To measure whether "
+        "statistics fit your data, call bnfreeze.probe(model, loader).",
         "model = resnet50()               # no weights loaded\nfreeze(model, 'eval')",
     ),
     FindingKind(
@@ -281,8 +282,8 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "Real data never gives exactly these values. The statistics were reset after training, or "
         "they never changed (momentum 0), or the layer's input was always 0. In eval mode the "
         "layer normalises nothing.",
-        "Load the statistics of an earlier checkpoint, or run a few batches in train mode before "
-        "you freeze.",
+        "Load the statistics of an earlier checkpoint, or call bnfreeze.recalibrate(model, loader) "
+        "before you freeze. bnfreeze.probe(model, loader) says how far off they are.",
         "bn.momentum = 0                  # counts batches, and never updates the statistics",
     ),
     FindingKind(

@@ -1,4 +1,4 @@
-"""How far a run over the data has come, shown or told."""
+"""How far a run over the data has come: shown, or reported to a function."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def recalibrate(
 
     Mean, unbiased variance and count of the pooled data are written into the same buffers: each
     value counts once, whatever the sizes of the batches. Nothing else changes; after an error,
-    nothing has. Labels are not needed but for `score`.
+    nothing has. Only `score` needs labels.
 
     Args:
         model: any `nn.Module`.
@@ -82,7 +82,7 @@ def recalibrate(
         progress: as for `probe`.
 
     Returns:
-        a report, the same on every rank but for the scores.
+        a report; on every rank the same, except for the scores.
 
     Raises:
         TypeError: as `probe`; or `batches` can be read only once.
