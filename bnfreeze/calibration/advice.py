@@ -8,6 +8,7 @@ from statistics import median
 
 from bnfreeze.calibration.fit import LayerFit, Thresholds
 from bnfreeze.findings import Finding, finding, worst_first
+from bnfreeze.policies.policy import Policy
 
 __all__ = ["advice_after", "advice_before", "probe_findings"]
 
@@ -47,15 +48,14 @@ def _findings(layers: Sequence[LayerFit], thresholds: Thresholds) -> Iterator[Fi
                 layer.name,
                 f"{layer.dead_channels} of {layer.channels} channels do not vary on this data.",
             )
-    batch = [layer for layer in reached if layer.policy == "none" and layer.batch_size > 0]
-    noises = [layer.batch_noise for layer in batch if math.isfinite(layer.batch_noise)]
+    batch, noises = _noises(reached)
     if noises and median(noises) > thresholds.noise:
         yield finding(
             "batch-too-small",
             "",
-            f"with batches of {batch[0].batch_size}, the mean that a layer normalises with in "
-            f"train mode is off by {median(noises):.2f} σ (median of {len(noises)} layers), up "
-            f"to {max(noises):.2f} σ.",
+            f"with batches of {batch}, the mean that a layer normalises with in train mode is off "
+            f"by {median(noises):.2f} σ (median of {len(noises)} layers), up to "
+            f"{max(noises):.2f} σ.",
         )
     if short := _short_of_samples(reached):
         needed = max(layer.samples_needed for layer in short)
@@ -65,6 +65,18 @@ def _findings(layers: Sequence[LayerFit], thresholds: Thresholds) -> Iterator[Fi
             f"{len(short)} of {len(reached)} layers are uncertain with {_samples(short)}."
             + (f" About {_rounded(needed)} would tell." if needed else ""),
         )
+
+
+def _noises(layers: Sequence[LayerFit]) -> tuple[int, list[float]]:
+    """The size of a batch, and its noise in each layer that normalises with it in train mode."""
+    live = [layer for layer in layers if not _policy(layer).forces_eval]
+    noises = [layer.batch_noise for layer in live if math.isfinite(layer.batch_noise)]
+    return (live[0].batch_size if live else 0), noises
+
+
+def _policy(layer: LayerFit) -> Policy:
+    # Another library's frozen layer keeps everything.
+    return Policy.parse("fused" if layer.policy == "frozen" else layer.policy)
 
 
 def _short_of_samples(layers: Sequence[LayerFit]) -> list[LayerFit]:
@@ -100,8 +112,8 @@ def advice_before(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
             f"layers ({sure}). "
         )
         select = ""
-        if all(layer.policy != "none" for layer in shifted):
-            select = ", select='**'"  # they are frozen
+        if all(_policy(layer).freezes_statistics for layer in shifted):
+            select = ", select='**'"
         call = f"recalibrate(model, batches, score=...{select})"
         own = [layer for layer in shifted if layer.origin == "own"]
         if not own:
@@ -122,9 +134,16 @@ def advice_before(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
             + f". Do not freeze them like this: {call} is likely to mend it; then freeze. {_CHECK}."
         )
     if not unsure:
+        batch, noises = _noises(reached)
+        noisy = noises and median(noises) > thresholds.noise
+        if all(_policy(layer).forces_eval for layer in reached):
+            then = "keep them frozen"
+        else:
+            then = "freeze(model, 'eval+affine') keeps them"
+            then += f", and ends the noise of batches of {batch}" if noisy else ""
         return (
-            f"The stored statistics fit this data in all {len(reached)} layers ({sure}): "
-            f"freeze(model) keeps them. {_CHECK.partition(':')[0]}."
+            f"The stored statistics fit this data in all {len(reached)} layers ({sure}): {then}. "
+            f"{_CHECK.partition(':')[0]}."
         )
     if short := _short_of_samples(unsure):
         needed = max(layer.samples_needed for layer in short)

@@ -58,7 +58,9 @@ def probe(
         forward: how to run the model on a batch: ``forward(model, batch)``.
         max_batches: stop after so many.
         process_group: pool over its ranks, which may have different numbers of batches, and all of
-            which have to call this, with data that can be read twice. None: this process alone.
+            which have to call this, with data that can be read twice. (A sharded model gathers its
+            parameters in each forward pass: with it all ranks need the same number.) None: this
+            process alone.
         progress: True shows a bar on a terminal; or a function of the number of batches done and
             of all, None if not known.
 

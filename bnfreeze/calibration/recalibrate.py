@@ -234,6 +234,12 @@ def _check_affine(chosen: Sequence[NamedModule]) -> None:
                 f"{entry.name or 'the model'}: mode='keep-function' changes weight and bias, and "
                 f"this layer has none of its own. Leave it out by select=, or use mode='replace'."
             )
+    tensors = [own for entry in chosen for own in entry.module.parameters(recurse=False)]
+    if len({id(tensor) for tensor in tensors}) < len(tensors):
+        raise PolicyError(
+            "mode='keep-function' changes weight and bias, and here norm layers share them: what "
+            "keeps the function of one would change another. Use mode='replace'."
+        )
 
 
 def _buffer(layer: nn.Module, name: str) -> Tensor:

@@ -89,9 +89,10 @@ def test_findings():
     assert "too-few-samples" in codes(probe(layer(), [torch.randn(1, C, 4, 4)]))
     small = [part for x in samples(512) for part in x.split(2)]
     assert codes(probe(layer(), small)) == {"batch-too-small"}
-    frozen = layer()
-    bnfreeze.freeze(frozen, "eval")
-    assert "batch-too-small" not in codes(probe(frozen, small))
+    for policy, noisy in (("affine", True), ("stats", True), ("eval", False), ("fused", False)):
+        frozen = layer()
+        bnfreeze.freeze(frozen, policy)
+        assert ("batch-too-small" in codes(probe(frozen, small))) is noisy
     dead = [x * (torch.arange(C) != 2).view(C, 1, 1) for x in samples(256)]
     report = probe(layer(), dead)
     assert "dead-on-this-data" in codes(report)
@@ -107,7 +108,10 @@ def test_more_samples_as_advised_are_enough():
 
 
 def test_advice_names_the_call():
-    assert "freeze(model)" in probe(layer(), samples(2048)).advice
+    assert "freeze(model, 'eval+affine')" in probe(layer(), samples(2048)).advice
+    kept = layer()
+    bnfreeze.freeze(kept, "eval")
+    assert "keep them frozen" in probe(kept, samples(2048)).advice
     advice = probe(layer(mean=1.0), samples(2048)).advice
     assert "recalibrate(model" in advice
     assert "likely to mend it" in advice

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
@@ -269,6 +270,19 @@ def test_replace_normalises_with_each_batch_while_it_measures():
         torch.testing.assert_close(model[5].running_var.double(), var, rtol=1e-5, atol=1e-5)
 
 
+def test_fused_blocks_are_measured_like_any_other():
+    model = torchvision.models.resnet.BasicBlock(3, 3).eval()
+    twin, data = copy.deepcopy(model), batches(3, 8, 8)
+    bnfreeze.freeze(twin, "fused-act")
+    one, other = bnfreeze.probe(model, data), bnfreeze.probe(twin, data)
+    torch.testing.assert_close(*(torch.tensor([x.shifts for x in r.layers]) for r in (one, other)))
+    before = state(twin)
+    recalibrate(model, data)
+    recalibrate(twin, data, select="**")
+    assert len(moved(before, twin)) == 6
+    torch.testing.assert_close(twin(data[0]), model(data[0]), rtol=1e-5, atol=1e-5)
+
+
 def test_exact_gives_statistics_that_the_model_then_sees():
     data = batches(3, 8, 8)
     remaining = {}
@@ -301,6 +315,10 @@ def test_keep_function_refuses_a_layer_without_weight_and_bias():
     before = state(model)
     with pytest.raises(PolicyError, match="none of its own"):
         recalibrate(model, batches(3), mode="keep-function")
+    tied = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(PolicyError, match="share"):
+        recalibrate(tied, batches(3), mode="keep-function")
     with pytest.raises(ValueError, match="exact"):
         recalibrate(model, batches(3), mode="keep-function", exact=True)
     with pytest.raises(ValueError, match="replace, keep-function"):
