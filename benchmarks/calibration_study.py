@@ -1,11 +1,12 @@
 """Where the thresholds of `bnfreeze.probe` come from, and how well it judges with them.
 
 Four small networks learn scikit-learn's handwritten digits, moved, turned and noisy at random, in
-batches of 32 and of 8, with a learning rate that falls or stays. Their running statistics are what training leaves: noisy averages over the
-last batches, of a network that was still changing. Then they are probed with digits that they have
-not seen, as they are (is there a false alarm?) and with stored statistics that are made wrong by a
-known amount (is it found?). The thresholds are set on some seeds, by means that are off by the same
-amount in each channel; they are judged on other seeds, by other shifts.
+batches of 32 and of 8, with a learning rate that falls or stays. Their running statistics are what
+training leaves: noisy averages over the last batches, of a network that was still changing. Then
+they are probed with digits that they have not seen, as they are (is there a false alarm?) and with
+stored statistics that are made wrong by a known amount (is it found?). The thresholds are set on
+some seeds, by means that are off by the same amount in each channel; they are judged on other
+seeds, by other shifts.
 
     nice python -m benchmarks.calibration_study [--quick] [--json FILE]
 """

@@ -308,7 +308,7 @@ def verdict(experiment: Experiment) -> Table:
     table.add_column(style="cyan")
     table.add_row("probe", experiment.advice)
     table.add_row("recalibrate", experiment.advice_recalibrated)
-    table.add_row("… with score=", experiment.advice_scored)
+    table.add_row("with score=", experiment.advice_scored)
     return table
 
 
