@@ -1,12 +1,12 @@
 """Where the thresholds of `bnfreeze.probe` come from, and how well it judges with them.
 
 Four small networks learn scikit-learn's handwritten digits, moved, turned and noisy at random, in
-batches of 32 and of 8, with a learning rate that falls or stays. Their running statistics are what
+batches of 32 and of 8. Their running statistics are what
 training leaves: noisy averages over the last batches, of a network that was still changing. Then
 they are probed with digits that they have not seen, as they are (is there a false alarm?) and with
 stored statistics that are made wrong by a known amount (is it found?). The thresholds are set on
 some seeds, by means that are off by the same amount in each channel; they are judged on other
-seeds, by other shifts.
+seeds, by other shifts. Networks whose learning rate did not fall are reported apart.
 
     nice python -m benchmarks.calibration_study [--quick] [--json FILE]
 """
@@ -37,8 +37,10 @@ SIZES = (32, 256, 2048)
 SHIFTS = (0.1, 0.3, 1.0)  # in standard deviations
 FACTORS = (1.25, 2.0, 4.0)  # of the variance
 MEANS, RATIOS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5), (1.2, 1.35, 1.5, 1.75, 2.0, 3.0)
-# The batch size, and whether the learning rate falls to 0.
-TRAININGS = ((32, True), (32, False), (8, False))
+# The batch size, and whether the learning rate falls to 0. Where it does not, the network changes
+# faster than its running statistics follow, so they do not fit even the data it has learnt from.
+TRAININGS = ((32, True), (8, True))
+UNFINISHED = (32, False)
 ALLOWED = 0.005  # false alarms, of all layers, for means and for variances each
 NEVER = 1e9
 
@@ -231,8 +233,8 @@ def choose(probes: list[Probe]) -> dict[str, Any]:
     means = {m: alarms(replace(THRESHOLDS, mean=m, ratio=NEVER)) for m in MEANS}
     ratios = {r: alarms(replace(THRESHOLDS, mean=NEVER, ratio=r)) for r in RATIOS}
     chosen = {
-        "mean": next(m for m, rate in means.items() if rate <= ALLOWED),
-        "ratio": next(r for r, rate in ratios.items() if rate <= ALLOWED),
+        "mean": next((m for m, rate in means.items() if rate <= ALLOWED), MEANS[-1]),
+        "ratio": next((r for r, rate in ratios.items() if rate <= ALLOWED), RATIOS[-1]),
     }
     return {"false_alarms_by_mean": means, "false_alarms_by_ratio": ratios, "chosen": chosen}
 
@@ -296,14 +298,15 @@ def accuracy(network: Trained, shift: float) -> float:
 def study(*, quick: bool, tell: Callable[[str], object] = print) -> dict[str, Any]:
     start = time.perf_counter()
     torch.set_num_threads(1)
-    steps, draws_each = (60, 2) if quick else (300, 4)
+    steps, draws_each = (60, 2) if quick else (400, 4)
     sets: dict[str, list[Trained]] = {}
-    for label, seeds in (("set", (0, 1)), ("judged", (2, 3))):
+    seeds_of = {"set": (0, 1), "judged": (2, 3), "unfinished": (2,)}
+    for label, seeds in seeds_of.items():
         sets[label] = [
             trained(name, batch, falling, seed, steps)
             for seed in (seeds[:1] if quick else seeds)
             for name in NETWORKS
-            for batch, falling in TRAININGS
+            for batch, falling in ((UNFINISHED,) if label == "unfinished" else TRAININGS)
         ]
         tell(f"{len(sets[label])} networks trained, {time.perf_counter() - start:.0f} s")
     torch.manual_seed(100)
@@ -321,17 +324,21 @@ def study(*, quick: bool, tell: Callable[[str], object] = print) -> dict[str, An
         "quick": quick,
         "networks": list(NETWORKS),
         "trainings": TRAININGS,
-        "seeds": {"set": [0, 1], "judged": [2, 3]},
+        "seeds": seeds_of,
         "layers_judged": sum(len(probe.layers) for probe in probes["judged"]),
         "probes_judged": {size: len(group) for size, group in by_size(probes["judged"]).items()},
         "thresholds": chosen,
         "same_shift_in_each_channel": judge(probes["set"], uniform, thresholds),
         "judged": judge(probes["judged"], normal, thresholds),
+        "unfinished": {
+            size: verdicts(group, thresholds)
+            for size, group in by_size(probes["unfinished"]).items()
+        },
         "models_with_a_false_alarm": {
             size: sum(verdicts([probe], thresholds)["shifted"] > 0 for probe in group) / len(group)
             for size, group in by_size(probes["judged"]).items()
         },
-        "batch_noise_seen_over_reported": batch_noise(sets["judged"][: 3 * len(NETWORKS)]),
+        "batch_noise_seen_over_reported": batch_noise(sets["judged"][: 2 * len(NETWORKS)]),
         "accuracy_with_all_means_off": {
             shift: {"mean": sum(found) / len(found), "least": min(found)}
             for shift, found in accuracies.items()

@@ -287,7 +287,7 @@ def conclusion(experiment: Experiment) -> str:
         f"statistics move, with {len(broken) - moving} they stay but the output in eval mode "
         f"differs from train mode. {kept} of {len(policies)} policies keep their promise bit for "
         f"bit, and with {same} of them both modes give the same output. Does freezing help here, "
-        f"in eval mode? With the old statistics frozen, {_against(accuracy[frozen], plain)}: at best "
+        f"in eval mode? With the old statistics, {_against(accuracy[frozen], plain)}: at best "
         f"{accuracy[frozen]:.1%} (“{frozen}”), and {plain:.1%} with {BASELINE}. Recalibrated "
         f"first, {_against(accuracy[then], plain)}: {accuracy[then]:.1%} (“{then}”), and "
         f"{accuracy[NOT_TRAINED]:.1%} with nothing trained. Best of all: “{best}” "

@@ -27,7 +27,7 @@ def samples(count, seed=0, level=0.5):
     """Samples whose level differs, as images' do: their means scatter by `level` σ."""
     make = torch.Generator().manual_seed(seed)
     levels = level * torch.randn(count, C, 1, 1, generator=make)
-    pixels = torch.randn(count, C, 8, 8, generator=make) * (1 - level**2) ** 0.5
+    pixels = torch.randn(count, C, 4, 4, generator=make) * (1 - level**2) ** 0.5
     return list((levels + pixels).split(32))
 
 
@@ -69,8 +69,8 @@ def test_the_numbers_of_a_layer():
     assert fit.mean_shift.median == pytest.approx(0.5, abs=0.02)
     assert fit.mean_shift.largest == pytest.approx(0.5, abs=0.05)
     assert fit.variance_ratio.median == pytest.approx(0.25, abs=0.02)
-    # The samples' own means scatter by √(0.36 + 0.64/64) of the data's σ, half the stored one.
-    scatter = (0.36 + 0.64 / 64) ** 0.5 / 2
+    # The samples' own means scatter by √(0.36 + 0.64/16) of the data's σ, half the stored one.
+    scatter = (0.36 + 0.64 / 16) ** 0.5 / 2
     assert fit.batch_noise == pytest.approx(scatter / 32**0.5, rel=0.1)
     assert fit.standard_error == pytest.approx(scatter / 2048**0.5, rel=0.1)
     assert 3 < fit.margin / fit.standard_error < 4
@@ -138,7 +138,7 @@ class Tower(nn.Module):
 
 
 def test_where_a_shift_starts():
-    data = samples(1024)
+    data = samples(512)
     model = Tower()
     bnfreeze.recalibrate(model, data, exact=True)
     assert probe(model, data).ok
