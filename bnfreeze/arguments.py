@@ -96,8 +96,10 @@ def _command(
         name,
         help=what,
         description=f"{what[0].upper()}{what[1:]}.",
-        epilog="Reads files of torch.save (zip and legacy), safetensors, *.index.json of shards, "
-        "and folders of torch.distributed.checkpoint. The content decides, not the name.",
+        epilog="Reads files of torch.save (zip and legacy, whole models too), torch.jit.save and "
+        "torch.export.save, safetensors, *.index.json of shards, pickled and zipped NumPy arrays, "
+        "ONNX, and folders of torch.distributed.checkpoint and Hugging Face, by their content; as "
+        "a URL, too (https://, hf://, s3://), and from standard input (-).",
         allow_abbrev=False,
     )
     command.add_argument(
@@ -107,7 +109,9 @@ def _command(
         metavar="PATTERN",
         help="only these modules: 'backbone', 'layer4.**.bn?' (may be repeated)",
     )
-    command.add_argument("--key", metavar="NAME", help="which of several state_dicts in one file")
+    command.add_argument(
+        "--key", metavar="NAME", help="one of several models in a file; all are read without it"
+    )
     if not pictures:
         return command
     forms = command.add_mutually_exclusive_group()

@@ -20,9 +20,7 @@ from bnfreeze.arguments import command_parser, unknown_command
 from bnfreeze.errors import BnfreezeError
 
 if TYPE_CHECKING:
-    from bnfreeze.checkpoints import Checkpoint, StoredTensor
     from bnfreeze.inspection.checkpoint import CheckpointInspection
-    from bnfreeze.inspection.origin import Origin
 
 __all__ = ["main"]
 
@@ -92,7 +90,8 @@ def _inspect(options: argparse.Namespace) -> int:
         files.append(
             {name: fact for name, fact in inspection.to_dict().items() if name != "schema"}
         )
-        code = max(code, 0 if inspection.ok else 1)
+        # A model that was not read may hold anything.
+        code = max(code, 2 if inspection.unread else 0 if inspection.ok else 1)
     if options.json:
         _print_json({"schema": 2, "ok": code == 0, "files": files})
     elif options.plain:
@@ -107,13 +106,14 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     from bnfreeze.checkpoints import open_checkpoint
-    from bnfreeze.verification.diff import diff_stored
+    from bnfreeze.inspection.origin import Found
+    from bnfreeze.verification.diff import diff_found
 
     _check_outputs(options)
     with open_checkpoint(options.first) as first, open_checkpoint(options.second) as second:
-        (before, origin), (after, goal) = (_part(one, options) for one in (first, second))
+        before, after = (Found.in_checkpoint(one, options.key) for one in (first, second))
         with _Progress("comparing tensor") as progress:
-            found = diff_stored(before, after, (origin, goal), progress=progress)
+            found = diff_found(before, after, select=options.select, progress=progress)
     if options.json:
         _print_json(found.to_dict())
     elif options.plain:
@@ -125,7 +125,8 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _snapshot(options: argparse.Namespace) -> int:
-    from bnfreeze.checkpoints import open_checkpoint, telling
+    from bnfreeze.checkpoints import naming_file, open_checkpoint, tensors_by_name
+    from bnfreeze.inspection.inspect import selected
     from bnfreeze.verification.snapshot import Snapshot
     from bnfreeze.verification.stored import snapshot_of
 
@@ -137,19 +138,23 @@ def _snapshot(options: argparse.Namespace) -> int:
         except (BnfreezeError, OSError):
             raise BnfreezeError(f"{options.output} exists and is not a snapshot.") from None
     with open_checkpoint(options.path) as checkpoint:
-        tensors, origin = _part(checkpoint, options)
-        with telling(checkpoint.path):
+        found = checkpoint.chosen(options.key)
+        with naming_file(checkpoint.path):
+            parts = selected(found.all if options.all else found.models, options.select)
+            plain = found.models[0].key if len(found.models) == 1 else None
+            tensors = tensors_by_name(parts, plain)
             taken = snapshot_of(tensors, everything=options.all, digest=options.digest)
     taken.save(options.output)
-    _print_lines([(f"{options.output}: {len(taken)} tensors of {origin.path}",)])
+    _print_lines([(f"{options.output}: {len(taken)} tensors of {options.path}",)])
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from bnfreeze.checkpoints import open_checkpoint, telling
-    from bnfreeze.verification.messages import what_changed
+    from bnfreeze.checkpoints import naming_file, open_checkpoint
+    from bnfreeze.inspection.origin import Found
+    from bnfreeze.verification.drift import what_changed
     from bnfreeze.verification.snapshot import Snapshot
-    from bnfreeze.verification.stored import verify_stored
+    from bnfreeze.verification.stored import verify_found
 
     _check_outputs(options)
     try:
@@ -157,9 +162,9 @@ def _verify(options: argparse.Namespace) -> int:
     except OSError as error:
         raise BnfreezeError(f"{options.snapshot}: cannot be opened: {error.strerror}.") from None
     with open_checkpoint(options.path) as checkpoint:
-        tensors, _ = _part(checkpoint, options)
-        with telling(checkpoint.path):
-            report = verify_stored(tensors, before, select=options.select)
+        found = Found.in_checkpoint(checkpoint, options.key)
+        with naming_file(checkpoint.path):
+            report = verify_found(found, before, select=options.select)
     if options.json:
         _print_json(report.to_dict())
     elif options.plain:
@@ -204,20 +209,6 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "explain": _explain,
     "completion": _completion,
 }
-
-
-def _part(
-    checkpoint: Checkpoint, options: argparse.Namespace
-) -> tuple[dict[str, StoredTensor], Origin]:
-    """The tensors of a checkpoint that the options ask for, and where they come from."""
-    from bnfreeze.checkpoints import telling
-    from bnfreeze.inspection.inspect import selected
-    from bnfreeze.inspection.origin import Origin
-
-    found = checkpoint.state_dict(options.key)
-    with telling(checkpoint.path):
-        tensors = selected(found.tensors, options.select)
-    return tensors, Origin.of(found, str(checkpoint.path), checkpoint.kind)
 
 
 def _check_outputs(options: argparse.Namespace) -> None:

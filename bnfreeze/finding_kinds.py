@@ -211,6 +211,23 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "model = copy.deepcopy(model)     # has other parameters",
     ),
     FindingKind(
+        "runs-code",
+        ("error", "warning", "note"),
+        "Loading the file would run code",
+        "The file names functions or classes that torch.load(weights_only=False) or pickle.load "
+        "would call. It is an error for what Python, torch, NumPy and other known packages have, "
+        "and for what the file makes up while it is loaded; a warning for a package of which "
+        "bnfreeze knows nothing, such as a script's own Config; a note for the classes of a model "
+        "that was saved whole. What training scripts usually save beside the weights "
+        "(argparse.Namespace, paths, dates, numbers) is not mentioned.",
+        "The author of the file decides what such a call does on your machine. bnfreeze calls "
+        "nothing of it, and says so of no file that it is safe.",
+        "Load it with weights_only=True, or only if you trust its author. Save the values alone: "
+        "torch.save(model.state_dict(), 'weights.pt').",
+        "torch.save({'state_dict': state, 'config': Config()}, 'a.pt')\n"
+        "$ bnfreeze inspect a.pt           # warns of Config",
+    ),
+    FindingKind(
         "stats-count-missing",
         ("note",),
         "A stored layer has no num_batches_tracked",

@@ -110,11 +110,12 @@ def test_json_is_one_object_with_stable_keys(command, sound, sick, tmp_path):
     assert list(first) == [
         "path",
         "kind",
-        "key",
-        "stripped",
-        "others",
+        "models",
         "tensors",
         "bytes",
+        "uninterpreted",
+        "remarks",
+        "unread",
         "ok",
         "layers",
         "findings",
@@ -130,6 +131,10 @@ def test_json_is_one_object_with_stable_keys(command, sound, sick, tmp_path):
         "var",
         "near_dead",
         "key",
+        "eps",
+        "momentum",
+        "training",
+        "frozen_by",
     ]
     assert list(first["layers"][0]["var"]) == ["low", "high", "deciles"]
     assert first["ok"] is True

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from bnfreeze.checkpoints import StoredTensor, open_checkpoint, telling
+from bnfreeze.checkpoints import StoredTensor, open_checkpoint, tensors_by_name
 from bnfreeze.errors import CheckpointError
 from bnfreeze.findings import Finding, finding
+from bnfreeze.inspection.code_calls import code_findings
 from bnfreeze.inspection.inspect import selected
-from bnfreeze.inspection.origin import Origin
+from bnfreeze.inspection.origin import Found, Origin
 from bnfreeze.inspection.tree import grouped
 from bnfreeze.tables import Printable, Sheet
 from bnfreeze.verification.compare import compare
@@ -22,7 +23,7 @@ from bnfreeze.verification.stored import state_of
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Diff", "TensorChange", "diff", "diff_stored"]
+__all__ = ["Diff", "TensorChange", "diff", "diff_found", "diff_stored"]
 
 Role = Literal["statistics", "weight", "bias", "other"]
 
@@ -77,8 +78,8 @@ class Diff(Printable):
 
     @property
     def ok(self) -> bool:
-        """Whether both have the same names and every bit is the same."""
-        return _same(self.tensors)
+        """Whether both have the same names and every bit is the same, and none would run code."""
+        return _same(self.tensors) and all(one.level != "error" for one in self.findings)
 
     def __bool__(self) -> bool:
         return self.ok
@@ -144,8 +145,9 @@ class Diff(Printable):
         ]
 
     def _verdict(self) -> str:
-        if self.ok:
-            return f"Bit-identical: all {len(self.tensors)} tensors."
+        if _same(self.tensors):
+            end = "." if self.ok else "; loading one of them would run code."
+            return f"Bit-identical: all {len(self.tensors)} tensors{end}"
         parts_of = self.modules()
         kept = [name for name, changes in parts_of.items() if _same(changes)]
         changed = [name for name in parts_of if name not in kept]
@@ -199,7 +201,7 @@ def diff(
 ) -> Diff:
     """Compare two checkpoints, state_dicts or models, bit by bit.
 
-    A model stands for its state_dict. Nothing in a file is run, imported or believed.
+    A model stands for its state_dict. Nothing in a file is run or imported.
 
     Args:
         a: the earlier one: the path of a checkpoint, a state_dict or a mapping that has one, or a
@@ -207,7 +209,8 @@ def diff(
         b: the later one.
         select: a pattern of dotted module names, or several: only these are compared. None means
             all.
-        key: if a checkpoint has several state_dicts, the one to take, such as ``"model_ema"``.
+        key: if a checkpoint has several state_dicts, the one to take, such as ``"model_ema"``; None
+            for all of them.
 
     Returns:
         A `Diff`; it is true if both have the same names and every bit is the same.
@@ -219,28 +222,63 @@ def diff(
     """
     patterns = [select] if isinstance(select, str) else list(select or ())
     with ExitStack() as stack:
-        first, second = (_opened(one, patterns, key, stack) for one in (a, b))
-        return diff_stored(first[0], second[0], (first[1], second[1]))
+        first, second = (_found(one, key, stack) for one in (a, b))
+        return diff_found(first, second, select=patterns)
 
 
-def _opened(
-    what: object, select: Sequence[str], key: str | None, stack: ExitStack
-) -> tuple[dict[str, StoredTensor], Origin]:
+def _found(what: object, key: str | None, stack: ExitStack) -> Found:
     if isinstance(what, str | os.PathLike):
-        checkpoint = stack.enter_context(open_checkpoint(what))
-        found = checkpoint.state_dict(key)
-        with telling(checkpoint.path):
-            tensors = selected(found.tensors, select)
-        return tensors, Origin.of(found, str(checkpoint.path), checkpoint.kind)
+        return Found.in_checkpoint(stack.enter_context(open_checkpoint(what)), key)
     kind = "state_dict"
     if not isinstance(what, Mapping):
         from bnfreeze.norm_layers import check_model
 
         what, kind, key = check_model(what).state_dict(), "model", None
-    from bnfreeze.inspection.in_memory import state_dict_in
+    from bnfreeze.inspection.in_memory import found_in
 
-    found = state_dict_in(what, key)
-    return selected(found.tensors, select), Origin.of(found, "", kind)
+    return found_in(what, kind, key)
+
+
+def diff_found(
+    first: Found,
+    second: Found,
+    *,
+    select: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Diff:
+    """Compare all that was found on two sides.
+
+    If each side has one model, these two are compared, whatever their keys. Other state_dicts, and
+    several models, are compared with those of the same key: their names begin with it.
+
+    Args:
+        first: the earlier one.
+        second: the later one.
+        select: patterns of dotted module names, within each state_dict; none means all.
+        progress: is called with how many tensors are done, and of how many.
+
+    Raises:
+        PolicyError: a pattern is malformed or matches nothing.
+        CheckpointError: a tensor cannot be read, or it is not clear which models to compare.
+    """
+    sides = (first, second)
+    several = any(len(side.parts.models) > 1 for side in sides)
+    keys = [{model.key for model in side.parts.models} for side in sides]
+    if several and keys[0].isdisjoint(keys[1]):
+        shown = (", ".join(map(repr, sorted(found))) for found in keys)
+        raise CheckpointError(
+            f"Which models to compare is not clear: there are {' and '.join(shown)}. "
+            f"Choose with the key."
+        )
+    parts = [selected(side.parts.all, select) for side in sides]
+    tensors = [
+        tensors_by_name(own, plain=None if several else side.parts.models[0].key)
+        for own, side in zip(parts, sides, strict=True)
+    ]
+    origins = (first.origin(parts[0]), second.origin(parts[1]))
+    found = diff_stored(tensors[0], tensors[1], origins, progress=progress)
+    further = code_findings(tuple(dict.fromkeys((*first.calls, *second.calls))))
+    return replace(found, findings=(*further, *found.findings))
 
 
 def diff_stored(

@@ -55,7 +55,7 @@ def test_a_diff_tells_what_verify_tells(model):
         if c.kind != "identical"
     }
     assert live == stored
-    assert [f.code for f in bnfreeze.diff(start, model).findings] == ["statistics-drift"]
+    assert [f.code for f in bnfreeze.diff(start, model).findings] == ["stats-not-frozen"]
 
 
 def test_what_cannot_be_compared_is_not_identical(model):
