@@ -44,10 +44,10 @@ class Thresholds:
     noise: float = 0.2
 
 
-# Set by benchmarks/calibration_study.py: the smallest of its grid with which statistics as training
-# leaves them are called shifted on held-out data of the same kind in at most 0.5 % of the layers,
-# by their means and by their variances each.
-THRESHOLDS: Final = Thresholds(mean=0.15, ratio=1.35)
+# From benchmarks/calibration_study.py. On its small networks 0.15 and 1.35, the smallest of its grid
+# with few false alarms, would do as well. These are wider because the statistics of networks that
+# are less settled are noisier; the study judges these.
+THRESHOLDS: Final = Thresholds(mean=0.25, ratio=1.5)
 
 # A channel whose variance is below this share of the stored one gives no signal on this data.
 _DEAD = 1e-6
