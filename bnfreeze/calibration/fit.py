@@ -44,8 +44,8 @@ class Thresholds:
     noise: float = 0.2
 
 
-# From benchmarks/calibration_study.py. On its small networks 0.15 and 1.35, the smallest of its grid
-# with few false alarms, would do as well. These are wider because the statistics of networks that
+# From benchmarks/calibration_study.py. On its small networks 0.15 and 1.35, the smallest of its
+# grid with few false alarms, would do as well. These are wider because statistics of networks that
 # are less settled are noisier; the study judges these.
 THRESHOLDS: Final = Thresholds(mean=0.25, ratio=1.5)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import distributed, nn
@@ -40,6 +40,7 @@ class FreezeCallback:
         probe: True calls `bnfreeze.probe` when training begins, on the first 32 batches of the
             training data; or other data for it. If the statistics do not fit, a `BnfreezeWarning`
             gives the advice.
+        forward: how to run the model on a batch, for both, as in `bnfreeze.probe`.
 
     With several processes, `recalibrate` and `probe` pool over all of them.
 
@@ -62,6 +63,7 @@ class FreezeCallback:
         trace: bool = False,
         recalibrate: Iterable[Any] | None = None,
         probe: bool | Iterable[Any] = False,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         super().__init__()
         parse_rules(policy)  # a typo is an error now, not hours later in a queue
@@ -70,7 +72,7 @@ class FreezeCallback:
         self._options: dict[str, Any] = {"every": every, "tensors": tensors, "trace": trace}
         self.recalibrated: RecalibrationReport | None = None
         self.probed: ProbeReport | None = None
-        self._data, self._probe = recalibrate, probe
+        self._data, self._probe, self._forward = recalibrate, probe, forward
         self._frozen = 0
         self._guard: Guard | None = None
 
@@ -89,7 +91,9 @@ class FreezeCallback:
             CalibrationError: the data to recalibrate with cannot be used.
         """
         if self._data is not None:
-            self.recalibrated = recalibrate(model, self._data, process_group=_world())
+            self.recalibrated = recalibrate(
+                model, self._data, forward=self._forward, process_group=_world()
+            )
             self._data = None
         report = freeze(model, self._policy)
         self._frozen = _frozen(model)
@@ -110,7 +114,9 @@ class FreezeCallback:
         data, most = (training_data, _PROBED) if self._probe is True else (self._probe, None)
         if data is None:
             return
-        self.probed = probe(model, data, max_batches=most, process_group=_world())
+        self.probed = probe(
+            model, data, forward=self._forward, max_batches=most, process_group=_world()
+        )
         if any(finding.code == "stats-shifted" for finding in self.probed.findings):
             warnings.warn(self.probed.advice, BnfreezeWarning, stacklevel=2)
 
