@@ -156,6 +156,18 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "bnfreeze.probe(model, loader, forward=lambda model, batch: model.both_heads(batch))",
     ),
     FindingKind(
+        "model-averaged",
+        ("note",),
+        "Tensors differ by rounding alone, as an average does",
+        "Of two checkpoints, some tensors differ by a few units of the last place, and in few of "
+        "their elements. An exponential moving average (EMA) or a stochastic weight average (SWA) "
+        "of values that did not change differs so from these values.",
+        "It is a difference all the same: the bits are not equal, and the exit code is 1.",
+        "If these tensors were frozen, compare the model itself, not its average (--key). To keep "
+        "them equal, copy frozen tensors into the average.",
+        "ema = 0.9999 * weight + (1 - 0.9999) * weight   # is not the weight, bit for bit",
+    ),
+    FindingKind(
         "model-no-norm-layer",
         ("note",),
         "There is no norm layer that keeps statistics",

@@ -70,6 +70,7 @@ class Sheet:
         notes: lines under the title.
         findings_first: whether the findings stand before the table.
         pictures: the columns that hold little pictures.
+        legend: what the columns mean; a line under the table.
     """
 
     title: str
@@ -81,6 +82,7 @@ class Sheet:
     notes: Sequence[str] = ()
     findings_first: bool = False
     pictures: frozenset[str] = frozenset()
+    legend: str = ""
 
 
 def shared_kind(title: str, kinds: Sequence[str]) -> tuple[str, frozenset[str]]:
@@ -194,6 +196,7 @@ def _drawn(sheet: Sheet, width: int, encoding: str) -> Iterator[Text]:
         yield from _table(sheet, width, fit)
         if len(sheet.rows) > _MOST_ROWS:
             yield Text(f"... and {len(sheet.rows) - _MOST_ROWS:,} rows more", style="dim")
+        yield from paragraph(sheet.legend, "dim", 1) if sheet.legend else ()
         yield Text()
     if not sheet.findings_first:
         yield from _findings(sheet.findings, paragraph)

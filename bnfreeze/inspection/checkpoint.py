@@ -16,6 +16,8 @@ from bnfreeze.tables import Sheet
 __all__ = ["CheckpointInspection", "Unread"]
 
 _BAR = 12
+_LEGEND = "C: channels; a…b: range; bars: spread, on one axis; < >: values beyond it"
+_DEAD = "; dead: variance < 1e-5 or |weight| < 1e-3"
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class CheckpointInspection(Inspection):
         origin: where they were found.
         sorted_by: by what the layers of each model are sorted; empty for the file's own order.
         unread: the models that could not be read, if others could.
+        weights: whether the table has the range of the weights.
     """
 
     layers: tuple[StoredLayer, ...]
     origin: Origin
     sorted_by: str = ""
     unread: tuple[Unread, ...] = ()
+    weights: bool = False
 
     @property
     def ok(self) -> bool:
@@ -73,6 +77,7 @@ class CheckpointInspection(Inspection):
             means.ends(_BAR),
             "variance",
             variances.ends(_BAR),
+            "weight",
             "dead",
             "dtype",
         )
@@ -89,7 +94,7 @@ class CheckpointInspection(Inspection):
             (
                 line,
                 *(
-                    _cells(layers[index], means, variances, shared)
+                    _cells(layers[index], means, variances, shared, weights=self.weights)
                     if index is not None
                     else ("",) * (len(columns) - 1)
                 ),
@@ -109,6 +114,7 @@ class CheckpointInspection(Inspection):
             ),
             findings_first=True,
             pictures=frozenset({columns[5], columns[7]}),
+            legend=_LEGEND + (_DEAD if any(layer.near_dead for layer in layers) else ""),
         )
 
     def _lines(self) -> Iterator[tuple[str, int | None]]:
@@ -139,6 +145,7 @@ class CheckpointInspection(Inspection):
                 f"batches={'-' if layer.batches is None else layer.batches}",
                 f"mean={_range(layer.mean, '..')}",
                 f"var={_range(layer.var, '..')}",
+                *([f"weight={_range(layer.weight, '..')}"] if self.weights else []),
                 f"dead={layer.near_dead}",
                 layer.dtype,
                 ",".join(sorted(codes.get((layer.key, layer.name), ()))) or "-",
@@ -147,7 +154,9 @@ class CheckpointInspection(Inspection):
         ]
 
 
-def _cells(layer: StoredLayer, means: Scale, variances: Scale, shared: set[str]) -> tuple[str, ...]:
+def _cells(
+    layer: StoredLayer, means: Scale, variances: Scale, shared: set[str], *, weights: bool
+) -> tuple[str, ...]:
     return (
         "" if "kind" in shared else _kind(layer),
         str(layer.num_features),
@@ -156,6 +165,7 @@ def _cells(layer: StoredLayer, means: Scale, variances: Scale, shared: set[str])
         means.draw(layer.mean.deciles if layer.mean else None, _BAR),
         _range(layer.var, "…"),
         variances.draw(layer.var.deciles if layer.var else None, _BAR),
+        _range(layer.weight, "…") if weights else "",
         str(layer.near_dead) if layer.near_dead else "",
         "" if "dtype" in shared else layer.dtype,
     )

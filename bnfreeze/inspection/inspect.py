@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, overload
@@ -28,13 +29,19 @@ __all__ = ["SORTS", "inspect", "inspect_checkpoint", "selected"]
 
 # What layers can be sorted by; the most unusual come first.
 SORTS: Final[dict[str, Callable[[StoredLayer], Any]]] = {
-    "name": lambda layer: layer.name,
+    "name": lambda layer: _natural(layer.name),
     "features": lambda layer: -layer.num_features,
     "batches": lambda layer: -1 if layer.batches is None else layer.batches,
     "mean": lambda layer: -max(abs(layer.mean.low), abs(layer.mean.high)) if layer.mean else 0.0,
     "var": lambda layer: layer.var.low if layer.var else float("-inf"),
-    "dead": lambda layer: -layer.near_dead / (layer.num_features or 1),
+    "dead": lambda layer: -layer.near_dead,
 }
+
+
+def _natural(name: str) -> list[Any]:
+    """A key that sorts `layer.2` before `layer.10`."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
+
 
 # Of a file's module names: a suggestion is looked for among the first.
 _SUGGESTED_FROM: Final = 20_000
@@ -122,6 +129,7 @@ def inspect_checkpoint(
     key: str | None = None,
     select: Sequence[str] = (),
     sort: str = "",
+    weights: bool = False,
 ) -> CheckpointInspection:
     """Say what the norm layers of a checkpoint hold.
 
@@ -130,6 +138,7 @@ def inspect_checkpoint(
         key: of several models, the one meant; None for all of them.
         select: patterns of layer names; none means all.
         sort: one of `SORTS`; empty for the file's order.
+        weights: whether the table has the range of the weights.
 
     Raises:
         CheckpointError: it was not read.
@@ -138,7 +147,7 @@ def inspect_checkpoint(
     with open_checkpoint(path) as checkpoint:
         found = Found.in_checkpoint(checkpoint, key)
         with naming_file(checkpoint.path):
-            return _inspection_of(found, select=select, sort=sort)
+            return replace(_inspection_of(found, select=select, sort=sort), weights=weights)
 
 
 def _inspection_of(
