@@ -359,8 +359,8 @@ def _cells(outcome: Outcome) -> Iterator[Text]:
     mark = Text("✗", "bold red") if outcome.broken else Text("✓", "bold green")
     yield mark if METHODS[outcome.method] else Text()
     yield Text(outcome.method)
-    yield Text(f"{outcome.train_accuracy:.1%}")
-    yield Text(f"{outcome.eval_accuracy:.1%}")
+    for accuracy in (outcome.train_accuracy, outcome.eval_accuracy):
+        yield Text(f"{accuracy:.1%}".replace("100.0", "100"))
     for kind, form in (("statistics", ".2f"), ("count", "+.0f"), ("affine", ".3f")):
         unchanged = kind in outcome.unchanged
         text = "same" if unchanged else format(outcome.moved[kind], form)
