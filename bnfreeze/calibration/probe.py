@@ -15,7 +15,7 @@ from bnfreeze.calibration.measuring import Measured, as_in_evaluation, measure, 
 from bnfreeze.calibration.progress import Progress, Steps
 from bnfreeze.calibration.report import ProbeReport
 from bnfreeze.errors import PolicyError
-from bnfreeze.norm_layers import NamedModule, check_model, is_norm, named_modules
+from bnfreeze.norm_layers import STATISTICS, NamedModule, check_model, is_norm, named_modules
 from bnfreeze.patterns import Pattern, nearest
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> lis
         if is_norm(entry.module)
         and all(
             isinstance(t, Tensor) and not t.is_meta
-            for t in (entry.module.running_mean, entry.module.running_var)
+            for t in (getattr(entry.module, name, None) for name in STATISTICS[:2])
         )
     ]
     if not layers:
