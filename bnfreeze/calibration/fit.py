@@ -139,7 +139,7 @@ def layer_fit(
     data_mean, data_var = running_statistics(layer, moments)
     if moments.elements < 2:
         data_var = torch.zeros_like(data_var)
-    eps = eps_of(layer)
+    eps = eps_of(layer) or 0.0
     square = (var + eps).clamp(min=_TINY)
     sigma = square.sqrt()
     shift = (data_mean - mean) / sigma

@@ -15,8 +15,8 @@ from bnfreeze.calibration.measuring import Measured, as_in_evaluation, measure, 
 from bnfreeze.calibration.progress import Progress, Steps
 from bnfreeze.calibration.report import ProbeReport
 from bnfreeze.errors import PolicyError
-from bnfreeze.norm_layers import STATISTICS, NamedModule, check_model, is_norm, named_modules
-from bnfreeze.patterns import Pattern, nearest
+from bnfreeze.norm_layers import STATISTICS, NamedModule, check_model, is_plain_norm, named_modules
+from bnfreeze.patterns import Pattern, hint
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -158,7 +158,7 @@ def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> lis
     layers = [
         entry
         for entry in modules
-        if is_norm(entry.module)
+        if is_plain_norm(entry.module)
         and all(
             isinstance(t, Tensor) and not t.is_meta
             for t in (getattr(entry.module, name, None) for name in STATISTICS[:2])
@@ -175,13 +175,12 @@ def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> lis
     names = [name for entry in modules for name in entry.plain_names]
     for pattern in patterns:
         if not any(_matches(pattern, entry) for entry in layers):
-            close = nearest(pattern.text, names)
-            hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise PolicyError(
-                f"select: {pattern.text!r} matches no norm layer that keeps statistics.{hint}"
+                f"select: {pattern.text!r} matches no norm layer that keeps statistics."
+                + hint(pattern.text, names)
             )
     return [entry for entry in layers if any(_matches(pattern, entry) for pattern in patterns)]
 
 
 def _matches(pattern: Pattern, entry: NamedModule) -> bool:
-    return any(pattern.matches(name) for name in (*entry.names, *entry.plain_names))
+    return pattern.matches(*entry.names, *entry.plain_names)

@@ -220,8 +220,9 @@ def _keeping_function(entry: NamedModule, measured: Measured) -> _Writes:
     weight, bias = (getattr(layer, name) for name in AFFINE)
     # What is stored is rounded, and it is what the layer will compute with.
     new_mean, new_var = (new.to(old).double() for new, old in ((new_mean, mean), (new_var, var)))
-    old_scale = weight.detach().double() / (var.double() + eps_of(layer)).sqrt()
-    new_weight = old_scale * (new_var + eps_of(layer)).sqrt()
+    eps = eps_of(layer) or 0.0
+    old_scale = weight.detach().double() / (var.double() + eps).sqrt()
+    new_weight = old_scale * (new_var + eps).sqrt()
     new_bias = bias.detach().double() + (new_mean - mean.double()) * old_scale
     return [*writes, (weight, new_weight), (bias, new_bias)]
 

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from bnfreeze.calibration.fit import LayerFit, PerChannel, Thresholds
 from bnfreeze.findings import Finding
-from bnfreeze.inspection.tree import Scale, outline
-from bnfreeze.tables import Printable, Sheet, shared_kind
+from bnfreeze.sheets import Cell, Sheet, shared_kind
+from bnfreeze.tables import Printable
+from bnfreeze.tree import Scale
 
 __all__ = ["Mode", "ProbeReport", "RecalibrationReport"]
 
 Mode = Literal["replace", "keep-function"]
-_BAR = 10
+_BAR = 8
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,6 @@ class ProbeReport(Printable):
         """The facts laid out for `bnfreeze.tables`."""
         layers = self.layers
         scale = Scale([x.shifts for x in layers if x.shifts], positive=False)
-        names = [layer.name or "(the model)" for layer in layers]
         title, further = shared_kind("Statistics against data", [x.kind for x in layers])
         columns = (
             "layer",
@@ -89,26 +89,20 @@ class ProbeReport(Printable):
             "channels off",
             "samples",
         )
-        rows = [
-            (line, *(_cells(layers[index], scale) if index is not None else ("",) * 10))
-            for line, index in outline(names)
-        ]
         return Sheet(
             title=title,
             columns=columns,
-            rows=rows,
+            rows=[(layer.name or "(the model)", *_cells(layer, scale)) for layer in layers],
             findings=self.findings,
             verdict=self.advice,
             further=further | {"by chance", "batch noise", "channels off", "samples"},
-            notes=(
-                f"{self.samples:,} samples in {self.batches:,} batches. Of each layer: the median "
-                f"channel … the one farthest off; the picture shows all.",
-            ),
-            pictures=frozenset({columns[5]}),
+            notes=(f"{self.samples:,} samples in {self.batches:,} batches",),
+            outlined=True,
+            legend="median channel … the one farthest off; bars: the shift of all channels, in σ",
         )
 
 
-def _cells(layer: LayerFit, scale: Scale) -> tuple[str, ...]:
+def _cells(layer: LayerFit, scale: Scale) -> tuple[Cell, ...]:
     if layer.verdict == "not reached":
         return (layer.kind, layer.verdict, *[""] * 8)
     off = layer.shifted_channels
@@ -196,7 +190,6 @@ class RecalibrationReport(Printable):
 
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
-        names = [layer.name or "(the model)" for layer in self.before.layers]
         changed = set(self.recalibrated)
         pairs = list(zip(self.before.layers, self.after.layers, strict=True))
         title, further = shared_kind("Statistics recalibrated", [x.kind for x, _ in pairs])
@@ -217,14 +210,14 @@ class RecalibrationReport(Printable):
                 "note",
             ),
             rows=[
-                (line, *(_pair(*pairs[index], changed) if index is not None else ("",) * 8))
-                for line, index in outline(names)
+                (before.name or "(the model)", *_pair(before, after, changed))
+                for before, after in pairs
             ],
             findings=self.findings,
             verdict=self.advice,
             further=further | {"variance", "variance then"},
             notes=(
-                f"{len(changed)} of {len(names)} layers, mode {self.mode!r}, "
+                f"{len(changed)} of {len(pairs)} layers, mode {self.mode!r}, "
                 f"{self.before.samples:,} samples, {self.passes} passes.{score}",
             ),
         )
