@@ -9,11 +9,10 @@ Some private names are attributes of an object and cannot be imported. `MODULE_A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import Tensor
 from torch._C import (
     DisableTorchFunctionSubclass,
     _are_functorch_transforms_active,
@@ -50,11 +49,8 @@ __all__ = [
     "_len_torch_dispatch_stack",  # how many dispatch modes are active
     "_len_torch_function_stack",  # how many function modes are active
     "averaged_parameters",
-    "convolution_add",
     "forward_ad",  # public; its _current_level is 0 or more during forward-mode differentiation
 ]
-
-Convolution = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 
 # Only CUDA builds of torch have these two.
 _cuda_getDevice = cast(Callable[[], int], getattr(torch._C, "_cuda_getDevice", None))  # noqa: N816
@@ -84,24 +80,3 @@ def averaged_parameters(ddp: DistributedDataParallel) -> set[int]:
     """
     buckets = ddp.reducer._get_zeros_like_grad_buckets()
     return {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
-
-
-def convolution_add(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, how: Convolution
-) -> Tensor:
-    """Return oneDNN's convolution on a CPU, with the add in the same pass over the output.
-
-    Args:
-        x: (N, C, H, W) or (N, C, D, H, W) in fp32, bf16 or fp16.
-        weight: as for `torch.conv2d`, in the dtype of ``x``.
-        bias: likewise.
-        residual: of the output's shape and dtype.
-        how: stride, padding, dilation, groups.
-
-    Raises:
-        Exception: this build of torch cannot do it; which exception depends on the reason.
-    """
-    stride, padding, dilation, groups = how
-    return torch.ops.mkldnn._convolution_pointwise.binary(  # type: ignore[no-any-return]
-        x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, None, [], ""
-    )

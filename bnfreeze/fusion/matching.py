@@ -297,9 +297,8 @@ class _Chain:
         for node, place in view.order.items():
             if not start < place < end or node.op == "get_attr":
                 continue
-            module = view.modules.get(node)
-            if module is not None and _is_maker(module):
-                self.makers.append(module)
+            if readers := _ends(view.modules.get(node), 0):
+                self.makers += readers
             elif node not in view.norms and not view.is_identity(node):
                 if self._is_own(early.all_input_nodes[0]):
                     break
@@ -319,14 +318,10 @@ class _Chain:
 
     def _is_own(self, node: fx.Node) -> bool:
         """Whether the value is a new tensor that nobody but its one user has."""
-        module = self.view.modules.get(node)
-        while isinstance(module, nn.Sequential) and _is_plain(module) and len(module):
-            self.makers.append(module)
-            module = module[-1]
-        if len(node.users) != 1 or not (node.target is torch.cat or _is_maker(module)):
+        makers = _ends(self.view.modules.get(node), -1)
+        if len(node.users) != 1 or not (makers or node.target is torch.cat):
             return False
-        if module is not None:
-            self.makers.append(module)
+        self.makers += makers
         return True
 
     def rewrite(self, graph: fx.Graph) -> None:
@@ -360,6 +355,15 @@ class _Chain:
 def _is_maker(module: nn.Module | None) -> bool:
     """Whether the module only reads its input, and its output is a new tensor."""
     return isinstance(module, _MAKERS) and _is_plain(module)
+
+
+def _ends(module: nn.Module | None, place: int) -> list[nn.Module]:
+    """The module and what is in it first (0) or last (-1), if that is a maker; else nothing."""
+    found = [module] if module is not None else []
+    while isinstance(module, nn.Sequential) and _is_plain(module) and len(module):
+        module = module[place]
+        found.append(module)
+    return found if _is_maker(module) else []
 
 
 def _is_plain(module: nn.Module) -> bool:

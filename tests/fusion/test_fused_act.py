@@ -382,7 +382,9 @@ LATER = {
     "a hook on an activation": lambda m: hook(m.act),
     "a hook on the branch": lambda m: hook(m.branch),
     "a hook inside the branch": lambda m: hook(m.branch[1]),
-    "a convolution is not one any more": lambda m: m.branch[0].__setattr__("__class__", nn.Identity),
+    "a convolution is not one any more": lambda m: m.branch[0].__setattr__(
+        "__class__", nn.Identity
+    ),
     "a forward on an instance": lambda m: m.act.__dict__.update(forward=torch.tanh),
     "another activation": lambda m: setattr(m, "act", nn.Tanh()),
     "another child of the branch": lambda m: m.branch.__setitem__(1, nn.Identity()),
