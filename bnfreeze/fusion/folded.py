@@ -9,6 +9,9 @@ The weight is folded at every call, which costs little: so it trains as before, 
 loaded or written in between always counts. Backward folds it again, so that no second copy of every
 weight is kept.
 
+Where the weight has more elements than the output, as in the last stage of a ResNet, the two layers
+run one after another, for that is cheaper.
+
 The residual add and the activation follow in place. oneDNN has a convolution that does both in the
 same pass. But its ReLU turns NaN into 0, so that a model that has diverged would look healthy, and
 its add was measured to be no faster than an add in place.
@@ -16,6 +19,7 @@ its add was measured to be no faster than an add in place.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -113,6 +117,10 @@ def _dtype(conv: Any, norm: Norm, x: Tensor) -> torch.dtype | None:
     # With other ranks the norm layer's channels are not the convolution's.
     if x.dim() != _RANKS[type(conv)] or mean.numel() != weight.shape[0]:
         return None
+    # Where the weight is larger than the output, it is cheaper to scale the output.
+    positions = x.shape[0] * math.prod(x.shape[2:])
+    if weight[0].numel() * math.prod(getattr(conv, "stride", ())) > positions > 0:
+        return None
     # On CUDA no GPU has shown yet that folding is faster than the kernel.
     for tensor in (x, weight, bias, mean, var, gamma, beta):
         if tensor is not None and not (
@@ -183,7 +191,13 @@ class _Folded(torch.autograd.Function):
                 grad, x, folded, [weight.shape[0]], stride, padding, dilation,
                 False, [0] * len(stride), groups, needs,
             )  # fmt: skip
-        if grad_weight is not None:
+        if (
+            grad_weight is not None
+            and grad_weight.dtype is weight.dtype
+            and not torch.is_grad_enabled()
+        ):
+            grad_weight.mul_(scale.view(-1, *[1] * (weight.dim() - 1)))  # nobody else has it
+        elif grad_weight is not None:
             grad_weight = _scaled(grad_weight, scale, weight.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias * scale

@@ -44,7 +44,7 @@ ALL = {"bn1": "conv+relu", "bn2": "conv+add+relu", "branch.1": "conv"}
 
 @pytest.fixture
 def x():
-    return torch.randn(2, C, 6, 6)
+    return torch.randn(3, C, 6, 6)
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_convolutions_of_every_rank_and_linear_layers_are_folded(rank, layout, c
     conv, norm = kinds[rank]
     args = (2, stride := 2) if rank else ()
     model = lively(nn.Sequential(conv(C, 2 * C, *args), norm(2 * C, affine=False)))
-    x = torch.randn(3, C, *[5] * rank)
+    x = torch.randn(60, C, *[5] * rank)
     if layout == "channels_last" and rank > 1:
         where = torch.channels_last if rank == 2 else torch.channels_last_3d
         x, model = x.to(memory_format=where), model.to(memory_format=where)
@@ -374,7 +374,7 @@ def test_blocks_work_with_the_tools_of_torch(model, x, how, calls):
 def test_gradients_and_their_gradients(x):
     model = lively(Residual(nn.SiLU)).double()
     fold(model)
-    small = x[:1, :, :2, :2].double().requires_grad_()
+    small = x[:2].double().requires_grad_()
     weights = [model.conv1.weight, model.conv2.bias]
 
     def run(x, *values):
@@ -453,3 +453,12 @@ def test_nan_and_infinity_propagate_as_in_eval_mode(value, act, train, x):
         assert torch.equal(y.isinf(), expected.isinf())
         assert y.isnan().any() or value != value or act in (nn.ReLU, nn.ReLU6)
     assert model(x[:0]).shape == (0, *x.shape[1:])
+
+
+@pytest.mark.parametrize(("side", "folds"), [(12, True), (2, False)])
+def test_a_weight_that_is_larger_than_the_output_is_not_scaled(side, folds, calls):
+    model = lively(nn.Sequential(nn.Conv2d(C, C, 3, 2, 1), nn.BatchNorm2d(C)))
+    twin, x = evaluated(model), torch.randn(2, C, side, side)
+    assert fold(model) == {"1": "conv"}
+    assert agree(model, twin, x)
+    assert set(calls) == {"_folded" if folds else "_apply"}
