@@ -17,11 +17,13 @@ __all__ = ["command_parser", "unknown_command"]
 _EXAMPLES: Final = """\
 examples:
   bnfreeze inspect resnet50.pth                    the norm layers, as a tree
-  bnfreeze inspect run/*.ckpt --plain | grep var-  one line a layer, of several files
-  bnfreeze inspect last.pt --key model_ema         another state_dict of the same file
+  bnfreeze inspect run/*.ckpt --plain | grep nonfinite   one line a layer, of several files
+  bnfreeze inspect last.pt --key model_ema         one of several models in the file
   bnfreeze inspect model.safetensors --sort dead   the layers with most dead channels first
   bnfreeze diff start.pt end.pt                    did the backbone really stay frozen?
   bnfreeze diff start.pt end.pt --select backbone  exit code 1 if anything in it moved
+  bnfreeze diff a.pth b.ckpt --map =model.student  names of b with this prefix more
+  bnfreeze diff start.pt end.pt --key-b model_ema  compare with the average
   bnfreeze snapshot start.pt -o start.safetensors  save the statistics, to compare with later
   bnfreeze verify end.pt start.safetensors         exit code 1 if anything in it moved
   bnfreeze explain never-trained                   what a finding means, and how to mend it
@@ -61,9 +63,20 @@ def command_parser() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
     inspect = _command(commands, "inspect", "show the norm layers of checkpoints")
     inspect.add_argument("paths", nargs="+", metavar="CKPT", help="a file or a folder")
     inspect.add_argument("--sort", choices=_SORTS, default="", help="sort the layers (no tree)")
+    inspect.add_argument("--weights", action="store_true", help="the range of the weights, too")
     diff = _command(commands, "diff", "compare two checkpoints bit by bit")
     diff.add_argument("first", metavar="A", help="the earlier checkpoint")
     diff.add_argument("second", metavar="B", help="the later one")
+    diff.add_argument("--key-a", metavar="NAME", help="which of several models in A")
+    diff.add_argument("--key-b", metavar="NAME", help="which of several models in B")
+    diff.add_argument(
+        "--map",
+        action="append",
+        type=_prefixes,
+        metavar="OLD=NEW",
+        help="names that begin with OLD in A begin with NEW in B, as '=model.backbone' (may be "
+        "repeated); without it, the prefix is found out",
+    )
     snap = _command(commands, "snapshot", "save a checkpoint's statistics", pictures=False)
     snap.add_argument("path", metavar="CKPT", help="a file or a folder")
     snap.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write it")
@@ -84,6 +97,13 @@ def command_parser() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
     return parser, tuple(commands.choices)
 
 
+def _prefixes(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not OLD=NEW")
+    return old, new
+
+
 def _command(
     commands: Any,
     name: str,
@@ -96,8 +116,10 @@ def _command(
         name,
         help=what,
         description=f"{what[0].upper()}{what[1:]}.",
-        epilog="Reads files of torch.save (zip and legacy), safetensors, *.index.json of shards, "
-        "and folders of torch.distributed.checkpoint. The content decides, not the name.",
+        epilog="Reads files of torch.save (zip and legacy, whole models too), torch.jit.save and "
+        "torch.export.save, safetensors, *.index.json of shards, pickled and zipped NumPy arrays, "
+        "ONNX, and folders of torch.distributed.checkpoint and Hugging Face, by their content; as "
+        "a URL, too (https://, hf://, s3://), and from standard input (-).",
         allow_abbrev=False,
     )
     command.add_argument(
@@ -107,7 +129,9 @@ def _command(
         metavar="PATTERN",
         help="only these modules: 'backbone', 'layer4.**.bn?' (may be repeated)",
     )
-    command.add_argument("--key", metavar="NAME", help="which of several state_dicts in one file")
+    command.add_argument(
+        "--key", metavar="NAME", help="one of several models in a file; all are read without it"
+    )
     if not pictures:
         return command
     forms = command.add_mutually_exclusive_group()

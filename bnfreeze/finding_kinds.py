@@ -122,6 +122,18 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "model(images)                    # now it has tensors\nfreeze(model, 'eval')",
     ),
     FindingKind(
+        "model-averaged",
+        ("note",),
+        "Tensors differ by rounding alone, as an average does",
+        "Of two checkpoints, some tensors differ by a few units of the last place, and in few of "
+        "their elements. An exponential moving average (EMA) or a stochastic weight average (SWA) "
+        "of values that did not change differs so from these values.",
+        "It is a difference all the same: the bits are not equal, and the exit code is 1.",
+        "If these tensors were frozen, compare the model itself, not its average (--key). To keep "
+        "them equal, copy frozen tensors into the average.",
+        "ema = 0.9999 * weight + (1 - 0.9999) * weight   # is not the weight, bit for bit",
+    ),
+    FindingKind(
         "model-no-norm-layer",
         ("note",),
         "There is no norm layer that keeps statistics",
@@ -174,6 +186,23 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "Build the optimizer from this model's parameters, after every step that replaces them.",
         "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
         "model = copy.deepcopy(model)     # has other parameters",
+    ),
+    FindingKind(
+        "runs-code",
+        ("error", "warning", "note"),
+        "Loading the file would run code",
+        "The file names functions or classes that torch.load(weights_only=False) or pickle.load "
+        "would call. It is an error for what Python, torch, NumPy and other known packages have, "
+        "and for what the file makes up while it is loaded; a warning for a package of which "
+        "bnfreeze knows nothing, such as a script's own Config; a note for the classes of a model "
+        "that was saved whole. What training scripts usually save beside the weights "
+        "(argparse.Namespace, paths, dates, numbers) is not mentioned.",
+        "The author of the file decides what such a call does on your machine. bnfreeze calls "
+        "nothing of it, and says so of no file that it is safe.",
+        "Load it with weights_only=True, or only if you trust its author. Save the values alone: "
+        "torch.save(model.state_dict(), 'weights.pt').",
+        "torch.save({'state_dict': state, 'config': Config()}, 'a.pt')\n"
+        "$ bnfreeze inspect a.pt           # warns of Config",
     ),
     FindingKind(
         "stats-count-missing",

@@ -70,6 +70,7 @@ class Sheet:
         notes: lines under the title.
         findings_first: whether the findings stand before the table.
         pictures: the columns that hold little pictures.
+        legend: what the columns mean; a line under the table.
     """
 
     title: str
@@ -81,6 +82,7 @@ class Sheet:
     notes: Sequence[str] = ()
     findings_first: bool = False
     pictures: frozenset[str] = frozenset()
+    legend: str = ""
 
 
 def shared_kind(title: str, kinds: Sequence[str]) -> tuple[str, frozenset[str]]:
@@ -194,6 +196,7 @@ def _drawn(sheet: Sheet, width: int, encoding: str) -> Iterator[Text]:
         yield from _table(sheet, width, fit)
         if len(sheet.rows) > _MOST_ROWS:
             yield Text(f"... and {len(sheet.rows) - _MOST_ROWS:,} rows more", style="dim")
+        yield from paragraph(sheet.legend, "dim", 1) if sheet.legend else ()
         yield Text()
     if not sheet.findings_first:
         yield from _findings(sheet.findings, paragraph)
@@ -284,6 +287,12 @@ def _findings(
     """A paragraph for each kind: the level, what was seen in which layers, and how to mend it."""
     from rich.text import Text
 
+    several = len({one.key for one in findings if one.name}) > 1
+
+    def place(one: Finding) -> str:
+        name = one.name or "(the model)"
+        return f"{one.key or '(top)'}: {name}" if several and one.name else name
+
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for one in findings:
         # Layers whose messages differ only in their numbers are shown together.
@@ -291,7 +300,7 @@ def _findings(
         groups.setdefault((one.level, one.code, message, one.remedy), []).append(one)
     for (level, code, _, remedy), group in groups.items():
         for number, line in enumerate(
-            paragraph(f"{level} {code}  {_where([one.name for one in group])}", "")
+            paragraph(f"{level} {code}  {_where([place(one) for one in group])}", "")
         ):
             if number == 0:
                 line.stylize(_STYLES[level], 0, len(level))
@@ -301,15 +310,14 @@ def _findings(
             yield from paragraph(group[0].message, "", 2)
         else:
             for one in group[:_MOST_NUMBERS]:
-                yield from paragraph(f"{one.name or '(the model)'}: {one.message}", "", 2)
+                yield from paragraph(f"{place(one)}: {one.message}", "", 2)
             if len(group) > _MOST_NUMBERS:
                 yield from paragraph(f"... and {len(group) - _MOST_NUMBERS:,} more", "", 2)
         yield from paragraph(f"→ {remedy}", "dim", 2)
         yield Text()
 
 
-def _where(layers: Sequence[str]) -> str:
-    named = [layer or "(the model)" for layer in layers]
+def _where(named: Sequence[str]) -> str:
     if len(named) <= 3:
         return ", ".join(named)
     return f"{len(named)} layers: {named[0]}, {named[1]}, … {named[-1]}"

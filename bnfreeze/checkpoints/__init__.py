@@ -1,17 +1,41 @@
-"""Checkpoints that nobody vouches for, read without running, importing or believing anything.
+"""Untrusted checkpoints, read without running or importing anything in them.
 
-`open_checkpoint` tells the kind by content and gives what was saved as nested dicts and lists,
-with a `StoredTensor` in the place of each tensor: its dtype and shape, checked against the bytes
-that are there, and its values when they are asked for. torch is neither used nor imported; its
-own loaders never see the file.
+`open_checkpoint` recognises the format by the content. It gives what was saved as nested dicts and
+lists, with a `StoredTensor` in the place of each tensor: its dtype and shape, checked against the
+bytes that are there, and its values when they are asked for. What is neither a tensor, a number,
+a text nor a container of these becomes a placeholder with a name. torch is neither used nor
+imported; its own loaders never see the file.
 
-A reader for each format: `torch_zip`, `torch_legacy`, `safetensors_file`, `shards`, `distributed`.
-The pickles in them are read as data (`pickles`), with the words of torch (`torch_tensors`).
-`state_dicts` finds the state_dict in what was saved.
+`kinds` has the table of formats, and each has a reader: `torch_zip`, `torch_legacy`,
+`torch_script`, `torch_export`, `plain_pickle`, `npz`, `safetensors_file`, `shards`, `onnx_file`,
+`distributed`. The pickles in them are read as data (`opcodes`, `pickles`, `pickled`), with the
+names of torch (`torch_tensors`) and of NumPy (`numpy_arrays`). `state_dicts` finds the models in
+what was saved, and `modules` those that were saved whole. `placeholders` says what was not
+interpreted, and what loading the file would call; the names that are harmless stand in
+`code_names`. `remote` reads URLs by ranges.
 """
 
-from bnfreeze.checkpoints.opening import Checkpoint, open_checkpoint, telling
-from bnfreeze.checkpoints.state_dicts import StateDict
+from bnfreeze.checkpoints.modules import LayerSettings
+from bnfreeze.checkpoints.opening import Checkpoint, naming_file, open_checkpoint
+from bnfreeze.checkpoints.placeholders import CodeCall, Uninterpreted
+from bnfreeze.checkpoints.state_dicts import (
+    StateDict,
+    StateDicts,
+    find_state_dicts,
+    tensors_by_name,
+)
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 
-__all__ = ["Checkpoint", "StateDict", "StoredTensor", "open_checkpoint", "telling"]
+__all__ = [
+    "Checkpoint",
+    "CodeCall",
+    "LayerSettings",
+    "StateDict",
+    "StateDicts",
+    "StoredTensor",
+    "Uninterpreted",
+    "find_state_dicts",
+    "naming_file",
+    "open_checkpoint",
+    "tensors_by_name",
+]

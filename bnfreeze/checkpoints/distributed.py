@@ -1,18 +1,18 @@
 """Folders of torch.distributed.checkpoint: `.metadata` says which bytes of which file are what.
 
-torch reads `.metadata` with a plain `pickle.load`, which runs whatever is in it; here it is read
-as data, like any other pickle.
+torch reads `.metadata` with a plain `pickle.load`, which runs whatever is in it. Here it is read as
+data, like any other pickle.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from bnfreeze.checkpoints.code_names import would_call
 from bnfreeze.checkpoints.limits import (
     MAX_DIMENSIONS,
     MAX_NESTING,
@@ -22,20 +22,15 @@ from bnfreeze.checkpoints.limits import (
     is_shape,
     is_size,
 )
-from bnfreeze.checkpoints.pickles import (
-    Call,
-    Global,
-    Pairs,
-    Unneeded,
-    check_nesting,
-    read_pickle,
-)
+from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs
+from bnfreeze.checkpoints.pickles import read_pickle
+from bnfreeze.checkpoints.reading import Content, OpenFile
 from bnfreeze.checkpoints.shards import beside
-from bnfreeze.checkpoints.source import opened
+from bnfreeze.checkpoints.source import FilePath, Source, opened
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES, StoredTensor, Words
 from bnfreeze.checkpoints.torch_names import DTYPES
-from bnfreeze.checkpoints.torch_zip import read_torch_zip
-from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError, UnsupportedFormatError
+from bnfreeze.checkpoints.torch_zip import read_archive
+from bnfreeze.errors import CheckpointError, CorruptCheckpointError, UnsupportedFormatError
 
 __all__ = ["read_distributed"]
 
@@ -44,34 +39,29 @@ _FILESYSTEM: Final = "torch.distributed.checkpoint.filesystem."
 
 _MOST_FIELDS: Final = 20
 
-_ALLOWED: Final = DTYPES.keys() | {
-    *(
-        f"{_METADATA}{name}"
-        for name in (
-            "Metadata",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "TensorProperties",
-            "ChunkStorageMetadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    f"{_FILESYSTEM}_StorageInfo",
-    f"{_FILESYSTEM}_StoragePrefix",
-    "torch.Size",
-    "torch.serialization._get_layout",
-    "collections.OrderedDict",
-    # The folder that it was saved to.
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-    "pathlib._local.PosixPath",
-    "pathlib._local.WindowsPath",
-}
+# What torch itself writes into the metadata.
+_EXPECTED: Final = frozenset(
+    {
+        *(
+            f"{_METADATA}{name}"
+            for name in (
+                "Metadata",
+                "TensorStorageMetadata",
+                "BytesStorageMetadata",
+                "TensorProperties",
+                "ChunkStorageMetadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        f"{_FILESYSTEM}_StorageInfo",
+        f"{_FILESYSTEM}_StoragePrefix",
+    }
+)
 
 
-def read_distributed(folder: Path) -> dict[str, Any]:
+def read_distributed(folder: FilePath) -> Content:
     """What was saved, nested as it was, with a `StoredTensor` for each tensor.
 
     There may be thousands of files, a few for each rank: none of them stays open.
@@ -84,26 +74,28 @@ def read_distributed(folder: Path) -> dict[str, Any]:
     """
     with opened(folder / ".metadata") as source:
         check_limit(source.size, MAX_PICKLE_BYTES, "bytes of a pickle")
-        data = source.read(0, source.size)
+        described = read_pickle(Source.of(source.read(0, source.size)))
+    made = tuple(made for made in described.made if made.name not in _EXPECTED)
     try:
-        root, _ = read_pickle(data, _ALLOWED)
-    except Unneeded as refusal:
-        raise UnsafeCheckpointError(
-            f"{refusal} torch itself loads .metadata with all that it asks for."
-        ) from None
-    check_nesting(root)
+        return Content(_tree(described.root, folder), made)
+    except CheckpointError as error:
+        raise type(error)(f"{error}{would_call(made)}") from None
+
+
+def _tree(root: Any, folder: FilePath) -> dict[str, Any]:
+    """The tensors that the metadata describe, in nested dicts."""
     metadata = _fields(root, f"{_METADATA}Metadata")
-    described = _pairs(metadata.get("state_dict_metadata"))
-    check_limit(len(described.pairs), MAX_TENSORS, "tensors")
+    tensors = _pairs(metadata.get("state_dict_metadata"))
+    check_limit(len(tensors.pairs), MAX_TENSORS, "tensors")
     planner = metadata.get("planner_data")
     paths = planner.named() if isinstance(planner, Pairs) else {}
     places = dict(_places(_pairs(metadata.get("storage_data")), folder))
     tree: dict[str, Any] = {}
     pieces = 0
-    for name, told in described.named().items():
-        if isinstance(told, Call) and told.name == f"{_METADATA}BytesStorageMetadata":
+    for name, entry in tensors.named().items():
+        if isinstance(entry, Opaque) and entry.name == f"{_METADATA}BytesStorageMetadata":
             continue
-        tensor = _tensor(name, told, places)
+        tensor = _tensor(name, entry, places)
         pieces += tensor.pieces_count
         check_limit(pieces, MAX_TENSORS, "pieces of tensors")
         _put(tree, paths.get(name), name, tensor)
@@ -112,7 +104,7 @@ def read_distributed(folder: Path) -> dict[str, Any]:
 
 def _fields(made: object, kind: str) -> dict[str, object]:
     """The fields of an object of the class `kind`."""
-    if not isinstance(made, Call) or made.name != kind or not isinstance(made.state, Pairs):
+    if not isinstance(made, Opaque) or made.name != kind or not isinstance(made.state, Pairs):
         raise CorruptCheckpointError(f"Damaged: its metadata has no {kind.rpartition('.')[2]}.")
     # Few opcodes can give the same object to many names, and each looks through its fields.
     check_limit(len(made.state.pairs), _MOST_FIELDS, "fields of an object")
@@ -127,7 +119,7 @@ def _pairs(value: object) -> Pairs:
 
 def _numbers(value: object) -> tuple[int, ...]:
     """The numbers of a `torch.Size`."""
-    inner: Any = value.arguments[0] if isinstance(value, Call) and value.arguments else value
+    inner: Any = value.arguments[0] if isinstance(value, Opaque) and value.arguments else value
     if type(inner) not in {tuple, list}:
         raise CorruptCheckpointError("Damaged: its metadata has a size that is none.")
     check_limit(len(inner), MAX_DIMENSIONS, "dimensions of a tensor")
@@ -136,10 +128,12 @@ def _numbers(value: object) -> tuple[int, ...]:
     return tuple(inner)
 
 
-_Place = tuple[Path, int, int]
+_Place = tuple[FilePath, int, int]
 
 
-def _places(storage: Pairs, folder: Path) -> Iterator[tuple[tuple[str, tuple[int, ...]], _Place]]:
+def _places(
+    storage: Pairs, folder: FilePath
+) -> Iterator[tuple[tuple[str, tuple[int, ...]], _Place]]:
     """For each piece of a tensor, by name and offset: the file, and where in it."""
     sizes: dict[str, int] = {}
     used: dict[str, int] = {}
@@ -173,12 +167,12 @@ def _places(storage: Pairs, folder: Path) -> Iterator[tuple[tuple[str, tuple[int
 
 def _tensor(
     name: str,
-    told: object,
+    entry: object,
     places: dict[tuple[str, tuple[int, ...]], _Place],
 ) -> _PiecedTensor:
-    fields = _fields(told, f"{_METADATA}TensorStorageMetadata")
+    fields = _fields(entry, f"{_METADATA}TensorStorageMetadata")
     properties, chunks = fields.get("properties"), fields.get("chunks")
-    state = properties.state if isinstance(properties, Call) else None
+    state = properties.state if isinstance(properties, Opaque) else None
     first = state[0] if type(state) is tuple and state else None
     dtype = DTYPES.get(first.name) if isinstance(first, Global) else None
     if dtype is None or type(chunks) is not list:
@@ -238,9 +232,10 @@ class _PiecedTensor(StoredTensor):
             raise CorruptCheckpointError("Damaged: the pieces of a tensor overlap and leave gaps.")
         return whole.reshape(-1)
 
-    def _piece(self, path: Path, start: int, length: int, sizes: tuple[int, ...]) -> Words:
+    def _piece(self, path: FilePath, start: int, length: int, sizes: tuple[int, ...]) -> Words:
         with opened(path) as source:
-            piece = read_torch_zip(source.part(start, length))
+            described = read_archive(OpenFile(source.part(start, length), path))
+            piece = described.root
             if (
                 not isinstance(piece, StoredTensor)
                 or piece.dtype != self.dtype
@@ -248,12 +243,13 @@ class _PiecedTensor(StoredTensor):
             ):
                 raise CorruptCheckpointError(
                     "Damaged: a file has another tensor than its metadata say."
+                    f"{would_call(described.made)}"
                 )
             return piece.words()
 
 
 def _put(tree: dict[str, Any], path: object, name: str, tensor: StoredTensor) -> None:
-    """Put a tensor where it was in the nested dicts, as far as the metadata tell."""
+    """Put a tensor where it was in the nested dicts, as far as the metadata say."""
     keys = [name]
     if type(path) is tuple and path:
         check_limit(len(path), MAX_NESTING, "levels of nesting")

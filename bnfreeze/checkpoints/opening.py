@@ -1,136 +1,167 @@
-"""A checkpoint opened: of whatever kind, by its content."""
+"""A checkpoint opened: of whatever format, by its content."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from bnfreeze.checkpoints.code_names import would_call
 from bnfreeze.checkpoints.distributed import read_distributed
-from bnfreeze.checkpoints.kinds import kind_of
-from bnfreeze.checkpoints.shards import read_index
-from bnfreeze.checkpoints.source import Source, opened
-from bnfreeze.checkpoints.state_dicts import StateDict, find_state_dict
-from bnfreeze.checkpoints.stored_tensor import StoredTensor
-from bnfreeze.checkpoints.torch_legacy import read_torch_legacy
-from bnfreeze.checkpoints.torch_zip import read_torch_zip
+from bnfreeze.checkpoints.kinds import read_file
+from bnfreeze.checkpoints.placeholders import CodeCall, Uninterpreted, placeholders_in
+from bnfreeze.checkpoints.reading import Content, OpenFile
+from bnfreeze.checkpoints.remote import RemotePath, is_remote, standard_input
+from bnfreeze.checkpoints.source import FilePath, Source, opened
+from bnfreeze.checkpoints.state_dicts import StateDict, StateDicts, find_state_dicts
 from bnfreeze.errors import (
     BnfreezeError,
     CheckpointError,
-    CorruptCheckpointError,
     UnsupportedFormatError,
 )
 
-__all__ = ["Checkpoint", "open_checkpoint", "telling"]
+__all__ = ["Checkpoint", "naming_file", "open_checkpoint"]
 
 
-@dataclass(frozen=True)
 class Checkpoint:
     """What a file, or a folder, holds.
 
     Attributes:
-        path: where it lies.
-        kind: ``"torch zip"``, ``"torch legacy"``, ``"safetensors"``, ``"shard index"`` or
-            ``"distributed"``.
-        root: what was saved: dicts, lists, and a `StoredTensor` for each tensor.
+        path: where it lies, as it was named.
+        kind: what it is: ``"torch zip"``, ``"torch legacy"``, ``"TorchScript"``,
+            ``"torch.export"``, ``"pickle"``, ``"npz"``, ``"safetensors"``, ``"shard index"``,
+            ``"ONNX"`` or ``"distributed"``.
+        remarks: sentences about the file that a person should read.
     """
 
-    path: Path
-    kind: str
-    root: Any
+    def __init__(self, path: str, kind: str, content: Content) -> None:
+        """Take what was read."""
+        self.path = path
+        self.kind = kind
+        self.remarks = content.remarks
+        self._content = content
 
-    def state_dict(self, key: str | None = None) -> StateDict:
-        """The state_dict in it; of several the one that `key` names.
+    @property
+    def root(self) -> Any:
+        """What was saved: dicts, lists, placeholders, and a `StoredTensor` for each tensor."""
+        return self._content.root
+
+    @property
+    def models(self) -> tuple[StateDict, ...]:
+        """All models in it that have norm layers; all its state_dicts where none has any.
 
         Raises:
-            UnsupportedFormatError: there is none, or none of that name.
+            UnsupportedFormatError: there are no tensors by name.
         """
-        with telling(self.path):
-            return find_state_dict(self.root, key)
+        return self.state_dicts.models
+
+    @cached_property
+    def state_dicts(self) -> StateDicts:
+        """Every state_dict in it, with norm layers or without.
+
+        Raises:
+            UnsupportedFormatError: there are no tensors by name.
+        """
+        with naming_file(self.path):
+            try:
+                return find_state_dicts(self.root)
+            except UnsupportedFormatError as error:
+                raise UnsupportedFormatError(f"{error}{would_call(self._content.made)}") from None
+
+    def chosen(self, key: str | None) -> StateDicts:
+        """The state_dict under a key alone; all of them where there is no key.
+
+        Raises:
+            UnsupportedFormatError: there is none of that name, or there are several.
+        """
+        with naming_file(self.path):
+            return self.state_dicts.chosen(key)
+
+    @property
+    def uninterpreted(self) -> tuple[Uninterpreted, ...]:
+        """The objects that were left as placeholders, each class once."""
+        return self._placeholders[0]
+
+    @property
+    def calls(self) -> tuple[CodeCall, ...]:
+        """What loading it would call that is not known to be harmless, the worst first."""
+        return self._placeholders[1]
+
+    @cached_property
+    def _placeholders(self) -> tuple[tuple[Uninterpreted, ...], tuple[CodeCall, ...]]:
+        return placeholders_in(self._content)
 
 
 @contextmanager
-def telling(path: Path) -> Iterator[None]:
-    """Let an error of the package that comes out of the block say which file it is about."""
+def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an error of the package that comes out say which file or tensor it is about."""
     try:
         yield
     except BnfreezeError as error:
+        if str(error).startswith(f"{path}: "):
+            raise
         raise type(error)(f"{path}: {error}") from None
 
 
 @contextmanager
 def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
-    """Open a checkpoint of any kind; its tensors can be read inside the ``with`` block.
+    """Open a checkpoint of any format; its tensors can be read inside the ``with`` block.
+
+    Args:
+        path: a file or a folder; as a string also a URL (``https://…``, ``hf://…``, ``s3://…``),
+            which is read by ranges, or ``"-"`` for standard input.
 
     Raises:
         CheckpointError: it cannot be read (the class says why); nothing of it was run.
     """
-    path = Path(path)
     with ExitStack() as stack:
-        with telling(path):
-            kind, root = _read(path, stack)
-        yield Checkpoint(path, kind, root)
+        with naming_file(path):
+            kind, content = _read(path, stack)
+        yield Checkpoint(os.fspath(path), kind, content)
 
 
-def _read(path: Path, stack: ExitStack) -> tuple[str, Any]:
-    def open_file(file: Path) -> Source:
-        return stack.enter_context(opened(file))
+def _read(path: str | os.PathLike[str], stack: ExitStack) -> tuple[str, Content]:
+    def open_file(file: FilePath) -> OpenFile:
+        return OpenFile(stack.enter_context(opened(file)), file, open_file)
 
+    if path == "-":
+        file = stack.enter_context(standard_input())
+        return read_file(OpenFile(Source(file, 0, file.seek(0, os.SEEK_END)), Path(path)))
+    place: FilePath = Path(path)
+    if isinstance(path, str) and is_remote(path):
+        place = RemotePath(path)
     try:
-        if path.is_dir():
-            if (path / ".metadata").exists():
-                return "distributed", read_distributed(path)
-            path = _index_in(path)
+        if place.is_dir():
+            if (place / ".metadata").exists():
+                return "distributed", read_distributed(place)
+            place = _model_in(place)
     except OSError as error:
         raise CheckpointError(f"Cannot be opened: {error.strerror}.") from None
-    source = open_file(path)
-    kind = kind_of(source)
-    if kind != "shard index":
-        return kind, _read_file(kind, source, path)
-    seen: set[tuple[int, int]] = set()
-
-    def read_shard(shard: Path) -> dict[str, StoredTensor]:
-        part = open_file(shard)
-        # However it is named: reading one file again and again could go on for ever.
-        if part.identity() in seen:
-            raise CorruptCheckpointError("It is the same file as another shard.")
-        seen.add(part.identity())
-        return _flat(part, shard)
-
-    return kind, read_index(source, path, read_shard)
+    return read_file(open_file(place))
 
 
-def _index_in(folder: Path) -> Path:
-    indexes = sorted(folder.glob("*.index.json"))
-    if len(indexes) != 1:
-        raise UnsupportedFormatError(
-            "A folder without .metadata, and so none of torch.distributed.checkpoint. "
-            "Name a file in it."
-        )
-    return indexes[0]
+# What the folders of Hugging Face's libraries are made of, in the order in which they look.
+_MODEL_FILES: Final = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
-def _read_file(kind: str, source: Source, path: Path) -> Any:
-    if kind == "torch zip":
-        return read_torch_zip(source)
-    if kind == "torch legacy":
-        return read_torch_legacy(source)
-    # Here, because the other kinds do without the library.
-    from bnfreeze.checkpoints.safetensors_file import read_safetensors
-
-    return read_safetensors(source, path)
-
-
-def _flat(source: Source, path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one shard."""
-    kind = kind_of(source)
-    if kind == "shard index":
-        raise UnsupportedFormatError("An index, where a file with tensors should be.")
-    root = _read_file(kind, source, path)
-    found = root.named() if hasattr(root, "named") else root
-    if not isinstance(found, dict):
-        raise CheckpointError("It holds no tensors by name.")
-    return {name: value for name, value in found.items() if isinstance(value, StoredTensor)}
+def _model_in(folder: FilePath) -> FilePath:
+    """The file in a folder that has its model."""
+    for name in _MODEL_FILES:
+        if (folder / name).exists():
+            return folder / name
+    for pattern in ("*.index.json", "*.safetensors"):
+        found: list[FilePath] = sorted(folder.glob(pattern), key=str)
+        if len(found) == 1:
+            return found[0]
+    raise UnsupportedFormatError(
+        "A folder without .metadata, model.safetensors or pytorch_model.bin, and so neither of "
+        "torch.distributed.checkpoint nor of Hugging Face. Name a file in it."
+    )

@@ -1,18 +1,23 @@
-"""Safetensors files: the library checks the header, and what it lets pass is checked here."""
+"""Safetensors files: a header of JSON that says where each tensor lies, then their bytes."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, Final
 
-from safetensors import SafetensorError, safe_open
-
 from bnfreeze.checkpoints.json_objects import read_json
-from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_limit
+from bnfreeze.checkpoints.limits import (
+    MAX_DIMENSIONS,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    check_limit,
+    is_shape,
+    is_size,
+)
+from bnfreeze.checkpoints.reading import Content, OpenFile
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.checkpoints.stored_tensor import Record, StoredTensor, StridedTensor
-from bnfreeze.errors import CheckpointError, CorruptCheckpointError
+from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES, Record, StoredTensor, StridedTensor
+from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
 __all__ = ["read_safetensors"]
 
@@ -39,40 +44,56 @@ _DTYPES: Final = {
 }
 
 
-def read_safetensors(source: Source, path: Path) -> dict[str, StoredTensor]:
+def read_safetensors(file: OpenFile) -> Content:
     """The tensors by name, in the order in which they lie in the file.
 
+    As the format asks for, they must lie one after the other, without a gap, to the very end.
+
     Raises:
-        CorruptCheckpointError: what the library finds wrong, or a name that stands there twice.
+        CorruptCheckpointError: its parts contradict each other, or a name stands there twice.
         UnsafeCheckpointError: beyond the limits.
     """
+    source = file.source
     length = int.from_bytes(source.read(0, 8), "little")
     check_limit(length, MAX_HEADER_BYTES, "bytes of a safetensors header")
     header = read_json(source.read(8, length), "its header")
     header.pop("__metadata__", None)
     check_limit(len(header), MAX_TENSORS, "tensors")
-    try:
-        # Opening is checking: offsets in order, without gaps, of the sizes that shapes ask for.
-        with safe_open(path, framework="numpy") as file:
-            names = set(file.keys())
-    except SafetensorError as error:
-        raise CorruptCheckpointError(f"Damaged: {error}.") from None
-    except OSError as error:
-        raise CheckpointError(f"Cannot be read: {error}.") from None
-    if names != header.keys():
-        raise CorruptCheckpointError("Ambiguous: its header can be read in two ways.")
     data = source.part(8 + length, source.size - 8 - length)
-    tensors = {name: _tensor(told, data) for name, told in header.items()}
-    return dict(sorted(tensors.items(), key=lambda item: header[item[0]]["data_offsets"]))
+    places = {name: _place(description) for name, description in header.items()}
+    names = sorted(places, key=lambda name: places[name])
+    end = 0
+    for name in names:
+        if places[name][0] != end:
+            raise CorruptCheckpointError(f"Damaged: {name!r:.200} does not follow the one before.")
+        end = places[name][1]
+    if end != data.size:
+        raise CorruptCheckpointError(
+            f"Damaged: its tensors should take {end:,} bytes, and there are {data.size:,}."
+        )
+    return Content({name: _tensor(name, header[name], data) for name in names})
 
 
-def _tensor(told: Any, data: Source) -> StoredTensor:
+def _place(description: Any) -> tuple[int, int]:
     try:
-        begin, end = told["data_offsets"]
-        shape = tuple(told["shape"])
-        # What has no name here keeps its own, and is refused by it.
-        dtype = _DTYPES.get(told["dtype"], str(told["dtype"]))
-        stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        return StridedTensor(dtype, shape, stride, Record(data.part(begin, end - begin)))
+        begin, end = description["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise CorruptCheckpointError("Damaged: its header does not describe tensors.") from None
+    if not (is_size(begin) and is_size(end) and begin <= end):
+        raise CorruptCheckpointError("Damaged: its header has a place that makes no sense.")
+    return begin, end
+
+
+def _tensor(name: str, description: dict[str, Any], data: Source) -> StoredTensor:
+    dtype, shape = description.get("dtype"), description.get("shape")
+    if type(dtype) is not str or type(shape) is not list:
+        raise CorruptCheckpointError("Damaged: its header does not describe tensors.")
+    if dtype not in _DTYPES:
+        raise UnsupportedFormatError(f"{name!r:.200} is of dtype {dtype!r:.40}, unknown here.")
+    check_limit(len(shape), MAX_DIMENSIONS, "dimensions of a tensor")
+    begin, end = description["data_offsets"]
+    if not is_shape(shape) or math.prod(shape) * ITEM_SIZES[_DTYPES[dtype]] != end - begin:
+        raise CorruptCheckpointError(f"Damaged: {name!r:.200} has another size than its shape.")
+    stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    record = Record(data.part(begin, end - begin))
+    return StridedTensor(_DTYPES[dtype], tuple(shape), stride, record)

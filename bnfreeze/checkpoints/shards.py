@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import PurePosixPath, PureWindowsPath
 
 from bnfreeze.checkpoints.json_objects import read_json
+from bnfreeze.checkpoints.kinds import read_file
 from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_limit
-from bnfreeze.checkpoints.source import Source
+from bnfreeze.checkpoints.pickled import Opaque, Pairs
+from bnfreeze.checkpoints.reading import Content, OpenFile
+from bnfreeze.checkpoints.source import FilePath
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.errors import (
     CheckpointError,
@@ -16,35 +18,36 @@ from bnfreeze.errors import (
     UnsupportedFormatError,
 )
 
-__all__ = ["beside", "read_index"]
+__all__ = ["beside", "read_shards"]
 
 
-def read_index(
-    source: Source, path: Path, read_shard: Callable[[Path], dict[str, StoredTensor]]
-) -> dict[str, StoredTensor]:
-    """The tensors of all shards by name, in the order of the index.
-
-    Args:
-        source: the index.
-        path: where it lies; the shards lie beside it.
-        read_shard: gives the tensors of one shard.
+def read_shards(file: OpenFile) -> Content:
+    """The tensors of all shards by name, in the order of the index. The shards lie beside it.
 
     Raises:
         UnsupportedFormatError: JSON, but no such index.
         CorruptCheckpointError: a shard is missing, or has not the tensors that it should.
         UnsafeCheckpointError: a shard is said to lie elsewhere, or all together are too many.
     """
-    check_limit(source.size, MAX_HEADER_BYTES, "bytes of an index")
-    places = read_json(source.read(0, source.size), "the index").get("weight_map")
+    check_limit(file.source.size, MAX_HEADER_BYTES, "bytes of an index")
+    places = read_json(file.source.read(0, file.source.size), "the index").get("weight_map")
     if type(places) is not dict:
         raise UnsupportedFormatError("JSON, but no index of shards: it has no weight_map.")
     check_limit(len(places), MAX_TENSORS, "tensors")
     if any(type(place) is not str for place in places.values()):
         raise CorruptCheckpointError("Damaged: the index has a shard whose name is no text.")
     shards: dict[str, dict[str, StoredTensor]] = {}
+    made: list[Opaque] = []
+    seen: set[tuple[int, int]] = set()
     for place in dict.fromkeys(places.values()):
         try:
-            shards[place] = read_shard(beside(path.parent, place))
+            shard = file.beside(beside(file.path.parent, place))
+            # However it is named: reading one file again and again could go on for ever.
+            if shard.source.identity() in seen:
+                raise CorruptCheckpointError("It is the same file as another shard.")
+            seen.add(shard.source.identity())
+            shards[place], objects = _tensors_of(shard)
+            made += objects
             check_limit(sum(map(len, shards.values())), MAX_TENSORS, "tensors")
         except CheckpointError as error:
             raise type(error)(f"Shard {place}: {error}") from None
@@ -53,10 +56,21 @@ def read_index(
             raise CorruptCheckpointError(
                 f"Shard {place}: {name!r:.200} is said to be in it, and is not."
             )
-    return {name: shards[place][name] for name, place in places.items()}
+    return Content({name: shards[place][name] for name, place in places.items()}, tuple(made))
 
 
-def beside(folder: Path, name: str) -> Path:
+def _tensors_of(shard: OpenFile) -> tuple[dict[str, StoredTensor], tuple[Opaque, ...]]:
+    kind, content = read_file(shard)
+    if kind == "shard index":
+        raise UnsupportedFormatError("An index, where a file with tensors should be.")
+    root = content.root.named() if isinstance(content.root, Pairs) else content.root
+    if not isinstance(root, dict):
+        raise CheckpointError("It holds no tensors by name.")
+    tensors = {name: value for name, value in root.items() if isinstance(value, StoredTensor)}
+    return tensors, content.made
+
+
+def beside(folder: FilePath, name: str) -> FilePath:
     """The path of a file that another file names: a plain name, and so beside it.
 
     Raises:

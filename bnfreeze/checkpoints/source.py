@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from bnfreeze.checkpoints.remote import RangedFile, RemotePath
 from bnfreeze.errors import CheckpointError, CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["Source", "opened"]
+__all__ = ["FilePath", "Source", "opened"]
+
+FilePath = Path | RemotePath
 
 
 class Source:
@@ -21,11 +25,18 @@ class Source:
     its pages count as the reader's memory.
     """
 
-    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
-        """Take `size` bytes of an open file from `start`."""
+    def __init__(
+        self, file: BinaryIO | RangedFile, start: int | Callable[[], int], size: int
+    ) -> None:
+        """Take `size` bytes of an open file from `start`, which may be found out when needed."""
         self._file = file
         self._start = start
         self.size = size
+
+    @classmethod
+    def of(cls, data: bytes) -> Source:
+        """Bytes that are in memory already."""
+        return cls(io.BytesIO(data), 0, len(data))
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`.
@@ -33,13 +44,9 @@ class Source:
         Raises:
             CorruptCheckpointError: they do not lie in the range, or the file has shrunk meanwhile.
         """
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise CorruptCheckpointError(
-                f"Damaged or truncated: {length:,} bytes are said to lie at {offset:,}, "
-                f"and there are {self.size:,} in all."
-            )
+        start = self._place(offset, length)
         try:
-            self._file.seek(self._start + offset)
+            self._file.seek(start)
             data = self._file.read(length)
         except OSError as error:
             raise CheckpointError(f"Cannot be read: {error.strerror}.") from None
@@ -48,21 +55,27 @@ class Source:
         return data
 
     def placed(self, start: int, inside: Source) -> None:
-        """Say where this range lies, which the file tells later than how long it is.
+        """Say where this range lies, where the file says so later than how long it is.
 
         Raises:
             CorruptCheckpointError: not inside the other range.
         """
-        self._start = inside.part(start, self.size)._start
+        self._start = inside._place(start, self.size)
 
     def unplaced(self, size: int) -> Source:
         """A range of the same file; to be read once it has been `placed`."""
         return Source(self._file, 0, size)
 
+    def later(self, place: Callable[[], int], size: int) -> Source:
+        """A range of this range whose place is found out when it is first read."""
+        return Source(self._file, lambda: self._place(place(), size), size)
+
     def identity(self) -> tuple[int, int]:
-        """What tells the file from others, whatever name it was opened under."""
-        told = os.fstat(self._file.fileno())
-        return told.st_dev, told.st_ino
+        """The same for the same file, whatever name it was opened under."""
+        if isinstance(self._file, RangedFile):
+            return self._file.identity
+        status = os.fstat(self._file.fileno())
+        return status.st_dev, status.st_ino
 
     def head(self, length: int) -> bytes:
         """The first bytes, as many as there are."""
@@ -74,22 +87,32 @@ class Source:
         Raises:
             CorruptCheckpointError: it is not inside.
         """
+        return Source(self._file, self._place(offset, length), length)
+
+    def _place(self, offset: int, length: int) -> int:
+        """Where in the file a range of this range begins."""
         if offset < 0 or length < 0 or offset + length > self.size:
             raise CorruptCheckpointError(
                 f"Damaged or truncated: {length:,} bytes are said to lie at {offset:,}, "
                 f"and there are {self.size:,} in all."
             )
-        return Source(self._file, self._start + offset, length)
+        if callable(self._start):
+            self._start = self._start()
+        return self._start + offset
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Source]:
-    """Open a regular file for reading.
+def opened(path: FilePath) -> Iterator[Source]:
+    """Open a regular file for reading, or a file on a server.
 
     Raises:
         CheckpointError: it cannot be opened.
         UnsupportedFormatError: it is no regular file: reading a pipe or a device may never end.
     """
+    if isinstance(path, RemotePath):
+        ranged = path.open()
+        yield Source(ranged, 0, ranged.size)
+        return
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UnsupportedFormatError("Not a regular file.")

@@ -1,46 +1,24 @@
-"""The state_dict in what was saved: inside wrappers, beside twins, under prefixes."""
+"""The models in what was saved: inside wrappers, beside others, under prefixes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_DICTS, MAX_NAME_LENGTH, check_limit
-from bnfreeze.checkpoints.pickles import Pairs
+from bnfreeze.checkpoints.modules import LayerSettings, Model, Work, is_module, model_of, tensor_in
+from bnfreeze.checkpoints.pickled import Opaque, Pairs
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
-from bnfreeze.errors import UnsupportedFormatError
+from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["StateDict", "find_state_dict"]
+__all__ = ["StateDict", "StateDicts", "find_state_dicts", "tensors_by_name"]
 
-# Where trainers keep the model, most usual first; the exponential averages after the model itself.
-_USUAL: Final = (
-    "",
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "model_state",
-    "module",
-    "net",
-    "network",
-    "weights",
-    "params",
-    "backbone",
-    "teacher",
-    "student",
-    "generator",
-    "G",
-    "state_dict_ema",
-    "model_ema",
-    "ema_state_dict",
-    "ema_model",
-    "ema",
-    "params_ema",
-    "averaged_model",
-    "swa_model",
-)
+# Below these, tensors are no model's, unless there are norm layers.
 _OPTIMIZERS: Final = ("optim", "lr_sched", "scaler")
-# Of a key that is shown: what is longer is told by its end.
+# What stands beside a model at the top of a file: a counter, a loss.
+_FEW: Final = 4
+# Of a key that is shown: what is longer is shown by its end.
 _KEY_LENGTH: Final = 400
 _HIDDEN_SEGMENT: Final = "_orig_mod"
 
@@ -50,125 +28,235 @@ class StateDict:
     """A model's tensors by name.
 
     Attributes:
-        tensors: by name, in order, without the prefixes.
         key: where it was found in the file, dotted; empty for the top.
+        tensors: by name, in order, without the prefixes.
+        layers: of a model that was saved whole, the settings of its norm layers, by name.
         stripped: the prefixes taken from every name, and segments taken out of them.
-        others: the keys of the other state_dicts in the file.
     """
 
+    key: str
     tensors: Mapping[str, StoredTensor]
-    key: str = ""
+    layers: Mapping[str, LayerSettings] = field(default_factory=dict)
     stripped: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
+
+    @property
+    def has_norm_layers(self) -> bool:
+        """Whether there are running statistics among its tensors."""
+        return any(name.endswith(("running_mean", "running_var")) for name in self.tensors)
 
     def storage_bytes(self) -> int:
         """The bytes of the storages, each counted once however many names share it."""
         return sum(dict(tensor.storage() for tensor in self.tensors.values()).values())
 
 
-def find_state_dict(root: Any, key: str | None = None) -> StateDict:
-    """Find the state_dict in what was saved.
+@dataclass(frozen=True)
+class StateDicts:
+    """The state_dicts of a file, in its order.
+
+    Attributes:
+        all: every one, with norm layers or without.
+        aliases: other keys under which one of them is there too; the value is its key in `all`.
+    """
+
+    all: tuple[StateDict, ...]
+    aliases: Mapping[str, str]
+
+    @property
+    def models(self) -> tuple[StateDict, ...]:
+        """Those that have norm layers; all of them where none has."""
+        return tuple(found for found in self.all if found.has_norm_layers) or self.all
+
+    def chosen(self, key: str | None) -> StateDicts:
+        """The one under a key alone; all of them where there is no key.
+
+        Raises:
+            UnsupportedFormatError: as `under`.
+        """
+        return self if key is None else StateDicts((self.under(key),), {})
+
+    def under(self, key: str) -> StateDict:
+        """The one under a key: the dotted key, or the last part of it where that is clear.
+
+        Raises:
+            UnsupportedFormatError: none, or several; the message names those there are.
+        """
+        keys = {found.key: found for found in self.all}
+        keys |= {alias: replace(keys[there], key=alias) for alias, there in self.aliases.items()}
+        named = [path for path in keys if path == key]
+        named = named or [path for path in keys if path.split(".")[-1] == key]
+        if len(named) == 1:
+            return keys[named[0]]
+        shown = ", ".join(repr(path) for path in list(named or keys)[:8] if path)
+        if named:
+            raise UnsupportedFormatError(f"Several are named {key!r:.200}: {shown}.")
+        raise UnsupportedFormatError(
+            f"No state_dict under the key {key!r:.200}."
+            + (f" There are: {shown}." if shown else " There is only one: leave the key out.")
+        )
+
+
+def tensors_by_name(parts: Iterable[StateDict], plain: str | None) -> dict[str, StoredTensor]:
+    """The tensors of several state_dicts together, each with its key before the name.
 
     Args:
-        root: dicts and lists, with tensors in them.
-        key: where to look: the dotted key, or its last part. None takes the most usual one.
+        parts: the state_dicts.
+        plain: the key of the one whose names stay as they are; None for none.
 
     Raises:
-        UnsupportedFormatError: none at all, or none under `key`; the message names those there are.
+        CorruptCheckpointError: two tensors would have the same name.
     """
-    found = dict(_candidates(root))
+    found: dict[str, StoredTensor] = {}
+    for part in parts:
+        prefix = f"{part.key}." if part.key and part.key != plain else ""
+        for name, tensor in part.tensors.items():
+            if prefix + name in found:
+                raise CorruptCheckpointError(
+                    f"Ambiguous: {prefix + name!r:.200} is in two of its state_dicts. Choose one "
+                    f"with the key."
+                )
+            found[prefix + name] = tensor
+    return found
+
+
+def find_state_dicts(root: Any) -> StateDicts:
+    """Find all state_dicts and whole models in what was saved.
+
+    Args:
+        root: dicts, lists and placeholders, with tensors in them.
+
+    Raises:
+        UnsupportedFormatError: there are no tensors by name.
+    """
+    aliases: dict[str, str] = {}
+    found = list(_candidates(root, aliases))
+    if len(found) > 1:
+        found = [one for one in found if not _is_counter(one)] or found
     if not found:
         raise UnsupportedFormatError("It holds no tensors by name, and so no state_dict.")
-    if key is None:
-        chosen = min(found, key=lambda path: _rank(path, found[path]))
-        twins = _statistics_in(found[chosen])
-        others = [p for p in found if p != chosen and _statistics_in(found[p]) >= min(1, twins)]
-    else:
-        named = [p for p in found if p == key] or [p for p in found if p.split(".")[-1] == key]
-        if not named:
-            there = ", ".join(repr(path) for path in list(found)[:8] if path)
-            raise UnsupportedFormatError(
-                f"No state_dict under the key {key!r:.200}."
-                + (f" There are: {there}." if there else " There is one alone: leave the key out.")
-            )
-        chosen, others = named[0], []
-    tensors, stripped = _without_prefixes(found[chosen])
-    usual = [path for path in others if path.split(".")[-1] in _USUAL]
-    return StateDict(tensors, chosen, stripped, tuple(usual))
+    return StateDicts(tuple(found), aliases)
 
 
-def _candidates(root: Any) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
-    """Every dict that has tensors by name, level by level, each object once."""
+def _is_empty(holder: object) -> bool:
+    return isinstance(holder, (list, tuple, dict)) and not holder
+
+
+def _is_counter(one: StateDict) -> bool:
+    """Whether these are counters, losses or class weights that stand beside a model."""
+    if one.has_norm_layers:
+        return False
+    few = not one.key and len(one.tensors) <= _FEW
+    return few or all(tensor.numel <= 1 for tensor in one.tensors.values())
+
+
+def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
+    """Every dict that has tensors by name and every whole model, level by level, each once."""
     count = 0
-    level: list[tuple[str, Any]] = [("", root)]
-    seen = {id(root)}
+    level: list[tuple[str, Any, bool]] = [("", root, False)]
+    # The key under which each object was met first.
+    seen = {id(root): ""}
+    yielded: set[str] = set()
+    work = Work()
     while level:
-        below: list[tuple[str, Any]] = []
-        for path, holder in level:
-            children = list(_children(holder))
-            tensors = {}
-            for name, child in children:
-                if isinstance(child, StoredTensor):
-                    if type(name) is str:
-                        check_limit(len(name), MAX_NAME_LENGTH, "characters of a tensor's name")
-                        tensors[name] = child
-                elif (
-                    isinstance(child, (Pairs, dict, list, tuple))
-                    and id(child) not in seen
-                    and not str(name).startswith(_OPTIMIZERS)
-                ):
-                    seen.add(id(child))
-                    key = f"{name:.200}" if isinstance(name, str) else str(name)
-                    below.append((f"{path}.{key}"[-_KEY_LENGTH:] if path else key, child))
-            if tensors:
+        below: list[tuple[str, Any, bool]] = []
+        for key, holder, in_optimizer in level:
+            model = holder if isinstance(holder, Model) else None
+            model = model_of(holder, work) if is_module(holder) else model
+            found = _state_dict(key, holder, model)
+            if found and (found.has_norm_layers or not in_optimizer):
                 count += 1
                 check_limit(count, MAX_DICTS, "dicts of tensors")
-                yield path, tensors
+                # 0 and "0" are two keys, and look alike.
+                while found.key in yielded:
+                    found = replace(found, key=f"{found.key}'")
+                yielded.add(found.key)
+                yield found
+            if model:
+                seen |= {module: key for module in model.visited if module not in seen}
+            for name, child in model.besides if model else _children(holder):
+                if not isinstance(child, (Pairs, dict, list, tuple, Opaque)) or _is_empty(child):
+                    continue
+                path = _joined(key, name)
+                if id(child) not in seen:
+                    seen[id(child)] = path
+                    optimizer = in_optimizer or str(name).startswith(_OPTIMIZERS)
+                    below.append((path, child, optimizer))
+                elif seen[id(child)] != path and len(aliases) < MAX_DICTS:
+                    aliases[path] = seen[id(child)]
         level = below
+    for alias in [alias for alias, there in aliases.items() if there not in yielded]:
+        del aliases[alias]
+
+
+def _state_dict(key: str, holder: Any, model: Model | None) -> StateDict | None:
+    """What a dict or a model holds by name; None where that is no tensor."""
+    tensors: dict[str, StoredTensor] = {}
+    if model:
+        tensors |= model.tensors
+    else:
+        for name, child in _named(holder).items():
+            tensor = tensor_in(child)
+            if tensor is not None:
+                check_limit(len(name), MAX_NAME_LENGTH, "characters of a tensor's name")
+                tensors[name] = tensor
+    if not tensors:
+        return None
+    names, stripped = _plain_names(list(tensors))
+    plain = dict(zip(tensors, names, strict=True))
+    parts = {name.rpartition(".")[0]: name for name in tensors}
+    layers = {
+        plain[parts[layer]].rpartition(".")[0]: settings
+        for layer, settings in (model.layers.items() if model else ())
+    }
+    return StateDict(key, dict(zip(names, tensors.values(), strict=True)), layers, stripped)
+
+
+def _named(holder: Any) -> dict[str, Any]:
+    if isinstance(holder, (Pairs, Opaque)):
+        return {name: value for name, value in holder.pairs if type(name) is str}
+    if isinstance(holder, dict):
+        return {name: value for name, value in holder.items() if type(name) is str}
+    return {}
 
 
 def _children(holder: Any) -> Iterator[tuple[str | int, Any]]:
-    if isinstance(holder, Pairs):
-        holder = holder.named()
-    if isinstance(holder, dict):
+    """What an object holds, by key; an empty key for the parts of an object itself."""
+    if isinstance(holder, Opaque):
+        # Each part as a whole: many objects may have the same.
+        yield from (("", part) for part in (holder.arguments, holder.state, holder.items))
+    if isinstance(holder, (Pairs, Opaque)):
+        for key, value in holder.pairs:
+            if isinstance(key, (str, int)):
+                yield key, value
+    elif isinstance(holder, dict):
         yield from holder.items()
     elif isinstance(holder, (list, tuple)):
         yield from enumerate(holder)
 
 
-def _statistics_in(tensors: Mapping[str, StoredTensor]) -> int:
-    return sum(name.endswith("running_mean") for name in tensors)
+def _joined(key: str, name: str | int) -> str:
+    name = f"{name:.200}" if isinstance(name, str) else str(name)[:200]
+    if not name:
+        return key
+    return f"{key}.{name}"[-_KEY_LENGTH:] if key else name
 
 
-def _rank(path: str, tensors: Mapping[str, StoredTensor]) -> tuple[Any, ...]:
-    """Usual places first, then those with many norm layers, then those with many tensors."""
-    place = path.split(".")[-1]
-    # A counter or two at the top is no model.
-    usual = place in _USUAL and (bool(place) or len(tensors) > 4 or _statistics_in(tensors) > 0)
-    return (
-        not _statistics_in(tensors),
-        _USUAL.index(place) if usual else len(_USUAL),
-        path.count("."),
-        -_statistics_in(tensors),
-        -len(tensors),
-    )
+def _plain_names(names: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Take off what DistributedDataParallel, averaging and torch.compile put on the names.
 
-
-def _without_prefixes(
-    tensors: dict[str, StoredTensor],
-) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
-    """Take off what DistributedDataParallel, averaging and torch.compile put on the names."""
+    Returns:
+        the names without it, in the same order, and what was taken off.
+    """
     stripped: list[str] = []
     for prefix in ("module.", f"{_HIDDEN_SEGMENT}.") * 3:
         # AveragedModel keeps its counter beside the model.
-        models = [name for name in tensors if name != "n_averaged"]
+        models = [name for name in names if name != "n_averaged"]
         if models and all(name.startswith(prefix) for name in models):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            names = [name.removeprefix(prefix) for name in names]
             stripped.append(prefix)
     plain = [
-        ".".join(part for part in name.split(".") if part != _HIDDEN_SEGMENT) for name in tensors
+        ".".join(part for part in name.split(".") if part != _HIDDEN_SEGMENT) for name in names
     ]
-    if plain != list(tensors) and len(set(plain)) == len(plain):
-        tensors = dict(zip(plain, tensors.values(), strict=True))
+    if plain != names and len(set(plain)) == len(plain):
+        names = plain
         stripped.append(f"{_HIDDEN_SEGMENT}.")
-    return tensors, tuple(dict.fromkeys(stripped))
+    return names, tuple(dict.fromkeys(stripped))

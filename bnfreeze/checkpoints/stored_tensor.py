@@ -135,7 +135,7 @@ class Record:
     Attributes:
         source: the storage's bytes.
         swapped: whether they are big-endian.
-        checksum: the CRC-32 of all of them, as far as the file tells.
+        checksum: the CRC-32 of all of them, as far as the file has one.
     """
 
     source: Source

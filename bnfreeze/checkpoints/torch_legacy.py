@@ -7,29 +7,41 @@ keys, and for each key a count and that many elements.
 from __future__ import annotations
 
 import struct
-from typing import Any, Final
+from dataclasses import replace
+from typing import Final
 
-from bnfreeze.checkpoints.limits import MAX_PICKLE_BYTES, MAX_TENSORS, check_limit
-from bnfreeze.checkpoints.pickles import Pairs, read_pickle
+from bnfreeze.checkpoints.code_names import would_call
+from bnfreeze.checkpoints.limits import MAX_TENSORS, check_limit
+from bnfreeze.checkpoints.pickled import Pairs
+from bnfreeze.checkpoints.pickles import Described, read_pickle
+from bnfreeze.checkpoints.reading import Content, OpenFile
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import Record
-from bnfreeze.checkpoints.torch_names import ALLOWED
-from bnfreeze.checkpoints.torch_tensors import read_torch_pickle, refused_with_advice
-from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError, UnsupportedFormatError
+from bnfreeze.checkpoints.torch_tensors import read_torch_pickle
+from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["read_torch_legacy"]
+__all__ = ["read_storage", "read_torch_legacy"]
 
 _MAGIC: Final = 0x1950A86A20F9469CFC6C
 _VERSION: Final = 1001
 
 
-def read_torch_legacy(source: Source) -> Any:
+def read_torch_legacy(file: OpenFile) -> Content:
     """What was saved, with a `StoredTensor` for each tensor.
 
     Raises:
-        CheckpointError: refused, damaged, or a pickle that torch.save did not write.
+        CheckpointError: refused or damaged.
     """
-    data = source.head(MAX_PICKLE_BYTES)
+    described = read_storage(file.source)
+    return Content(described.root, described.made)
+
+
+def read_storage(source: Source) -> Described:
+    """What was saved; a single storage, where the file stands for one inside a plain pickle.
+
+    Raises:
+        CheckpointError: refused or damaged.
+    """
     records: dict[str, Record] = {}
     elements: dict[str, int] = {}
 
@@ -41,31 +53,26 @@ def read_torch_legacy(source: Source) -> Any:
             raise CorruptCheckpointError("Damaged: a storage is said to have several sizes.")
         return records[key]
 
+    described = read_torch_pickle(source, find, start=_preamble(source))
+    keys = read_pickle(source, start=described.end)
+    made = (*described.made, *keys.made)
     try:
-        position = _preamble(data)
-        root, position = read_torch_pickle(data, find, start=position)
-        keys, position = read_pickle(data, ALLOWED, start=position)
-    except UnsafeCheckpointError as refusal:
-        raise refused_with_advice(refusal) from None
-    _place(source, position, keys, records, elements)
-    return root
+        _place(source, keys.end, keys.root, records, elements)
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(f"{error}{would_call(made)}") from None
+    return replace(described, made=made)
 
 
-def _preamble(data: bytes) -> int:
-    """Check what comes before the saved object, and tell where that begins."""
-    magic, position = read_pickle(data, ALLOWED)
-    if type(magic) is not int or magic != _MAGIC:
-        raise UnsupportedFormatError(
-            "A pickle that torch.save did not write. Where you trust it, load it yourself and "
-            "save it with torch.save."
-        )
-    version, position = read_pickle(data, ALLOWED, start=position)
-    system, position = read_pickle(data, ALLOWED, start=position)
-    if type(version) is not int or version != _VERSION or not isinstance(system, Pairs):
+def _preamble(source: Source) -> int:
+    """Check what comes before the saved object, and give the position where that begins."""
+    magic = read_pickle(source)
+    version = read_pickle(source, start=magic.end)
+    system = read_pickle(source, start=version.end)
+    if magic.root != _MAGIC or version.root != _VERSION or not isinstance(system.root, Pairs):
         raise CorruptCheckpointError("Damaged: the beginning is not that of a file of torch.save.")
-    if system.named().get("little_endian") is not True:
+    if system.root.named().get("little_endian") is not True:
         raise UnsupportedFormatError("Saved on a big-endian machine before torch 1.6.")
-    return position
+    return system.end
 
 
 def _place(

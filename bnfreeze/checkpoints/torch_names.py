@@ -1,6 +1,6 @@
 """The names that occur in what torch.save writes, as torch's own `weights_only` allows them.
 
-Kept as text: to know them takes no torch. A test holds them against torch's list.
+They are kept as text, so that torch is not needed. A test compares them with torch's list.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Final
 
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES
 
-__all__ = ["ALLOWED", "DTYPES", "STORAGES", "TENSOR_BUILDERS"]
+__all__ = ["DTYPES", "STORAGES", "TORCH_NAMES"]
 
 # By the name of a typed storage, the dtype of its elements.
 STORAGES: Final[dict[str, str]] = {
@@ -39,7 +39,7 @@ STORAGES: Final[dict[str, str]] = {
 DTYPES: Final[dict[str, str]] = {f"torch.{dtype}": dtype for dtype in ITEM_SIZES}
 
 # What builds a tensor out of a storage, or out of another tensor.
-TENSOR_BUILDERS: Final = frozenset(
+_TENSOR_BUILDERS: Final = frozenset(
     {
         "torch._utils._rebuild_tensor",
         "torch._utils._rebuild_tensor_v2",
@@ -51,7 +51,7 @@ TENSOR_BUILDERS: Final = frozenset(
     }
 )
 
-ALLOWED: Final = (
+TORCH_NAMES: Final = (
     frozenset(
         {
             "collections.OrderedDict",
@@ -77,7 +77,7 @@ ALLOWED: Final = (
             "torch.per_channel_affine_float_qparams",
         }
     )
-    | TENSOR_BUILDERS
+    | _TENSOR_BUILDERS
     | STORAGES.keys()
     | DTYPES.keys()
 )

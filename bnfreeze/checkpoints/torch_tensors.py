@@ -1,26 +1,27 @@
-"""What the calls in a torch pickle describe: storages and tensors."""
+"""What the calls in a pickle of torch or NumPy describe: storages, tensors, arrays, dicts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
+from bnfreeze.checkpoints.code_names import is_ordinary
 from bnfreeze.checkpoints.limits import (
     MAX_DIMENSIONS,
+    MAX_NAME_LENGTH,
     MAX_OPCODES,
+    MAX_PICKLE_BYTES,
     MAX_TENSORS,
     check_limit,
     is_shape,
     is_size,
 )
-from bnfreeze.checkpoints.pickles import (
-    Call,
-    Global,
-    Pairs,
-    Unneeded,
-    check_nesting,
-    read_pickle,
-)
+from bnfreeze.checkpoints.numpy_arrays import NUMPY_BUILDERS
+from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs
+from bnfreeze.checkpoints.pickles import Described, read_pickle
+from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import (
     ITEM_SIZES,
     Record,
@@ -28,10 +29,10 @@ from bnfreeze.checkpoints.stored_tensor import (
     StridedTensor,
     Words,
 )
-from bnfreeze.checkpoints.torch_names import ALLOWED, DTYPES, STORAGES
-from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError, UnsupportedFormatError
+from bnfreeze.checkpoints.torch_names import DTYPES, STORAGES
+from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["DescribedTensor", "Storage", "read_torch_pickle", "refused_with_advice"]
+__all__ = ["DescribedTensor", "Storage", "read_torch_pickle"]
 
 
 class Storage:
@@ -68,36 +69,49 @@ class DescribedTensor(StoredTensor):
 
 
 def read_torch_pickle(
-    data: bytes, find: Callable[[str, int, int], Record], *, start: int = 0
-) -> tuple[Any, int]:
-    """Describe what a pickle of torch.save would build, with a `StoredTensor` for each tensor.
+    source: Source,
+    find: Callable[[str, int, int], Record] | None,
+    *,
+    start: int = 0,
+    nested: Callable[[Source], Described] | None = None,
+) -> Described:
+    """Describe what a pickle would build, with a `StoredTensor` for each tensor and array.
 
     Args:
-        data: the bytes.
+        source: the bytes.
         find: is given a storage's key, the bytes that it is said to have, and an element's;
-            gives back its record, or raises CorruptCheckpointError.
+            gives back its record, or raises CorruptCheckpointError. None where the pickle
+            cannot refer to storages.
         start: where the pickle begins.
-
-    Returns:
-        what it would build, and the position after it.
+        nested: reads the file of torch.save that stands for a storage where a tensor was pickled
+            without torch.save.
 
     Raises:
         CheckpointError: as `read_pickle`.
     """
-    reader = _Reader(find)
-    root, end = read_pickle(
-        data, ALLOWED, start=start, call=reader.called, persistent=reader.storage
+    reader = _Reader(find, nested)
+    described = read_pickle(
+        source, start=start, call=reader.called, persistent=reader.referred if find else None
     )
-    check_nesting(root)
-    return root, end
+    return replace(described, made=(*described.made, *reader.called_besides.values()))
 
 
 class _Reader:
-    def __init__(self, find: Callable[[str, int, int], Record]) -> None:
+    def __init__(
+        self,
+        find: Callable[[str, int, int], Record] | None,
+        nested: Callable[[Source], Described] | None,
+    ) -> None:
         self._find = find
+        self._nested = nested
         self._tensors = 0
         self._copied = 0
+        self._copied_bytes = 0
+        self._nested_bytes = 0
+        self._storages: dict[int, tuple[object, Storage]] = {}
         self._dtypes: dict[str, str] = {}
+        # What would be called by a call that is harmless by itself.
+        self.called_besides: dict[str, Opaque] = {}
         self._builders: Mapping[str, Callable[[tuple[Any, ...]], object]] = {
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
@@ -114,12 +128,31 @@ class _Reader:
             "torch.nn.parameter.Parameter": _parameter,
             "torch.Tensor": _constructed,
             "torch.Size": _size,
+            "torch.storage._load_from_bytes": self._storage_of_bytes,
             "collections.OrderedDict": self._ordered,
             "collections.Counter": self._counter,
+            "collections.defaultdict": lambda arguments: self._ordered(arguments[1:]),
+            "collections.deque": self._list,
+            "builtins.list": self._list,
+            "builtins.set": self._list,
+            "builtins.frozenset": self._list,
+            "builtins.tuple": lambda arguments: tuple(self._list(arguments)),
+            "builtins.dict": self._ordered,
+            "builtins.bytearray": self._bytes,
+            "builtins.getattr": _attribute,
+            "_codecs.encode": self._bytes,
+            **NUMPY_BUILDERS,
         }
 
-    def called(self, call: Call) -> object:
-        """What a call gives: a tensor, a dict, or, of no interest here, the call itself."""
+    def called(self, call: Opaque) -> object:
+        """What a call gives: a tensor, a dict, or, where it is not interpreted, the call itself."""
+        call = _object_of(call) or call
+        if is_ordinary(call.name):
+            # Such a call may call what it is given: `collections.defaultdict(os.system)`.
+            self._charge(len(call.arguments))
+            for argument in call.arguments:
+                if isinstance(argument, Global) and not is_ordinary(argument.name):
+                    self.called_besides.setdefault(argument.name, Opaque(argument.name, ()))
         builder = self._builders.get(call.name)
         if builder is None:
             return call
@@ -132,10 +165,17 @@ class _Reader:
         if isinstance(made, StoredTensor):
             self._tensors += 1
             check_limit(self._tensors, MAX_TENSORS, "tensors")
-        return made
+        return call if made is None else made
 
-    def storage(self, key: object) -> Storage:
-        """The storage that a persistent id means."""
+    def referred(self, key: object) -> object:
+        """What a persistent id means: a storage, or a class of modules with its source code."""
+        if type(key) is tuple and len(key) == 4 and key[0] == "module":
+            if not isinstance(key[1], Global):
+                raise CorruptCheckpointError("Damaged: a class of modules that is none.")
+            return key[1]
+        return self._storage(key)
+
+    def _storage(self, key: object) -> Storage:
         if type(key) is not tuple or len(key) < 5 or key[0] not in ("storage", b"storage"):
             raise CorruptCheckpointError(
                 "Damaged: its pickle refers to something that is no storage."
@@ -154,7 +194,25 @@ class _Reader:
             raise CorruptCheckpointError(
                 f"Ambiguous: a storage is said to hold {first} here and {dtype} there."
             )
+        assert self._find is not None
         return Storage(self._find(name, count * ITEM_SIZES[dtype], ITEM_SIZES[dtype]), dtype)
+
+    def _storage_of_bytes(self, arguments: tuple[Any, ...]) -> Storage:
+        """The storage in a whole file of torch.save, as `pickle.dump` of a tensor has it."""
+        (data,) = arguments
+        # Many calls may be given the same bytes.
+        if id(data) in self._storages:
+            return self._storages[id(data)][1]
+        if self._nested is None:
+            raise ValueError
+        described = self._nested(Source.of(data) if type(data) is bytes else data)
+        self._nested_bytes += described.end
+        check_limit(self._nested_bytes, MAX_PICKLE_BYTES, "bytes of pickles in a pickle")
+        if not isinstance(described.root, Storage):
+            raise TypeError
+        self.called_besides |= {made.name: made for made in described.made}
+        self._storages[id(data)] = (data, described.root)
+        return described.root
 
     def _tensor(self, arguments: tuple[Any, ...]) -> StoredTensor:
         storage, offset, shape, stride = _view(arguments)
@@ -178,15 +236,35 @@ class _Reader:
         if function.name not in self._builders or function.name == _FROM_TYPE:
             raise ValueError
         _check_attributes(state)
-        return self.called(Call(function.name, inner))
+        return self.called(Opaque(function.name, inner))
 
     def _ordered(self, arguments: tuple[Any, ...]) -> Pairs:
         given = arguments[0] if arguments else []
         pairs = given.pairs if isinstance(given, Pairs) else given
         # A few opcodes can ask for a long list to be copied again and again.
-        self._copied += len(pairs)
-        check_limit(self._copied, MAX_OPCODES, "copied entries")
+        self._charge(len(pairs))
         return Pairs([(key, value) for key, value in pairs])
+
+    def _charge(self, entries: int) -> None:
+        """Count what a call looks through; few opcodes can give the same to many calls."""
+        self._copied += entries
+        check_limit(self._copied, MAX_OPCODES, "copied entries")
+
+    def _list(self, arguments: tuple[Any, ...]) -> list[Any]:
+        given = arguments[0] if arguments else []
+        if type(given) not in {list, tuple}:
+            raise TypeError
+        self._charge(len(given))
+        return list(given)
+
+    def _bytes(self, arguments: tuple[Any, ...]) -> object:
+        """Bytes that are written as text; None where the text is in another encoding."""
+        text, *encoding = arguments or (b"",)
+        if type(text) is not str or encoding not in (["latin1"], ["latin-1"]):
+            return text if type(text) is bytes and not encoding else None
+        self._copied_bytes += len(text)
+        check_limit(self._copied_bytes, 4 * MAX_PICKLE_BYTES, "bytes of copied texts")
+        return text.encode("latin-1")
 
     def _counter(self, arguments: tuple[Any, ...]) -> Pairs:
         if arguments and not isinstance(arguments[0], Pairs):
@@ -195,6 +273,33 @@ class _Reader:
 
 
 _FROM_TYPE: Final = "torch._tensor._rebuild_from_type_v2"
+# What makes a layer that bnfreeze froze: of its class, of how it behaves, and of how it was made.
+_FEW: Final = 16
+_REBUILD: Final = re.compile(r"bnfreeze\.policies\.\w+\._rebuild")
+
+
+def _object_of(call: Opaque) -> Opaque | None:
+    """What a call of another function makes, as if the class itself were called.
+
+    None where the call is none of these, or could do anything else.
+    """
+    if not 1 <= len(call.arguments) <= _FEW or not isinstance(call.arguments[0], Global):
+        return None
+    kind, *rest = call.arguments
+    if call.name == "copyreg.__newobj__":
+        return Opaque(kind.name, tuple(rest))
+    if call.name == "copyreg._reconstructor":
+        is_plain = len(rest) == 2 and isinstance(rest[0], Global) and rest[1] is None
+        return Opaque(kind.name, ()) if is_plain and rest[0].name == "builtins.object" else None
+    if _REBUILD.fullmatch(call.name):
+        behaviour, make, given = rest if len(rest) == 3 else (None, None, None)
+        if isinstance(behaviour, Global) and isinstance(make, Global) and type(given) is tuple:
+            made = _object_of(Opaque(make.name, given)) if make.name != call.name else None
+            if made and made.name == kind.name and not made.arguments:
+                return made if behaviour.name.startswith("bnfreeze.policies.") else None
+    return None
+
+
 # Attributes of a tensor that stand for its values: to set one is to write others.
 _VALUES: Final = frozenset({"data", "real", "imag"})
 
@@ -210,6 +315,18 @@ def _check_attributes(state: object) -> None:
             not isinstance(part, Pairs) or not _VALUES.isdisjoint(part.named())
         ):
             raise ValueError
+
+
+def _attribute(arguments: tuple[Any, ...]) -> Global | None:
+    """An attribute of something that is named, as a method of a class: a longer name.
+
+    None of anything else, which stays a call.
+    """
+    if len(arguments) != 2 or not isinstance(arguments[0], Global) or type(arguments[1]) is not str:
+        return None
+    name = f"{arguments[0].name}.{arguments[1]}"
+    check_limit(len(name), MAX_NAME_LENGTH, "characters of a name")
+    return Global(name)
 
 
 def _view(arguments: tuple[Any, ...]) -> tuple[Storage, Any, Any, Any]:
@@ -258,6 +375,7 @@ def _elsewhere(arguments: tuple[Any, ...]) -> DescribedTensor:
 
 
 def _sparse(arguments: tuple[Any, ...]) -> DescribedTensor:
+    check_limit(len(arguments[1]), _FEW, "parts of a sparse tensor")
     indices_and_values = [part for part in arguments[1] if isinstance(part, StoredTensor)]
     shapes = [part for part in arguments[1] if type(part) is tuple]
     return DescribedTensor(indices_and_values[-1].dtype, _sizes(shapes[0]), "it is sparse")
@@ -277,19 +395,3 @@ def _sizes(shape: Any) -> tuple[int, ...]:
     if not is_shape(shape):
         raise ValueError
     return tuple(shape)
-
-
-def refused_with_advice(refusal: UnsafeCheckpointError) -> UnsafeCheckpointError:
-    """The refusal of a torch pickle, with the way out where the file itself may be honest."""
-    if not isinstance(refusal, Unneeded):
-        return refusal
-    is_model = any(name.startswith("torch.nn.modules.") for name in refusal.names)
-    what = (
-        "It holds a whole model, and loading that runs the code it was written with. Where you "
-        "trust it, load the model there and save its values alone: "
-        "torch.save(model.state_dict(), 'weights.pt')."
-        if is_model
-        else "It holds more than tensors. Where you trust it, load it yourself and save the "
-        "values alone: torch.save(checkpoint['state_dict'], 'weights.pt')."
-    )
-    return UnsafeCheckpointError(f"{refusal} {what}")

@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 from bnfreeze.checkpoints.limits import MAX_PICKLE_BYTES, check_limit
+from bnfreeze.checkpoints.pickles import Described
+from bnfreeze.checkpoints.reading import Content, OpenFile, entry_of
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import Record
-from bnfreeze.checkpoints.torch_tensors import read_torch_pickle, refused_with_advice
-from bnfreeze.checkpoints.zips import Entry, read_directory
-from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError, UnsupportedFormatError
+from bnfreeze.checkpoints.torch_tensors import read_torch_pickle
+from bnfreeze.errors import CorruptCheckpointError
 
-__all__ = ["read_torch_zip"]
+__all__ = ["read_archive", "read_torch_zip"]
 
 
-def read_torch_zip(source: Source) -> Any:
+def read_torch_zip(file: OpenFile) -> Content:
     """What was saved, with a `StoredTensor` for each tensor.
 
     Raises:
-        CheckpointError: refused, damaged, or another kind of zip file.
+        CheckpointError: refused or damaged.
     """
-    records = _records(read_directory(source, _recognise))
-    pickle = records["data.pkl"]
+    described = read_archive(file)
+    return Content(described.root, described.made)
+
+
+def read_archive(file: OpenFile) -> Described:
+    """What the pickle in the archive describes, with its tensors in the archive's records.
+
+    Raises:
+        CheckpointError: refused or damaged.
+    """
+    folders = {name.partition("/")[0] for name in file.entries}
+    if "data.pkl" not in file.entries and len(folders) > 1:
+        raise CorruptCheckpointError("Ambiguous: the zip file has several folders at its top.")
+    pickle = entry_of(file, "data.pkl")
     check_limit(pickle.source.size, MAX_PICKLE_BYTES, "bytes of a pickle")
-    order = records["byteorder"].source.head(10) if "byteorder" in records else b"little"
-    if order not in (b"little", b"big"):
-        raise CorruptCheckpointError(f"Damaged: a byte order that does not exist: {order!r}.")
+    swapped = _is_big_endian(file)
     found: dict[str, Record] = {}
 
     def find(key: str, size: int, _: int) -> Record:
         if key not in found:
-            entry = records.get(f"data/{key}")
+            entry = file.entries.get(f"data/{key}")
             if entry is None:
                 raise CorruptCheckpointError(
                     f"Damaged: a tensor's storage 'data/{key:.80}' is missing."
                 )
-            found[key] = Record(entry.source, order == b"big", entry.checksum)
+            found[key] = Record(entry.source, swapped, entry.checksum)
         if found[key].source.size != size:
             raise CorruptCheckpointError(
                 f"Damaged: a storage is said to have {size:,} bytes, "
@@ -44,28 +52,13 @@ def read_torch_zip(source: Source) -> Any:
             )
         return found[key]
 
-    try:
-        return read_torch_pickle(pickle.read(), find)[0]
-    except UnsafeCheckpointError as refusal:
-        raise refused_with_advice(refusal) from None
+    return read_torch_pickle(Source.of(pickle.read()), find)
 
 
-def _recognise(names: Iterable[str]) -> None:
-    """Raise for zip files of other kinds."""
-    below = {name.partition("/")[2] for name in names}
-    if "constants.pkl" in below or any(name.startswith("code/") for name in below):
-        raise UnsupportedFormatError(
-            "A TorchScript file: it holds code. Where you trust it, save its values alone: "
-            "torch.save(torch.jit.load(file).state_dict(), 'weights.pt')."
-        )
-    if "data.pkl" not in below:
-        raise UnsupportedFormatError("A zip file, but none of torch.save: it has no data.pkl.")
-
-
-def _records(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """The entries by their names below the archive's own folder."""
-    folders = {name.partition("/")[0] for name in entries}
-    records = {name.partition("/")[2]: entry for name, entry in entries.items()}
-    if len(folders) > 1 or len(records) < len(entries):
-        raise CorruptCheckpointError("Ambiguous: the zip file has several folders at its top.")
-    return records
+def _is_big_endian(file: OpenFile) -> bool:
+    if "byteorder" not in file.entries:
+        return False
+    order = file.entries["byteorder"].source.head(10)
+    if order not in (b"little", b"big"):
+        raise CorruptCheckpointError(f"Damaged: a byte order that does not exist: {order!r}.")
+    return order == b"big"

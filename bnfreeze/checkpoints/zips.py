@@ -1,22 +1,22 @@
-"""The zip container of torch.save, checked whole before anything of it is used.
+"""Zip archives, checked whole before anything of them is used.
 
-torch writes one shape of zip file: every entry stored as it is, one after the other, the directory
-last, no comment, nothing left over. Only that shape is read, so that no two readers can see two
-different files in the same bytes.
+torch and NumPy write one shape of zip file: entries one after the other, the directory last, no
+comment, nothing left over. Only that shape is read, so that no two readers can see two different
+files in the same bytes. What is read of it must be stored as it is; other entries may be
+compressed.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
 from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, MAX_RECORDS, check_limit
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError
+from bnfreeze.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 
 __all__ = ["Entry", "read_directory"]
 
@@ -33,32 +33,91 @@ _IS_FOLDER: Final = 0x10
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A file in the zip: where its bytes lie, and their CRC-32 (None where it was left out)."""
+    """A file in the archive.
+
+    Attributes:
+        name: as the directory has it.
+        size: of its bytes.
+        checksum: the CRC-32 of its bytes; None where it was left out.
+        refusal: why it must not be read; None where it may.
+    """
 
     name: str
-    source: Source
+    size: int
     checksum: int | None
+    refusal: CheckpointError | None
+    _source: Source
+
+    @property
+    def source(self) -> Source:
+        """Its bytes. What stands before them in the file is checked when they are first read.
+
+        Raises:
+            CheckpointError: it must not be read.
+        """
+        if self.refusal is not None:
+            raise self.refusal
+        return self._source
 
     def read(self) -> bytes:
         """All of it, checked against the checksum."""
-        data = self.source.read(0, self.source.size)
+        data = self.source.read(0, self.size)
         if self.checksum is not None and zlib.crc32(data) != self.checksum:
             raise CorruptCheckpointError(f"Damaged: {self.name!r} does not match its checksum.")
         return data
 
 
-def read_directory(
-    source: Source, recognise: Callable[[Iterable[str]], None] = lambda names: None
-) -> dict[str, Entry]:
+@dataclass
+class _Place:
+    """What the directory says of where an entry lies.
+
+    Attributes:
+        name: as its bytes.
+        at: where its local header begins.
+        packed: how many bytes it takes behind that.
+        size: how many it has.
+        end: where the next begins.
+    """
+
+    name: bytes
+    at: int
+    packed: int
+    size: int
+    end: int = 0
+
+    def begin(self, source: Source) -> int:
+        """Where its bytes begin, by its local header.
+
+        Raises:
+            CorruptCheckpointError: that is not there, or says something else.
+        """
+        shown = self.name.decode(errors="replace")
+        local = _LOCAL.unpack(source.read(self.at, _LOCAL.size))
+        begin: int = self.at + _LOCAL.size + local[9] + local[10]
+        if (
+            local[0] != b"PK\3\4"
+            or local[2] & _ENCRYPTED
+            or local[3]
+            or source.read(self.at + _LOCAL.size, local[9]) != self.name
+        ):
+            raise CorruptCheckpointError(
+                f"Damaged: {shown!r} is not where the zip file's directory says."
+            )
+        sizes = zip((local[7], local[8]), (self.packed, self.size), strict=True)
+        if not local[2] & _SIZES_FOLLOW and any(
+            here not in (there, 0xFFFFFFFF) for here, there in sizes
+        ):
+            raise CorruptCheckpointError(f"Damaged: {shown!r} has one size here and another there.")
+        if begin + self.packed > self.end:
+            raise CorruptCheckpointError("Damaged: entries of the zip file overlap.")
+        return begin
+
+
+def read_directory(source: Source) -> dict[str, Entry]:
     """The entries of a zip file, by name.
 
-    Args:
-        source: the file.
-        recognise: is given all names before anything is refused for how it is packed; it may
-            raise an error that tells more.
-
     Raises:
-        UnsafeCheckpointError: compressed or encrypted entries, or more than the limits allow.
+        UnsafeCheckpointError: more than the limits allow.
         CorruptCheckpointError: truncated, ambiguous, or contradicting itself.
     """
     count, start, end = _directory(source)
@@ -67,12 +126,10 @@ def read_directory(
     directory = source.read(start, end - start)
     entries: dict[str, Entry] = {}
     folded: set[str] = set()
-    ranges: list[tuple[int, int]] = []
-    refusals: list[str] = []
+    places: list[_Place] = []
     position = 0
     for _ in range(count):
-        entry, refusal, extent, position = _entry(source, directory, position, start)
-        refusals += [refusal] if refusal else []
+        entry, place, position = _entry(source, directory, position)
         # torch's reader finds names whatever their case.
         if entry.name.casefold() in folded:
             raise CorruptCheckpointError(
@@ -80,17 +137,15 @@ def read_directory(
             )
         folded.add(entry.name.casefold())
         entries[entry.name] = entry
-        ranges.append(extent)
+        places.append(place)
     if position != len(directory):
         raise CorruptCheckpointError(
             "Damaged: the zip file's directory does not have its own length."
         )
-    recognise(entries)
-    if refusals:
-        raise UnsafeCheckpointError(refusals[0])
-    ranges.sort()
-    for (_, before), (after, _) in pairwise(ranges):
-        if after < before:
+    places.sort(key=lambda place: place.at)
+    for place, following in pairwise([*places, _Place(b"", start, 0, 0)]):
+        place.end = following.at
+        if place.at + _LOCAL.size + len(place.name) + place.packed > place.end:
             raise CorruptCheckpointError("Damaged: entries of the zip file overlap.")
     return entries
 
@@ -130,15 +185,8 @@ def _directory(source: Source) -> tuple[int, int, int]:
     return count, start, end
 
 
-def _entry(
-    source: Source, directory: bytes, position: int, limit: int
-) -> tuple[Entry, str, tuple[int, int], int]:
-    """One entry of the directory.
-
-    Returns:
-        the entry, why it must not be read (empty where it may), the bytes that it takes in the
-        file, and the position of the next.
-    """
+def _entry(source: Source, directory: bytes, position: int) -> tuple[Entry, _Place, int]:
+    """One entry of the directory, where it lies, and the position of the next."""
     if position + _CENTRAL.size > len(directory):
         raise CorruptCheckpointError("Damaged: the zip file's directory breaks off.")
     fields = _CENTRAL.unpack_from(directory, position)
@@ -155,40 +203,25 @@ def _entry(
         name = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise CorruptCheckpointError("Damaged: a name in the zip file is no text.") from None
-    # torch's reader gives zeros for what is marked as a folder.
-    if fields[15] & _IS_FOLDER or name.endswith("/"):
-        raise CorruptCheckpointError(f"Ambiguous: the zip file has {name!r} as a folder.")
     if "\0" in name:
         raise CorruptCheckpointError("Ambiguous: a name in the zip file has a NUL in it.")
     extra = directory[position + lengths[0] : position + lengths[0] + lengths[1]]
     size, packed, at = _wide_sizes(extra, size, packed, at)
-    refusal = ""
-    if flags & _ENCRYPTED:
-        refusal = f"Refused: {name!r} in it is encrypted; torch.save never does that."
+    refusal: CheckpointError | None = None
+    if fields[15] & _IS_FOLDER or name.endswith("/"):
+        # torch's reader gives zeros for what is marked as a folder.
+        refusal = CorruptCheckpointError(f"Ambiguous: the zip file has {name!r} as a folder.")
+    elif flags & _ENCRYPTED:
+        refusal = UnsafeCheckpointError(f"Refused: {name!r} in it is encrypted.")
     elif method or packed != size:
-        refusal = (
-            f"Refused: {name!r} in it is compressed and may grow without bounds; torch.save "
-            f"stores plainly. Unpack it, and zip it again with `zip -0`, where you trust it."
+        refusal = UnsafeCheckpointError(
+            f"Refused: {name!r} in it is compressed and may grow without bounds. "
+            f"If you trust the file, unpack it and zip it again with `zip -0`."
         )
-    local = _LOCAL.unpack(source.read(at, _LOCAL.size))
-    begin = at + _LOCAL.size + local[9] + local[10]
-    if (
-        local[0] != b"PK\3\4"
-        or (not refusal and (local[2] & _ENCRYPTED or local[3]))
-        or source.read(at + _LOCAL.size, local[9]) != raw
-        or begin + packed > limit
-    ):
-        raise CorruptCheckpointError(
-            f"Damaged: {name!r} is not where the zip file's directory says."
-        )
-    told = zip((local[7], local[8]), (packed, size), strict=True)
-    if not local[2] & _SIZES_FOLLOW and any(
-        here not in (there, 0xFFFFFFFF) for here, there in told
-    ):
-        raise CorruptCheckpointError(f"Damaged: {name!r} has one size here and another there.")
-    # A checksum of 0 is what torch writes when it is told to leave them out.
-    entry = Entry(name, source.part(begin, packed), checksum or None)
-    return entry, refusal, (at, begin + packed), after
+    place = _Place(raw, at, packed, size)
+    data = source.later(lambda: place.begin(source), packed)
+    # torch writes a checksum of 0 when checksums are switched off.
+    return Entry(name, size, checksum or None, refusal, data), place, after
 
 
 def _wide_sizes(extra: bytes, size: int, packed: int, at: int) -> tuple[int, int, int]:

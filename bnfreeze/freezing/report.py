@@ -77,12 +77,6 @@ class FreezeReport(Printable):
             "findings": [finding.to_dict() for finding in self.findings],
         }
 
-    def __repr__(self) -> str:
-        return (
-            f"<FreezeReport of {self.call}: {self._verdict()} "
-            f"{_count(len(self.findings), 'finding')}>"
-        )
-
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
         norms = self._norms()

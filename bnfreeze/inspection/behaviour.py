@@ -186,7 +186,8 @@ def affine_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
 def _trains_affine(layer: nn.Module, optimized: Mapping[int, str] | None) -> tuple[bool, str]:
     parameters = affine_parameters(layer)
     if not parameters:
-        return False, "it has neither"
+        buffers = any(layer._buffers.get(name) is not None for name in AFFINE)
+        return False, "buffers: no optimizer trains them" if buffers else "it has neither"
     record = record_of(layer)
     policy = f"frozen by policy {record.policy}" if record else ""
     frozen = record.requires_grad if record else {}

@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bnfreeze.inspection.code_calls import RUNS_CODE
 from bnfreeze.inspection.origin import Origin
 from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.stored_layers import BATCH_NORM, Spread, StoredLayer
 from bnfreeze.inspection.tree import Scale, outline
 from bnfreeze.tables import Sheet
 
-__all__ = ["CheckpointInspection"]
+__all__ = ["CheckpointInspection", "Unread"]
 
 _BAR = 12
+_LEGEND = "C: channels; a…b: range; bars: spread, on one axis; < >: values beyond it"
+_DEAD = "; dead: variance < 1e-5 or |weight| < 1e-3"
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A model of a checkpoint that could not be read.
+
+    Attributes:
+        key: its dotted key.
+        error: the class of the error, such as ``"CorruptCheckpointError"``.
+        message: what is wrong with it.
+    """
+
+    key: str
+    error: str
+    message: str
 
 
 @dataclass(frozen=True)
 class CheckpointInspection(Inspection):
-    """The norm layers of a checkpoint or a state_dict.
+    """The norm layers of a checkpoint or a state_dict, of all models in it.
 
     Attributes:
         origin: where they were found.
-        sorted_by: by what the layers are sorted; empty for the file's own order.
+        sorted_by: by what the layers of each model are sorted; empty for the file's own order.
+        unread: the models that could not be read, if others could.
+        weights: whether the table has the range of the weights.
     """
 
     layers: tuple[StoredLayer, ...]
     origin: Origin
     sorted_by: str = ""
+    unread: tuple[Unread, ...] = ()
+    weights: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether every model was read, and there is no finding of level ``"error"``."""
+        return super().ok and not self.unread
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data with stable keys."""
-        return {"schema": 2, **asdict(self.origin), **super().to_dict()}
+        unread = [asdict(one) for one in self.unread]
+        return {"schema": 2, **asdict(self.origin), "unread": unread, **super().to_dict()}
 
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
         layers = self.layers
         means = Scale([x.mean.deciles for x in layers if x.mean], positive=False)
         variances = Scale([x.var.deciles for x in layers if x.var], positive=True)
-        names = [layer.name or "(the model)" for layer in layers]
-        # A tree has an order of its own.
-        lines = (
-            list(zip(names, range(len(names)), strict=True)) if self.sorted_by else outline(names)
-        )
+        lines = list(self._lines())
         columns = (
             "layer",
             "kind",
@@ -53,13 +77,14 @@ class CheckpointInspection(Inspection):
             means.ends(_BAR),
             "variance",
             variances.ends(_BAR),
+            "weight",
             "dead",
             "dtype",
         )
         shared = {
             column
             for column, values in (
-                ("kind", {layer.kind for layer in layers}),
+                ("kind", {_kind(layer) for layer in layers}),
                 ("batches", {layer.batches for layer in layers}),
                 ("dtype", {layer.dtype for layer in layers}),
             )
@@ -69,7 +94,7 @@ class CheckpointInspection(Inspection):
             (
                 line,
                 *(
-                    _cells(layers[index], means, variances, shared)
+                    _cells(layers[index], means, variances, shared, weights=self.weights)
                     if index is not None
                     else ("",) * (len(columns) - 1)
                 ),
@@ -83,41 +108,71 @@ class CheckpointInspection(Inspection):
             findings=self.findings,
             verdict=_verdict(self, shared),
             further=frozenset({"kind", "dtype", columns[5]}),
-            notes=self.origin.summary(),
+            notes=(
+                *self.origin.summary(),
+                *(f"{one.key} was not read: {one.message}" for one in self.unread),
+            ),
             findings_first=True,
             pictures=frozenset({columns[5], columns[7]}),
+            legend=_LEGEND + (_DEAD if any(layer.near_dead for layer in layers) else ""),
         )
+
+    def _lines(self) -> Iterator[tuple[str, int | None]]:
+        """The first cell of each row, and the index of its layer; None for a heading."""
+        by_key: dict[str, list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            by_key.setdefault(layer.key, []).append(index)
+        for key, indexes in by_key.items():
+            if len(by_key) > 1:
+                yield f"{key or '(top)'}:", None
+            names = [self.layers[index].name or "(the model)" for index in indexes]
+            # A tree has an order of its own.
+            tree = zip(names, range(len(names)), strict=True) if self.sorted_by else outline(names)
+            for line, place in tree:
+                yield line, None if place is None else indexes[place]
 
     def lines(self) -> list[tuple[str, ...]]:
         """One line a layer, for grep: a cell for each fact."""
+        codes: dict[tuple[str, str], set[str]] = {}
+        for one in self.findings:
+            codes.setdefault((one.key, one.name), set()).add(one.code)
         return [
             (
+                *([layer.key or "(top)"] if len(self.origin.models) > 1 else []),
                 layer.name or "(the model)",
                 layer.kind,
                 f"C={layer.num_features}",
                 f"batches={'-' if layer.batches is None else layer.batches}",
                 f"mean={_range(layer.mean, '..')}",
                 f"var={_range(layer.var, '..')}",
+                *([f"weight={_range(layer.weight, '..')}"] if self.weights else []),
                 f"dead={layer.near_dead}",
                 layer.dtype,
-                ",".join(sorted({f.code for f in self.findings if f.name == layer.name})) or "-",
+                ",".join(sorted(codes.get((layer.key, layer.name), ()))) or "-",
             )
             for layer in self.layers
         ]
 
 
-def _cells(layer: StoredLayer, means: Scale, variances: Scale, shared: set[str]) -> tuple[str, ...]:
+def _cells(
+    layer: StoredLayer, means: Scale, variances: Scale, shared: set[str], *, weights: bool
+) -> tuple[str, ...]:
     return (
-        "" if "kind" in shared else layer.kind,
+        "" if "kind" in shared else _kind(layer),
         str(layer.num_features),
         "" if "batches" in shared else "–" if layer.batches is None else str(layer.batches),
         _range(layer.mean, "…"),
         means.draw(layer.mean.deciles if layer.mean else None, _BAR),
         _range(layer.var, "…"),
         variances.draw(layer.var.deciles if layer.var else None, _BAR),
+        _range(layer.weight, "…") if weights else "",
         str(layer.near_dead) if layer.near_dead else "",
         "" if "dtype" in shared else layer.dtype,
     )
+
+
+def _kind(layer: StoredLayer) -> str:
+    return f"{layer.kind} (frozen)" if layer.frozen_by else layer.kind
 
 
 def _range(spread: Spread | None, between: str) -> str:
@@ -127,8 +182,9 @@ def _range(spread: Spread | None, between: str) -> str:
 def _verdict(inspection: CheckpointInspection, shared: set[str]) -> str:
     layers: Sequence[StoredLayer] = inspection.layers
     if not layers:
-        return "No whole norm layer." if inspection.findings[0].name else "No norm layer."
-    kinds = {layer.kind for layer in layers}
+        named = any(finding.name for finding in inspection.findings)
+        return "No whole norm layer." if named else "No norm layer."
+    kinds = {_kind(layer) for layer in layers}
     text = f"{len(layers)} norm layer{'s' if len(layers) > 1 else ''}"
     text += f", all {kinds.pop()}" if len(kinds) == 1 and kinds != {BATCH_NORM} else ""
     text += f" in {layers[0].dtype}" if "dtype" in shared else ""
@@ -137,10 +193,22 @@ def _verdict(inspection: CheckpointInspection, shared: set[str]) -> str:
     channels = sum(layer.num_features for layer in layers)
     dead = sum(layer.near_dead for layer in layers)
     text += f", {dead:,} of {channels:,} channels near-dead" if dead else ""
-    errors = len({finding.name for finding in inspection.findings if finding.level == "error"})
+    broken = len(
+        {
+            (one.key, one.name)
+            for one in inspection.findings
+            if one.level == "error" and one.code != RUNS_CODE
+        }
+    )
     warnings = sum(finding.level == "warning" for finding in inspection.findings)
-    if errors:
-        return f"{text}: {errors} {'layer is' if errors == 1 else 'layers are'} broken."
+    if inspection.unread:
+        text += f"; {len(inspection.unread)} of {len(inspection.origin.models)} models not read"
+    if any(one.level == "error" and one.code == RUNS_CODE for one in inspection.findings):
+        text += "; loading the file would run code"
+    if broken:
+        return f"{text}: {broken} {'layer is' if broken == 1 else 'layers are'} broken."
+    if not inspection.ok:
+        return f"{text}."
     if warnings:
         return f"{text}: usable, with {warnings} warning{'s' if warnings > 1 else ''}."
     return f"{text}: all sound."

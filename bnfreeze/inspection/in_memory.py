@@ -9,14 +9,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from bnfreeze.checkpoints import StateDict, StoredTensor
-from bnfreeze.checkpoints.state_dicts import find_state_dict
+from bnfreeze.checkpoints import StoredTensor, find_state_dicts
 from bnfreeze.checkpoints.stored_tensor import Words
+from bnfreeze.inspection.origin import Found
 from bnfreeze.torch_private import DisableTorchFunctionSubclass
 
-__all__ = ["TensorInMemory", "read_tensor", "shard_of", "state_dict_in", "why_unreadable"]
+__all__ = ["TensorInMemory", "found_in", "read_tensor", "shard_of", "why_unreadable"]
 
 
 def shard_of(tensor: Tensor) -> Tensor | None:
@@ -30,14 +30,13 @@ def shard_of(tensor: Tensor) -> Tensor | None:
 
 def why_unreadable(tensor: Tensor) -> str:
     """Why the tensor's bits cannot be read; empty if they can."""
-    if type(tensor) not in (Tensor, Parameter):
-        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-            return "it has not seen an input yet"
-        own = shard_of(tensor)
-        if own is not None:
-            return why_unreadable(own)
-        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return f"bnfreeze cannot read the values of a {type(tensor).__name__}"
+    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+        return "it has not seen an input yet"
+    own = shard_of(tensor)
+    if own is not None:
+        return why_unreadable(own)
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"bnfreeze cannot read the values of a {type(tensor).__name__}"
     if tensor.is_meta:
         return "it is on the meta device and has no values"
     if tensor.is_nested or tensor.layout is not torch.strided:
@@ -93,25 +92,26 @@ class TensorInMemory(StoredTensor):
         return flat.view(torch.uint8).numpy().view(np.dtype(f"<u{size}"))
 
 
-def state_dict_in(saved: Mapping[str, Any], key: str | None = None) -> StateDict:
-    """Find the state_dict in a mapping: a state_dict itself, or a checkpoint that holds one.
+def found_in(saved: Mapping[str, Any], kind: str = "state_dict", key: str | None = None) -> Found:
+    """The state_dicts in a mapping: itself, or those that it holds.
 
     Raises:
-        UnsupportedFormatError: it holds no tensors by name.
+        UnsupportedFormatError: it holds no tensors by name, or none under the key.
     """
-    return find_state_dict(_described(saved), key)
+    return Found(find_state_dicts(_described(saved)).chosen(key), kind=kind)
 
 
-def _described(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The same dicts with each tensor described; each dict once, without recursion."""
-    made: dict[int, dict[str, Any]] = {id(saved): {}}
-    waiting = [saved]
+def _described(saved: Mapping[str, Any]) -> Any:
+    """The same dicts and lists with each tensor described; each once, without recursion."""
+    made: dict[int, Any] = {id(saved): {}}
+    waiting: list[Any] = [saved]
     while waiting:
         holder = waiting.pop()
-        for name, value in holder.items():
+        items = holder.items() if isinstance(holder, Mapping) else enumerate(holder)
+        for name, value in items:
             if isinstance(value, Tensor):
                 made[id(holder)][name] = TensorInMemory(value)
-            elif isinstance(value, Mapping):
+            elif isinstance(value, Mapping | list | tuple):
                 if id(value) not in made:
                     made[id(value)] = {}
                     waiting.append(value)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, overload
 
-from bnfreeze.checkpoints import StateDict, StoredTensor, open_checkpoint, telling
-from bnfreeze.errors import PolicyError
-from bnfreeze.inspection.checkpoint import CheckpointInspection
-from bnfreeze.inspection.origin import Origin
+from bnfreeze.checkpoints import StateDict, naming_file, open_checkpoint
+from bnfreeze.checkpoints.limits import MAX_CHANNELS, check_limit
+from bnfreeze.errors import CheckpointError, PolicyError
+from bnfreeze.findings import Finding, worst_first
+from bnfreeze.inspection.checkpoint import CheckpointInspection, Unread
+from bnfreeze.inspection.code_calls import code_findings
+from bnfreeze.inspection.origin import Found
 from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.stored_layers import StoredLayer, stored_layers
 from bnfreeze.patterns import Pattern, nearest
@@ -24,13 +29,19 @@ __all__ = ["SORTS", "inspect", "inspect_checkpoint", "selected"]
 
 # What layers can be sorted by; the most unusual come first.
 SORTS: Final[dict[str, Callable[[StoredLayer], Any]]] = {
-    "name": lambda layer: layer.name,
+    "name": lambda layer: _natural(layer.name),
     "features": lambda layer: -layer.num_features,
     "batches": lambda layer: -1 if layer.batches is None else layer.batches,
     "mean": lambda layer: -max(abs(layer.mean.low), abs(layer.mean.high)) if layer.mean else 0.0,
     "var": lambda layer: layer.var.low if layer.var else float("-inf"),
-    "dead": lambda layer: -layer.near_dead / (layer.num_features or 1),
+    "dead": lambda layer: -layer.near_dead,
 }
+
+
+def _natural(name: str) -> list[Any]:
+    """A key that sorts `layer.2` before `layer.10`."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
+
 
 # Of a file's module names: a suggestion is looked for among the first.
 _SUGGESTED_FROM: Final = 20_000
@@ -74,12 +85,14 @@ def inspect(
 
     Args:
         what: an `nn.Module` (wrappers such as DistributedDataParallel and torch.compile's too),
-            a state_dict or a mapping that holds one, or the path of a checkpoint: a file of
-            torch.save, safetensors, a ``*.index.json`` of shards, or a folder of
-            torch.distributed.checkpoint.
+            a state_dict or a mapping that holds some, or the path of a checkpoint: a file of
+            torch.save, torch.jit.save or torch.export.save, safetensors, a ``*.index.json`` of
+            shards, pickled or zipped NumPy arrays, ONNX, or a folder of
+            torch.distributed.checkpoint or Hugging Face.
         optimizer: for a live model, its optimizer or several. With it, a weight or bias that is in
             none of them is known not to train, and one with a leftover gradient is known to move.
-        key: of several state_dicts in one checkpoint, the one meant, such as ``"model_ema"``.
+        key: of several models in one checkpoint, the one meant, such as ``"model_ema"``; None
+            for all of them.
 
     Returns:
         A `ModelInspection` or a `CheckpointInspection`; print it, or read ``.layers``,
@@ -95,9 +108,9 @@ def inspect(
         return inspect_checkpoint(what, key=key)
     if isinstance(what, Mapping):
         _no_optimizer(optimizer)
-        from bnfreeze.inspection.in_memory import state_dict_in
+        from bnfreeze.inspection.in_memory import found_in
 
-        return _inspection_of(state_dict_in(what, key), "", "state_dict")
+        return _inspection_of(found_in(what, key=key))
     if key is not None:
         raise TypeError("key: a live model has no keys; it is for checkpoints.")
     from bnfreeze.inspection.live import inspect_model
@@ -116,45 +129,69 @@ def inspect_checkpoint(
     key: str | None = None,
     select: Sequence[str] = (),
     sort: str = "",
+    weights: bool = False,
 ) -> CheckpointInspection:
     """Say what the norm layers of a checkpoint hold.
 
     Args:
         path: a file or folder.
-        key: of several state_dicts, the one meant.
+        key: of several models, the one meant; None for all of them.
         select: patterns of layer names; none means all.
         sort: one of `SORTS`; empty for the file's order.
+        weights: whether the table has the range of the weights.
 
     Raises:
         CheckpointError: it was not read.
         PolicyError: a pattern that is malformed or matches no layer.
     """
     with open_checkpoint(path) as checkpoint:
-        found = checkpoint.state_dict(key)
-        with telling(checkpoint.path):
-            return _inspection_of(
-                found, str(checkpoint.path), checkpoint.kind, select=select, sort=sort
-            )
+        found = Found.in_checkpoint(checkpoint, key)
+        with naming_file(checkpoint.path):
+            return replace(_inspection_of(found, select=select, sort=sort), weights=weights)
 
 
 def _inspection_of(
-    found: StateDict, path: str, kind: str, *, select: Sequence[str] = (), sort: str = ""
+    found: Found, *, select: Sequence[str] = (), sort: str = ""
 ) -> CheckpointInspection:
-    layers, findings = stored_layers(selected(found.tensors, select), found.key)
-    if sort:
-        layers = tuple(sorted(layers, key=SORTS[sort]))
-    return CheckpointInspection(layers, findings, Origin.of(found, path, kind), sort)
+    models = selected(found.parts.models, select)
+    channels = sum(
+        tensor.numel
+        for model in models
+        for name, tensor in model.tensors.items()
+        if name.endswith("running_mean")
+    )
+    if len(models) > 1:
+        check_limit(channels, MAX_CHANNELS, "channels in all models")
+    layers: list[StoredLayer] = []
+    findings: list[Finding] = [*code_findings(found.calls)]
+    unread: list[Unread] = []
+    for model in models:
+        try:
+            own, own_findings = stored_layers(model)
+        except CheckpointError as error:
+            if len(models) == 1:
+                raise
+            # The others are shown all the same.
+            unread.append(Unread(model.key, type(error).__name__, str(error)))
+            continue
+        layers += sorted(own, key=SORTS[sort]) if sort else own
+        findings += own_findings
+    return CheckpointInspection(
+        tuple(layers), worst_first(findings), found.origin(models), sort, tuple(unread)
+    )
 
 
-def selected(tensors: Mapping[str, StoredTensor], select: Sequence[str]) -> dict[str, StoredTensor]:
-    """The tensors of the modules that a pattern matches; all where there are no patterns.
+def selected(parts: Sequence[StateDict], select: Sequence[str]) -> tuple[StateDict, ...]:
+    """The tensors of the modules that a pattern matches, in each state_dict.
+
+    Patterns match names within a state_dict. Where there are no patterns, all is selected.
 
     Raises:
         PolicyError: a pattern that is malformed or matches nothing; names the nearest.
     """
     if not select:
-        return dict(tensors)
-    modules = {name: name.rpartition(".")[0] for name in tensors}
+        return tuple(parts)
+    modules = {name: name.rpartition(".")[0] for part in parts for name in part.tensors}
     wanted: set[str] = set()
     for text in select:
         pattern = Pattern.parse(text)
@@ -162,7 +199,14 @@ def selected(tensors: Mapping[str, StoredTensor], select: Sequence[str]) -> dict
         if not matching:
             raise PolicyError(f"Pattern {text!r} matches nothing in it.{_hint(text, modules)}")
         wanted |= matching
-    return {name: tensors[name] for name, module in modules.items() if module in wanted}
+    chosen = (
+        replace(
+            part,
+            tensors={name: part.tensors[name] for name in part.tensors if modules[name] in wanted},
+        )
+        for part in parts
+    )
+    return tuple(part for part in chosen if part.tensors)
 
 
 def _hint(text: str, modules: Mapping[str, str]) -> str:

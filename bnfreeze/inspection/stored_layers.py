@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bnfreeze.checkpoints import StateDict
 from bnfreeze.checkpoints.limits import MAX_CHANNELS, check_limit
 from bnfreeze.checkpoints.stored_tensor import StoredTensor, shown
 from bnfreeze.errors import CheckpointError
@@ -61,7 +62,8 @@ class StoredLayer:
 
     Attributes:
         name: the dotted name; empty where the model itself is the layer.
-        kind: `BATCH_NORM` where the layer counts its batches; else `FROZEN_OR_OLD`: a frozen
+        kind: the name of its class, of a model that was saved whole. Of a state_dict, which has no
+            classes, `BATCH_NORM` where the layer counts its batches; else `FROZEN_OR_OLD`: a frozen
             look-alike, or a batch norm that was saved before torch 0.4.1. An instance norm that
             tracks statistics has the same names, and is called a batch norm.
         num_features: the number of channels C.
@@ -73,7 +75,12 @@ class StoredLayer:
         near_dead: how many channels give next to nothing: the variance is below 1e-5 (eps
             outweighs it) or the weight is below 1e-3. A negative variance is none of these: it is
             an error.
+        weight: the spread of the weight; None where it has none or no finite value.
         key: the dotted key of its state_dict in the checkpoint; empty at the top.
+        eps: of a model that was saved whole; None where it is not known.
+        momentum: likewise.
+        training: the flag it was saved with, likewise.
+        frozen_by: ``"bnfreeze"`` for a layer of a model that was saved whole while frozen.
     """
 
     name: str
@@ -85,26 +92,27 @@ class StoredLayer:
     mean: Spread | None
     var: Spread | None
     near_dead: int
+    weight: Spread | None = None
     key: str = ""
+    eps: float | None = None
+    momentum: float | None = None
+    training: bool | None = None
+    frozen_by: str | None = None
 
 
-def stored_layers(
-    tensors: Mapping[str, StoredTensor], key: str = ""
-) -> tuple[tuple[StoredLayer, ...], tuple[Finding, ...]]:
-    """Find the norm layers of a state_dict and what a person should know about them.
+def stored_layers(model: StateDict) -> tuple[tuple[StoredLayer, ...], tuple[Finding, ...]]:
+    """Find the norm layers of a model and what a person should know about them.
 
     Only their own tensors are read.
-
-    Args:
-        tensors: the state_dict.
-        key: where it was found in its checkpoint; empty for the top.
 
     Raises:
         CheckpointError: one of them cannot be read.
     """
+    tensors, key = model.tensors, model.key
     layers: list[StoredLayer] = []
     findings: list[Finding] = []
     channels = 0
+    uncounted: list[str] = []
     for name in _layer_names(tensors):
         own = {
             part: tensors[_join(name, part)]
@@ -118,12 +126,15 @@ def stored_layers(
         channels += own["running_mean"].numel
         check_limit(channels, MAX_CHANNELS, f"channels up to {name!r:.200}")
         try:
-            layer, own_findings = _layer(name, own, key)
+            layer, own_findings = _layer(name, own, model)
         except CheckpointError as error:
             raise type(error)(f"{name}: {error}") from None
         layers.append(layer)
         findings += own_findings
-    findings += _across(layers, key)
+        # Where the class is known, there is nothing to guess.
+        if _STATISTICS[2] not in own and name not in model.layers:
+            uncounted.append(name)
+    findings += _across(layers, key, uncounted)
     if not layers and not findings:
         findings.append(
             finding(
@@ -163,15 +174,17 @@ def _mismatch(own: Mapping[str, StoredTensor]) -> str:
 
 
 def _layer(
-    name: str, own: Mapping[str, StoredTensor], key: str
+    name: str, own: Mapping[str, StoredTensor], model: StateDict
 ) -> tuple[StoredLayer, list[Finding]]:
+    settings, key = model.layers.get(name), model.key
+    guessed = BATCH_NORM if _STATISTICS[2] in own else FROZEN_OR_OLD
     channels = own["running_mean"].numel
     mean, var, weight = (_real(own.get(part)) for part in ("running_mean", "running_var", "weight"))
     count = own[_STATISTICS[2]].item() if _STATISTICS[2] in own else None
     batches = int(count) if isinstance(count, int) else None
     layer = StoredLayer(
         name=name,
-        kind=BATCH_NORM if _STATISTICS[2] in own else FROZEN_OR_OLD,
+        kind=settings.class_name.rpartition(".")[2] or guessed if settings else guessed,
         num_features=channels,
         batches=batches,
         dtype=own["running_var"].dtype,
@@ -179,10 +192,17 @@ def _layer(
         mean=None if mean is None else Spread.of(mean),
         var=None if var is None else Spread.of(var),
         near_dead=_near_dead(var, weight),
+        weight=None if weight is None else Spread.of(weight),
         key=key,
+        eps=settings.eps if settings else None,
+        momentum=settings.momentum if settings else None,
+        training=settings.training if settings else None,
+        frozen_by=(settings.frozen_by or None) if settings else None,
     )
     dtypes = (own["running_mean"].dtype, own["running_var"].dtype)
-    findings = list(statistics_findings(name, mean, var, batches, None, dtypes=dtypes, key=key))
+    findings = list(
+        statistics_findings(name, mean, var, batches, layer.eps, dtypes=dtypes, key=key)
+    )
     findings += _own_findings(name, mean, var, key)
     return layer, findings
 
@@ -222,11 +242,10 @@ def _own_findings(
         )
 
 
-def _across(layers: list[StoredLayer], key: str) -> Iterator[Finding]:
+def _across(layers: list[StoredLayer], key: str, uncounted: Iterable[str]) -> Iterator[Finding]:
     """What only all layers together show."""
-    for layer in layers:
-        if layer.kind == FROZEN_OR_OLD:
-            yield finding("stats-count-missing", layer.name, key=key)
+    for name in uncounted:
+        yield finding("stats-count-missing", name, key=key)
     counts = Counter(layer.batches for layer in layers if layer.batches is not None)
     if len(counts) > 1:
         (usual, number), *rest = counts.most_common()

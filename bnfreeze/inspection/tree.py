@@ -111,12 +111,17 @@ class Scale:
             self._place = lambda v: math.copysign(math.log1p(min(abs(v) / unit, 1e300)), v)
 
     def ends(self, width: int) -> str:
-        """The least and the greatest value, at the two ends of the axis."""
+        """The two ends of the axis, above the bars of `draw`."""
         low, high = f"{self._low:.2g}", f"{self._high:.2g}"
-        return f"{low} {high:>{max(width - len(low) - 1, 0)}}"
+        return f" {low} {high:>{max(width - len(low) - 1, 0)}}"
 
     def draw(self, deciles: Sequence[float] | None, width: int) -> str:
-        """Bars where a layer's values lie on the axis; the more values, the taller."""
+        """Bars where a layer's values lie on the axis; the more values, the taller.
+
+        Args:
+            deciles: of the layer's values, the least and the greatest among them.
+            width: in characters; a mark stands before and after, if values lie beyond the ends.
+        """
         if deciles is None:
             return ""
         start, end = self._place(self._low), self._place(self._high)
@@ -132,4 +137,6 @@ class Scale:
                 share = overlap / (right - left) if right > left else 1 / (last - first + 1)
                 cells[cell] += max(share, 0.0)
         top = max(cells) or 1.0
-        return "".join(self._BLOCKS[math.ceil(8 * cell / top) if cell > 0 else 0] for cell in cells)
+        bars = (self._BLOCKS[math.ceil(8 * cell / top) if cell > 0 else 0] for cell in cells)
+        beyond = (deciles[0] < self._low, deciles[-1] > self._high)
+        return f"{'<' if beyond[0] else ' '}{''.join(bars)}{'>' if beyond[1] else ''}"

@@ -9,13 +9,7 @@ from torch import nn
 
 from bnfreeze.errors import NotFrozenError, PolicyError
 from bnfreeze.inspection.live import inspect_model
-from bnfreeze.norm_layers import (
-    NamedModule,
-    check_model,
-    is_norm,
-    keeps_unknown_statistics,
-    named_modules,
-)
+from bnfreeze.norm_layers import check_model, is_norm, keeps_unknown_statistics, named_modules
 from bnfreeze.patterns import Pattern
 from bnfreeze.policies.record import class_changed_since, is_left_alone, policy_name, record_of
 from bnfreeze.verification.snapshot import Snapshot
@@ -62,100 +56,73 @@ def assert_frozen(
     """
     __tracebackhide__ = True
     modules = named_modules(check_model(model))
-    if before is not None and not isinstance(before, Snapshot):
-        raise TypeError(f"Expected a Snapshot, not {type(before).__name__}.")
     if before is not None:
         verify(model, before, process_group=process_group).raise_if_drifted()
-    chosen = _chosen(modules, select)
-    if not chosen and (before is None or select is not None):
-        raise PolicyError(_nothing(select))
+    texts = [select] if isinstance(select, str) else select or ()
+    patterns = [Pattern.parse(text) for text in texts]
+    chosen = []
+    for entry in modules:
+        module, names = entry.module, (*entry.plain_names, *entry.names)
+        matched = any(pattern.matches(name) for pattern in patterns for name in names)
+        if record_of(module) or is_norm(module) or keeps_unknown_statistics(module):
+            chosen += [entry] if select is None or matched else []
+    if select is not None and not chosen:
+        raise PolicyError(
+            f"select={select!r} matches no frozen module and no norm layer: nothing to check."
+        )
+    if before is None and not chosen:
+        raise PolicyError(
+            "Nothing in the model is frozen and it has no norm layer: there is nothing to check."
+        )
     facts = {layer.name: layer for layer in inspect_model(model).layers}
     found = [
         (entry.name, "; ".join(reasons))
         for entry in chosen
-        if (reasons := list(_reasons(entry, facts.get(entry.name), strict)))
+        if (reasons := list(_reasons(entry.module, facts.get(entry.name), strict)))
     ]
     if found:
         raise NotFrozenError(_message(found, len(chosen)), tuple(found))
 
 
-def _chosen(
-    modules: Sequence[NamedModule], select: str | Iterable[str] | None
-) -> list[NamedModule]:
-    """The frozen modules and the norm layers that the patterns match."""
-    texts = [select] if isinstance(select, str) else select
-    patterns = None if texts is None else [Pattern.parse(text) for text in texts]
-    return [
-        entry
-        for entry in modules
-        if (
-            record_of(entry.module) is not None
-            or is_norm(entry.module)
-            or keeps_unknown_statistics(entry.module)
-        )
-        and (patterns is None or any(_matches(entry, pattern) for pattern in patterns))
-    ]
-
-
-def _matches(entry: NamedModule, pattern: Pattern) -> bool:
-    return any(pattern.matches(name) for name in (*entry.plain_names, *entry.names))
-
-
-def _reasons(entry: NamedModule, facts: LiveLayer | None, strict: bool) -> Iterator[str]:
+def _reasons(module: nn.Module, facts: LiveLayer | None, strict: bool) -> Iterator[str]:
     """Why the module is not frozen as it should be."""
-    module, record = entry.module, record_of(entry.module)
-    if record is not None:
-        yield from _broken_promises(module, facts)
-    elif not is_left_alone(module):
+    record, policy = record_of(module), policy_name(module)
+    if record is None and not is_left_alone(module):
         if facts is None:
             yield f"{type(module).__name__} keeps running statistics, and is not frozen"
         elif facts.updates_statistics:
-            yield _because("it is not frozen, and its statistics update", facts, "statistics")
+            yield f"it is not frozen, and its statistics update{_why(facts, 'statistics')}"
+    if record is not None:
+        if class_changed_since(module):
+            yield f"it was frozen by {policy!r}, and something changed its class since"
+        if facts is not None and record.policy.freezes_statistics and facts.updates_statistics:
+            yield f"its statistics update, though policy {policy!r} freezes them"
+        if facts is not None and record.policy.forces_eval and facts.normalizes_with == "batch":
+            yield f"it normalises with the batch, though policy {policy!r} promises eval mode"
+        for name in record.requires_grad:
+            parameter = module._parameters.get(name)
+            if parameter is not None and parameter.requires_grad:
+                yield f"{name}.requires_grad is True, though policy {policy!r} freezes it"
+            elif parameter is not None and parameter.grad is not None:
+                yield f"{name} has a .grad, which the next optimizer step applies"
     if strict and facts is not None:
         if facts.normalizes_with != "running":
-            yield _because("it does not use its running statistics", facts, "normalizes_with")
+            yield f"it does not use its running statistics{_why(facts, 'normalizes_with')}"
         if facts.trains_affine:
-            yield _because("its weight or bias trains", facts, "affine")
+            yield f"its weight or bias trains{_why(facts, 'affine')}"
 
 
-def _because(text: str, facts: LiveLayer, answer: str) -> str:
-    why = facts.why.get(answer, "")
-    return f"{text} ({why})" if why else text
-
-
-def _broken_promises(module: nn.Module, facts: LiveLayer | None) -> Iterator[str]:
-    record = record_of(module)
-    assert record is not None
-    policy = policy_name(module)
-    if class_changed_since(module):
-        yield f"it was frozen by {policy!r}, and something changed its class since"
-    if facts is not None and record.policy.freezes_statistics and facts.updates_statistics:
-        yield f"its statistics update, though policy {policy!r} freezes them"
-    if facts is not None and record.policy.forces_eval and facts.normalizes_with == "batch":
-        yield f"it normalises with the batch, though policy {policy!r} promises eval mode"
-    for name in record.requires_grad:
-        parameter = module._parameters.get(name)
-        if parameter is None:
-            continue
-        if parameter.requires_grad:
-            yield f"{name}.requires_grad is True, though policy {policy!r} freezes it"
-        elif parameter.grad is not None:
-            yield f"{name} has a .grad, which the next optimizer step applies"
+def _why(facts: LiveLayer, answer: str) -> str:
+    return f" ({facts.why[answer]})" if facts.why.get(answer) else ""
 
 
 def _message(found: Sequence[tuple[str, str]], checked: int) -> str:
+    head = f"{len(found)} of {checked} layers {'is' if len(found) == 1 else 'are'} not frozen:"
     lines = [f"{name or 'The model'}: {why}." for name, why in found[:5]]
     if len(found) > 5:
         lines.append(f"And {len(found) - 5} more layers.")
-    head = f"{len(found)} of {checked} layers {'is' if len(found) == 1 else 'are'} not frozen:"
     remedy = (
         "Freeze them with freeze(model, …). To leave a layer out on purpose, give it the rule "
         "'none', or check only a part of the model with select=…"
     )
     return "\n".join([head, *lines, remedy])
-
-
-def _nothing(select: str | Iterable[str] | None) -> str:
-    if select is None:
-        return "Nothing in the model is frozen and it has no norm layer: there is nothing to check."
-    return f"select={select!r} matches no frozen module and no norm layer: nothing to check."

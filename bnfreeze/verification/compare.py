@@ -1,24 +1,24 @@
-"""Two states compared: what changed from one to the other."""
+"""Two states compared: what changed from one to the other. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
+from bnfreeze.checkpoints import naming_file
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
-from bnfreeze.verification import values
 from bnfreeze.verification.causes import explained
-from bnfreeze.verification.drift import Drift
+from bnfreeze.verification.drift import Drift, Kind
 from bnfreeze.verification.drift_report import DriftReport
-from bnfreeze.verification.facts import Facts, OwnerFacts, TensorFacts
-from bnfreeze.verification.state import State
+from bnfreeze.verification.state import OwnerFacts, State, TensorFacts
+from bnfreeze.verification.values import locate
 
 if TYPE_CHECKING:
-    from bnfreeze.verification.on_device import PendingCheck
+    from bnfreeze.verification.on_device import Pair
 
-__all__ = ["DIGESTED", "compare"]
+__all__ = ["DIGESTED", "Progress", "compare"]
 
 DIGESTED = "Values were compared by SHA-256: equal up to a collision."
 _FROM_FILE = (
@@ -26,6 +26,18 @@ _FROM_FILE = (
     "parameter was replaced by another with the same bits, or what optimizers have."
 )
 _INSTANTS = "A change that was undone between the two moments is seen by guard(trace=True) only."
+
+# The kind of drift if one of these facts differs.
+_KINDS: dict[str, Kind] = {
+    "kind": "replaced",
+    "dtype": "dtype",
+    "shape": "shape",
+    "device": "device",
+    "requires_grad": "requires-grad",
+    "optimized": "optimizer",
+}
+
+Progress = Callable[[int, int], None]
 
 
 def compare(
@@ -35,8 +47,8 @@ def compare(
     gathered: bool = False,
     step: int | None = None,
     since: int | None = None,
-    pending: PendingCheck | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    later: list[Pair] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> DriftReport:
     """What changed from `before` to `after`.
 
@@ -46,35 +58,38 @@ def compare(
         gathered: whether other ranks check their shards of what is sharded.
         step: the optimizer steps completed now.
         since: those completed at the last check that found no drift.
-        pending: takes the values on an accelerator; it is asked for the answer later.
+        later: takes the pairs of tensors on an accelerator, which are then not compared here.
         progress: is called with how many tensors of files are compared, and of how many.
     """
-    changes = _changes(before, after, gathered, pending, progress)
-    drifts = [replace(change, step=step, since=since) for change in changes]
-    names = [*before.facts.tensors, *after.facts.tensors]
+    drifts = [
+        replace(drift, step=step, since=since)
+        for drift in _changes(before, after, gathered, later, progress)
+    ]
+    names = [*before.tensors, *after.tensors]
     places = {name: place for place, name in reversed(list(enumerate(names)))}
     # In the model's order, a layer after its tensors.
-    last = {facts.owner: places[name] for name, facts in before.facts.tensors.items()}
+    last = {facts.owner: places[name] for name, facts in before.tensors.items()}
     # Values come before what else is known of a tensor.
     drifts.sort(key=lambda d: (places.get(d.name, last.get(d.name, 0)), d.kind != "value"))
     notes = [_INSTANTS]
     if before.digests or after.digests:
         notes.append(DIGESTED)
-    if not before.identities or not after.identities:
+    if not _exact(before, after):
         notes.append(_FROM_FILE)
-    distinct = {facts.first for facts in before.facts.tensors.values()}
-    checked = sum(name in after.facts.tensors for name in distinct)
-    return DriftReport(explained(drifts, before, after), checked, tuple(notes))
+    distinct = {facts.first for facts in before.tensors.values()} & after.tensors.keys()
+    checked = distinct - {drift.name for drift in drifts if drift.kind == "unverified"}
+    return DriftReport(explained(drifts, before, after), len(checked), tuple(notes))
+
+
+def _exact(before: State, after: State) -> bool:
+    """Whether both are of this process: only then are devices and objects compared."""
+    return bool(before.identities and after.identities)
 
 
 def _changes(
-    before: State,
-    after: State,
-    gathered: bool,
-    pending: PendingCheck | None,
-    progress: Callable[[int, int], None],
+    before: State, after: State, gathered: bool, later: list[Pair] | None, progress: Progress
 ) -> Iterator[Drift]:
-    ours, theirs = before.facts.tensors, after.facts.tensors
+    ours, theirs = before.tensors, after.tensors
     for name, facts in theirs.items():
         if name not in ours:
             yield Drift(name, "added", after=facts.kind)
@@ -87,50 +102,37 @@ def _changes(
         # What is reported of a tensor is not reported again under its other names.
         if old.first != name and old.first in theirs and theirs[old.first].first == new.first:
             continue
-        if old != new or _another(name, before, after):
-            yield from _flags(name, before, after)
+        yield from _flags(name, before, after)
         doubt = _doubt(old, new, gathered)
         if doubt:
             yield Drift(name, "unverified", after=doubt)
         elif (old.dtype, old.shape) == (new.dtype, new.shape):
             comparable.append(name)
-    yield from _values(comparable, before, after, pending, progress)
-    yield from _aliases(before.facts, after.facts)
-    for name, was in before.facts.owners.items():
-        now = after.facts.owners.get(name)
-        if now is not None:
+    yield from _values(comparable, before, after, later, progress)
+    yield from _aliases(before, after)
+    for name, was in before.owners.items():
+        now = after.owners.get(name)
+        if now and was.kind and now.kind:  # a checkpoint does not say
             yield from _layer(name, was, now, exact=bool(before.identities))
 
 
 def _flags(name: str, before: State, after: State) -> Iterator[Drift]:
-    old, new = before.facts.tensors[name], after.facts.tensors[name]
-    if "" in (old.kind, new.kind):
-        pass  # a checkpoint does not say
-    elif old.kind != new.kind:
-        yield Drift(name, "replaced", before=old.kind, after=new.kind)
-    elif old.kind == "parameter" and _another(name, before, after):
-        yield Drift(
-            name, "replaced", before="the parameter that was there", after="another parameter"
-        )
-    if old.dtype != new.dtype:
-        yield Drift(name, "dtype", before=old.dtype, after=new.dtype)
-    if old.shape != new.shape:
-        yield Drift(name, "shape", before=str(old.shape), after=str(new.shape))
-    if old.device != new.device and before.identities and after.identities:
-        yield Drift(name, "device", before=old.device, after=new.device)
-    if None not in (old.requires_grad, new.requires_grad) and (
-        old.requires_grad != new.requires_grad
+    old, new = before.tensors[name], after.tensors[name]
+    for fact, kind in _KINDS.items() if old != new else ():
+        was, now = getattr(old, fact), getattr(new, fact)
+        known = was not in (None, "") and now not in (None, "")
+        if known and was != now and (fact != "device" or _exact(before, after)):
+            shown = (str(was), str(now)) if fact == "shape" else (was, now)
+            yield Drift(name, kind, before=shown[0], after=shown[1])
+    if (
+        old.kind == new.kind == "parameter"
+        and _exact(before, after)
+        and before.identities[name].tensor is not after.identities[name].tensor
     ):
-        yield Drift(name, "requires-grad", before=old.requires_grad, after=new.requires_grad)
-    if None not in (old.optimized, new.optimized) and old.optimized != new.optimized:
-        yield Drift(name, "optimizer", before=old.optimized, after=new.optimized)
+        was, now = "the parameter that was there", "another parameter"
+        yield Drift(name, "replaced", before=was, after=now)
     if new.has_grad and not old.has_grad and old.requires_grad is False:
         yield Drift(name, "grad", before=False, after=True)
-
-
-def _another(name: str, before: State, after: State) -> bool:
-    old, new = before.identities.get(name), after.identities.get(name)
-    return old is not None and new is not None and old.tensor is not new.tensor
 
 
 def _doubt(old: TensorFacts, new: TensorFacts, gathered: bool) -> str:
@@ -144,52 +146,48 @@ def _doubt(old: TensorFacts, new: TensorFacts, gathered: bool) -> str:
 
 
 def _values(
-    names: list[str],
+    names: Sequence[str],
     before: State,
     after: State,
-    pending: PendingCheck | None,
-    progress: Callable[[int, int], None],
+    later: list[Pair] | None,
+    progress: Progress,
 ) -> Iterator[Drift]:
     if before.digests or after.digests:
         for done, name in enumerate(names):
             progress(done, len(names))
-            if _digest(name, before) != _digest(name, after):
-                yield Drift(name, "value", total=prod(before.facts.tensors[name].shape))
+            with naming_file(name):
+                equal = before.digest(name) == after.digest(name)
+            if not equal:
+                yield Drift(name, "value", total=prod(before.tensors[name].shape))
         return
-    pairs, compared = [], []
+    pairs: dict[str, tuple[StoredTensor, StoredTensor]] = {}
     for name in names:
-        old, new = _value(name, before), _value(name, after)
+        old, new = before.value(name), after.value(name)
         if old.shape == new.shape:
-            pairs.append((old, new))
-            compared.append(name)
+            pairs[name] = old, new
         else:  # shards: their facts have the shape of the whole tensor
             sizes = f"{old.shape} → {new.shape}"
             yield Drift(name, "unverified", after=f"the shape of its shard changed: {sizes}")
-    for index, found in values.unequal(compared, pairs, pending, progress).items():
-        yield Drift(
-            compared[index],
-            "value",
-            changed=found.changed,
-            total=pairs[index][0].numel,
-            first_index=found.first_index,
-            before=found.before,
-            after=found.after,
-            max_abs=found.max_abs,
-            max_ulps=found.max_ulps,
-        )
+    # Live tensors are compared on their own device; only what differs there is read from it.
+    live = {
+        name: (old.tensor, new.tensor)
+        for name, (old, new) in pairs.items()
+        if hasattr(old, "tensor") and hasattr(new, "tensor")
+    }
+    if live:
+        from bnfreeze.verification.on_device import unequal_tensors
+
+        for name in live.keys() - unequal_tensors(live, later):
+            del pairs[name]
+    for done, (name, (old, new)) in enumerate(pairs.items()):
+        progress(done, len(pairs))
+        with naming_file(name):
+            drift = locate(name, old, new)
+        if drift is not None:
+            yield drift
 
 
-def _value(name: str, state: State) -> StoredTensor:
-    return state.values[state.facts.tensors[name].first]
-
-
-def _digest(name: str, state: State) -> str:
-    """The digest under this name; computed if only the values are known."""
-    known = state.digests.get(name)
-    return values.digest(name, _value(name, state)) if known is None else known
-
-
-def _aliases(before: Facts, after: Facts) -> Iterator[Drift]:
+def _aliases(before: State, after: State) -> Iterator[Drift]:
     """One drift for each group of names that was merged or split."""
     common = before.tensors.keys() & after.tensors.keys()
     old, new = _partners(before, common), _partners(after, common)
@@ -202,28 +200,23 @@ def _aliases(before: Facts, after: Facts) -> Iterator[Drift]:
         yield Drift(name, "aliasing", before=others[0], after=others[1])
 
 
-def _partners(facts: Facts, common: set[str]) -> dict[str, tuple[str, ...]]:
+def _partners(state: State, common: set[str]) -> dict[str, tuple[str, ...]]:
     partners: dict[str, tuple[str, ...]] = {name: (name,) for name in common}
-    for group in facts.groups:
+    for group in state.groups:
         kept = tuple(sorted(name for name in group if name in common))
         partners.update(dict.fromkeys(kept, kept))
     return partners
 
 
 def _layer(name: str, was: OwnerFacts, now: OwnerFacts, *, exact: bool) -> Iterator[Drift]:
-    if not was.kind or not now.kind:
-        return  # a checkpoint does not say
     # In another process a class may come from another module: __main__, or an older torch.
     same = was.kind == now.kind if exact else was.short_kind == now.short_kind
-    flipped = (was.mode, now.mode) == ("eval", "train")
-    if was.policy == "none":
-        if not same and now.policy == "none":
-            yield Drift(name, "replaced", before=was.short_kind, after=now.short_kind)
-        elif flipped:
-            yield Drift(name, "mode", before="eval mode", after="train mode")
-    elif not same:
-        yield Drift(name, "thawed", before=was.short_kind, after=now.short_kind)
-    elif was.policy != now.policy:
+    never_frozen = was.policy == "none"
+    if not same and (not never_frozen or now.policy == "none"):
+        kind: Kind = "replaced" if never_frozen else "thawed"
+        yield Drift(name, kind, before=was.short_kind, after=now.short_kind)
+    elif not never_frozen and was.policy != now.policy:
         yield Drift(name, "thawed", before=f"policy {was.policy}", after=f"policy {now.policy}")
-    elif flipped:
-        yield Drift(name, "thawed", before="eval mode", after="train mode")
+    elif now.woken_since(was):
+        kind = "mode" if never_frozen else "thawed"
+        yield Drift(name, kind, before="eval mode", after="train mode")

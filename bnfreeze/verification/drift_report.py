@@ -1,15 +1,16 @@
-"""All changes between two states, as data that prints as a table."""
+"""All changes between two states, as data that prints as a table. Needs no torch."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.findings import Finding
-from bnfreeze.tables import Printable, Sheet, escaped
-from bnfreeze.verification.drift import Drift
-from bnfreeze.verification.messages import message_of, sentence, what_changed
+from bnfreeze.tables import Printable, Sheet
+from bnfreeze.text import encodable, escaped
+from bnfreeze.verification.drift import Drift, sentence, what_changed
 
 __all__ = ["DriftError", "DriftReport"]
 
@@ -38,16 +39,19 @@ class DriftReport(Printable):
         drifts: the changes, in the model's order.
         checked: how many tensors were compared, each counted once, however many names it has.
         notes: what the comparison does not show.
+        findings: of a checkpoint, what loading it would run.
     """
 
     drifts: tuple[Drift, ...]
     checked: int
     notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether something was compared and nothing has changed."""
-        return not self.drifts and self.checked > 0
+        """Whether something was compared, nothing has changed, and no finding is an error."""
+        errors = any(finding.level == "error" for finding in self.findings)
+        return not self.drifts and self.checked > 0 and not errors
 
     def __bool__(self) -> bool:
         return self.ok
@@ -56,14 +60,25 @@ class DriftReport(Printable):
         # Short: pytest cuts a longer one when it explains `assert verify(model, before)`.
         text = self.verdict
         if self.drifts:
-            text += " " + escaped(sentence(self.drifts[0]))
-            text += f" {escaped(self.drifts[0].cause)}".rstrip()
-        return f"<DriftReport: {text if len(text) <= 215 else text[:214] + '…'}>"
+            first = self.drifts[0]
+            text += f" {escaped(sentence(first))} {escaped(first.cause)}".rstrip()
+        return encodable(f"<DriftReport: {text if len(text) <= 215 else text[:214] + '…'}>")
 
     @property
     def message(self) -> str:
-        """The first change in full, and how many more there are; or that there is none."""
-        return message_of(self.drifts) if self.drifts else self.verdict
+        """The first change in full, of values if there is one, and how many more of which kind."""
+        if not self.drifts:
+            return self.verdict
+        first = next((drift for drift in self.drifts if drift.kind == "value"), self.drifts[0])
+        others = [drift for drift in self.drifts if drift is not first]
+        lines = [sentence(first), f"{first.cause} {first.remedy}".strip()]
+        if len(others) == 1:
+            lines.append(f"And 1 more: {others[0].name or 'the model'} ({others[0].kind}).")
+        elif others:
+            kinds = Counter(drift.kind for drift in others).most_common()
+            tally = ", ".join(f"{count} {kind}" for kind, count in kinds)
+            lines.append(f"And {len(others)} more: {tally}.")
+        return "\n".join(escaped(line) for line in lines if line)
 
     @property
     def verdict(self) -> str:
@@ -71,11 +86,10 @@ class DriftReport(Printable):
         tensors = f"{self.checked} tensor{'s' if self.checked != 1 else ''}"
         if self.drifts:
             count = len(self.drifts)
-            drifts = f"{count} drift{'s' if count != 1 else ''}"
-            return f"{drifts}; {tensors} compared."
+            return f"{count} drift{'s' if count != 1 else ''}; {tensors} compared."
         if not self.checked:
             return "Nothing was compared."
-        return f"{tensors} unchanged, bit for bit."
+        return f"{tensors} unchanged, bit for bit{'' if self.ok else '; the file would run code'}."
 
     def raise_if_drifted(self) -> None:
         """Raise the report as a `DriftError` unless it is ok."""
@@ -91,6 +105,7 @@ class DriftReport(Printable):
             "checked": self.checked,
             "drifts": [drift.to_dict() for drift in self.drifts],
             "notes": list(self.notes),
+            "findings": [finding.to_dict() for finding in self.findings],
         }
 
     def sheet(self) -> Sheet:
@@ -110,7 +125,7 @@ class DriftReport(Printable):
             for drift in self.drifts
             if drift.cause
         ]
+        findings += self.findings
         columns = ("tensor", "kind", "step", "rank", "what changed")
         verdict = " ".join([self.verdict, *self.notes])
-        title = "What drifted" if rows else ""
-        return Sheet(title, columns, rows, findings, verdict)
+        return Sheet("What drifted" if rows else "", columns, rows, findings, verdict)

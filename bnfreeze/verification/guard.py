@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bnfreeze.errors import BnfreezeWarning
+from bnfreeze.verification.causes import with_reason
 from bnfreeze.verification.drift import Drift
 from bnfreeze.verification.drift_report import DriftError, DriftReport
-from bnfreeze.verification.on_device import PendingCheck
+from bnfreeze.verification.live_state import as_list
+from bnfreeze.verification.on_device import Pair, start_comparing
+from bnfreeze.verification.reasons import because
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.tracer import Tracer
 from bnfreeze.verification.verify import check, snapshot
@@ -72,9 +75,16 @@ def guard(
     """
     if every < 1:
         raise ValueError(f"every: the number of optimizer steps, at least 1, not {every}.")
-    return Guard(model, optimizer, every, tensors, trace, process_group)
+    optimizers = None if optimizer is None else as_list(optimizer)
+    for one in optimizers or ():
+        if not hasattr(one, "register_step_post_hook"):
+            raise TypeError(
+                f"optimizer: {type(one).__name__} has no step hooks; pass the optimizer inside it."
+            )
+    return Guard(model, optimizers, every, tensors, trace, process_group)
 
 
+@dataclass(eq=False, repr=False)
 class Guard:
     """What `guard` returns: a context manager.
 
@@ -84,44 +94,39 @@ class Guard:
         report: the last comparison; None before the first.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer] | None,
-        every: int,
-        tensors: str,
-        trace: bool,
-        process_group: ProcessGroup | None,
-    ) -> None:
-        self.step = 0
-        self.before: Snapshot | None = None
-        self.report: DriftReport | None = None
-        self._model, self._every, self._tensors = model, every, tensors
-        self._optimizers = _with_hooks(optimizer)
-        self._trace, self._group = trace, process_group
-        self._tracer: Tracer | None = None
-        self._checked_at = 0
-        self._pending = PendingCheck()
-        self._stack = ExitStack()
+    _model: nn.Module
+    _optimizers: list[Optimizer] | None
+    _every: int
+    _tensors: str
+    _trace: bool
+    _group: ProcessGroup | None
+    step: int = 0
+    before: Snapshot | None = None
+    report: DriftReport | None = None
+    _tracer: Tracer | None = None
+    _stack: ExitStack = field(default_factory=ExitStack)
+    # The optimizer steps completed at the last check.
+    _checked_at: int = 0
+    # What that check left to a GPU: the answer, and the steps that it is about. It is read one
+    # check later, so that no check waits for the device.
+    _pending: tuple[Callable[[], bool], int, int] | None = None
 
     def __repr__(self) -> str:
         kind = type(self._model).__name__
         every = f"every {self._every} steps" if self._every > 1 else "every step"
         count = "" if self.before is None else f": {len(self.before)} tensors"
-        trace = ", traced" if self._trace else ""
-        return (
-            f"<Guard of {kind}, tensors={self._tensors!r}{count}, checked {every}{trace}, "
-            f"at step {self.step}>"
-        )
+        what = f"tensors={self._tensors!r}{count}, checked {every}"
+        return f"<Guard of {kind}, {what}{', traced' * self._trace}, at step {self.step}>"
 
     def __enter__(self) -> Guard:
         self.step = self._checked_at = 0
+        self._pending = None
         self.before = snapshot(self._model, tensors=self._tensors, optimizer=self._optimizers)
         with ExitStack() as stack:
-            for one in self._optimizers or ():
-                stack.callback(one.register_step_post_hook(self._after_step).remove)
             if self._optimizers is None:
                 stack.callback(register_optimizer_step_post_hook(self._after_step).remove)
+            for one in self._optimizers or ():
+                stack.callback(one.register_step_post_hook(self._after_step).remove)
             if self._trace:
                 self._tracer = stack.enter_context(Tracer(self.before.state, self._midway))
             self._stack = stack.pop_all()
@@ -151,35 +156,17 @@ class Guard:
         """
         __tracebackhide__ = True
         self._settle()
-        report = self._compare(self.step)
+        report = self._compare()
         report.raise_if_drifted()
         return report
 
-    def _compare(
-        self,
-        step: int,
-        *,
-        since: int | None = None,
-        exchange: bool = True,
-        pending: PendingCheck | None = None,
-    ) -> DriftReport:
+    def _compare(self, **options: Any) -> DriftReport:
+        """Compare, with more `options` of `check` and `compare`."""
         if self.before is None:
             raise RuntimeError("The guard is not active: enter it with a with statement.")
-        if self._tracer is not None:
-            self._tracer.paused = True
-        try:
-            self.report = check(
-                self._model,
-                self.before.state,
-                self._group,
-                exchange=exchange,
-                step=step,
-                since=self._checked_at if since is None else since,
-                pending=pending,
-            )
-        finally:
-            if self._tracer is not None:
-                self._tracer.paused = False
+        options = {"step": self.step, "since": self._checked_at, **options}
+        with self._tracer.pause() if self._tracer else nullcontext():
+            self.report = check(self._model, self.before.state, self._group, **options)
         self._checked_at = self.step
         return self.report
 
@@ -190,18 +177,19 @@ class Guard:
             DriftError: something had changed at that check.
         """
         __tracebackhide__ = True
-        if not self._pending.differed():
+        pending, self._pending = self._pending, None
+        if pending is None or not pending[0]():
             return
-        step, since = self._pending.step, self._pending.since
-        report = self._compare(step, since=since)
+        _, step, since = pending
+        report = self._compare(step=step, since=since)
         if report.ok:  # the bits are right again, but they were not
-            report = replace(report, drifts=(_undone(step, since),))
+            drift = Drift("", "value", step=step, since=since, before="some values differed")
+            report = replace(report, drifts=(with_reason(drift, because("restored")),))
         report.raise_if_drifted()
 
     def _midway(self) -> DriftReport:
         """Compare in the middle of a step; the trace has seen every write up to here."""
-        self._checked_at = self.step
-        return self._compare(self.step + 1, exchange=False)
+        return self._compare(step=self.step + 1, since=self.step, exchange=False)
 
     def _after_step(self, *_: Any) -> None:
         __tracebackhide__ = True
@@ -215,57 +203,24 @@ class Guard:
         # started, and its answer read after the next steps, when it has arrived.
         self._settle()
         since = self._checked_at
-        self._compare(self.step, pending=self._pending).raise_if_drifted()
-        self._pending.step, self._pending.since = self.step, since
+        later: list[Pair] = []
+        self._compare(later=later).raise_if_drifted()
+        self._pending = start_comparing(later), self.step, since
 
     def _note_on(self, error: BaseException) -> None:
         """Add what drifted to the block's own exception, which is the one that counts."""
         try:
-            step = self._pending.step if self._pending.differed() else self.step
-            report = self._compare(step, exchange=False)
+            self._settle()
+            self._compare(exchange=False).raise_if_drifted()
+        except DriftError as drift:
+            text = f"The guarded model also drifted: {drift}"
         except Exception as failure:
             text = f"bnfreeze could not compare the model: {failure}"
         else:
-            if report.ok:
-                return
-            text = f"The guarded model also drifted: {report.message}"
+            return
         if sys.version_info >= (3, 11):
             error.add_note(text)
         else:
             # If warnings are errors, the block's own exception is still the one that counts.
             with suppress(BnfreezeWarning):
                 warnings.warn(text, BnfreezeWarning, stacklevel=3)
-
-
-def _undone(step: int, since: int) -> Drift:
-    return Drift(
-        "",
-        "value",
-        step=step,
-        since=since,
-        before="some values differed",
-        cause_code="restored",
-        cause="Frozen values on the GPU changed and were then restored.",
-        remedy="guard(trace=True) stops at the operation that writes.",
-    )
-
-
-def _with_hooks(
-    optimizer: Optimizer | Iterable[Optimizer] | None,
-) -> list[Optimizer] | None:
-    if optimizer is None:
-        return None
-    several = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-    # Accelerate's wrapper, which Transformers' Trainer uses too, is an Optimizer by class, but its
-    # base was never initialised. The steps are those of the optimizer inside.
-    several = [
-        inner if isinstance(inner := getattr(one, "optimizer", None), Optimizer) else one
-        for one in several
-    ]
-    for one in several:
-        if not hasattr(one, "register_step_post_hook"):
-            raise TypeError(
-                f"optimizer: expected a torch.optim.Optimizer or several, not "
-                f"{type(one).__name__}; for a wrapper, pass the optimizer inside it."
-            )
-    return several

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,14 +14,20 @@ from torch.optim import Optimizer
 from bnfreeze.errors import PolicyError
 from bnfreeze.inspection.behaviour import optimizers_by_id
 from bnfreeze.inspection.in_memory import TensorInMemory, shard_of
-from bnfreeze.norm_layers import NamedModule, is_lookalike, is_norm, named_modules
+from bnfreeze.norm_layers import (
+    NamedModule,
+    is_lookalike,
+    is_norm,
+    keeps_unknown_statistics,
+    named_modules,
+)
 from bnfreeze.patterns import Pattern, nearest
 from bnfreeze.policies.record import frozen_names, policy_name, record_of
-from bnfreeze.torch_private import _InstanceNorm
-from bnfreeze.verification.facts import LISTED, Facts, OwnerFacts, TensorFacts
-from bnfreeze.verification.state import Identity, State
+from bnfreeze.verification.state import LISTED, Identity, OwnerFacts, State, TensorFacts
 
-__all__ = ["read_state"]
+__all__ = ["as_list", "read_state"]
+
+_clock = itertools.count(1)
 
 
 class _Slot(NamedTuple):
@@ -54,7 +60,7 @@ def read_state(
     Raises:
         PolicyError: there is nothing to check.
     """
-    optimizers = _several(optimizer)
+    optimizers = as_list(optimizer)
     optimized = optimizers_by_id(optimizers) if optimizers else None
     modules = named_modules(model)
     slots = list(_slots(modules))
@@ -66,34 +72,36 @@ def read_state(
     identities: dict[str, Identity] = {}
     owners: dict[str, nn.Module] = {}
     first: dict[int, str] = {}
-    ranges: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
+    ranges: dict[tuple[torch.device, int], list[tuple[int, int, str]]] = {}
     for slot in slots:
-        if slot.name not in chosen and slot.name not in also:
-            continue
         name, tensor = slot.name, slot.tensor
+        if name not in chosen and name not in also:
+            continue
         known = first.setdefault(id(tensor), name)
-        value = TensorInMemory(tensor) if known == name else values.get(known)
-        unreadable = tensors[known].unreadable if value is None else value.why
-        tensors[name] = _tensor_facts(slot, known, optimized, unreadable)
+        value = TensorInMemory(tensor)
+        if known == name and value.has_values:
+            values[name] = value
+        tensors[name] = _tensor_facts(slot, known, optimized, value)
         owners[slot.owner] = slot.module
         pointer, version = 0, None
-        if value is not None and not unreadable:
-            values.setdefault(known, value)
+        if value.has_values:
             own = shard_of(tensor)
             local = tensor if own is None else own
             pointer = local.untyped_storage().data_ptr()
             if pointer and local.numel():
                 place = (*_bytes_of(local), name)
-                ranges.setdefault((_name(local.device), pointer), []).append(place)
+                ranges.setdefault((local.device, pointer), []).append(place)
             version = None if tensor.is_inference() else tensor._version
         identities[name] = Identity(tensor, pointer, version)
-    groups = tuple(group for places in ranges.values() for group in _overlapping(places))
-    noted = {name: _owner_facts(module) for name, module in owners.items()}
     return State(
-        Facts(selection, tensors, noted, groups),
-        values,
+        selection,
+        tensors,
+        {name: _owner_facts(module) for name, module in owners.items()},
+        groups=tuple(group for places in ranges.values() for group in _overlapping(places)),
+        values=values,
         identities=identities,
         optimizers=tuple(weakref.ref(one) for one in optimizers),
+        taken=next(_clock),
     )
 
 
@@ -106,23 +114,31 @@ def _bytes_of(tensor: Tensor) -> tuple[int, int]:
 
 def _overlapping(places: Sequence[tuple[int, int, str]]) -> Iterator[tuple[str, ...]]:
     """The names whose ranges of bytes overlap. Views of one buffer side by side share nothing."""
-    group: list[str] = []
+    groups: list[list[str]] = []
     reach = 0
     for start, end, name in sorted(places, key=lambda place: place[:2]):
-        if group and start >= reach:
-            yield from [tuple(group)] if len(group) > 1 else ()
-            group = []
-        group.append(name)
+        if not groups or start >= reach:
+            groups.append([])
+        groups[-1].append(name)
         reach = max(reach, end)
-    yield from [tuple(group)] if len(group) > 1 else ()
+    return (tuple(group) for group in groups if len(group) > 1)
 
 
-def _several(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+def as_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    """The optimizers, without wrappers.
+
+    Raises:
+        TypeError: something is not an optimizer.
+    """
     if optimizer is None:
         return []
     several = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-    optimizers_by_id(several)  # refuses what is not an optimizer
-    return several
+    for one in several:
+        optimizers_by_id(one)  # refuses what is not an optimizer
+    # Accelerate's wrapper, which Transformers' Trainer uses too, is an Optimizer by class, but its
+    # base was never initialised. The steps are those of the optimizer inside.
+    inside = (getattr(one, "optimizer", None) for one in several)
+    return [i if isinstance(i, Optimizer) else o for i, o in zip(inside, several, strict=True)]
 
 
 def _slots(modules: Iterable[NamedModule]) -> Iterator[_Slot]:
@@ -159,7 +175,7 @@ def _chosen(modules: Iterable[NamedModule], slots: Iterable[_Slot], selection: s
     if selection == "all":
         return {slot.name for slot in slots}
     if selection == "norm":
-        return {slot.name for slot in slots if is_norm(slot.module)}
+        return {s.name for s in slots if is_norm(s.module) or keeps_unknown_statistics(s.module)}
     if selection == "frozen":
         # By identity, so that the other names of a frozen tensor belong to it.
         frozen = [getattr(entry.module, k) for entry in modules for k in frozen_names(entry.module)]
@@ -185,7 +201,7 @@ def _nothing(selection: str, slots: Iterable[_Slot]) -> str:
 
 
 def _tensor_facts(
-    slot: _Slot, first: str, optimized: Mapping[int, str] | None, unreadable: str
+    slot: _Slot, first: str, optimized: Mapping[int, str] | None, value: TensorInMemory
 ) -> TensorFacts:
     tensor: Any = slot.tensor
     placement = ""
@@ -194,40 +210,29 @@ def _tensor_facts(
         placement = f"{shards} over {tuple(tensor.device_mesh.shape)}"
     return TensorFacts(
         kind=slot.kind,
-        dtype=_name(tensor.dtype),
-        shape=() if unreadable.startswith("it has not seen") else tuple(tensor.shape),
-        device=_name(tensor.device),
+        dtype=value.dtype,
+        shape=tuple(tensor.shape) if placement else value.shape,
+        device=str(tensor.device),
         requires_grad=tensor.requires_grad,
         has_grad=tensor.is_leaf and tensor.grad is not None,
         optimized=None if optimized is None else id(tensor) in optimized,
         owner=slot.owner,
         first=first,
         placement=placement,
-        unreadable=unreadable,
+        unreadable=value.why,
     )
-
-
-@functools.cache
-def _name(what: torch.dtype | torch.device) -> str:
-    return str(what).removeprefix("torch.")
 
 
 def _owner_facts(module: nn.Module) -> OwnerFacts:
     record = record_of(module)
-    free = not is_norm(module) or (
-        not record.policy.forces_eval if record else is_lookalike(module)
-    )
+    free = not record.policy.forces_eval if record else is_lookalike(module)
     # fully_shard gives a module a class made on the spot, derived from its own.
     kind = type(module)
     if any(base.__name__ == "FSDPModule" for base in kind.__bases__):
         kind = kind.__bases__[-1]
-    momentum = getattr(module, "momentum", None)
     return OwnerFacts(
         kind=f"{kind.__module__}.{kind.__qualname__}",
         policy=policy_name(module),
-        mode="" if free else "train" if module.training else "eval",
         training=module.training,
-        counts=not isinstance(module, _InstanceNorm),
-        momentum=float(momentum) if isinstance(momentum, int | float) else None,
-        parametrized=hasattr(module, "parametrizations"),
+        mode_matters=is_norm(module) and not free,
     )

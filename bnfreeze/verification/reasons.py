@@ -1,10 +1,10 @@
-"""Causes that follow from the kind of a drift alone. Needs no torch."""
+"""The causes that are known: for each code a sentence, and what to do. Needs no torch."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["BY_KIND", "TRACE", "UNKNOWN", "Reason"]
+__all__ = ["TRACE", "Reason", "because"]
 
 
 class Reason(NamedTuple):
@@ -17,68 +17,152 @@ class Reason(NamedTuple):
 
 # The remedy if only a trace would tell more.
 TRACE = "Train under guard(model, trace=True): it names the line that writes."
-UNKNOWN = Reason("unknown", "The two states do not show the cause.", TRACE)
+_FREEZE = 'Use freeze(model, "eval").'
+_CLEAR_GRAD = "Clear it with .grad = None; freeze(model, optimizer=…) does that."
 
-# Kinds that are their own cause.
-BY_KIND: dict[str, Reason] = {
-    "dtype": Reason(
-        "converted",
+# A kind of drift that is its own cause has its own name here.
+_REASONS = {
+    # Values.
+    "reset": (
+        "Every mean of the layer is 0 and every variance is 1: reset_running_stats(), a new "
+        "initialisation, or a tool that assigns new ones (Lightning's StochasticWeightAveraging).",
+        'Use freeze(model, "fused"): a frozen layer refuses a reset, and tools do not find it.',
+    ),
+    "thawed": (
+        "The layer was frozen by policy {was!r}, and is now a {kind} with policy {now!r}: "
+        "unfreeze() was called, or something replaced the layer.",
+        "Freeze it again, or unfreeze after the check.",
+    ),
+    "forward-in-training": ("{sentences}", _FREEZE),
+    "other-tensor": (
+        "Another tensor has its name now: load_state_dict(assign=True), or an assignment.",
+        "Copy into the existing tensor, before freezing.",
+    ),
+    "other-storage": (
+        "Its storage was replaced: something assigned to .data, or moved the tensor.",
+        "Do not assign to .data of a frozen tensor.",
+    ),
+    "trained": (
+        "Its requires_grad is True{where}: it trains.",
+        'Use freeze(model, "affine"), or "weights" for what is not a norm layer.',
+    ),
+    "leftover-grad": (
+        "Its requires_grad is False, but it has a {grad} and is in {optimizer}, which applies it.",
+        _CLEAR_GRAD,
+    ),
+    "averaging": (
+        "No element moved by more than {ulps} units of its last place. That is rounding, as an "
+        "average (EMA, SWA) of equal numbers has.",
+        "Leave frozen tensors out of the average: copy them instead.",
+    ),
+    "loaded": (
+        "All {count} tensors of {where} were written in place, as load_state_dict() and EMA do.",
+        "Load before freezing; leave frozen tensors out of the EMA's copy.",
+    ),
+    "in-place": (
+        "It was written in place {times}, by an operation that autograd sees: copy_, an EMA, a "
+        "broadcast, an optimizer.",
+        TRACE,
+    ),
+    "hidden-write": (
+        "It was written without autograd noticing: through .data, a numpy or dlpack view, or by a "
+        "kernel that does not report its writes.",
+        TRACE,
+    ),
+    "unknown": ("The two states do not show the cause.", TRACE),
+    # Tensors.
+    "dtype": (
         "The tensor was converted, as model.half(), .bfloat16() and .double() do.",
         "Convert first, then freeze and take the snapshot.",
     ),
-    "shape": Reason(
-        "resized",
+    "shape": (
         "The tensor was resized or replaced, or this is another model.",
         "Freeze the model in its final form.",
     ),
-    "device": Reason(
-        "moved",
+    "device": (
         "The tensor was moved to another device.",
         "Move first, then take the snapshot; or save it, and verify against the file.",
     ),
-    "added": Reason(
-        "added",
+    "added": (
         "The snapshot does not have this tensor, so it cannot be compared.",
         "Take the snapshot when the model is complete and frozen.",
     ),
-    "removed": Reason(
-        "removed",
+    "removed": (
         "No tensor has this name any more.",
         "Take the snapshot of the model in its final form; save all of it.",
     ),
-    "aliasing": Reason(
-        "retied",
-        "Names that had their own memory now share it, or names that shared it do not: an "
-        "assignment, a .data, a copy or load_state_dict(assign=True).",
+    "aliasing": (
+        "Names share memory that did not, or no longer do: an assignment, a .data, a copy, "
+        "load_state_dict(assign=True).",
         "Tie weights first, then freeze.",
     ),
-    "replaced": Reason(
-        "replaced",
-        "Something else is registered under its name: load_state_dict(assign=True), an assignment, "
-        "register_buffer, or fully_shard.",
-        "Optimizers still have the old parameter: replace first, then build the optimizer and "
-        "freeze.",
+    "replaced": (
+        "Something else has its name now: load_state_dict(assign=True), an assignment, "
+        "register_buffer, or fully_shard. Optimizers still have the old parameter.",
+        "Replace first, then build the optimizer and freeze.",
     ),
-    "requires-grad": Reason(
-        "flag-set",
+    "requires-grad": (
         "Something set the flag: requires_grad_() on the model or on the parameter.",
         "Set flags first, then freeze.",
     ),
-    "optimizer": Reason(
-        "regrouped",
+    "optimizer": (
         "The optimizer's groups changed: add_param_group, or a parameter was replaced.",
         "Give the optimizer only what trains.",
     ),
-    "grad": Reason(
-        "grad-left",
-        "A backward ran while it required a gradient, or .grad was assigned: the next optimizer "
-        "step moves it.",
-        "Clear it with .grad = None; freeze(model, optimizer=…) does that.",
+    "grad": (
+        "A backward ran before it was frozen, or .grad was assigned: the next step applies it.",
+        _CLEAR_GRAD,
     ),
-    "unverified": Reason(
-        "unverified",
+    "unverified": (
         "A tensor that cannot be compared does not count as unchanged.",
-        "Leave it out with a pattern. For sharded tensors, pass process_group=…, and each rank "
-        "checks its own shards.",
+        "Leave it out with a pattern. If it is sharded, pass process_group=… on every rank.",
     ),
+    # Layers.
+    "sync-batchnorm": (
+        "convert_sync_batchnorm rebuilt the layer, which is not frozen any more.",
+        "Convert first, then freeze.",
+    ),
+    "parametrized": (
+        "A parametrization was registered on the layer.",
+        "Parametrize first, then freeze.",
+    ),
+    "unfrozen": ("unfreeze() was called, or something replaced the layer.", "Freeze it again."),
+    "class-changed": (
+        "Something changed the layer's class, or replaced the layer.",
+        "Change the layer first, then freeze.",
+    ),
+    "train-called": ("model.train() was called after an eval() that does not last.", _FREEZE),
+    "frozen-again": ("freeze() was called again.", "Take the snapshot afterwards."),
+    # The whole model.
+    "other-model": (
+        "{gone} of {all} names are missing and {reshaped} have another shape: this is another "
+        "model, or its names begin differently.",
+        "Compare one model with itself. For one of several state_dicts in a file, use --key.",
+    ),
+    "other-objects": (
+        "All {count} parameters are other objects: this is another model or a copy, or "
+        "load_state_dict(assign=True) ran.",
+        "Check the model of the snapshot itself. For a copy, save the snapshot and load it.",
+    ),
+    "ranks-differ": (
+        "The ranks have different models, each unchanged since its snapshot: they started apart.",
+        "Broadcast the model, or load it on every rank, before the snapshot.",
+    ),
+    # What only a guard sees.
+    "restored": (
+        "Frozen values on the GPU changed and were then restored.",
+        "guard(trace=True) stops at the operation that writes.",
+    ),
+    "undispatched": (
+        "It was written before {operation} saw it, by something that torch does not dispatch: an "
+        "assignment to .data, numpy, a raw pointer, compiled code.",
+        TRACE,
+    ),
+    "operation": ("{operation} wrote to it.", "Leave frozen tensors out of it, or freeze later."),
 }
+
+
+def because(code: str, **details: object) -> Reason:
+    """The reason with this code; `details` fill in its sentence."""
+    cause, remedy = _REASONS.get(code, _REASONS["unknown"])
+    return Reason(code if code in _REASONS else "unknown", cause.format(**details), remedy)

@@ -1,4 +1,4 @@
-"""A model, or a checkpoint, at one instant: facts and values. Needs no torch."""
+"""A model, or a checkpoint, at one moment: what there is, and the values. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,75 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
-from bnfreeze.verification.facts import Facts
+from bnfreeze.verification.values import sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["Identity", "State"]
+__all__ = ["LISTED", "Identity", "OwnerFacts", "State", "TensorFacts"]
+
+# The selection of a snapshot of a checkpoint: exactly the tensors listed in it.
+LISTED = "listed"
+
+
+class TensorFacts(NamedTuple):
+    """One tensor under one name. Empty or None is what is not known, as of a checkpoint.
+
+    Attributes:
+        kind: ``"parameter"``, ``"buffer"``, ``"non-persistent buffer"`` or ``"attribute"``
+            (a tensor that the module keeps as a plain attribute).
+        dtype: such as ``"float32"``.
+        shape: the sizes; of a DTensor the global ones.
+        device: such as ``"cuda:0"``.
+        requires_grad: its flag.
+        has_grad: whether a ``.grad`` is there.
+        optimized: whether it stands in an optimizer, by identity; None without an optimizer.
+        owner: the dotted name of the module that has it.
+        first: the first name of this very tensor; another than its own for an alias.
+        placement: of a DTensor, how it is sharded; empty otherwise.
+        unreadable: why its bits cannot be read; empty if they can.
+    """
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    device: str
+    requires_grad: bool | None
+    has_grad: bool
+    optimized: bool | None
+    owner: str
+    first: str
+    placement: str = ""
+    unreadable: str = ""
+
+
+class OwnerFacts(NamedTuple):
+    """A module that has some of the tensors.
+
+    Attributes:
+        kind: its class, with the module that defines it: ``torch.nn.modules.conv.Conv2d``; empty
+            where it is not known, as of a checkpoint.
+        policy: its policy, ``"frozen"`` for another library's frozen batch norm, ``"none"``.
+        training: its training flag.
+        mode_matters: whether the flag decides about the statistics. Otherwise it is free to
+            change, as under the policies ``stats`` and ``affine``.
+    """
+
+    kind: str = ""
+    policy: str = ""
+    training: bool = False
+    mode_matters: bool = False
+
+    @property
+    def short_kind(self) -> str:
+        """The class's own name."""
+        return self.kind.rpartition(".")[2]
+
+    def woken_since(self, was: OwnerFacts) -> bool:
+        """Whether it went from eval to train mode, and that matters."""
+        matters = was.mode_matters and self.mode_matters
+        return matters and self.training and not was.training
 
 
 class Identity(NamedTuple):
@@ -34,25 +96,41 @@ class Identity(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A model, or a checkpoint, at one instant.
+    """A model, or a checkpoint, at one moment.
 
     Attributes:
-        facts: what there is, besides values.
+        selection: which tensors were asked for: ``"frozen"``, ``"norm"``, ``"all"`` or a pattern.
+        tensors: by dotted name, in the model's order, every alias under its own name.
+        owners: by dotted name, the modules that have these tensors.
+        groups: the names that share storage, where there are several.
         values: the values of each readable tensor, by its first name.
         digests: their SHA-256 instead, by every name, if only these are kept.
         identities: by name, which object it was; empty for a state read from a file.
         optimizers: weak references to the optimizers that were given.
+        taken: larger for each later state of a live model; 0 for one from a file.
     """
 
-    facts: Facts
-    values: Mapping[str, StoredTensor] = field(repr=False)
-    digests: Mapping[str, str] = field(default_factory=dict, repr=False)
-    identities: Mapping[str, Identity] = field(default_factory=dict, repr=False)
-    optimizers: tuple[weakref.ref[Optimizer], ...] = field(default=(), repr=False)
+    selection: str
+    tensors: Mapping[str, TensorFacts]
+    owners: Mapping[str, OwnerFacts]
+    groups: tuple[tuple[str, ...], ...] = ()
+    values: Mapping[str, StoredTensor] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+    identities: Mapping[str, Identity] = field(default_factory=dict)
+    optimizers: tuple[weakref.ref[Optimizer], ...] = ()
+    taken: int = 0
 
     def live_optimizers(self) -> list[Optimizer]:
         """The optimizers that still exist."""
         return [one for ref in self.optimizers if (one := ref()) is not None]
+
+    def value(self, name: str) -> StoredTensor:
+        """The values of the tensor under any of its names."""
+        return self.values[self.tensors[name].first]
+
+    def digest(self, name: str) -> str:
+        """The SHA-256 of the tensor under this name; computed if only the values are known."""
+        return self.digests.get(name) or sha256(name, self.value(name))
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has the values and not the objects, like a state from a file.

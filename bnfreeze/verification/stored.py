@@ -5,24 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from bnfreeze.checkpoints import StoredTensor
+from bnfreeze.checkpoints import StoredTensor, naming_file, tensors_by_name
 from bnfreeze.checkpoints.stored_tensor import check_claims
 from bnfreeze.errors import CheckpointError, PolicyError
+from bnfreeze.inspection.code_calls import code_findings
+from bnfreeze.inspection.origin import Found
 from bnfreeze.patterns import Pattern
-from bnfreeze.verification import values
-from bnfreeze.verification.causes import explained
-from bnfreeze.verification.compare import DIGESTED, compare
-from bnfreeze.verification.drift import Drift
+from bnfreeze.verification.compare import DIGESTED, Progress, compare
 from bnfreeze.verification.drift_report import DriftReport
-from bnfreeze.verification.facts import LISTED, Facts, OwnerFacts, TensorFacts
 from bnfreeze.verification.snapshot import Snapshot
-from bnfreeze.verification.state import State
+from bnfreeze.verification.state import LISTED, OwnerFacts, State, TensorFacts
+from bnfreeze.verification.values import KeptTensor
 
-__all__ = ["snapshot_of", "state_of", "verify_stored"]
-
-_UNSAVED = frozenset({"non-persistent buffer", "attribute"})
-# A checkpoint does not say what is a parameter, what requires grad or what class a layer has.
-_UNKNOWN = TensorFacts("", "", (), "cpu", None, False, None, "", "")
+__all__ = ["snapshot_of", "state_of", "verify_found", "verify_stored"]
 
 
 def state_of(tensors: Mapping[str, StoredTensor]) -> State:
@@ -32,13 +27,37 @@ def state_of(tensors: Mapping[str, StoredTensor]) -> State:
         UnsafeCheckpointError: the tensors claim far more bytes than the file has.
     """
     check_claims(tensors.values())
-    facts = {name: _facts(name, tensor, _UNKNOWN) for name, tensor in tensors.items()}
-    owners = {fact.owner: OwnerFacts("", "", "") for fact in facts.values()}
-    return State(Facts(LISTED, facts, owners, ()), _readable(tensors))
+    facts = {
+        name: TensorFacts(
+            # A checkpoint does not say what is a parameter or what requires grad.
+            kind="",
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            device="cpu",
+            requires_grad=None,
+            has_grad=False,
+            optimized=None,
+            owner=_layer(name),
+            first=name,
+            unreadable=tensor.why,
+        )
+        for name, tensor in tensors.items()
+    }
+    owners = dict.fromkeys(map(_layer, tensors), OwnerFacts())
+    readable = {name: tensor for name, tensor in tensors.items() if tensor.has_values}
+    return State(LISTED, facts, owners, values=readable)
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def snapshot_of(
-    tensors: Mapping[str, StoredTensor], *, everything: bool = False, digest: bool = False
+    tensors: Mapping[str, StoredTensor],
+    *,
+    everything: bool = False,
+    digest: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> Snapshot:
     """Make a snapshot of a checkpoint: of names, dtypes, shapes and bits.
 
@@ -46,15 +65,14 @@ def snapshot_of(
         tensors: the checkpoint's, by name.
         everything: all of them, instead of those of norm layers only.
         digest: keep SHA-256 digests instead of a copy.
+        progress: is called with how many tensors are taken, and of how many.
 
     Raises:
         PolicyError: there is nothing to take.
         CheckpointError: a tensor cannot be read.
     """
-    norms = {layer for layer, _, part in map(_split, tensors) if part == "running_var"}
-    chosen = {
-        name: tensor for name, tensor in tensors.items() if everything or _split(name)[0] in norms
-    }
+    norms = {_layer(name) for name in tensors if name.rpartition(".")[2] == "running_var"}
+    chosen = {n: tensor for n, tensor in tensors.items() if everything or _layer(n) in norms}
     if not chosen:
         raise PolicyError(
             "It holds no norm layer, so there is nothing to take; --all takes every tensor."
@@ -62,19 +80,22 @@ def snapshot_of(
     state = state_of(chosen)
     kept: dict[str, StoredTensor] = {}
     digests: dict[str, str] = {}
-    for name, tensor in state.values.items():
-        try:
+    for done, (name, tensor) in enumerate(state.values.items()):
+        progress(done, len(state.values))
+        with naming_file(name):
             if digest:
-                digests[name] = values.digest(name, tensor)
+                digests[name] = state.digest(name)
             else:
-                kept[name] = values.KeptTensor(tensor.dtype, tensor.shape, tensor.words())
-        except CheckpointError as error:
-            raise type(error)(f"{name}: {error}") from None
+                kept[name] = KeptTensor(tensor.dtype, tensor.shape, tensor.words())
     return Snapshot(replace(state, values=kept, digests=digests))
 
 
 def verify_stored(
-    tensors: Mapping[str, StoredTensor], snapshot: Snapshot, *, select: Sequence[str] = ()
+    tensors: Mapping[str, StoredTensor],
+    snapshot: Snapshot,
+    *,
+    select: Sequence[str] = (),
+    progress: Progress = lambda done, total: None,
 ) -> DriftReport:
     """Compare a checkpoint with a snapshot: names, dtypes, shapes, bits.
 
@@ -82,6 +103,7 @@ def verify_stored(
         tensors: the checkpoint's, by name. Tensors that the snapshot lacks are not a drift.
         snapshot: of a live model, or of another checkpoint.
         select: patterns of module names; none means all that the snapshot has.
+        progress: is called with how many tensors are compared, and of how many.
 
     Returns:
         A `DriftReport`. What the snapshot has and no checkpoint can have, such as a
@@ -93,50 +115,54 @@ def verify_stored(
     """
     before = snapshot.state
     patterns = [Pattern.parse(text) for text in select]
+    # A file may untie what was tied, or have only one of the names: each is compared alone.
     noted = {
-        name: facts
-        for name, facts in before.facts.tensors.items()
+        name: facts._replace(first=name)
+        for name, facts in before.tensors.items()
         if not patterns or any(pattern.matches(facts.owner) for pattern in patterns)
     }
     if not noted:
         raise PolicyError(f"The snapshot has nothing in {' or '.join(select)}.")
-    unsaved = [name for name, facts in noted.items() if facts.kind in _UNSAVED]
-    # A file may untie what was tied, or have only one of the names: each is compared alone.
-    kept = {name: noted[name]._replace(first=name) for name in noted if name not in unsaved}
-    was = {
-        name: before.values[first] for name in kept if (first := noted[name].first) in before.values
+    values = {n: before.value(n) for n in noted if before.tensors[n].first in before.values}
+    old = replace(before, tensors=noted, groups=(), values=values, identities={})
+    now = state_of({name: tensors[name] for name in noted if name in tensors})
+    unsaved = {
+        name: facts._replace(unreadable=f"a checkpoint has no {facts.kind}")
+        for name, facts in noted.items()
+        if facts.kind in ("non-persistent buffer", "attribute") and name not in tensors
     }
-    old = replace(before, facts=replace(before.facts, tensors=kept), values=was, identities={})
-    found = {name: tensors[name] for name in kept if name in tensors}
-    check_claims(found.values())
-    facts = {name: _facts(name, tensor, kept[name]) for name, tensor in found.items()}
-    # What a file cannot show is taken to be as it was; of its layers nothing is known now.
-    owners = {fact.owner: OwnerFacts("", "", "") for fact in facts.values()}
-    after = State(replace(before.facts, tensors=facts, owners=owners), _readable(found))
-    report = compare(old, after, gathered=True)
-    missing = [
-        Drift(name, "unverified", after=f"a checkpoint has no {noted[name].kind}")
-        for name in unsaved
-    ]
+    after = replace(now, tensors={**now.tensors, **unsaved})
     # The other notes are about a live model.
     notes = (DIGESTED,) if before.digests else ()
-    return replace(report, drifts=report.drifts + explained(missing, old, after), notes=notes)
+    return replace(compare(old, after, gathered=True, progress=progress), notes=notes)
 
 
-def _facts(name: str, tensor: StoredTensor, noted: TensorFacts) -> TensorFacts:
-    return noted._replace(
-        dtype=tensor.dtype,
-        shape=tensor.shape,
-        owner=_split(name)[0],
-        first=name,
-        placement="",  # a checkpoint has the whole tensor
-        unreadable=tensor.why,
-    )
+def verify_found(
+    found: Found,
+    snapshot: Snapshot,
+    *,
+    select: Sequence[str] = (),
+    progress: Progress = lambda done, total: None,
+) -> DriftReport:
+    """Compare all that was found in a checkpoint with a snapshot.
 
+    A snapshot of a model is compared with the only model that the checkpoint has. A snapshot of a
+    checkpoint with several models is compared with those of the same keys.
 
-def _split(name: str) -> tuple[str, str, str]:
-    return name.rpartition(".")
-
-
-def _readable(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    return {name: tensor for name, tensor in tensors.items() if tensor.has_values}
+    Raises:
+        PolicyError: as `verify_stored`.
+        CheckpointError: a tensor cannot be read, or it is not clear which model is meant.
+    """
+    names = snapshot.state.tensors.keys()
+    models = found.parts.models
+    tensors = tensors_by_name(found.parts.all, models[0].key if len(models) == 1 else None)
+    if names.isdisjoint(tensors):
+        if len(models) > 1 and not all(names.isdisjoint(model.tensors) for model in models):
+            keys = ", ".join(repr(model.key) for model in models)
+            raise CheckpointError(
+                f"The snapshot is of one model, and there are several: {keys}. Choose one with "
+                f"--key."
+            )
+        tensors = tensors_by_name(found.parts.all, None)
+    report = verify_stored(tensors, snapshot, select=select, progress=progress)
+    return replace(report, findings=code_findings(found.calls))

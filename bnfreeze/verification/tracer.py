@@ -12,20 +12,22 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from bnfreeze.inspection.in_memory import TensorInMemory, read_tensor, shard_of, why_unreadable
+from bnfreeze.inspection.in_memory import TensorInMemory, shard_of, why_unreadable
 from bnfreeze.torch_private import TorchDispatchMode
-from bnfreeze.verification.drift import Drift
+from bnfreeze.verification.causes import with_reason
 from bnfreeze.verification.drift_report import DriftError, DriftReport
 from bnfreeze.verification.on_device import unequal_tensors
-from bnfreeze.verification.reasons import TRACE
+from bnfreeze.verification.reasons import TRACE, because
 from bnfreeze.verification.state import State
 
 __all__ = ["Tracer", "user_line"]
@@ -41,82 +43,74 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, before: State, look: Callable[[], DriftReport]) -> None:
         """Watch the tensors of `before`; `look` compares the model with it in full."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.paused = False
+        self._paused = False
         # What it raised: some callers, load_state_dict among them, raise their own instead.
         self.error: DriftError | None = None
         self._before, self._look = before, look
         # By the address of the memory, the first names of the frozen tensors there.
         self._names: dict[int, list[str]] = {}
-        self._values = {
-            name: value.tensor
-            for name, value in before.values.items()
-            if isinstance(value, TensorInMemory)
-        }
-        for name in self._values:
-            pointer = before.identities[name].pointer
-            if pointer:
+        for name in before.values:
+            if pointer := before.identities[name].pointer:
                 self._names.setdefault(pointer, []).append(name)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Watch nothing in a ``with`` block."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         __tracebackhide__ = True
         kwargs = kwargs or {}
-        names = [] if self.paused else self._touched((args, kwargs))
+        names = [] if self._paused else self._touched((args, kwargs))
         if not names:
             return func(*args, **kwargs)
         if any(map(self._differs, names)):
-            self._stop(names, None, f"before {func} saw it")
+            self._stop(names, func, wrote=False)
         result = func(*args, **kwargs)
         if any(map(self._differs, names)):
-            self._stop(names, str(func), f"by {func}")
+            self._stop(names, func, wrote=True)
         return result
 
     def _touched(self, arguments: object) -> list[str]:
-        names: dict[str, None] = {}
-        for tensor in _tensors(arguments):
-            names.update(dict.fromkeys(self._names.get(_pointer(tensor), ())))
-        return list(names)
+        found = [self._names.get(_pointer(tensor), []) for tensor in _tensors(arguments)]
+        return list(dict.fromkeys(chain.from_iterable(found)))
 
     def _differs(self, name: str) -> bool:
-        tensor = self._before.identities[name].tensor
-        if why_unreadable(tensor):
+        now = TensorInMemory(self._before.identities[name].tensor)
+        before = cast("TensorInMemory", self._before.values[name])
+        if now.why:
             return False  # the full comparison will say so
-        old, new = self._values[name], read_tensor(tensor)
+        old, new = before.tensor, now.tensor
         if (old.dtype, old.shape, old.device) != (new.dtype, new.shape, new.device):
             return True
-        return bool(unequal_tensors([(old, new)]))
+        return bool(unequal_tensors({name: (old, new)}))
 
-    def _stop(self, names: Collection[str], operation: str | None, when: str) -> None:
+    def _stop(self, names: Collection[str], func: object, *, wrote: bool) -> None:
         """Raise what the comparison finds in these tensors, with the operation and the line."""
         __tracebackhide__ = True
         line = user_line()
         report = self._look()
-        drifts = [
-            _caught(drift, operation, when, line) for drift in report.drifts if drift.name in names
-        ]
+        drifts = []
+        for drift in report.drifts:
+            if drift.name not in names:
+                continue
+            # The operation shows more than the two states do.
+            if not wrote:
+                drift = with_reason(drift, because("undispatched", operation=func))
+            elif drift.remedy == TRACE:
+                drift = with_reason(drift, because("operation", operation=func))
+            drifts.append(replace(drift, operation=str(func) if wrote else None, where=line))
         try:
             replace(report, drifts=tuple(drifts)).raise_if_drifted()
         except DriftError as error:
             self.error = error
             raise
-
-
-def _caught(drift: Drift, operation: str | None, when: str, line: str | None) -> Drift:
-    """The drift with the operation and the line, which show more than the two states do."""
-    code, cause, remedy = drift.cause_code, drift.cause, drift.remedy
-    if operation is None:
-        code = "undispatched"
-        cause = (
-            f"It was written {when}, by something that torch does not dispatch: an assignment to "
-            f".data, numpy, a raw pointer, compiled code."
-        )
-    elif remedy == TRACE:
-        code, cause = "operation", f"{operation} wrote to it."
-        remedy = "Leave frozen tensors out of it, or freeze later."
-    return replace(
-        drift, operation=operation, where=line, cause_code=code, cause=cause, remedy=remedy
-    )
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -135,12 +129,11 @@ def _pointer(tensor: Tensor) -> int:
     return 0 if why_unreadable(tensor) else tensor.untyped_storage().data_ptr()
 
 
-# Where a call comes from ------------------------------------------------------------------------
-
-_OWN = str(Path(__file__).resolve().parent.parent)
-_TORCH = str(Path(torch.__file__).resolve().parent)
-_LIBRARIES = tuple(
-    {sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+_OWN = (Path(__file__).resolve().parents[1], Path(torch.__file__).resolve().parent)
+_LIBRARIES = (
+    sysconfig.get_path("stdlib"),
+    sysconfig.get_path("purelib"),
+    sysconfig.get_path("platlib"),
 )
 
 
@@ -150,24 +143,17 @@ def user_line() -> str | None:
     That is code outside of torch, bnfreeze, installed packages and Python's library; if there is
     none, the innermost outside of torch and bnfreeze. None on a thread of torch's own.
     """
-    frames = list(_frames(sys._getframe()))
-    for frame in frames:
-        if not _below(frame, _LIBRARIES):
-            return _line(frame)
-    return _line(frames[0]) if frames else None
-
-
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    outside = None
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith("<") and not _below(frame, (_OWN, _TORCH)):
-            yield frame
+        file, line = frame.f_code.co_filename, f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        if not file.startswith("<") and not _below(file, _OWN):
+            if not _below(file, _LIBRARIES):
+                return line
+            outside = outside or line
         frame = frame.f_back
+    return outside
 
 
-def _below(frame: FrameType, folders: Iterable[str]) -> bool:
-    return frame.f_code.co_filename.startswith(tuple(f"{folder}{os.sep}" for folder in folders))
-
-
-def _line(frame: FrameType) -> str:
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+def _below(file: str, folders: Iterable[Path | str]) -> bool:
+    return file.startswith(tuple(f"{folder}{os.sep}" for folder in folders))

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bnfreeze.checkpoints.stored_tensor import StoredTensor, Words, decoded
-from bnfreeze.errors import CheckpointError
+from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES, StoredTensor, Words, decoded
+from bnfreeze.verification.drift import Drift, Scalar
 
-if TYPE_CHECKING:
-    from bnfreeze.verification.on_device import PendingCheck
-
-__all__ = ["Difference", "KeptTensor", "Scalar", "digest", "locate", "unequal"]
-
-Scalar = bool | int | float | complex | str
+__all__ = ["KeptTensor", "locate", "sha256"]
 
 
 class KeptTensor(StoredTensor):
@@ -35,73 +27,8 @@ class KeptTensor(StoredTensor):
         return self._words
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Where and by how much two tensors of one dtype and shape differ.
-
-    Attributes:
-        changed: how many elements differ in any bit.
-        first_index: the index of the first of them, in row-major order; ``()`` for a
-            0-dimensional tensor.
-        before: its value in the first tensor.
-        after: its value in the second. If both look alike (two NaN), they come with their bits.
-        max_abs: the largest absolute change; None if no change is a finite number.
-        max_ulps: the largest change of a floating point number, in units of its last place; None
-            for other dtypes, and if a sign or an infinity changed.
-    """
-
-    changed: int
-    first_index: tuple[int, ...]
-    before: Scalar
-    after: Scalar
-    max_abs: float | None
-    max_ulps: int | None
-
-
-def unequal(
-    names: Sequence[str],
-    pairs: Sequence[tuple[StoredTensor, StoredTensor]],
-    pending: PendingCheck | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[int, Difference]:
-    """The pairs whose bits differ, by their index.
-
-    Args:
-        names: a name for each pair, for errors.
-        pairs: two and two of the same dtype and shape.
-        pending: takes the pairs on an accelerator, which are then not in the answer.
-        progress: is called with how many of the stored pairs are compared, and of how many.
-
-    Live tensors are compared on their own device; only what differs there is read from it.
-
-    Raises:
-        CheckpointError: a stored tensor cannot be read.
-    """
-    tensors = {
-        index: (before.tensor, after.tensor)
-        for index, (before, after) in enumerate(pairs)
-        if hasattr(before, "tensor") and hasattr(after, "tensor")
-    }
-    left = [index for index in range(len(pairs)) if index not in tensors]
-    if tensors:
-        from bnfreeze.verification.on_device import unequal_tensors
-
-        live = list(tensors)
-        left += [live[index] for index in unequal_tensors(list(tensors.values()), pending)]
-    found = {}
-    for done, index in enumerate(left):
-        progress(done, len(left))
-        try:
-            difference = locate(*pairs[index])
-        except CheckpointError as error:
-            raise type(error)(f"{names[index]}: {error}") from None
-        if difference is not None:
-            found[index] = difference
-    return found
-
-
-def locate(before: StoredTensor, after: StoredTensor) -> Difference | None:
-    """The difference between two tensors of one dtype and shape; None if all bits are equal.
+def locate(name: str, before: StoredTensor, after: StoredTensor) -> Drift | None:
+    """How two tensors of one dtype and shape differ; None if all bits are equal.
 
     Raises:
         CheckpointError: one of them cannot be read.
@@ -126,11 +53,12 @@ def locate(before: StoredTensor, after: StoredTensor) -> Difference | None:
         return None
     values = [_scalar(words, before.dtype) for words in first[1:]]
     if repr(values[0]) == repr(values[1]):
-        values = [
-            f"{value} ({_bits(words)})" for value, words in zip(values, first[1:], strict=True)
-        ]
-    return Difference(
+        values = [f"{values[0]} ({_bits(words)})" for words in first[1:]]
+    return Drift(
+        name,
+        "value",
         changed=changed,
+        total=before.numel,
         first_index=tuple(map(int, np.unravel_index(first[0], before.shape))),
         before=values[0],
         after=values[1],
@@ -167,10 +95,10 @@ def _largest(before: Words, after: Words, dtype: str) -> list[float]:
 
 def _ulps(before: Words, after: Words, dtype: str) -> int | None:
     """The largest change in units of the last place, if no sign and no infinity is involved."""
-    if dtype not in ("float64", "float32", "float16", "bfloat16"):
-        return None
     old, new = decoded(before, dtype), decoded(after, dtype)
-    if old is None or new is None or not (np.isfinite(old).all() and np.isfinite(new).all()):
+    if old is None or new is None or old.dtype.kind != "f":
+        return None
+    if not (np.isfinite(old).all() and np.isfinite(new).all()):
         return None
     # Floating point numbers of one sign are ordered as their bits are.
     if (np.signbit(old) != np.signbit(new)).any():
@@ -178,26 +106,17 @@ def _ulps(before: Words, after: Words, dtype: str) -> int | None:
     return int((np.maximum(before, after) - np.minimum(before, after)).max())
 
 
-def digest(name: str, tensor: StoredTensor) -> str:
+def sha256(name: str, tensor: StoredTensor) -> str:
     """The SHA-256 of name, dtype, shape and bytes, each with its length before it, as hex.
 
-    Args:
-        name: the dotted name.
-        tensor: a tensor with values.
-
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the tensor cannot be read.
     """
-    shape = ",".join(map(str, tensor.shape))
     hashed = hashlib.sha256()
-    for text in (name, tensor.dtype, shape):
+    for text in (name, tensor.dtype, ",".join(map(str, tensor.shape))):
         part = text.encode()
         hashed.update(len(part).to_bytes(8, "little") + part)
-    words = 2 if tensor.dtype == "complex128" else 1
-    for number, piece in enumerate(tensor.pieces()):
-        if not number:
-            hashed.update((tensor.numel * words * piece.itemsize).to_bytes(8, "little"))
+    hashed.update((tensor.numel * ITEM_SIZES.get(tensor.dtype, 1)).to_bytes(8, "little"))
+    for piece in tensor.pieces():
         hashed.update(piece.data)
-    if not tensor.numel:
-        hashed.update(bytes(8))
     return hashed.hexdigest()

@@ -1,24 +1,26 @@
-"""snapshot and verify: a live model, now and later."""
+"""snapshot and verify: a live model, now and later, on one rank or on all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from bnfreeze.inspection.in_memory import TensorInMemory
 from bnfreeze.norm_layers import check_model
+from bnfreeze.verification.causes import with_reason
 from bnfreeze.verification.compare import compare
-from bnfreeze.verification.distributed import across_ranks
+from bnfreeze.verification.drift import Drift
 from bnfreeze.verification.drift_report import DriftReport
 from bnfreeze.verification.live_state import read_state
-from bnfreeze.verification.on_device import PendingCheck
-from bnfreeze.verification.snapshot import Snapshot, next_moment
+from bnfreeze.verification.reasons import because
+from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.state import State
-from bnfreeze.verification.values import digest as digest_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,20 +57,18 @@ def snapshot(
         TypeError: `model` is not an `nn.Module`, or is TorchScript.
     """
     live = read_state(check_model(model), tensors, optimizer)
+    if digest:
+        readable = [name for name, facts in live.tensors.items() if facts.first in live.values]
+        return Snapshot(
+            replace(live, values={}, digests={name: live.digest(name) for name in readable})
+        )
     # The state must not share the model's memory.
-    if not digest:
-        copies = {name: TensorInMemory(value.tensor.clone()) for name, value in _live(live)}
-        return Snapshot(replace(live, values=copies), next_moment())
-    digests = {
-        name: digest_of(name, live.values[facts.first])
-        for name, facts in live.facts.tensors.items()
-        if facts.first in live.values
+    copies = {
+        name: TensorInMemory(value.tensor.clone())
+        for name, value in live.values.items()
+        if isinstance(value, TensorInMemory)
     }
-    return Snapshot(replace(live, values={}, digests=digests), next_moment())
-
-
-def _live(state: State) -> Iterable[tuple[str, TensorInMemory]]:
-    return ((n, value) for n, value in state.values.items() if isinstance(value, TensorInMemory))
+    return Snapshot(replace(live, values=copies))
 
 
 def verify(
@@ -107,23 +107,60 @@ def check(
     group: ProcessGroup | None,
     *,
     exchange: bool = True,
-    step: int | None = None,
-    since: int | None = None,
-    pending: PendingCheck | None = None,
+    **options: Any,
 ) -> DriftReport:
-    """What `verify` does, with the training steps that `guard` counts.
+    """What `verify` does, with more `options` of `compare`.
 
-    Without `exchange` each rank of the group checks its own tensors and asks no other. Values on
-    an accelerator are left to `pending`, if it is given.
+    Without `exchange` each rank of the group checks its own tensors and asks no other.
     """
     after = read_state(
         model,
-        before.facts.selection,
+        before.selection,
         before.live_optimizers(),
-        also=before.facts.tensors,
+        also=before.tensors,
         lenient=True,
     )
-    report = compare(
-        before, after, gathered=group is not None, step=step, since=since, pending=pending
-    )
-    return report if group is None or not exchange else across_ranks(report, after, group)
+    report = compare(before, after, gathered=group is not None, **options)
+    return report if group is None or not exchange else _across_ranks(report, after, group)
+
+
+def _across_ranks(report: DriftReport, state: State, group: ProcessGroup) -> DriftReport:
+    """The report of this rank joined with those of the others, the same on every rank.
+
+    Each rank sends what it found and the SHA-256 of each tensor that is not sharded. What
+    most ranks have (in a tie, what the lowest rank has) counts as right, and a rank that differs
+    from it is named.
+
+    Args:
+        report: what this rank found by itself.
+        state: this rank's state.
+        group: the process group; every rank of it has to call this.
+    """
+    own = [replace(drift, rank=dist.get_rank(group)) for drift in report.drifts]
+    whole = [name for name in state.values if not state.tensors[name].placement]
+    sent = (own, {name: state.digest(name) for name in whole}, report.checked)
+    gathered: list[tuple[list[Drift], dict[str, str], int]]
+    gathered = [sent] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, sent, group=group)
+    drifts = [drift for found, _, _ in gathered for drift in found]
+    drifts += _diverged(drifts, [digests for _, digests, _ in gathered])
+    return DriftReport(tuple(drifts), min(found[2] for found in gathered), report.notes)
+
+
+def _diverged(known: Sequence[Drift], digests: Sequence[dict[str, str]]) -> Iterator[Drift]:
+    """The tensors that are not the same on all ranks, though none of these drifted by itself."""
+    known_here = {(drift.name, drift.rank) for drift in known}
+    for name in dict.fromkeys(name for own in digests for name in own):
+        # What drifted on a rank is reported already; that rank has no vote on what is right.
+        kept = {
+            rank: own.get(name)
+            for rank, own in enumerate(digests)
+            if (name, rank) not in known_here
+        }
+        right = Counter(kept.values()).most_common(1)[0][0] if kept else None
+        first = next((rank for rank, bits in kept.items() if bits == right), 0)
+        for rank, bits in kept.items():
+            if bits != right:
+                what = f"other bits than on rank {first}"
+                drift = Drift(name, "value", rank=rank, before=what)
+                yield with_reason(drift, because("ranks-differ"))

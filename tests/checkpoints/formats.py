@@ -2,10 +2,12 @@
 
 import json
 import mmap
+import pickle
 import struct
 import warnings
 import zipfile
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
@@ -65,6 +67,75 @@ FORMATS = {
 }
 
 
+def module_of(state):
+    """A module whose state_dict is `state`."""
+    root = nn.Module()
+    for name, value in state.items():
+        holder = root
+        *above, last = name.split(".")
+        for part in above:
+            if part not in holder._modules:
+                holder.add_module(part, nn.Module())
+            holder = holder._modules[part]
+        holder.register_buffer(last, value)
+    return root
+
+
+class _Exported(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return x + 1
+
+
+def arrays(state):
+    """As NumPy has them, which knows no bfloat16."""
+    return {
+        name: (value.float() if value.dtype is torch.bfloat16 else value).numpy()
+        for name, value in state.items()
+    }
+
+
+def save_whole(state, path):
+    torch.save(module_of(state), path)
+    return path
+
+
+def save_torchscript(state, path):
+    torch.jit.save(torch.jit.script(module_of(state)), path)
+    return path
+
+
+def save_export(state, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the export's own views
+        program = torch.export.export(_Exported(module_of(state)), (torch.ones(1),))
+        torch.export.save(program, path.with_suffix(".pt2"))
+    return path.with_suffix(".pt2")
+
+
+def save_pickle(state, path):
+    path.write_bytes(pickle.dumps({"model": arrays(state)}))
+    return path
+
+
+def save_npz(state, path):
+    np.savez(path.with_suffix(".npz"), **arrays(state))
+    return path.with_suffix(".npz")
+
+
+# Formats that say less than a state_dict in memory, or more, or that NumPy's dtypes limit.
+FURTHER_FORMATS = {
+    "whole model": save_whole,
+    "TorchScript": save_torchscript,
+    "torch.export": save_export,
+    "pickle": save_pickle,
+    "npz": save_npz,
+}
+
+
 def zip_file(path, entries, compression=zipfile.ZIP_STORED):
     """A zip file of (name, bytes) pairs, in the given order; a name may come twice."""
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -114,7 +185,7 @@ def sparse_checkpoint(path, size):
     return norms
 
 
-# Prints the peak memory of the process, in KiB, on stderr. (What getrusage tells is the parent's,
+# Prints the peak memory of the process, in KiB, on stderr. (What getrusage gives is the parent's,
 # where that is larger.)
 MEASURED = """
 import sys

@@ -1,5 +1,6 @@
 """Honest checkpoints: in every format the same facts, and those of the live model."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -13,10 +14,10 @@ from torch import nn
 import bnfreeze
 from bnfreeze import UnsupportedFormatError, inspect
 from bnfreeze.checkpoints import open_checkpoint
-from bnfreeze.checkpoints.torch_names import ALLOWED, STORAGES
-from bnfreeze.inspection.origin import Origin
-from bnfreeze.verification.diff import diff_stored
-from tests.checkpoints.formats import FORMATS, save_zip
+from bnfreeze.checkpoints.torch_names import STORAGES, TORCH_NAMES
+from bnfreeze.inspection.origin import Found
+from bnfreeze.verification.diff import diff_found
+from tests.checkpoints.formats import FORMATS, safetensors_file, save_zip
 from tests.helpers import bits
 
 # Findings that come of the statistics' values, and so can be seen in a file as well.
@@ -100,7 +101,7 @@ def test_real_models_give_the_same_facts_in_every_format_and_alive(make, tmp_pat
         assert sorted(keyless(read.layers), key=order) == sorted(in_memory.layers, key=order)
         assert set(keyless(read.findings)) == set(in_memory.findings)
         with open_checkpoint(path) as checkpoint:
-            tensors = checkpoint.state_dict().tensors
+            tensors = checkpoint.models[0].tensors
             assert set(tensors) == set(model.state_dict())
             for name, value in model.state_dict().items():
                 assert tensors[name].shape == tuple(value.shape)
@@ -149,7 +150,7 @@ def test_every_dtype_and_layout_is_read_bit_for_bit(kind, tmp_path):
         state["complex transposed"] = base.to(torch.complex128).transpose(0, 1)
         state["parameter"] = nn.Parameter(torch.randn(3))
     with open_checkpoint(FORMATS[kind](state, tmp_path / "saved")) as checkpoint:
-        tensors = checkpoint.state_dict().tensors
+        tensors = checkpoint.models[0].tensors
         assert set(tensors) == set(state)
         for name, value in state.items():
             assert tensors[name].dtype == str(value.dtype).removeprefix("torch.")
@@ -190,63 +191,41 @@ def test_a_shared_storage_is_counted_once(tmp_path):
 # Wrappers.
 
 
+def under(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
 @pytest.mark.parametrize(
-    ("wrap", "key", "stripped", "others"),
+    ("wrap", "keys", "stripped"),
     [
-        (lambda s: s, "", (), ()),
-        (lambda s: {"state_dict": s, "epoch": 3}, "state_dict", (), ()),
-        (lambda s: {"model": s, "model_ema": s.copy()}, "model", (), ("model_ema",)),
+        (lambda s: s, [""], ()),
+        (lambda s: {"state_dict": s, "epoch": 3}, ["state_dict"], ()),
+        (lambda s: {"model": s, "model_ema": s.copy()}, ["model", "model_ema"], ()),
+        (lambda s: {"weights": under("module.", s)}, ["weights"], ("module.",)),
+        (lambda s: under("module._orig_mod.", s), [""], ("module.", "_orig_mod.")),
+        (lambda s: under("_orig_mod.module.", s), [""], ("_orig_mod.", "module.")),
         (
-            lambda s: {"state_dict": s, "state_dict_ema": dict(s)},
-            "state_dict",
-            (),
-            ("state_dict_ema",),
-        ),
-        (
-            lambda s: {"model_state_dict": {f"module.{k}": v for k, v in s.items()}},
-            "model_state_dict",
+            lambda s: {"n_averaged": torch.tensor(3)} | under("module.", s),
+            [""],
             ("module.",),
-            (),
         ),
-        (
-            lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
-            "",
-            ("module.", "_orig_mod."),
-            (),
-        ),
-        (
-            lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
-            "",
-            ("_orig_mod.", "module."),
-            (),
-        ),
-        (
-            lambda s: {"n_averaged": torch.tensor(3)} | {f"module.{k}": v for k, v in s.items()},
-            "",
-            ("module.",),
-            (),
-        ),
-        (lambda s: {"step": torch.tensor(3), "model": s}, "model", (), ()),
-        (lambda s: {"ema": {"shadow": dict(s)}, "net": s}, "net", (), ()),
-        (lambda s: {"trainer": {"deep": {"inside": s}}}, "trainer.deep.inside", (), ()),
-        (lambda s: [3, {"model": s}], "1.model", (), ()),
+        (lambda s: {"step": torch.tensor(3), "model": s}, ["model"], ()),
+        (lambda s: {"ema": {"shadow": dict(s)}, "net": s}, ["net", "ema.shadow"], ()),
+        (lambda s: {"trainer": {"deep": {"inside": s}}}, ["trainer.deep.inside"], ()),
+        (lambda s: [3, {"model": s}], ["1.model"], ()),
     ],
 )
-def test_the_state_dict_is_found_and_said(wrap, key, stripped, others, model, tmp_path):
+def test_every_model_is_found_and_named(wrap, keys, stripped, model, tmp_path):
     state = model.state_dict()
     torch.save(wrap(state), tmp_path / "a.pt")
-    said = inspect(tmp_path / "a.pt")
-    assert [layer.name for layer in said.layers] == [
-        "stem.1",
-        "backbone.0.1",
-        "backbone.1.1",
-        "head.2",
+    found = inspect(tmp_path / "a.pt")
+    names = ["stem.1", "backbone.0.1", "backbone.1.1", "head.2"]
+    assert [(layer.key, layer.name) for layer in found.layers] == [
+        (key, name) for key in keys for name in names
     ]
-    assert said.origin.key == key
-    assert set(said.origin.stripped) == set(stripped)
-    assert said.origin.others == others
-    text = str(said)
-    assert all(word in text for word in (key, *stripped, *others))
+    assert [one.key for one in found.origin.models] == keys
+    assert all(set(one.stripped) == set(stripped) for one in found.origin.models)
+    assert all(word in str(found) for word in (*keys, *stripped))
 
 
 def test_a_compiled_submodule_keeps_its_plain_name(model):
@@ -256,7 +235,7 @@ def test_a_compiled_submodule_keeps_its_plain_name(model):
     }
     said = inspect(state)
     assert said.layers[1].name == "backbone.0.1"
-    assert said.origin.stripped == ("_orig_mod.",)
+    assert said.origin.models[0].stripped == ("_orig_mod.",)
 
 
 def test_the_key_chooses_among_several(model, tmp_path):
@@ -322,7 +301,7 @@ def test_a_checkpoint_of_two_ranks_is_read(tmp_path):
             dist.destroy_process_group()
 
         if __name__ == "__main__":
-            mp.spawn(rank, (sys.argv[1],), nprocs=2)
+            mp.start_processes(rank, (sys.argv[1],), nprocs=2, start_method="fork")
     """
     script = tmp_path / "ranks.py"
     script.write_text(textwrap.dedent(code))
@@ -332,7 +311,7 @@ def test_a_checkpoint_of_two_ranks_is_read(tmp_path):
     assert keyless(said.layers) == keyless(whole.layers)
     assert said.origin.key == "model"
     with open_checkpoint(tmp_path / "dcp") as a, open_checkpoint(tmp_path / "whole.pt") as b:
-        one, other = a.state_dict().tensors, b.state_dict().tensors
+        one, other = a.models[0].tensors, b.models[0].tensors
         assert set(one) == set(other)
         for name, tensor in one.items():
             assert tensor.words().tobytes() == other[name].words().tobytes()
@@ -449,7 +428,7 @@ def test_checkpoints_are_inspected_without_importing_torch(model, tmp_path):
 def test_what_is_allowed_here_torch_allows_too():
     from torch._weights_only_unpickler import _get_allowed_globals
 
-    assert set(ALLOWED) <= set(_get_allowed_globals())
+    assert set(TORCH_NAMES) <= set(_get_allowed_globals())
     for name, dtype in STORAGES.items():
         if name != "torch.storage.UntypedStorage":
             kind = name.rpartition(".")[2]
@@ -476,14 +455,14 @@ def test_what_cannot_be_read_is_described_and_never_called_identical(kind, tmp_p
     tensors = unreadable()
     path = FORMATS[kind](tensors, tmp_path / "a.pt")
     with open_checkpoint(path) as checkpoint:
-        found = checkpoint.state_dict().tensors
+        found = checkpoint.models[0].tensors
         assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
             name: (str(t.dtype).removeprefix("torch."), tuple(t.shape))
             for name, t in tensors.items()
         }
         assert all(tensor.why and not tensor.has_values for tensor in found.values())
-        origin = Origin.of(checkpoint.state_dict(), str(path), kind)
-        difference = diff_stored(found, found, (origin, origin))
+        both = Found.in_checkpoint(checkpoint)
+        difference = diff_found(both, both)
     assert {change.kind for change in difference.tensors} == {"unverified"}
     assert not difference.ok
 
@@ -504,3 +483,15 @@ def test_a_state_dict_with_tensors_that_cannot_be_read_is_looked_at():
     found = inspect({**unreadable(), **layer, "weight": two})
     assert [finding.code for finding in found.findings] == ["never-trained"]
     assert inspect({**layer, "running_var": two}).findings[0].code == "stats-unread"
+
+
+def test_a_header_whose_size_begins_as_a_pickle_is_read(tmp_path):
+    # 0x0480 bytes: the first two of the file are those of a pickle of protocol 4.
+    name = "bn.running_mean"
+    header = {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {}}
+    text = json.dumps(header).encode().ljust(0x480)
+    path = safetensors_file(tmp_path / "a.safetensors", text, bytes(4))
+    assert path.read_bytes()[:2] == b"\x80\x04"
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.kind == "safetensors"
+        assert list(checkpoint.models[0].tensors) == [name]

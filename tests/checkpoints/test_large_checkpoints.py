@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
 from tests.checkpoints.formats import LAYERS, MEASURED, sparse_checkpoint
 
@@ -34,4 +36,31 @@ def test_memory_grows_with_the_norm_layers_and_not_with_the_file(size, tmp_path)
     assert last["var"]["high"] == norms[f"layer{LAYERS - 1}.bn.running_var"].max().item()
     assert last["batches"] == 7
     # torch alone takes several hundred; here it is not even imported.
+    assert int(done.stderr) * 1024 < 200 * MEGABYTE
+
+
+def whole_model(path, size):
+    """500 norm layers among convolutions of `size` bytes, saved whole; the values are holes."""
+    layers = []
+    for _ in range(LAYERS):
+        layers += [nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(256), nn.ReLU()]
+        layers[-3].weight = nn.Parameter(torch.empty(size // LAYERS // 4))
+    with torch.serialization.skip_data():
+        torch.save({"model": nn.Sequential(*layers)}, path)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for the memory")
+def test_of_a_large_whole_model_the_norm_layers_alone_are_read(tmp_path):
+    path = tmp_path / "large.pt"
+    whole_model(path, 10**9)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, "inspect", path, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (file,) = json.loads(done.stdout)["files"]
+    assert len(file["layers"]) == LAYERS
+    assert {layer["kind"] for layer in file["layers"]} == {"BatchNorm2d"}
+    assert file["bytes"] > 10**9
     assert int(done.stderr) * 1024 < 200 * MEGABYTE

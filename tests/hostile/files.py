@@ -1,7 +1,7 @@
-"""Files that nobody means well with, made afresh by each run of the tests.
+"""Hostile files, made afresh by each run of the tests.
 
 Each maker takes a folder and gives the path of what is to be looked at. What it makes must be
-answered with the exit code and the words that stand beside it.
+answered with the exit code that stands beside it, and with output that matches the expression.
 """
 
 import collections
@@ -13,6 +13,7 @@ import struct
 import zipfile
 import zlib
 
+import numpy as np
 import torch
 
 from tests.checkpoints.formats import (
@@ -28,6 +29,8 @@ from . import pickling as p
 
 # name → (maker, exit code, a regular expression that what is printed must have)
 HOSTILE = {}
+# Those that take seconds, and show what others show in less.
+SLOW = {"a_quarter_million_tensors", "a_memo_of_millions"}
 MARKER = "executed"
 
 
@@ -72,13 +75,13 @@ FOUR = struct.pack("<4f", 1, 2, 3, 4)
 # Code in a pickle.
 
 
-@hostile(2, r"Refused: needs `posix\.system`")
+@hostile(1, r"runs-code[^}]*posix\.system")
 def os_system_in_a_zip(folder):
     torch.save({"state_dict": state(), "x": payload(folder)}, folder / "a.pt")
     return folder / "a.pt"
 
 
-@hostile(2, r"Refused: needs `posix\.system`")
+@hostile(1, r"runs-code[^}]*posix\.system")
 def os_system_in_a_legacy_file(folder):
     torch.save(
         {"state_dict": state(), "x": payload(folder)},
@@ -88,20 +91,20 @@ def os_system_in_a_legacy_file(folder):
     return folder / "a.pt"
 
 
-@hostile(2, r"Refused: needs `posix\.system`")
+@hostile(2, r"would call `posix\.system`")
 def os_system_in_a_plain_pickle(folder):
     (folder / "a.pt").write_bytes(pickle.dumps(payload(folder)))
     return folder / "a.pt"
 
 
-@hostile(2, r"Refused: needs `posix\.system`")
+@hostile(2, r"would call `posix\.system`")
 def os_system_in_the_metadata_of_a_distributed_checkpoint(folder):
     path = save_distributed(state(), folder / "dcp")
     (path / ".metadata").write_bytes(pickle.dumps(payload(folder)))
     return path
 
 
-@hostile(2, r"Refused: needs `posix\.system`")
+@hostile(2, r"would call `posix\.system`")
 def os_system_in_a_piece_of_a_distributed_checkpoint(folder):
     path = save_distributed(state(), folder / "dcp")
     metadata = torch.distributed.checkpoint.FileSystemReader(path).read_metadata()
@@ -117,7 +120,7 @@ def os_system_in_a_piece_of_a_distributed_checkpoint(folder):
     return path
 
 
-@hostile(2, r"Refused: needs `posix\.system`")
+@hostile(2, r"would call `posix\.system`")
 def os_system_in_the_storage_keys_of_a_legacy_file(folder):
     path = FORMATS["torch legacy"](state(), folder / "a.pt")
     data = path.read_bytes()
@@ -131,47 +134,47 @@ def os_system_in_the_storage_keys_of_a_legacy_file(folder):
     return path
 
 
-@hostile(2, r"Refused: needs `builtins\.eval`")
+@hostile(2, r"would call `builtins\.eval`")
 def a_name_that_is_put_together_on_the_stack(folder):
     body = b"\x8c\x08builtins\x8c\x04eval\x93" + b"(" + p.text("1") + b"tR"
     return torch_zip(folder / "a.pt", b"\x80\x04" + body + b".")
 
 
-@hostile(2, r"Refused: needs `builtins\.getattr`")
+@hostile(2, r"would call `builtins\.getattr`")
 def names_of_python_2(folder):
     return torch_zip(folder / "a.pt", p.whole(p.calls("__builtin__", "getattr", "x")))
 
 
-@hostile(2, r"Refused: needs `torch\.serialization\.add_safe_globals`")
+@hostile(2, r"would call `torch\.serialization\.add_safe_globals`")
 def a_call_that_widens_what_torch_allows(folder):
     body = p.calls("torch.serialization", "add_safe_globals", "os")
     return torch_zip(folder / "a.pt", p.whole(body))
 
 
-@hostile(2, r"uses INST, which torch never writes")
+@hostile(2, r"would call `posix\.system`")
 def code_by_an_old_opcode(folder):
     return torch_zip(folder / "a.pt", b"\x80\x02(" + p.text("x") + b"iposix\nsystem\n.")
 
 
-@hostile(2, r"uses EXT1, which torch never writes")
+@hostile(2, r"uses EXT1, which is not read")
 def a_name_from_the_extension_registry(folder):
     return torch_zip(folder / "a.pt", b"\x80\x02\x82\x01.")
 
 
-@hostile(2, r"Refused: needs `collections\.defaultdict`")
-def a_harmless_name_that_torch_does_not_allow(folder):
+@hostile(0, r"name.: .1.")
+def a_harmless_name_that_weights_only_refuses(folder):
     return FORMATS["torch zip"](
         {"state_dict": state(), "x": collections.defaultdict(list)}, folder / "a.pt"
     )
 
 
-@hostile(2, r"Refused: needs .*holds a whole model.*torch\.save\(model\.state_dict\(\)")
+@hostile(0, r"runs-code[^}]*torch\.nn\.modules\.batchnorm\.BatchNorm2d")
 def a_whole_model(folder):
     torch.save(torch.nn.BatchNorm2d(4), folder / "a.pt")
     return folder / "a.pt"
 
 
-@hostile(2, r"Refused: needs .*holds a whole model.*torch\.save\(model\.state_dict\(\)")
+@hostile(0, r"runs-code[^}]*torch\.nn\.modules\.batchnorm\.BatchNorm2d")
 def a_whole_model_in_a_legacy_file(folder):
     return FORMATS["torch legacy"](torch.nn.BatchNorm2d(4), folder / "a.pt")
 
@@ -220,12 +223,12 @@ def a_million_dimensions(folder):
 
 
 @hostile(2, r"Refused: .*compressed")
-def a_record_that_inflates_to_a_gigabyte(folder):
-    pairs = p.mapping(p.batch_norm(2**28))
+def a_record_that_inflates(folder):
+    pairs = p.mapping(p.batch_norm(2**24))
     with zipfile.ZipFile(folder / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", p.whole(pairs), zipfile.ZIP_STORED)
         with archive.open("a/data/0", "w", force_zip64=True) as file:
-            for _ in range(1024):
+            for _ in range(64):
                 file.write(bytes(2**20))
     return folder / "a.pt"
 
@@ -237,8 +240,8 @@ def a_pickle_that_inflates(folder):
 
 
 @hostile(2, r"Refused: [\d,]+ opcodes of a pickle")
-def a_pickle_of_thirty_million_opcodes(folder):
-    return torch_zip(folder / "a.pt", p.whole(b"(" + b"}" * 30_000_000 + b"t"))
+def a_pickle_of_five_million_opcodes(folder):
+    return torch_zip(folder / "a.pt", p.whole(b"(" + b"}" * 5_000_000 + b"t"))
 
 
 @hostile(2, r"Refused: [\d,]+ bytes of a pickle")
@@ -248,16 +251,16 @@ def a_pickle_of_forty_megabytes(folder):
 
 @hostile(2, r"Refused: [\d,]+ opcodes of a pickle|Damaged")
 def a_memo_of_millions(folder):
-    return torch_zip(folder / "a.pt", b"\x80\x04]" + b"\x94" * 20_000_000 + b".")
+    return torch_zip(folder / "a.pt", b"\x80\x04]" + b"\x94" * 5_000_000 + b".")
 
 
-@hostile(2, r"ends or breaks off|did not write|no known kind")
+@hostile(2, r"no tensors by name")
 def a_memo_index_of_a_quarter_billion(folder):
     (folder / "a.pt").write_bytes(b"\x80\x02Nr\0\0\0\x10.")
     return folder / "a.pt"
 
 
-@hostile(2, r"ends or breaks off")
+@hostile(2, r"ends or breaks off|Refused: [\d,]+ bytes of a pickle")
 def a_string_of_claimed_exabytes(folder):
     body = b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"x."
     return torch_zip(folder / "a.pt", body)
@@ -308,10 +311,10 @@ def a_dict_that_holds_itself(folder):
     return torch_zip(folder / "a.pt", p.whole(body), [("0", FOUR)])
 
 
-@hostile(0, r'"bytes": 400000')
-def a_hundred_thousand_names_on_one_storage(folder):
-    whole = torch.ones(100_000)
-    torch.save({f"n{i}": whole[i : i + 1] for i in range(100_000)}, folder / "a.pt")
+@hostile(0, r'"bytes": 40000')
+def ten_thousand_names_on_one_storage(folder):
+    whole = torch.ones(10_000)
+    torch.save({f"n{i}": whole[i : i + 1] for i in range(10_000)}, folder / "a.pt")
     return folder / "a.pt"
 
 
@@ -497,7 +500,7 @@ def a_tensor_with_a_shape_twice(folder):
 
 @hostile(2, r"Damaged")
 def overlapping_offsets(folder):
-    header = {name: {**told, "data_offsets": [0, 16]} for name, told in STATISTICS.items()}
+    header = {name: {**content, "data_offsets": [0, 16]} for name, content in STATISTICS.items()}
     return safetensors_file(folder / "a.safetensors", header, bytes(32))
 
 
@@ -530,7 +533,7 @@ def a_header_nested_without_end(folder):
     return safetensors_file(folder / "a.safetensors", text)
 
 
-@hostile(2, r"Damaged")
+@hostile(2, r"dtype 'F31'")
 def a_dtype_that_does_not_exist(folder):
     header = {"x": {"dtype": "F31", "shape": [4], "data_offsets": [0, 16]}}
     return safetensors_file(folder / "a.safetensors", header, bytes(16))
@@ -552,9 +555,9 @@ def a_number_of_a_million_digits_in_a_header(folder):
 
 def index(folder, change):
     path = save_shards(state(), folder / "hf")
-    told = json.loads(path.read_text())
-    change(told["weight_map"])
-    path.write_text(json.dumps(told))
+    content = json.loads(path.read_text())
+    change(content["weight_map"])
+    path.write_text(json.dumps(content))
     return path
 
 
@@ -594,15 +597,15 @@ def other_json(folder):
 
 def metadata(folder, change):
     path = save_distributed(state(), folder / "dcp")
-    told = torch.distributed.checkpoint.FileSystemReader(path).read_metadata()
-    change(told)
-    (path / ".metadata").write_bytes(pickle.dumps(told))
+    content = torch.distributed.checkpoint.FileSystemReader(path).read_metadata()
+    change(content)
+    (path / ".metadata").write_bytes(pickle.dumps(content))
     return path
 
 
 def every_place(**fields):
-    def change(told):
-        for info in told.storage_data.values():
+    def change(content):
+        for info in content.storage_data.values():
             for name, value in fields.items():
                 setattr(info, name, value)
 
@@ -626,8 +629,8 @@ def pieces_that_are_all_the_same_bytes(folder):
 
 @hostile(2, r"does not fit|do not make it up")
 def a_distributed_tensor_of_a_claimed_size(folder):
-    def change(told):
-        for tensor in told.state_dict_metadata.values():
+    def change(content):
+        for tensor in content.state_dict_metadata.values():
             tensor.size = torch.Size([10**12])
 
     return metadata(folder, change)
@@ -635,8 +638,8 @@ def a_distributed_tensor_of_a_claimed_size(folder):
 
 @hostile(2, r"does not fit|has another tensor")
 def a_distributed_tensor_of_another_dtype(folder):
-    def change(told):
-        for tensor in told.state_dict_metadata.values():
+    def change(content):
+        for tensor in content.state_dict_metadata.values():
             tensor.properties.dtype = torch.float64
 
     return metadata(folder, change)
@@ -713,7 +716,7 @@ def a_legacy_file_with_something_after_it(folder):
     return written(folder, path.read_bytes() + b"PK")
 
 
-@hostile(2, r"TorchScript.*torch\.jit\.load\(file\)\.state_dict\(\)")
+@hostile(0, r"TorchScript")
 def torch_script(folder):
     torch.jit.save(torch.jit.script(torch.nn.BatchNorm2d(4)), folder / "a.pt")
     return folder / "a.pt"
@@ -734,7 +737,7 @@ def a_tar_archive(folder):
     return written(folder, b"storages".ljust(257, b"\0") + b"ustar\x0000" + bytes(400))
 
 
-@hostile(2, r"a pickle that torch\.save did not write|A pickle that torch\.save did not write")
+@hostile(2, r"no tensors by name")
 def a_plain_pickle(folder):
     return written(folder, pickle.dumps({"a": 1}))
 
@@ -763,8 +766,8 @@ def a_name_that_is_no_unicode(folder):
     return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", FOUR)])
 
 
-@hostile(2, r"Refused: needs `posix\.\\x1b")
-def a_refused_name_with_an_escape_sequence(folder):
+@hostile(2, r"would call `posix\.\\x1b")
+def a_name_with_an_escape_sequence(folder):
     body = b"\x8c\x05posix\x8c\x05\x1b[31m\x93)R"
     return torch_zip(folder / "a.pt", b"\x80\x04" + body + b".")
 
@@ -791,16 +794,16 @@ def long_names_put_together_again_and_again(folder):
     return torch_zip(folder / "a.pt", p.whole(body))
 
 
-@hostile(2, r"Refused: needs `a0\.b` and|Refused: needs `a0\.b`, `a1\.b`, `a2\.b` and 98 more")
-def a_million_refused_names(folder):
-    body = b"".join(p.name(f"a{i}", "b") for i in range(1_000_000))
+@hostile(2, r"no tensors by name")
+def two_hundred_thousand_names(folder):
+    body = b"".join(p.name(f"a{i}", "b") for i in range(200_000))
     return torch_zip(folder / "a.pt", p.whole(body))
 
 
 @hostile(2, r"Refused: [\d,]+ dicts of tensors")
-def a_tensor_in_a_hundred_thousand_dicts(folder):
+def a_tensor_in_thirty_thousand_dicts(folder):
     body = p.tensor(p.storage("0", 4), [4], [1]) + b"q\0" + p.text("k" * 900) + b"q\1"
-    body += b"(" + pieces_of(b"}h\1h\0s", 100_000) + b"t"
+    body += b"(" + pieces_of(b"}h\1h\0s", 30_000) + b"t"
     return torch_zip(folder / "a.pt", p.whole(b"(" + body + b"t"), [("0", FOUR)])
 
 
@@ -922,10 +925,10 @@ def a_shard_whose_name_is_no_name(folder):
 def shared_metadata(folder, change):
     """Metadata in which the parts of one tensor are changed, and shared by many names."""
 
-    def spread(told):
-        name, tensor = next(iter(told.state_dict_metadata.items()))
+    def spread(content):
+        name, tensor = next(iter(content.state_dict_metadata.items()))
         change(tensor)
-        told.state_dict_metadata |= {f"{name}{i}": tensor for i in range(50_000)}
+        content.state_dict_metadata |= {f"{name}{i}": tensor for i in range(50_000)}
 
     return metadata(folder, spread)
 
@@ -944,22 +947,22 @@ def a_distributed_tensor_of_many_dimensions(folder):
 
 @hostile(2, r"Refused: [\d,]+ pieces of tensors|does not fit|do not make it up|is missing")
 def a_distributed_tensor_of_the_same_piece_many_times(folder):
-    def change(told):
+    def change(content):
         name = "model.1.running_mean"
-        tensor = told.state_dict_metadata[name]
+        tensor = content.state_dict_metadata[name]
         tensor.size = tensor.chunks[0].sizes = torch.Size([0])
-        tensor.chunks = tensor.chunks * 300_000
+        tensor.chunks = tensor.chunks * 200_001
 
     return metadata(folder, change)
 
 
 @hostile(2, r"the place of .* is none")
 def a_place_that_is_no_name(folder):
-    def change(told):
+    def change(content):
         deep = ()
         for _ in range(90):
             deep = (deep,)
-        told.planner_data = dict.fromkeys(told.planner_data, (deep, 10**5000))
+        content.planner_data = dict.fromkeys(content.planner_data, (deep, 10**5000))
 
     return metadata(folder, change)
 
@@ -1070,3 +1073,166 @@ def a_state_that_changes_after_it_was_set(folder):
     body = information + b")\x81" + fields + b"b" + b"h\0" + p.text("offset") + p.number(1) + b"s"
     (path / ".metadata").write_bytes(p.whole(body))
     return path
+
+
+# Objects that are described and not made.
+
+
+def beside_a_batch_norm(folder, body, **options):
+    """A file with a batch norm, and something else under the key 'x'."""
+    pairs = [("state_dict", p.mapping(p.batch_norm())), ("x", body)]
+    return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", FOUR)], **options)
+
+
+MODULE_PARTS = [(part, b"}") for part in ("_parameters", "_buffers", "_modules")]
+
+
+@hostile(1, r"runs-code[^}]*subprocess\.Popen")
+def a_command_that_looks_like_a_module(folder):
+    body = p.name("subprocess", "Popen") + b")R" + p.mapping(MODULE_PARTS) + b"b"
+    return beside_a_batch_norm(folder, body)
+
+
+@hostile(1, r"runs-code[^}]*posix\.system")
+def a_dict_whose_missing_values_are_made_by_a_command(folder):
+    body = p.name("collections", "defaultdict") + p.name("posix", "system") + b"\x85R"
+    return beside_a_batch_norm(folder, body)
+
+
+@hostile(1, r"runs-code[^}]*posix\.system")
+def a_random_generator_made_by_a_command(folder):
+    body = p.name("numpy.random._pickle", "__generator_ctor")
+    body += b"(" + p.text("true") + p.name("posix", "system") + b"tR"
+    return beside_a_batch_norm(folder, body)
+
+
+@hostile(1, r"runs-code[^}]*bnfreeze\.policies\.class_swap\._rebuild")
+def a_frozen_layer_made_by_a_command(folder):
+    body = p.name("bnfreeze.policies.class_swap", "_rebuild") + b"("
+    body += p.name("torch.nn.modules.batchnorm", "BatchNorm2d")
+    body += p.name("bnfreeze.policies.eval", "ForceEval") + p.name("posix", "system")
+    return beside_a_batch_norm(folder, body + b"(" + p.text("true") + b"ttR")
+
+
+@hostile(1, r"runs-code[^}]*builtins\.getattr\(")
+def a_call_of_what_a_call_gave(folder):
+    made = p.name("types", "SimpleNamespace") + b")R"
+    function = p.name("builtins", "getattr") + b"(" + made + p.text("f") + b"tR"
+    return beside_a_batch_norm(folder, function + b")R")
+
+
+@hostile(1, r"runs-code[^}]*os\.environ\.__setitem__")
+def an_environment_that_is_changed_without_a_call(folder):
+    return beside_a_batch_norm(folder, p.name("os", "environ") + p.text("a") + p.text("b") + b"s")
+
+
+@hostile(1, r"runs-code[^}]*sys\.path\.append")
+def a_path_that_grows_without_a_call(folder):
+    return beside_a_batch_norm(folder, p.name("sys", "path") + p.text("/tmp") + b"a")
+
+
+@hostile(1, r"runs-code[^}]*torch\.Tensor\.__setstate__")
+def a_class_that_gets_another_method(folder):
+    state = b"N" + p.mapping([("__add__", p.name("posix", "system"))]) + b"\x86"
+    return beside_a_batch_norm(folder, p.name("torch", "Tensor") + state + b"b")
+
+
+@hostile(1, r"runs-code[^}]*posix\.system")
+def a_command_in_a_file_that_looks_like_torchscript(folder):
+    pairs = [*p.batch_norm(), ("x", p.calls("posix", "system", "true"))]
+    entries = [("a/data.pkl", p.whole(p.mapping(pairs))), ("a/data/0", FOUR)]
+    return zip_file(folder / "a.pt", [*entries, ("a/constants.pkl", p.whole(b")"))])
+
+
+@hostile(0, r'"name": "bn"')
+def a_state_that_fifty_thousand_objects_share(folder):
+    items = b"".join(p.text(f"k{i}") + b"N" for i in range(50_000))
+    body = b"(" + p.name("argparse", "Namespace") + b"q\0}(" + items + b"uq\x010"
+    return beside_a_batch_norm(folder, body + pieces_of(b"h\0)\x81h\1b", 50_000) + b"t")
+
+
+@hostile(2, r"Refused: [\d,]+ copied entries")
+def arguments_that_fifty_thousand_calls_share(folder):
+    body = b"(" + p.name("argparse", "Namespace") + b"q\0(" + b"N" * 50_000 + b"tq\x010"
+    return beside_a_batch_norm(folder, body + pieces_of(b"h\0h\1R", 50_000) + b"t")
+
+
+@hostile(0, r'"name": "bn"')
+def arguments_of_an_unknown_class_that_fifty_thousand_calls_share(folder):
+    body = b"(" + p.name("config", "Config") + b"q\0(" + b"N" * 50_000 + b"tq\x010"
+    return beside_a_batch_norm(folder, body + pieces_of(b"h\0h\1R", 50_000) + b"t")
+
+
+@hostile(2, r"Refused: [\d,]+ (modules|entries of modules)")
+def a_module_inside_itself_two_to_the_twentieth_times(folder):
+    module = p.name("torch.nn", "Module") + b")\x81"
+    parts = b"}" + p.text("_parameters") + b"}s" + p.text("_buffers") + b"}s" + p.text("_modules")
+    body = module + parts + b"}sbq\0"
+    for _ in range(22):
+        body = body + b"0" + module + parts
+        body += b"}(" + p.text("a") + b"h\0" + p.text("b") + b"h\0usbq\0"
+    return beside_a_batch_norm(folder, body)
+
+
+@hostile(2, r"Refused: [\d,]+ (modules|entries of modules|levels of modules|levels of nesting)")
+def a_module_that_is_its_own_child(folder):
+    body = p.name("torch.nn", "Module") + b")\x81q\0}" + p.text("_parameters") + b"}s"
+    body += p.text("_buffers") + b"}s" + p.text("_modules") + b"}" + p.text("a") + b"h\0ssb"
+    return beside_a_batch_norm(folder, body)
+
+
+@hostile(2, r"no tensors by name")
+def a_storage_in_a_pickle_that_is_loaded_again_and_again(folder):
+    stream = io.BytesIO()
+    storage = torch.ones(4).untyped_storage()
+    torch.save(storage, stream, _use_new_zipfile_serialization=False)
+    data = stream.getvalue()
+    body = b"(" + p.name("torch.storage", "_load_from_bytes") + b"q\0"
+    body += b"B" + struct.pack("<I", len(data)) + data + b"\x85q\1"
+    return written(folder, b"\x80\x03" + body + pieces_of(b"h\0h\1R", 100_000) + b"t.", "a.pkl")
+
+
+@hostile(2, r"a number of another size|arguments that it does not take")
+def a_number_of_a_megabyte(folder):
+    dtype = p.name("numpy", "dtype") + b"(" + p.text("f8") + b"\x89\x88tR"
+    body = p.name("numpy._core.multiarray", "scalar") + b"(" + dtype
+    body += b"B" + struct.pack("<I", 2**20) + bytes(2**20) + b"tR"
+    return beside_a_batch_norm(folder, body)
+
+
+@hostile(2, r"changes something after it was made")
+def a_dtype_that_changes_after_an_array_was_made_of_it(folder):
+    dtype = p.name("numpy", "dtype") + b"(" + p.text("f4") + b"\x89\x88tRq\0"
+    array = p.name("numpy._core.multiarray", "_reconstruct") + b"("
+    array += p.name("numpy", "ndarray") + b"(K\0tC\x01btR"
+    state = b"(K\1(K\1t" + dtype + b"\x89C\x04" + bytes(4) + b"t"
+    order = b"(K\3" + p.text(">") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0t"
+    return beside_a_batch_norm(folder, b"(" + array + state + b"b" + b"h\0" + order + b"bt")
+
+
+@hostile(2, r"said to lie in")
+def an_array_of_a_claimed_size(folder):
+    dtype = p.name("numpy", "dtype") + b"(" + p.text("f4") + b"\x89\x88tR"
+    array = p.name("numpy._core.multiarray", "_reconstruct") + b"("
+    array += p.name("numpy", "ndarray") + b"(K\0tC\x01btR"
+    state = b"(K\1(" + p.number(2**40) + b"t" + dtype + b"\x89C\x04" + bytes(4) + b"t"
+    return beside_a_batch_norm(folder, array + state + b"b")
+
+
+@hostile(2, r"bytes follow after its pickle")
+def a_second_pickle_after_the_first(folder):
+    first = pickle.dumps({"bn.running_mean": 1})
+    return written(folder, first + pickle.dumps(payload(folder)), "a.pkl")
+
+
+@hostile(2, r"numpy\.savez_compressed")
+def an_archive_of_arrays_that_inflate(folder):
+    np.savez_compressed(folder / "a.npz", **{"bn.running_mean": np.zeros(2**24)})
+    return folder / "a.npz"
+
+
+@hostile(2, r"a header that is none|not numbers|no tensors by name|makes no sense|said to lie")
+def an_array_whose_header_is_code(folder):
+    header = b"{'descr': __import__('os').system('true'), 'shape': (4,)}\n"
+    data = b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + bytes(16)
+    return zip_file(folder / "a.npz", [("bn.running_mean.npy", data)])

@@ -1,4 +1,6 @@
-"""Truncated and bit-flipped checkpoints: `python -m tests.hostile.fuzz_checkpoints N [SEED] [FORMAT...]`.
+"""Truncated and bit-flipped checkpoints.
+
+`python -m tests.hostile.fuzz_checkpoints N [SEED] [FORMAT...]` makes many.
 
 N files are made of each format, each damaged in another way. Reading one must give a documented
 error or the right answer. The right answer is what the ordinary loader says of the same bytes,
@@ -14,13 +16,16 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from bnfreeze import CheckpointError
 from bnfreeze.checkpoints import open_checkpoint
 from bnfreeze.inspection.inspect import inspect_checkpoint
-from tests.checkpoints.formats import FORMATS
+from tests.checkpoints.formats import FORMATS, FURTHER_FORMATS
+
+ALL_FORMATS = FORMATS | FURTHER_FORMATS
 
 
 def state():
@@ -70,6 +75,9 @@ def ordinary(path, kind):
             places = json.loads(path.read_text())["weight_map"]
             shards = {place: load_file(path.parent / place) for place in set(places.values())}
             return {name: shards[place][name] for name, place in places.items()}
+        if kind == "npz":
+            with np.load(path, allow_pickle=False) as archive:
+                return {name: torch.from_numpy(archive[name]) for name in archive}
         if kind in {"torch zip", "torch legacy"}:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -88,7 +96,7 @@ def check(path, kind):
         assert str(error).strip()
         return type(error).__name__
     with open_checkpoint(path) as checkpoint:
-        ours = checkpoint.state_dict().tensors
+        ours = checkpoint.models[0].tensors
         theirs = ordinary(path, kind)
         compared = 0
         for name, tensor in ours.items():
@@ -105,11 +113,11 @@ def check(path, kind):
 
 
 def fuzz(kind, count, seed, folder):
-    """Damage `count` files of a kind; tell how often each outcome came."""
+    """Damage `count` files of a kind; give how often each outcome came."""
     rng = random.Random(f"{kind} {seed}")
     folder = Path(folder)
     original = folder / "original"
-    made = FORMATS[kind](state(), original)
+    made = ALL_FORMATS[kind](state(), original)
     inspect_checkpoint(made)
     files = [made] if made.is_file() else sorted(made.iterdir())
     if kind == "shard index":
@@ -137,11 +145,11 @@ def fuzz(kind, count, seed, folder):
 def main():
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    for kind in sys.argv[3:] or FORMATS:
+    for kind in sys.argv[3:] or ALL_FORMATS:
         with tempfile.TemporaryDirectory() as folder:
             outcomes = fuzz(kind, count, seed, folder)
-        told = ", ".join(f"{name} {number}" for name, number in sorted(outcomes.items()))
-        print(f"{kind}: {count} files: {told}", flush=True)
+        counts = ", ".join(f"{name} {number}" for name, number in sorted(outcomes.items()))
+        print(f"{kind}: {count} files: {counts}", flush=True)
 
 
 if __name__ == "__main__":

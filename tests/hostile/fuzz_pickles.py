@@ -1,7 +1,9 @@
-"""Pickles put together at random from torch's own words: `python -m tests.hostile.fuzz_pickles N [SEED]`.
+"""Pickles put together at random from torch's own names.
+
+`python -m tests.hostile.fuzz_pickles N [SEED]` makes many.
 
 What is read of each must be what torch loads, name by name and bit by bit, or the file is refused.
-The words are those that `weights_only` allows, in an order that no pickler would write: tensors on
+The names are those that `weights_only` allows, in an order that no pickler would write: tensors on
 other storages afterwards, attributes that stand for values, sizes that grow, dicts of every kind.
 """
 
@@ -164,7 +166,7 @@ def bnfreeze_reads(path):
 
 
 def fuzz(count, seed):
-    """Read `count` pickles in both ways; tell how often each outcome came.
+    """Read `count` pickles in both ways; give how often each outcome came.
 
     Raises:
         AssertionError: one was read otherwise than torch loads it.

@@ -2,19 +2,17 @@
 
 import pytest
 
-from tests.checkpoints.formats import FORMATS
-
 from . import fuzz_pickles
-from .fuzz_checkpoints import fuzz
+from .fuzz_checkpoints import ALL_FORMATS, fuzz
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", ALL_FORMATS)
 def test_damaged_files_give_a_documented_error_or_the_right_answer(kind, tmp_path):
-    outcomes = fuzz(kind, 200, 0, tmp_path)
-    assert sum(outcomes.values()) == 200
+    outcomes = fuzz(kind, 100, 0, tmp_path)
+    assert sum(outcomes.values()) == 100
     # Neither is the damage always fatal, nor is it overlooked.
-    assert outcomes["CorruptCheckpointError"] > 50
-    assert outcomes["agrees"] + outcomes["answered"] > 5
+    assert outcomes["CorruptCheckpointError"] > 25
+    assert outcomes["agrees"] + outcomes["answered"] > 2
 
 
 def test_pickles_of_torchs_own_words_are_read_as_torch_loads_them_or_refused():

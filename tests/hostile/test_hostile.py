@@ -1,40 +1,26 @@
 """Each hostile file is answered with a clear line and the right exit code; nothing of it runs."""
 
-import os
 import re
-import resource
 import subprocess
 import sys
 
 import pytest
 
 from tests.checkpoints.formats import safetensors_file
-from tests.hostile.files import EVIL, HOSTILE, MARKER
-
-GIGABYTE = 2**30
-# The C library's own threads would take address space by the gigabyte.
-ENVIRONMENT = {
-    **os.environ,
-    "OPENBLAS_NUM_THREADS": "1",
-    "COLUMNS": "120",
-    "PYTHONWARNINGS": "error",
-}
+from tests.hostile.commands import Commands
+from tests.hostile.files import EVIL, HOSTILE, MARKER, SLOW
 
 
-def limit():
-    resource.setrlimit(resource.RLIMIT_AS, (3 * GIGABYTE // 2, 3 * GIGABYTE // 2))
-    resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+@pytest.fixture(scope="module")
+def commands():
+    commands = Commands()
+    yield commands
+    commands.close()
 
 
-def look(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "bnfreeze", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        preexec_fn=limit,
-        timeout=60,
-    )
+@pytest.fixture
+def look(commands):
+    return commands.run
 
 
 def snapshot(path):
@@ -42,8 +28,11 @@ def snapshot(path):
     return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_file_is_answered(name, tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in HOSTILE],
+)
+def test_a_hostile_file_is_answered(name, look, tmp_path):
     make, code, words = HOSTILE[name]
     path = make(tmp_path)
     before = snapshot(path)
@@ -68,7 +57,7 @@ def test_the_payload_would_have_run(tmp_path):
 
 
 @pytest.mark.parametrize("form", [(), ("--plain",), ("--json",)])
-def test_a_hostile_name_is_shown_and_never_obeyed(form, tmp_path):
+def test_a_hostile_name_is_shown_and_never_obeyed(look, form, tmp_path):
     path = HOSTILE["a_name_that_is_markup_and_escape_sequences"][0](tmp_path)
     done = look("inspect", path, *form, "--svg", tmp_path / "a.svg", "--html", tmp_path / "a.html")
     assert done.returncode == 0, done.stderr
@@ -79,24 +68,24 @@ def test_a_hostile_name_is_shown_and_never_obeyed(form, tmp_path):
     assert EVIL not in texts[0]
 
 
-def test_a_refused_diff_says_which_file(tmp_path):
+def test_a_refused_diff_says_which_file(look, tmp_path):
     first = HOSTILE["a_dict_that_holds_itself"][0](tmp_path)
     (tmp_path / "other").mkdir()
-    second = HOSTILE["os_system_in_a_zip"][0](tmp_path / "other")
+    second = HOSTILE["os_system_in_a_plain_pickle"][0](tmp_path / "other")
     done = look("diff", first, second)
     assert done.returncode == 2
     assert str(second) in done.stderr
     assert "posix.system" in done.stderr
 
 
-def test_diff_does_not_count_to_a_trillion(tmp_path):
+def test_diff_does_not_count_to_a_trillion(look, tmp_path):
     path = HOSTILE["stride_0_and_a_shape_of_a_trillion"][0](tmp_path)
     done = look("diff", path, path)
     assert done.returncode == 2
     assert "Refused: its tensors claim 8,000,000,000,000 bytes" in done.stderr
 
 
-def test_diff_does_not_compare_the_same_bytes_without_end(tmp_path):
+def test_diff_does_not_compare_the_same_bytes_without_end(look, tmp_path):
     import torch
 
     whole = torch.zeros(10_000_000)
@@ -108,22 +97,22 @@ def test_diff_does_not_compare_the_same_bytes_without_end(tmp_path):
     assert "its tensors claim 80,000,000,000 bytes, and their storages have 40" in done.stderr
 
 
-def test_a_table_of_thirty_thousand_layers_is_cut(tmp_path):
+def test_a_table_of_three_thousand_layers_is_cut(look, tmp_path):
     import torch
 
     one = torch.ones(1)
-    state = {f"l{i}.{part}": one for i in range(30_000) for part in ("running_mean", "running_var")}
+    state = {f"l{i}.{part}": one for i in range(3_000) for part in ("running_mean", "running_var")}
     torch.save(state, tmp_path / "a.pt")
     done = look("inspect", tmp_path / "a.pt")
     assert done.returncode == 0, done.stderr
-    assert "28,000 rows more" in done.stdout
-    assert "30000 norm layers" in done.stdout
+    assert "1,000 rows more" in done.stdout
+    assert "3000 norm layers" in done.stdout
 
 
-def test_a_wrong_pattern_does_not_list_every_name_above_every_name(tmp_path):
+def test_a_wrong_pattern_does_not_list_every_name_above_every_name(look, tmp_path):
     header = {
         f"{i}.{'.'.join('a' * 500)}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-        for i in range(20_000)
+        for i in range(8_000)
     }
     path = safetensors_file(tmp_path / "a.safetensors", header)
     done = look("inspect", path, "--select", "backbone")

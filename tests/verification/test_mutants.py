@@ -44,36 +44,24 @@ def look(world: World) -> dict:
 
 
 @every_mutant
-def test_a_mutant_is_real(mutant):
+def test_a_mutant_is_real_and_named_exactly_by_its_values_and_by_its_digest(mutant):
     world = mutant.world()
     mutant.prepare(world)
-    before = look(world)
-    assert look(world) == before
+    options = {"tensors": mutant.tensors, "optimizer": world.optimizer}
+    snapshots = [bnfreeze.snapshot(world.model, digest=d, **options) for d in (False, True)]
+    assert all(bnfreeze.verify(world.model, before).ok for before in snapshots)
+    start = look(world)
+    assert look(world) == start
     mutant.change(world)
-    assert look(world) != before
-
-
-@every_mutant
-def test_a_mutant_is_named_exactly_by_its_values_and_by_its_digest(mutant):
-    world = mutant.world()
-    mutant.prepare(world)
-    kept, hashed = (
-        bnfreeze.snapshot(
-            world.model, tensors=mutant.tensors, optimizer=world.optimizer, digest=digest
-        )
-        for digest in (False, True)
-    )
-    assert bnfreeze.verify(world.model, kept).ok
-    assert bnfreeze.verify(world.model, hashed).ok
-    mutant.change(world)
-    for before in (kept, hashed):
+    assert look(world) != start
+    for before in snapshots:
         report = bnfreeze.verify(world.model, before)
         assert not report.ok
         assert {(drift.kind, drift.name) for drift in report.drifts} == mutant.drifts
         assert len(report.drifts) == len(mutant.drifts)
         assert all(drift.cause and drift.remedy for drift in report.drifts)
     with pytest.raises(bnfreeze.DriftError, match=re.escape(report.drifts[0].name)):
-        bnfreeze.assert_frozen(world.model, kept)
+        bnfreeze.assert_frozen(world.model, snapshots[0])
 
 
 @dispatched
@@ -110,14 +98,13 @@ def test_what_torch_does_not_dispatch_is_found_at_the_end_of_a_traced_block(muta
     assert {(drift.kind, drift.name) for drift in caught.value.report.drifts} == mutant.drifts
 
 
-def test_the_catalogue_would_notice_a_change_that_is_none():
+def test_a_change_that_is_none_goes_unnoticed():
     world = frozen()
-    before = look(world)
+    before, start = bnfreeze.snapshot(world.model), look(world)
     world.bn.running_mean.add_(0.0)
-    assert look(world) == before
-    assert bnfreeze.verify(world.model, bnfreeze.snapshot(world.model)).ok
+    assert look(world) == start
+    assert bnfreeze.verify(world.model, before).ok
 
 
 def test_a_titled_mutant_stands_once():
-    assert len({mutant.title for mutant in MUTANTS}) == len(MUTANTS) >= 40
-    assert all("layer1.0.bn" in name for mutant in MUTANTS for _, name in mutant.drifts)
+    assert len({mutant.title for mutant in MUTANTS}) == len(MUTANTS) >= 70

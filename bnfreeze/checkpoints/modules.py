@@ -1,0 +1,228 @@
+"""Whole models in a pickle: names, tensors and settings, from what their modules hold as data.
+
+A `torch.nn.Module` is pickled as its `__dict__`, with `_parameters`, `_buffers` and `_modules` in
+it. TorchScript writes the attributes of a module themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from bnfreeze.checkpoints.limits import (
+    MAX_NAME_LENGTH,
+    MAX_NESTING,
+    MAX_OPCODES,
+    MAX_TENSORS,
+    check_limit,
+)
+from bnfreeze.checkpoints.numpy_arrays import PickledArray
+from bnfreeze.checkpoints.pickled import Opaque, Pairs
+from bnfreeze.checkpoints.stored_tensor import StoredTensor
+
+__all__ = ["LayerSettings", "Model", "Work", "is_module", "model_of", "tensor_in"]
+
+_PARTS: Final = ("_parameters", "_buffers", "_modules")
+_STATISTICS: Final = frozenset({"running_mean", "running_var"})
+_SCRIPT: Final = "__torch__."
+# What TorchScript puts between the parts of a name to keep names apart.
+_MANGLED: Final = re.compile(r"___torch_mangle_\d+\.")
+# Where bnfreeze notes what it froze.
+_RECORD: Final = "_bnfreeze"
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What a whole model in a file says about a norm layer, beyond its tensors.
+
+    Attributes:
+        class_name: the qualified name of its class; of a layer that bnfreeze froze, the class that
+            it had before.
+        eps: None where it is not said.
+        momentum: None where it is not said.
+        training: the flag it was saved with; None where it is not said.
+        frozen_by: ``"bnfreeze"`` for a layer that was frozen when it was saved; else empty.
+    """
+
+    class_name: str
+    eps: float | None = None
+    momentum: float | None = None
+    training: bool | None = None
+    frozen_by: str = ""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a whole model holds.
+
+    Attributes:
+        tensors: by name, as its `state_dict` would have them.
+        layers: the settings of its norm layers, by name.
+        visited: the identities of its modules.
+        besides: what its modules hold beside tensors and modules, by dotted name.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    layers: Mapping[str, LayerSettings]
+    visited: frozenset[int]
+    besides: tuple[tuple[str, Any], ...]
+
+
+def tensor_in(value: object) -> StoredTensor | None:
+    """The value, if it is a tensor or an array of numbers."""
+    if isinstance(value, PickledArray) and not value.is_number:
+        return None
+    return value if isinstance(value, StoredTensor) else None
+
+
+def is_module(value: object) -> bool:
+    """Whether the value is a placeholder of a module, or a module's `__dict__`."""
+    if isinstance(value, Opaque):
+        if value.name.startswith(_SCRIPT):
+            return isinstance(value.state, Pairs)
+        names: Mapping[str, Any] = value.attributes()
+    elif isinstance(value, Pairs):
+        names = value.named()
+    else:
+        return False
+    return all(isinstance(names.get(part), (Pairs, Opaque)) for part in _PARTS)
+
+
+class Work:
+    """How many entries of modules were looked through: a module may be in many others."""
+
+    def __init__(self) -> None:
+        self._done = 0
+
+    def add(self, entries: int) -> None:
+        """Count some more.
+
+        Raises:
+            UnsafeCheckpointError: they are more than any model has.
+        """
+        self._done += entries
+        check_limit(self._done, MAX_OPCODES, "entries of modules")
+
+
+def model_of(root: Opaque | Pairs, work: Work) -> Model:
+    """The tensors of a module and of all that are in it, in the order of its `state_dict`.
+
+    Args:
+        root: the module.
+        work: counts along; the same for all modules of a file.
+
+    Raises:
+        UnsafeCheckpointError: nested too deep, or more than the limits allow.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    layers: dict[str, LayerSettings] = {}
+    visited: set[int] = set()
+    besides: list[tuple[str, Any]] = []
+    waiting: list[tuple[str, Any, int]] = [("", root, 0)]
+    count = 0
+    while waiting:
+        name, module, depth = waiting.pop()
+        # A module may be in several others, and so be met more often than it is stored.
+        count += 1
+        check_limit(count, MAX_TENSORS, "modules")
+        check_limit(depth, MAX_NESTING, "levels of modules")
+        check_limit(len(name), MAX_NAME_LENGTH, "characters of a module's name")
+        is_new = id(module) not in visited
+        visited.add(id(module))
+        attributes = _attributes(module)
+        work.add(1 + len(attributes) + sum(_length(attributes.get(part)) for part in _PARTS))
+        own = dict(_own_tensors(module, attributes))
+        prefix = f"{name}." if name else ""
+        tensors |= {f"{prefix}{part}": tensor for part, tensor in own.items()}
+        check_limit(len(tensors), MAX_TENSORS, "tensors")
+        if not _STATISTICS.isdisjoint(own):
+            layers[name] = _settings(module, attributes)
+        children = [
+            (f"{prefix}{part}", child, depth + 1) for part, child in _children(module, attributes)
+        ]
+        waiting += reversed(children)
+        if is_new:
+            besides += [(f"{prefix}{part}", value) for part, value in _besides(module, attributes)]
+    return Model(tensors, layers, frozenset(visited), tuple(besides))
+
+
+def _attributes(module: Opaque | Pairs) -> Mapping[str, Any]:
+    return module.attributes() if isinstance(module, Opaque) else module.named()
+
+
+def _length(holder: object) -> int:
+    return len(holder.pairs) if isinstance(holder, (Pairs, Opaque)) else 0
+
+
+def _items(holder: object) -> dict[str, Any]:
+    """The entries of a dict, or of a class of dict that is not interpreted."""
+    pairs = holder.pairs if isinstance(holder, (Pairs, Opaque)) else []
+    return {key: value for key, value in pairs if type(key) is str}
+
+
+def _is_script(module: Opaque | Pairs) -> bool:
+    return isinstance(module, Opaque) and module.name.startswith(_SCRIPT)
+
+
+def _own_tensors(
+    module: Opaque | Pairs, attributes: Mapping[str, Any]
+) -> Iterator[tuple[str, StoredTensor]]:
+    if _is_script(module):
+        found = dict(attributes)
+    else:
+        unsaved = attributes.get("_non_persistent_buffers_set")
+        unsaved = unsaved if type(unsaved) is list else []
+        found = {
+            **_items(attributes.get("_parameters")),
+            **{
+                name: value
+                for name, value in _items(attributes.get("_buffers")).items()
+                if name not in unsaved
+            },
+        }
+    for name, value in found.items():
+        tensor = tensor_in(value)
+        if tensor is not None:
+            yield name, tensor
+
+
+def _children(
+    module: Opaque | Pairs, attributes: Mapping[str, Any]
+) -> Iterator[tuple[str, Opaque | Pairs]]:
+    found = attributes if _is_script(module) else _items(attributes.get("_modules"))
+    for name, value in found.items():
+        if isinstance(value, (Opaque, Pairs)) and is_module(value):
+            yield name, value
+
+
+def _besides(module: Opaque | Pairs, attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What could hold another model: a list of modules that are kept out of `_modules`, say."""
+    for name, value in attributes.items():
+        if name in _PARTS or (_is_script(module) and is_module(value)):
+            continue
+        if (
+            isinstance(value, Opaque)
+            or (isinstance(value, (list, tuple)) and value)
+            or (isinstance(value, Pairs) and value.pairs)
+        ):
+            yield name, value
+
+
+def _settings(module: Opaque | Pairs, attributes: Mapping[str, Any]) -> LayerSettings:
+    name = module.name if isinstance(module, Opaque) else ""
+    training = attributes.get("training")
+    return LayerSettings(
+        class_name=_MANGLED.sub("", name.removeprefix(_SCRIPT)),
+        eps=_number(attributes.get("eps")),
+        momentum=_number(attributes.get("momentum")),
+        training=training if type(training) is bool else None,
+        frozen_by="bnfreeze" if attributes.get(_RECORD) is not None else "",
+    )
+
+
+def _number(value: object) -> float | None:
+    return (
+        float(value) if type(value) is float or (type(value) is int and abs(value) < 1e9) else None
+    )

@@ -1,0 +1,184 @@
+"""NumPy's arrays, scalars and dtypes in a pickle, described as data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import numpy as np
+
+from bnfreeze.checkpoints.limits import MAX_DIMENSIONS, check_limit, is_shape
+from bnfreeze.checkpoints.pickled import Opaque
+from bnfreeze.checkpoints.pickles import Stateful
+from bnfreeze.checkpoints.source import Source
+from bnfreeze.checkpoints.stored_tensor import (
+    ITEM_SIZES,
+    Record,
+    StoredTensor,
+    StridedTensor,
+    Words,
+)
+from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
+
+__all__ = ["NUMPY_BUILDERS", "PickledArray", "numpy_dtype", "strided_array"]
+
+_LONGEST_TEXT: Final = 1 << 12
+# NumPy's short names, and torch's.
+_DTYPES: Final = {
+    "f8": "float64",
+    "f4": "float32",
+    "f2": "float16",
+    "c16": "complex128",
+    "c8": "complex64",
+    "i8": "int64",
+    "i4": "int32",
+    "i2": "int16",
+    "i1": "int8",
+    "u8": "uint64",
+    "u4": "uint32",
+    "u2": "uint16",
+    "u1": "uint8",
+    "b1": "bool",
+}
+
+
+def numpy_dtype(text: str) -> tuple[str, bool] | None:
+    """Torch's name of a NumPy dtype such as ``"<f4"``, and whether it is big-endian.
+
+    None for a dtype that is no number: objects, texts, dates, records.
+    """
+    dtype = _DTYPES.get(text.lstrip("<>|="))
+    return None if dtype is None else (dtype, text.startswith(">"))
+
+
+def strided_array(
+    data: Record | Source | bytes, dtype: tuple[str, bool], shape: Any, fortran: bool
+) -> StoredTensor:
+    """An array of plain bytes.
+
+    Raises:
+        CorruptCheckpointError: the shape does not fit the bytes.
+    """
+    name, swapped = dtype
+    if type(shape) is not tuple or not is_shape(shape):
+        raise CorruptCheckpointError("Damaged: an array whose shape makes no sense.")
+    check_limit(len(shape), MAX_DIMENSIONS, "dimensions of an array")
+    if not isinstance(data, Record):
+        data = Record(data if isinstance(data, Source) else Source.of(data), swapped)
+    if math.prod(shape) * ITEM_SIZES[name] != data.source.size:
+        raise CorruptCheckpointError(
+            f"Damaged: an array of {math.prod(shape):,} elements of {name} is said to lie in "
+            f"{data.source.size:,} bytes."
+        )
+    axes = range(len(shape))
+    stride = tuple(math.prod(shape[:axis] if fortran else shape[axis + 1 :]) for axis in axes)
+    return StridedTensor(name, shape, stride, data)
+
+
+class PickledArray(StoredTensor, Stateful):
+    """An array that NumPy makes empty and fills afterwards.
+
+    Attributes:
+        is_number: whether it has numbers in it, and so is a tensor.
+    """
+
+    dtype: str = "uint8"
+    shape: tuple[int, ...] = (0,)
+    has_values = False
+    why = "it was never filled"
+
+    def __init__(self) -> None:
+        self.is_number = False
+        self._filled: StoredTensor | None = None
+        self._is_set = False
+
+    def set_state(self, state: object) -> None:
+        """Fill it: a version, shape, dtype, whether it is in Fortran's order, and the bytes."""
+        if self._is_set:
+            raise CorruptCheckpointError(
+                "Ambiguous: its pickle changes something after it was made."
+            )
+        self._is_set = True
+        if type(state) is not tuple or len(state) not in (4, 5):
+            raise CorruptCheckpointError("Damaged: an array's state is none.")
+        shape, described, fortran, data = state[-4:]
+        dtype = _dtype_of(described)
+        if dtype is None:
+            self.why = "its elements are not numbers"
+            return
+        self._filled = filled = strided_array(_bytes_of(data), dtype, shape, fortran is True)
+        self.dtype, self.shape = filled.dtype, filled.shape
+        self.is_number = self.has_values = True
+        self.why = ""
+
+    def storage(self) -> tuple[object, int]:
+        """The bytes."""
+        return self._filled.storage() if self._filled else (self, 0)
+
+    def words(self) -> Words:
+        """All elements in row-major order, as unsigned integers.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+        if self._filled is None:
+            raise UnsupportedFormatError(f"An array cannot be read: {self.why}.")
+        return self._filled.words()
+
+
+def _dtype_of(described: object) -> tuple[str, bool] | None:
+    """The dtype that a `numpy.dtype(…)` of the pickle stands for."""
+    if not isinstance(described, Opaque) or described.name != "numpy.dtype":
+        raise CorruptCheckpointError("Damaged: an array whose dtype is none.")
+    # Where it changed later, the array would be another.
+    described.given = True
+    text = described.arguments[0] if described.arguments else None
+    order = described.state[1] if type(described.state) is tuple and described.state[1:] else "="
+    if type(text) is not str or type(order) is not str:
+        return None
+    return numpy_dtype(order[:1] + text.lstrip("<>|="))
+
+
+def _bytes_of(data: object) -> Source | bytes:
+    if type(data) is str and len(data) <= _LONGEST_TEXT:
+        # Python 2's byte strings; those that are longer stay in the file.
+        return data.encode("latin-1")
+    if isinstance(data, (bytes, Source)):
+        return data
+    raise CorruptCheckpointError("Damaged: an array's bytes are none.")
+
+
+def _reconstruct(_: tuple[Any, ...]) -> PickledArray:
+    return PickledArray()
+
+
+def _from_buffer(arguments: tuple[Any, ...]) -> object:
+    data, described, shape, order = arguments
+    dtype = _dtype_of(described)
+    if dtype is None:
+        return PickledArray()
+    return strided_array(_bytes_of(data), dtype, shape, order == "F")
+
+
+def _scalar(arguments: tuple[Any, ...]) -> object:
+    """A number, as Python has it; None where it is of another kind."""
+    dtype = _dtype_of(arguments[0])
+    if dtype is None or len(arguments) < 2:
+        return None
+    data = _bytes_of(arguments[1])
+    name, swapped = dtype
+    # A number is short, and long bytes stay in the file.
+    if isinstance(data, Source) or len(data) != ITEM_SIZES[name]:
+        raise CorruptCheckpointError("Damaged: a number of another size than its dtype.")
+    return np.frombuffer(data, np.dtype(name).newbyteorder(">" if swapped else "<"))[0].item()
+
+
+NUMPY_BUILDERS: Final = {
+    f"numpy.{core}.{name}": builder
+    for core in ("core", "_core")
+    for name, builder in {
+        "multiarray._reconstruct": _reconstruct,
+        "multiarray.scalar": _scalar,
+        "numeric._frombuffer": _from_buffer,
+    }.items()
+}

@@ -1,0 +1,174 @@
+"""ONNX models, read by the package `onnx`: the tensors in them. Nothing of the graph is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, MAX_TENSORS, check_limit
+from bnfreeze.checkpoints.modules import LayerSettings, Model
+from bnfreeze.checkpoints.numpy_arrays import strided_array
+from bnfreeze.checkpoints.reading import Content, OpenFile
+from bnfreeze.checkpoints.shards import beside
+from bnfreeze.checkpoints.source import Source
+from bnfreeze.checkpoints.stored_tensor import StoredTensor
+from bnfreeze.checkpoints.torch_tensors import DescribedTensor
+from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
+
+__all__ = ["read_onnx"]
+
+# What protobuf itself can hold; larger models keep their tensors in files beside.
+_MOST_BYTES: Final = 2**31
+# ONNX's numbers for dtypes.
+_DTYPES: Final = {
+    1: "float32",
+    2: "uint8",
+    3: "int8",
+    4: "uint16",
+    5: "int16",
+    6: "int32",
+    7: "int64",
+    9: "bool",
+    10: "float16",
+    11: "float64",
+    12: "uint32",
+    13: "uint64",
+    14: "complex64",
+    15: "complex128",
+    16: "bfloat16",
+}
+_EXTERNAL: Final = 1
+# What a BatchNormalization node is given, after its input.
+_PARTS: Final = ("weight", "bias", "running_mean", "running_var")
+
+
+def read_onnx(file: OpenFile) -> Content:
+    """The tensors by name, and for each BatchNormalization node a norm layer.
+
+    A layer is named as its tensors are, or else as its node.
+
+    Raises:
+        UnsupportedFormatError: the package `onnx` is not installed.
+        CheckpointError: damaged.
+    """
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError:
+        raise UnsupportedFormatError(
+            "An ONNX model. To read it, install the package onnx: pip install 'bnfreeze[onnx]'."
+        ) from None
+    check_limit(file.source.size, _MOST_BYTES, "bytes of an ONNX model")
+    try:
+        graph = onnx.ModelProto.FromString(file.source.read(0, file.source.size)).graph
+    except DecodeError:
+        raise CorruptCheckpointError("Damaged: it begins as ONNX, and is none.") from None
+    tensors: dict[str, StoredTensor] = {}
+    layers: dict[str, LayerSettings] = {}
+    graphs = list(_with_subgraphs(graph))
+    for proto in _tensors_in(graphs):
+        check_limit(len(proto.name), MAX_NAME_LENGTH, "characters of a tensor's name")
+        if proto.name in tensors and len(graphs) == 1:
+            raise CorruptCheckpointError(f"Ambiguous: {proto.name!r:.200} is there twice.")
+        tensors[proto.name] = _tensor(proto, file)
+        check_limit(len(tensors), MAX_TENSORS, "tensors")
+    for name, node, parts, settings in _norm_nodes(graphs, tensors):
+        if name in layers:
+            name = node
+        layers[name] = settings
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    remarks = () if layers else (_FOLDED,)
+    return Content(Model(tensors, layers, frozenset(), ()), remarks=remarks)
+
+
+def _with_subgraphs(graph: Any) -> Iterator[Any]:
+    """The graph, and those of the branches and loops in it."""
+    waiting = [graph]
+    while waiting:
+        one = waiting.pop()
+        yield one
+        waiting += [
+            attribute.g
+            for node in one.node
+            for attribute in node.attribute
+            if attribute.HasField("g")
+        ]
+
+
+def _tensors_in(graphs: Iterable[Any]) -> Iterator[Any]:
+    """The initializers, and the tensors of Constant nodes under their outputs' names."""
+    for graph in graphs:
+        yield from graph.initializer
+        for node in graph.node:
+            for attribute in node.attribute:
+                if node.op_type == "Constant" and attribute.HasField("t") and node.output:
+                    attribute.t.name = node.output[0]
+                    yield attribute.t
+
+
+_FOLDED: Final = (
+    "There is no BatchNormalization node in the graph. Exporters fold batch norm into the "
+    "convolution before it."
+)
+
+
+def _norm_nodes(
+    graphs: Sequence[Any], tensors: Mapping[str, StoredTensor]
+) -> Iterator[tuple[str, str, dict[str, StoredTensor], LayerSettings]]:
+    """The name of each norm layer, that of its node, its tensors, and its settings."""
+    nodes = [node for graph in graphs for node in graph.node]
+    same = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Identity"}
+    for number, node in enumerate(nodes):
+        if node.op_type != "BatchNormalization" or len(node.input) < 5:
+            continue
+        # An exporter writes equal tensors once.
+        given = dict(zip(_PARTS, (same.get(name, name) for name in node.input[1:5]), strict=True))
+        parts = {part: tensors[name] for part, name in given.items() if name in tensors}
+        own = [name.rpartition(".")[0] for part, name in given.items() if name.endswith(f".{part}")]
+        asked = [name for name in node.input[1:5] if name.endswith(".running_mean")]
+        node_name = f"{node.name or 'BatchNormalization'}:{number}"
+        name = asked[0].rpartition(".")[0] if asked else own[0] if own else node_name
+        values = {attribute.name: attribute for attribute in node.attribute}
+        # ONNX keeps this share of the old value; torch takes the rest from the new one.
+        kept = values["momentum"].f if "momentum" in values else 0.9
+        yield (
+            name,
+            node_name,
+            parts,
+            LayerSettings(
+                class_name="BatchNormalization",
+                eps=values["epsilon"].f if "epsilon" in values else 1e-5,
+                momentum=round(1 - kept, 6),
+                training=bool(values["training_mode"].i) if "training_mode" in values else False,
+            ),
+        )
+
+
+def _tensor(proto: Any, file: OpenFile) -> StoredTensor:
+    shape = tuple(proto.dims)
+    dtype = _DTYPES.get(proto.data_type)
+    if dtype is None:
+        return DescribedTensor("uint8", (0,), "its elements are of a kind that torch has not")
+    if proto.data_location == _EXTERNAL:
+        return strided_array(_beside(proto, file), (dtype, False), shape, fortran=False)
+    if proto.HasField("raw_data"):
+        return strided_array(proto.raw_data, (dtype, False), shape, fortran=False)
+    from onnx import numpy_helper
+
+    try:
+        data = numpy_helper.to_array(proto).tobytes()
+    except (ValueError, TypeError):
+        raise CorruptCheckpointError(f"Damaged: {proto.name!r:.200} is no tensor.") from None
+    return strided_array(data, (dtype, False), shape, fortran=False)
+
+
+def _beside(proto: Any, file: OpenFile) -> Source:
+    """The bytes of a tensor that lies in another file."""
+    entries = {entry.key: entry.value for entry in proto.external_data}
+    source = file.beside(beside(file.path.parent, entries.get("location", ""))).source
+    try:
+        offset = int(entries.get("offset", "0"))
+        length = int(entries.get("length", str(source.size - offset)))
+    except ValueError:
+        raise CorruptCheckpointError(f"Damaged: {proto.name!r:.200} lies nowhere.") from None
+    return source.part(offset, length)

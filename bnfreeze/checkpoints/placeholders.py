@@ -1,0 +1,138 @@
+"""What of a file was not interpreted, and what loading it would call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from bnfreeze.checkpoints.code_names import VALUES, level_of
+from bnfreeze.checkpoints.modules import is_module
+from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs
+from bnfreeze.checkpoints.reading import Content
+from bnfreeze.findings import Level
+
+__all__ = ["CodeCall", "Uninterpreted", "placeholders_in"]
+
+# Of each kind so many are listed; more of them say nothing more.
+_ENOUGH: Final = 100
+_KEY_LENGTH: Final = 400
+_SCRIPT: Final = "__torch__."
+
+
+@dataclass(frozen=True)
+class CodeCall:
+    """Something that loading the file with `torch.load(weights_only=False)` would call.
+
+    Attributes:
+        name: the qualified name, such as ``"posix.system"``; of the result of another call, that
+            call's name and ``"(…)"``.
+        where: under which key it was first found; empty for the top, or where no key leads to it.
+        level: ``"error"`` for what is known or made at run time, ``"warning"`` for a package of
+            which nothing is known, ``"note"`` for the class of a module.
+    """
+
+    name: str
+    where: str
+    level: Level
+
+
+@dataclass(frozen=True)
+class Uninterpreted:
+    """An object that was left as a placeholder.
+
+    Attributes:
+        name: the qualified name of its class.
+        where: under which key it was first found; empty for the top.
+    """
+
+    name: str
+    where: str
+
+
+def placeholders_in(content: Content) -> tuple[tuple[Uninterpreted, ...], tuple[CodeCall, ...]]:
+    """What was not interpreted and what would be called, each name once, the worst calls first."""
+    places, uninterpreted = _walk(content.root)
+    calls: dict[str, CodeCall] = {}
+    for made in content.made:
+        is_model = not made.arguments and is_module(made)
+        level = level_of(made.name, at_run_time=made.at_run_time, is_module=is_model)
+        before = calls.get(made.name)
+        if level and (before is None or _SEVERITY[level] < _SEVERITY[before.level]):
+            place = places.get(id(made))
+            calls[made.name] = CodeCall(made.name, place.path() if place else "", level)
+    ordered = sorted(calls.values(), key=lambda call: _SEVERITY[call.level])
+    return uninterpreted, tuple(ordered[:_ENOUGH])
+
+
+_SEVERITY: Final = {"error": 0, "warning": 1, "note": 2}
+
+
+class _Place:
+    """A place in the file: a key in another place."""
+
+    __slots__ = ("above", "key")
+
+    def __init__(self, above: _Place | None, key: str) -> None:
+        self.above = above
+        self.key = key
+
+    def path(self) -> str:
+        keys = []
+        place: _Place | None = self
+        while place is not None and place.key:
+            keys.append(place.key[:200])
+            place = place.above
+        return ".".join(reversed(keys))[-_KEY_LENGTH:]
+
+
+def _walk(root: Any) -> tuple[dict[int, _Place], tuple[Uninterpreted, ...]]:
+    """The place of each placeholder, and those that were not interpreted; each object once."""
+    places: dict[int, _Place] = {}
+    found: dict[str, Uninterpreted] = {}
+    seen = {id(root)}
+    level: list[tuple[_Place, Any, bool]] = [(_Place(None, ""), root, False)]
+    while level:
+        below: list[tuple[_Place, Any, bool]] = []
+        for place, value, is_inside in level:
+            if isinstance(value, (Opaque, Global)):
+                places[id(value)] = place
+                # What is in an object that is left out is left out with it.
+                if not is_inside and not _is_interpreted(value):
+                    is_inside = True
+                    if value.name not in found and len(found) < _ENOUGH:
+                        found[value.name] = Uninterpreted(value.name, place.path())
+            for key, child in _children(value):
+                if isinstance(child, _HOLDERS) and id(child) not in seen:
+                    seen.add(id(child))
+                    below.append((_Place(place, key) if key else place, child, is_inside))
+        level = below
+    return places, tuple(found.values())
+
+
+def _is_interpreted(value: Opaque | Global) -> bool:
+    return value.name in VALUES or is_module(value) or value.name.startswith(_SCRIPT)
+
+
+_HOLDERS: Final = (Opaque, Global, Pairs, dict, list, tuple)
+# The parts of a module, which are no keys of their own.
+_PARTS: Final = frozenset({"_modules", "_parameters", "_buffers"})
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    """What an object holds, by key; an empty key stands for the object itself."""
+    if isinstance(value, Opaque):
+        # Each part as a whole: many objects may have the same.
+        yield from (("", part) for part in (value.arguments, value.state, value.items))
+    if isinstance(value, (Opaque, Pairs)):
+        yield from ((_key(key), part) for key, part in value.pairs)
+    elif isinstance(value, dict):
+        yield from ((_key(key), part) for key, part in value.items())
+    elif isinstance(value, (list, tuple)):
+        yield from ((str(index), part) for index, part in enumerate(value))
+
+
+def _key(key: object) -> str:
+    if type(key) is str:
+        return "" if key in _PARTS else key
+    return str(key)[:40] if type(key) is int else "…"

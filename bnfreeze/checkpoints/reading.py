@@ -1,0 +1,99 @@
+"""What every reader of a format gets, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from bnfreeze.checkpoints.pickled import Opaque
+from bnfreeze.checkpoints.source import FilePath, Source
+from bnfreeze.checkpoints.zips import Entry, read_directory
+from bnfreeze.errors import CorruptCheckpointError
+
+__all__ = ["Content", "OpenFile", "entry_of"]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What was saved in a file.
+
+    Attributes:
+        root: dicts, lists, `Pairs`, `Opaque`, and a `StoredTensor` for each tensor.
+        made: the objects that loading the file would make by calls.
+        remarks: sentences about the file that a person should read.
+    """
+
+    root: Any
+    made: tuple[Opaque, ...] = ()
+    remarks: tuple[str, ...] = field(default=())
+
+
+class OpenFile:
+    """A file that was opened for reading.
+
+    Attributes:
+        source: its bytes.
+        path: where it lies.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        path: FilePath,
+        open_file: Callable[[FilePath], OpenFile] | None = None,
+    ) -> None:
+        """Take the bytes, their place, and what opens another file until this one is closed."""
+        self.source = source
+        self.path = path
+        self._open = open_file
+        self._opened: dict[FilePath, OpenFile] = {}
+
+    @cached_property
+    def head(self) -> bytes:
+        """The first bytes, as many as there are."""
+        return self.source.head(1024)
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """The entries of a zip file by name, without the archive's own folder at the top.
+
+        Raises:
+            CheckpointError: it is no sound zip file.
+        """
+        found = read_directory(self.source)
+        folders = {name.partition("/")[0] for name in found}
+        if len(folders) != 1 or any("/" not in name for name in found):
+            return found
+        return {name.partition("/")[2]: entry for name, entry in found.items()}
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The names of `entries`; none where it is no zip file."""
+        if not self.head.startswith(b"PK\3\4"):
+            return frozenset()
+        return frozenset(self.entries)
+
+    def beside(self, path: FilePath) -> OpenFile:
+        """Another file, open as long as this one; the same for the same path.
+
+        Raises:
+            CheckpointError: it cannot be opened.
+        """
+        if self._open is None:
+            raise CorruptCheckpointError("A part of a file that refers to other files.")
+        if path not in self._opened:
+            self._opened[path] = self._open(path)
+        return self._opened[path]
+
+
+def entry_of(file: OpenFile, name: str) -> Entry:
+    """An entry of a zip file that must be there.
+
+    Raises:
+        CorruptCheckpointError: it is not.
+    """
+    if name not in file.entries:
+        raise CorruptCheckpointError(f"Damaged: '{name:.80}' is missing in it.")
+    return file.entries[name]

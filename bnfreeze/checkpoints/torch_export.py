@@ -1,0 +1,89 @@
+"""Archives of torch.export (`.pt2`): their weights. The graph in them is not looked at."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from bnfreeze.checkpoints.json_objects import read_json
+from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_limit
+from bnfreeze.checkpoints.reading import Content, OpenFile, entry_of
+from bnfreeze.checkpoints.stored_tensor import Record, StoredTensor, StridedTensor
+from bnfreeze.checkpoints.torch_tensors import DescribedTensor
+from bnfreeze.checkpoints.torch_zip import read_torch_zip
+from bnfreeze.errors import CorruptCheckpointError
+
+__all__ = ["read_export"]
+
+# The numbers that torch.export writes for dtypes.
+_DTYPES: Final = {
+    1: "uint8",
+    2: "int8",
+    3: "int16",
+    4: "int32",
+    5: "int64",
+    6: "float16",
+    7: "float32",
+    8: "float64",
+    9: "complex32",
+    10: "complex64",
+    11: "complex128",
+    12: "bool",
+    13: "bfloat16",
+    28: "uint16",
+    29: "float8_e4m3fn",
+    30: "float8_e5m2",
+    31: "float8_e4m3fnuz",
+    32: "float8_e5m2fnuz",
+    33: "float8_e8m0fnu",
+    34: "uint32",
+    35: "uint64",
+}
+_OLD: Final = "serialized_state_dict.pt"
+_CONFIG: Final = "_weights_config.json"
+
+
+def read_export(file: OpenFile) -> Content:
+    """The weights by name; of several models in one archive, each under its name.
+
+    Raises:
+        CheckpointError: refused or damaged.
+    """
+    if _OLD in file.names:
+        # Before torch 2.8 the weights were a file of torch.save inside the archive.
+        return read_torch_zip(OpenFile(entry_of(file, _OLD).source, file.path))
+    configs = [
+        name for name in file.entries if name.startswith("data/weights/") and name.endswith(_CONFIG)
+    ]
+    models = {
+        name.removeprefix("data/weights/").removesuffix(_CONFIG): _weights(file, name)
+        for name in configs
+    }
+    return Content(next(iter(models.values())) if len(models) == 1 else models)
+
+
+def _weights(file: OpenFile, config: str) -> dict[str, StoredTensor]:
+    entry = entry_of(file, config)
+    check_limit(entry.size, MAX_HEADER_BYTES, "bytes of a list of weights")
+    weights = read_json(entry.read(), "the list of weights").get("config")
+    if type(weights) is not dict:
+        raise CorruptCheckpointError("Damaged: the list of weights has no config.")
+    check_limit(len(weights), MAX_TENSORS, "tensors")
+    records: dict[str, Record] = {}
+    return {name: _tensor(file, weight, records) for name, weight in weights.items()}
+
+
+def _tensor(file: OpenFile, weight: Any, records: dict[str, Record]) -> StoredTensor:
+    try:
+        meta, name = weight["tensor_meta"], weight["path_name"]
+        shape = tuple(size["as_int"] for size in meta["sizes"])
+        stride = tuple(step["as_int"] for step in meta["strides"])
+        dtype = _DTYPES[meta["dtype"]]
+        if weight["use_pickle"]:
+            return DescribedTensor(dtype, shape, "its class keeps its values in its own way")
+        if name not in records:
+            entry = entry_of(file, f"data/weights/{name}")
+            records[name] = Record(entry.source, checksum=entry.checksum)
+        offset = meta["storage_offset"]["as_int"]
+        return StridedTensor(dtype, shape, stride, records[name], offset)
+    except (KeyError, TypeError, ValueError):
+        raise CorruptCheckpointError("Damaged: a weight's description is none.") from None

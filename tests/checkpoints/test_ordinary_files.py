@@ -1,0 +1,505 @@
+"""The files that ordinary users have: each is made by the library that people use for it.
+
+Where that library is not installed with the tests' own dependencies, the test is skipped, or the
+pickle is made with stand-ins of the same names, which the test says.
+"""
+
+import argparse
+import collections
+import datetime
+import gzip
+import io
+import pathlib
+import pickle
+import sys
+import tarfile
+import types
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bnfreeze
+from bnfreeze import (
+    CheckpointError,
+    CorruptCheckpointError,
+    UnsafeCheckpointError,
+    UnsupportedFormatError,
+)
+from bnfreeze.checkpoints import open_checkpoint
+from tests.helpers import bits
+
+
+def facts(path):
+    """The models of a file by their keys, and the rest as plain data."""
+    with open_checkpoint(path) as checkpoint:
+        return types.SimpleNamespace(
+            kind=checkpoint.kind,
+            models={
+                model.key: {
+                    name: tensor.words().tobytes() for name, tensor in model.tensors.items()
+                }
+                for model in checkpoint.models
+            },
+            layers={model.key: dict(model.layers) for model in checkpoint.models},
+            stripped={model.key: model.stripped for model in checkpoint.models},
+            uninterpreted={(one.name, one.where) for one in checkpoint.uninterpreted},
+            calls={(call.name, call.where): call.level for call in checkpoint.calls},
+            remarks=checkpoint.remarks,
+        )
+
+
+def values(state):
+    return {name: bits(value).numpy().tobytes() for name, value in state.items()}
+
+
+class Config:
+    """A class of a training script."""
+
+    def __init__(self):
+        self.width = 3
+
+
+def stand_in(monkeypatch, name, base=object):
+    """A class under the name of a library that is not installed."""
+    module, _, attribute = name.rpartition(".")
+    for end in [i for i, letter in enumerate(module) if letter == "."] + [len(module)]:
+        package = module[:end]
+        if package not in sys.modules:
+            monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    made = type(attribute, (base,), {"__module__": module})
+    monkeypatch.setattr(sys.modules[module], attribute, made, raising=False)
+    return made
+
+
+# What stands beside the weights.
+
+
+def test_what_training_scripts_write_beside_the_weights_is_read(model, tmp_path):
+    torch.save(
+        {
+            "state_dict": model.state_dict(),
+            "args": argparse.Namespace(lr=0.1, out=pathlib.Path("run")),
+            "best": np.float64(0.75),
+            "history": collections.defaultdict(list, {"loss": [1.0, 0.5]}),
+            "counter": collections.Counter("abc"),
+            "queue": collections.deque([1, 2]),
+            "when": datetime.datetime(2025, 1, 1),
+            "where": pathlib.Path("run"),
+            "range": (range(3), slice(1, 2), 1j, b"x", bytearray(b"y"), {1}, frozenset({2})),
+            "curve": np.arange(6.0).reshape(2, 3),
+            "texts": np.array(["a", None], dtype=object),
+            "dtype": (np.dtype("float32"), torch.float32, torch.Size([2]), torch.device("cpu")),
+            "loss": nn.CrossEntropyLoss(),
+        },
+        tmp_path / "a.pt",
+    )
+    found = facts(tmp_path / "a.pt")
+    assert found.models == {"state_dict": values(model.state_dict())}
+    assert found.uninterpreted == {
+        ("argparse.Namespace", "args"),
+        (f"pathlib.{type(pathlib.Path()).__name__}", "where"),
+    }
+    assert found.calls == {("torch.nn.modules.loss.CrossEntropyLoss", "loss"): "note"}
+
+
+def test_a_class_that_nobody_knows_is_named_and_cannot_be_judged(model, tmp_path):
+    saved = {"state_dict": model.state_dict(), "hparams": {"config": Config(), "kind": Config}}
+    torch.save(saved, tmp_path / "a.pt")
+    found = facts(tmp_path / "a.pt")
+    assert found.models == {"state_dict": values(model.state_dict())}
+    name = f"{__name__}.Config"
+    assert found.uninterpreted == {(name, "hparams.config")}
+    assert found.calls == {(name, "hparams.config"): "warning"}
+
+
+def test_a_lightning_checkpoint_with_objects_in_its_hyperparameters_is_read(tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self, args, root, loss, kind):
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+        def training_step(self, batch, _):
+            return self.net(batch[0]).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters())
+
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = Module(argparse.Namespace(lr=1), pathlib.Path("data"), nn.MSELoss(), nn.ReLU)
+        trainer = lightning.Trainer(
+            max_steps=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader(TensorDataset(torch.randn(2, 3, 8, 8)), batch_size=2))
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+    found = facts(tmp_path / "last.ckpt")
+    assert found.models == {"state_dict": values(module.state_dict())}
+    assert ("argparse.Namespace", "hyper_parameters.args") in found.uninterpreted
+    assert "error" not in found.calls.values()
+
+
+def test_what_timms_saver_writes_is_read(tmp_path):
+    utils = pytest.importorskip("timm.utils")
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    saver = utils.CheckpointSaver(
+        net,
+        torch.optim.SGD(net.parameters(), 0.1, momentum=0.9),
+        args=argparse.Namespace(model="x", lr=0.1),
+        model_ema=utils.ModelEmaV3(net),
+        checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path),
+    )
+    saver.save_checkpoint(0, 1.0)
+    found = facts(tmp_path / "last.pth.tar")
+    assert set(found.models) == {"state_dict", "state_dict_ema"}
+    assert found.uninterpreted == {("argparse.Namespace", "args")}
+    assert not found.calls
+
+
+def test_mmengines_history_is_read(model, tmp_path):
+    logging = pytest.importorskip("mmengine.logging")
+    history = logging.HistoryBuffer([1.0, 2.0], [1, 1])
+    saved = {"state_dict": model.state_dict(), "message_hub": {"log_scalars": {"loss": history}}}
+    torch.save(saved, tmp_path / "a.pth")
+    found = facts(tmp_path / "a.pth")
+    assert found.models == {"state_dict": values(model.state_dict())}
+    name, where = "mmengine.logging.history_buffer.HistoryBuffer", "message_hub.log_scalars.loss"
+    assert found.uninterpreted == {(name, where)}
+    assert not found.calls
+
+
+# Whole models.
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_whole_model_is_read_with_its_kinds_and_settings(zipped, model, tmp_path):
+    model.stem[1].momentum = None
+    model.stem[1].eps = 1e-3
+    model.head.eval()
+    torch.save(model, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    found = facts(tmp_path / "a.pt")
+    assert found.models == {"": values(model.state_dict())}
+    layers = found.layers[""]
+    assert set(layers) == {"stem.1", "backbone.0.1", "backbone.1.1", "head.2"}
+    first, last = layers["stem.1"], layers["head.2"]
+    kind = type(model.stem[1])
+    assert first.class_name == f"{kind.__module__}.{kind.__name__}"
+    assert (first.eps, first.momentum, first.training) == (1e-3, None, True)
+    assert (last.momentum, last.training, last.frozen_by) == (0.1, False, "")
+    assert set(found.calls.values()) == {"note"}
+
+
+def test_both_halves_of_a_detectors_best_are_read(monkeypatch, tmp_path):
+    """Ultralytics' own classes are stand-ins of the same names."""
+    made = stand_in(monkeypatch, "ultralytics.nn.tasks.DetectionModel", nn.Module)
+    conv = stand_in(monkeypatch, "ultralytics.nn.modules.conv.Conv", nn.Module)
+    options = stand_in(monkeypatch, "ultralytics.utils.IterableSimpleNamespace")
+
+    def detector():
+        block = conv()
+        block.conv, block.bn = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, eps=1e-3)
+        net = made()
+        net.model = nn.Sequential(block)
+        net.stride = torch.tensor([8.0])
+        net.args = options()
+        return net.half()
+
+    saved = {"epoch": -1, "model": detector(), "ema": detector(), "updates": 3}
+    saved |= {"optimizer": None, "train_args": {"imgsz": 640}, "date": "2025-01-01"}
+    torch.save(saved, tmp_path / "best.pt")
+    found = facts(tmp_path / "best.pt")
+    assert found.models == {key: values(saved[key].state_dict()) for key in ("model", "ema")}
+    assert found.layers["ema"]["model.0.bn"].eps == 1e-3
+    assert set(found.calls.values()) == {"note"}
+    assert ("ultralytics.nn.tasks.DetectionModel", "model") in found.calls
+
+
+def test_a_model_that_was_saved_frozen_is_shown_as_frozen(model, tmp_path):
+    bnfreeze.freeze(model, {"stem": "eval", "head": "fused", "backbone.0": "stats"})
+    torch.save(model, tmp_path / "a.pt")
+    found = facts(tmp_path / "a.pt")
+    assert found.models == {"": values(model.state_dict())}
+    assert {name: layer.frozen_by for name, layer in found.layers[""].items()} == {
+        "stem.1": "bnfreeze",
+        "backbone.0.1": "bnfreeze",
+        "backbone.1.1": "",
+        "head.2": "bnfreeze",
+    }
+    assert all("batchnorm" in layer.class_name.lower() for layer in found.layers[""].values())
+    assert set(found.calls.values()) <= {"note", "warning"}
+
+
+def test_models_inside_wrappers_and_objects_are_found(model, tmp_path):
+    holder = Config()
+    holder.learner = {"nets": [nn.DataParallel(model)]}
+    hidden = nn.Sequential(nn.Linear(2, 2))
+    hidden.__dict__["teacher"] = [nn.BatchNorm1d(3)]
+    torch.save({"holder": holder, "student": hidden}, tmp_path / "a.pt")
+    found = facts(tmp_path / "a.pt")
+    assert found.models["holder.learner.nets.0"] == values(model.state_dict())
+    assert "student.teacher.0" in found.models
+    assert found.stripped["holder.learner.nets.0"] == ("module.",)
+
+
+# Deployed models.
+
+
+def trained():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4, eps=1e-3)).train()
+    with torch.no_grad():
+        net(torch.randn(4, 3, 8, 8))
+    net[2].weight.data.uniform_(1, 2)
+    net[2].bias.data.uniform_(1, 2)
+    return net.eval()
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_torchscript_is_read_and_its_code_is_not(how, tmp_path):
+    net = trained()
+    net = torch.jit.script(net) if how == "script" else torch.jit.trace(net, torch.ones(1, 3, 8, 8))
+    torch.jit.save(net, tmp_path / "a.pt")
+    found = facts(tmp_path / "a.pt")
+    assert found.kind == "TorchScript"
+    assert found.models == {"": values(net.state_dict())}
+    assert found.layers[""]["2"].class_name == "torch.nn.modules.batchnorm.BatchNorm2d"
+    assert not found.calls
+    assert not found.uninterpreted
+
+
+def test_an_archive_of_torch_export_is_read(tmp_path):
+    net = trained()
+    torch.export.save(torch.export.export(net, (torch.randn(2, 3, 8, 8),)), tmp_path / "a.pt2")
+    found = facts(tmp_path / "a.pt2")
+    assert found.kind == "torch.export"
+    assert found.models == {"": values(net.state_dict())}
+    assert not found.calls
+
+
+def test_an_archive_of_torch_export_from_before_torch_2_8_is_read(tmp_path):
+    """Put together by hand, as torch 2.7 wrote it."""
+    net, weights = trained(), io.BytesIO()
+    torch.save(net.state_dict(), weights)
+    with zipfile.ZipFile(tmp_path / "a.pt2", "w") as archive:
+        archive.writestr("version", "8.8")
+        archive.writestr("serialized_exported_program.json", "{}", zipfile.ZIP_DEFLATED)
+        archive.writestr("serialized_state_dict.pt", weights.getvalue())
+    assert facts(tmp_path / "a.pt2").models == {"": values(net.state_dict())}
+
+
+def onnx_model(net, path):
+    pytest.importorskip("onnxscript")
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(net, (torch.randn(2, 3, 8, 8),), path, dynamo=True, verbose=False)
+    return path
+
+
+def test_an_onnx_model_is_read(tmp_path):
+    pytest.importorskip("onnx")
+    net = trained()
+    found = facts(onnx_model(net, tmp_path / "a.onnx"))
+    assert found.kind == "ONNX"
+    expected = values(net.state_dict())
+    del expected["2.num_batches_tracked"]
+    assert expected.items() <= found.models[""].items()
+    layer = found.layers[""]["2"]
+    assert (round(layer.eps, 6), layer.momentum, layer.training) == (1e-3, 0.1, False)
+    folded = facts(onnx_model(net[:1], tmp_path / "b.onnx"))
+    assert not folded.layers[""]
+    assert "BatchNormalization" in folded.remarks[0]
+
+
+def test_an_onnx_model_that_is_damaged_or_refers_elsewhere_is_refused(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    path = onnx_model(trained(), tmp_path / "a.onnx")
+    whole = path.read_bytes()
+    (tmp_path / "b.onnx").write_bytes(whole[:-7])
+    with pytest.raises(CorruptCheckpointError):
+        facts(tmp_path / "b.onnx")
+    loaded = onnx.load(path, load_external_data=False)
+    tensor = next(one for one in loaded.graph.initializer if one.external_data)
+    for key, value in {"location": "../../etc/passwd", "offset": "-1", "length": "x"}.items():
+        changed = onnx.ModelProto.FromString(whole)
+        (own,) = [one for one in changed.graph.initializer if one.name == tensor.name]
+        next(entry for entry in own.external_data if entry.key == key).value = value
+        (tmp_path / "c.onnx").write_bytes(changed.SerializeToString())
+        with pytest.raises(CheckpointError, match=r"refers to|Damaged"):
+            facts(tmp_path / "c.onnx")
+
+
+def test_an_onnx_model_without_the_package_says_what_to_install(monkeypatch, tmp_path):
+    (tmp_path / "a.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch" + bytes(20))
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UnsupportedFormatError, match=r"pip install 'bnfreeze\[onnx\]'"):
+        facts(tmp_path / "a.onnx")
+
+
+# Model zoos.
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_pickled_arrays_as_detectron2_writes_them_are_read(protocol, model, tmp_path):
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    state["fortran"] = np.asfortranarray(np.arange(6.0).reshape(2, 3))
+    state["big-endian"] = np.arange(4, dtype=">f4")
+    state["long"] = np.arange(100_000, dtype=np.int16)
+    saved = {"model": state, "__author__": "a model zoo", "matching_heuristics": True}
+    with open(tmp_path / "a.pkl", "wb") as file:
+        pickle.dump(saved, file, protocol)
+    found = facts(tmp_path / "a.pkl")
+    assert found.kind == "pickle"
+    assert found.models["model"] == {
+        name: np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"))).tobytes()
+        for name, array in state.items()
+    }
+    assert not found.calls
+    assert not found.uninterpreted
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_a_state_dict_pickled_without_torch_save_is_read(protocol, model, tmp_path):
+    with open(tmp_path / "a.pkl", "wb") as file:
+        pickle.dump(model.state_dict(), file, protocol)
+    found = facts(tmp_path / "a.pkl")
+    assert found.models == {"": values(model.state_dict())}
+    assert not found.calls
+
+
+def test_numpys_archive_is_read_and_a_compressed_one_is_refused_by_name(model, tmp_path):
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    np.savez(tmp_path / "a.npz", **state)
+    found = facts(tmp_path / "a.npz")
+    assert found.kind == "npz"
+    assert found.models == {"": values(model.state_dict())}
+    data = (tmp_path / "a.npz").read_bytes()
+    mean = state["stem.1.running_mean"].tobytes()
+    (tmp_path / "c.npz").write_bytes(data.replace(mean, mean[:-1] + b"\x77"))
+    with pytest.raises(CorruptCheckpointError, match="checksum"):
+        facts(tmp_path / "c.npz")
+    np.savez_compressed(tmp_path / "b.npz", **state)
+    with pytest.raises(UnsafeCheckpointError, match=r"numpy\.savez_compressed"):
+        facts(tmp_path / "b.npz")
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
+def test_a_folder_of_hugging_face_is_read(sharded, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    net = transformers.ResNetModel(config)
+    net.save_pretrained(tmp_path / "hf", max_shard_size="1kB" if sharded else "5GB")
+    assert (tmp_path / "hf" / "config.json").exists()
+    found = facts(tmp_path / "hf")
+    assert found.kind == ("shard index" if sharded else "safetensors")
+    assert found.models == {"": values(net.state_dict())}
+
+
+def test_an_old_folder_of_hugging_face_is_read(model, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert facts(tmp_path).models == {"": values(model.state_dict())}
+
+
+# Several models in one file.
+
+
+def batch_norm(value):
+    layer = nn.BatchNorm2d(4)
+    layer.running_mean.fill_(value)
+    return layer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("saved", "keys"),
+    [
+        ({"encoder": batch_norm(1), "decoder": batch_norm(2)}, ["encoder", "decoder"]),
+        (
+            {"netG": batch_norm(1), "netD": batch_norm(2), "optG": {"state": {}}},
+            ["netG", "netD"],
+        ),
+        ([batch_norm(1), batch_norm(2)], ["0", "1"]),
+        ({0: batch_norm(1), 1: batch_norm(2)}, ["0", "1"]),
+        (
+            {"model": batch_norm(1), "ema": batch_norm(2), "discriminator": batch_norm(3)},
+            ["model", "ema", "discriminator"],
+        ),
+        ({"state_dict": batch_norm(1), "epoch": torch.tensor(3)}, ["state_dict"]),
+        ({"a": {"b": batch_norm(1)}, "head": nn.Linear(2, 2).state_dict()}, ["a.b"]),
+        (
+            {"a": nn.Linear(2, 2).state_dict(), "b": nn.Linear(2, 2).state_dict()},
+            ["a", "b"],
+        ),
+        ({"optimizer": {"net": batch_norm(1)}, "net": batch_norm(2)}, ["net", "optimizer.net"]),
+    ],
+)
+def test_every_part_with_norm_layers_is_a_model(saved, keys, tmp_path):
+    torch.save(saved, tmp_path / "a.pt")
+    assert list(facts(tmp_path / "a.pt").models) == keys
+
+
+def test_a_part_without_norm_layers_is_no_model_and_not_forgotten(tmp_path):
+    torch.save({"net": batch_norm(1), "head": nn.Linear(2, 2).state_dict()}, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        assert [one.key for one in checkpoint.models] == ["net"]
+        assert [one.key for one in checkpoint.state_dicts.all] == ["net", "head"]
+
+
+def test_a_key_chooses_a_model_by_its_path_or_its_last_part(tmp_path):
+    shared = batch_norm(1)
+    saved = {"run": {"net": shared, "ema": batch_norm(2)}, "copy": shared, "b": {"ema": [3]}}
+    torch.save(saved, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        # The same dict under two keys is one model.
+        assert {model.key for model in checkpoint.models} == {"copy", "run.ema"}
+        assert checkpoint.chosen("ema").all[0].key == "run.ema"
+        assert checkpoint.chosen("run.net").all[0].key == "run.net"
+        assert (
+            checkpoint.state_dicts.under("net").tensors
+            == checkpoint.state_dicts.under("copy").tensors
+        )
+        with pytest.raises(UnsupportedFormatError, match="'copy'"):
+            checkpoint.chosen("nothing")
+
+
+# What is named for what it is.
+
+
+def tar_with(path, mode):
+    with tarfile.open(path, mode) as archive:
+        data = b"x"
+        info = tarfile.TarInfo("model_weights.ckpt")
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_archives_are_named_for_what_they_are_and_how_to_unpack_them(model, tmp_path):
+    weights = io.BytesIO()
+    torch.save(model.state_dict(), weights)
+    with zipfile.ZipFile(tmp_path / "ppo.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data", "{}")
+        archive.writestr("policy.pth", weights.getvalue())
+    (tmp_path / "a.pt.gz").write_bytes(gzip.compress(weights.getvalue()))
+    for path, words in {
+        tmp_path / "ppo.zip": r"Stable-Baselines3.*policy\.pth.*unzip",
+        tar_with(tmp_path / "a.nemo", "w"): r"tar archive.*\.nemo.*tar -xf",
+        tar_with(tmp_path / "b.nemo", "w:gz"): r"gzip.*tar -xzf",
+        tmp_path / "a.pt.gz": "gzip",
+    }.items():
+        with pytest.raises(UnsupportedFormatError, match=words):
+            facts(path)
