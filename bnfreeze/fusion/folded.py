@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfreeze.fusion.sums import norm_add
-from bnfreeze.nn.activations import ACTIVATIONS, FROM_OUTPUT, IN_PLACE
+from bnfreeze.nn.activations import ACTIVATIONS, FROM_OUTPUT
 from bnfreeze.nn.eager import PLAIN
 from bnfreeze.nn.reference import Norm
 from bnfreeze.policies.fused import has_hooks, own_activation
@@ -103,11 +103,9 @@ def conv_norm_add(
         else:
             y = residual + y if swapped else y + residual
     activation = own or activation
-    if activation is None:
-        return y  # type: ignore[no-any-return]
     # Nobody else has y; but autograd needs it as it is if the activation goes backward from it.
     overwrite = type(y) is Tensor and (activation in FROM_OUTPUT or not y.requires_grad)
-    return (IN_PLACE if overwrite else ACTIVATIONS)[activation](y)
+    return ACTIVATIONS[activation](y, inplace=overwrite)
 
 
 def _dtype(conv: Any, norm: Norm, x: Tensor) -> torch.dtype | None:
