@@ -137,7 +137,7 @@ def _command(
     forms = command.add_mutually_exclusive_group()
     forms.add_argument("--json", action="store_true", help="print one JSON object")
     forms.add_argument("--plain", action="store_true", help="print one line for each, for grep")
-    command.add_argument("--html", metavar="FILE", help="save the picture as HTML")
+    command.add_argument("--html", metavar="FILE", help="save a page that sorts and folds")
     command.add_argument("--svg", metavar="FILE", help="save the picture as SVG")
     return command
 

@@ -23,8 +23,6 @@ __all__ = [
     "show",
 ]
 
-# Characters to a line of a saved picture: wide enough for all columns.
-_PICTURE_WIDTH: Final = 120
 _SECOND: Final = 1.0
 
 
@@ -63,7 +61,7 @@ def show(
 
         for path, draw in ((options.html, html_of), (options.svg, svg_of)):
             if path:
-                write_whole(path, draw(sheets, width=_PICTURE_WIDTH))
+                write_whole(path, draw(sheets))
 
 
 def _print_sheets(sheets: Sequence[Any]) -> None:

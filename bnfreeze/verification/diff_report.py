@@ -9,8 +9,8 @@ from typing import Any, Literal
 from bnfreeze.findings import Finding
 from bnfreeze.inspection.checkpoint import Unread
 from bnfreeze.inspection.origin import Origin
-from bnfreeze.inspection.tree import grouped
 from bnfreeze.tables import Printable, Sheet
+from bnfreeze.tree import grouped
 
 __all__ = ["Diff", "ModelPair", "TensorChange"]
 
