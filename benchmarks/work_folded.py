@@ -128,7 +128,7 @@ def _here(setting: Setting, malloc: str) -> Iterator[Record]:
                     works[arm.name] = partial(_work, arm, live, model, what, x.detach())
                 works = _that_agree(setting, setting.prepared(works), name)
                 samplers = {arm: _sampler(work, setting) for arm, work in works.items()}
-                times = in_turns(samplers, setting.effort(quick=18.0, full=18.0, gpu=3.0))
+                times = in_turns(samplers, setting.effort(quick=14.0, full=14.0, gpu=3.0))
                 case = {"model": name, "what": what, "batch": str(len(x)), "precision": precision,
                         "layout": layout, "malloc": malloc}  # fmt: skip
                 yield from ratios("folded", case, times, BASE)

@@ -9,7 +9,10 @@ import statistics
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F  # noqa: N812 - its customary name
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -381,6 +384,36 @@ def test_blocks_work_with_the_tools_of_torch(model, x, how, calls):
     assert torch.allclose(out, expected, atol=1e-5)
     out.sum().backward()
     assert ("_folded" in calls) == (how in ("functional_call", "checkpoint"))
+
+
+@pytest.mark.filterwarnings("ignore:.*FSDP", "ignore:.*world size is 1")
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP", "fully_shard"])
+def test_distributed_wrappers_see_the_same_gradients(wrapper, x, calls):
+    model = nn.Sequential(lively(Residual()))
+    twin = evaluated(model)
+    fold(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        if wrapper == "DDP":
+            wrapped = nn.parallel.DistributedDataParallel(model)
+        elif wrapper == "FSDP":
+            options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+            wrapped = FullyShardedDataParallel(model, **options)
+        else:
+            wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        wrapped(x).square().mean().backward()
+        twin(x).square().mean().backward()
+        for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            grad = (
+                mine.grad.full_tensor()
+                if wrapper == "fully_shard" and theirs.requires_grad
+                else mine.grad
+            )
+            assert theirs.grad is None or error(grad.view(theirs.shape), theirs.grad) < 1e-5
+        # In FSDP's one flat parameter all parts of it require a gradient, frozen ones too.
+        assert set(calls) == {"_apply" if wrapper == "FSDP" else "_folded"}
+    finally:
+        dist.destroy_process_group()
 
 
 def test_gradients_and_their_gradients(x):
