@@ -6,11 +6,9 @@ A frozen norm layer scales and shifts each channel, and so does a convolution::
     s = weight / sqrt(var + eps)
 
 The weight is folded at every call, which costs little: so it trains as before, and a value that was
-loaded or written in between always counts. Backward folds it again, so that no second copy of every
-weight is kept.
-
-Where the weight has more elements than the output, as in the last stage of a ResNet, the two layers
-run one after another, for that is cheaper.
+loaded or written in between always counts. Where it has more elements than the output, as in the
+last stage of a ResNet, the two layers run one after another: that is cheaper, and no folded weight
+that backward keeps is larger than the output.
 
 The residual add and the activation follow in place. oneDNN has a convolution that does both in the
 same pass. But its ReLU turns NaN into 0, so that a model that has diverged would look healthy, and
@@ -90,11 +88,7 @@ def conv_norm_add(
     how = None
     if type(conv) is not nn.Linear:
         how = conv.stride, conv.padding, conv.dilation, conv.groups
-    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if (trains or x.requires_grad) and torch.is_grad_enabled():
-        y = _Folded.apply(x, weight, bias, norm, how)
-    else:
-        y = _folded(x, weight, bias, norm, how)[0]
+    y = _folded(x, weight, bias, norm, how)
     if residual is not None:
         # Neither broadcast nor promoted: so it can be written over the convolution's output.
         same = type(residual) in PLAIN and residual.shape == y.shape and residual.dtype is dtype
@@ -139,10 +133,8 @@ def _dtype(conv: Any, norm: Norm, x: Tensor) -> torch.dtype | None:
     return dtype if same and dtype in _FLOATS else None
 
 
-def _folded(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, how: _How
-) -> tuple[Tensor, Tensor]:
-    """Return the folded convolution's output, and the scale of each channel."""
+def _folded(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, how: _How) -> Tensor:
+    """The convolution, folded in the precision of the statistics (at least fp32), rounded once."""
     mean, var, gamma, beta, eps = norm
     scale = torch.rsqrt(var + eps)
     if gamma is not None:
@@ -150,53 +142,7 @@ def _folded(
     shift = (-mean if bias is None else bias - mean) * scale
     if beta is not None:
         shift = shift + beta
-    weight, shift = _scaled(weight, scale, x.dtype), shift.to(x.dtype)
+    weight = (weight * scale.view(-1, *[1] * (weight.dim() - 1))).to(x.dtype)
     if how is None:
-        return nn.functional.linear(x, weight, shift), scale
-    return _CONVOLUTIONS[x.dim()](x, weight, shift, *how), scale
-
-
-def _scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight folded in the precision of the statistics, at least fp32, and rounded once."""
-    return (weight * scale.view(-1, *[1] * (weight.dim() - 1))).to(dtype)
-
-
-class _Folded(torch.autograd.Function):
-    """Saves the input and the raw weight, as the convolution alone would."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, how: _How
-    ) -> Tensor:
-        y, scale = _folded(x, weight, bias, norm, how)
-        ctx.save_for_backward(x, weight)
-        ctx.how = scale, how
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        scale, how = ctx.how
-        needs = ctx.needs_input_grad[:3]
-        folded = _scaled(weight, scale, x.dtype)
-        if how is None:
-            grad_x = grad @ folded if needs[0] else None
-            grad_weight = grad.mT @ x if needs[1] else None
-            grad_bias = grad.sum(0) if needs[2] else None
-        else:
-            stride, padding, dilation, groups = how
-            grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-                grad, x, folded, [weight.shape[0]], stride, padding, dilation,
-                False, [0] * len(stride), groups, needs,
-            )  # fmt: skip
-        if (
-            grad_weight is not None
-            and grad_weight.dtype is weight.dtype
-            and not torch.is_grad_enabled()
-        ):
-            grad_weight.mul_(scale.view(-1, *[1] * (weight.dim() - 1)))  # nobody else has it
-        elif grad_weight is not None:
-            grad_weight = _scaled(grad_weight, scale, weight.dtype)
-        if grad_bias is not None:
-            grad_bias = grad_bias * scale
-        return grad_x, grad_weight, grad_bias, None, None
+        return nn.functional.linear(x, weight, shift.to(x.dtype))
+    return _CONVOLUTIONS[x.dim()](x, weight, shift.to(x.dtype), *how)

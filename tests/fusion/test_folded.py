@@ -430,21 +430,6 @@ def test_gradients_and_their_gradients(x):
     assert torch.autograd.gradgradcheck(run, (small, *weights), fast_mode=True)
 
 
-def test_the_raw_weight_is_saved_and_no_folded_copy(model, x):
-    fold(model)
-    saved = []
-
-    def pack(tensor):
-        saved.append(tensor.untyped_storage().data_ptr())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x.requires_grad_())
-    raw = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    assert len(raw & set(saved)) == 3
-    assert len(set(saved) - raw) == 3  # x, and the outputs of the two activations
-
-
 def test_frozen_whole_no_graph_is_built(model, x, calls):
     fold(model, "folded+weights")
     assert not model(x).requires_grad
