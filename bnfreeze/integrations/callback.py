@@ -15,7 +15,7 @@ from bnfreeze.freezing.rules import parse_rules
 from bnfreeze.inspection.in_memory import shard_of
 from bnfreeze.inspection.live import inspect_model
 from bnfreeze.policies.policy import Policy
-from bnfreeze.policies.record import frozen_names, frozen_parameters
+from bnfreeze.policies.record import frozen_names, recorded
 from bnfreeze.torch_private import _BatchNorm
 from bnfreeze.verification.drift_report import DriftError
 from bnfreeze.verification.guard import Guard, guard
@@ -227,7 +227,7 @@ def _frozen(model: nn.Module) -> int:
 
 
 def _drop_state(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-    frozen = [p for module in model.modules() for p in frozen_parameters(module)]
+    frozen = [p for module in model.modules() for _, p, flag in recorded(module) if flag]
     for one in optimizers:
         for parameter in frozen:
             state = one.state.pop(parameter, {})
