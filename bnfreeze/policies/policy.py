@@ -21,25 +21,28 @@ class Policy(enum.Flag):
     # The one table. A policy's name is its member's, in lower case; its bits are those of the
     # policies that it implies, and one of its own. A combination is written in this order.
 
-    NONE = 0b000000
+    NONE = 0b0000000
     """Leave alone: an exception in a mapping."""
 
-    STATS = 0b000001
+    STATS = 0b0000001
     """The running statistics are frozen. Train mode normalises with the batch, as before."""
 
-    EVAL = 0b000011
+    EVAL = 0b0000011
     """The layer always normalises with its running statistics, which are frozen."""
 
-    FUSED = 0b001111
+    FUSED = 0b0001111
     """As ``eval+affine``, and the layer becomes a `FrozenBatchNorm1d/2d/3d`, in place."""
 
-    FUSED_ACT = 0b011111
+    FUSED_ACT = 0b0011111
     """As ``fused``, and the activation and the addition that follow run in the same kernel."""
 
-    AFFINE = 0b000100
+    FOLDED = 0b1011111
+    """As ``fused-act``, and the layer is folded into the convolution before it, at each call."""
+
+    AFFINE = 0b0000100
     """Weight and bias are frozen."""
 
-    WEIGHTS = 0b100100
+    WEIGHTS = 0b0100100
     """Every parameter of the selected modules is frozen, those of convolutions too."""
 
     @classmethod
