@@ -97,7 +97,10 @@ def hint(text: str, names: Iterable[str]) -> str:
     by_leaf: dict[str, list[str]] = {}
     for name in names:
         by_leaf.setdefault(name.rpartition(".")[2], []).append(name)
-    near = difflib.get_close_matches(text, names, n=3, cutoff=0.7)
+    near: list[str] = []
+    for name in difflib.get_close_matches(text, names, n=3, cutoff=0.7):
+        if not any(name.startswith(f"{other}.") for other in near):
+            near.append(name)
     if not near:
         leaves = difflib.get_close_matches(text.rpartition(".")[2], by_leaf, n=3, cutoff=0.6)
         near = [name for leaf in leaves for name in by_leaf[leaf]][:3]

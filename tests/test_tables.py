@@ -144,7 +144,7 @@ def test_a_script_on_a_terminal_of_ascii_may_print_a_report():
         [sys.executable, "-c", code], capture_output=True, env={"PYTHONIOENCODING": "ascii"}
     )
     assert done.stderr == b""
-    assert b"1 have frozen statistics" in done.stdout
+    assert b"Statistics frozen: 1 of 1" in done.stdout
 
 
 def test_the_repr_of_a_report_is_short_whatever_its_size():

@@ -110,14 +110,12 @@ class FreezeReport(Printable):
         cells = [self._cells(row) for row in norms]
         statistics = sum(row[5] == "frozen" for row in cells)
         affine = sum(row[6] == "frozen" for row in cells)
-        verdict = (
-            f"Of {total}, {statistics} have frozen statistics and {affine} frozen weight and bias."
-        )
+        verdict = f"Statistics frozen: {statistics} of {total}. Weight and bias frozen: {affine}."
         if others:
-            verdict += f" {_count(others, 'other module')} have frozen weights."
+            verdict += f" Weights of other modules frozen: {others}."
         tally = Counter(row.fuses for row in norms if row.fuses).most_common()
         fused = ", ".join(f"{number} {what}" for what, number in tally)
-        return verdict + (f" They fuse: {fused}." if fused else "")
+        return verdict + (f" Fused: {fused}." if fused else "")
 
     def _cells(self, row: LayerRow) -> tuple[str, ...]:
         """What the layer does from now on, in the words of the inspection's table."""

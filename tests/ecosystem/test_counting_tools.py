@@ -64,9 +64,7 @@ def test_no_tool_thaws_a_layer_and_an_unfrozen_copy_counts_as_before(tool, polic
     count = tool(model)
     (facts,) = inspect(model).layers
     assert not facts.updates_statistics
-    keys = {
-        key: value for key, value in state(model).items() if key.split(".")[-1][:5] != "total"
-    }
+    keys = {key: value for key, value in state(model).items() if key.split(".")[-1][:5] != "total"}
     assert keys.keys() == before.keys()
     assert all(torch.equal(keys[key], before[key]) for key in before)
     assert (count != expected) is (tool in (thop, ptflops) or (policy, tool) == ("stats", fvcore))
