@@ -120,7 +120,6 @@ TABLE = (
 )
 
 
-
 def _callable(entry: Activation) -> Callable[..., Tensor]:
     function = entry.functions[0]
     return function if entry.in_place else lambda z, inplace=False: function(z)

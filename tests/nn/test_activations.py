@@ -56,7 +56,8 @@ def test_a_module_is_an_activation_only_if_it_computes_just_that():
             setattr(module, name, f"not {value}")
             assert activation_of(module) is None
     assert dict(settings_of(nn.ReLU6())) == {"min_val": 0.0, "max_val": 6.0}
-    assert activation_of(nn.Identity()) is None and settings_of(nn.Identity()) == ()
+    assert activation_of(nn.Identity()) is None
+    assert settings_of(nn.Identity()) == ()
     assert activation_of("relu") is None
 
 
