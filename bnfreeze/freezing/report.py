@@ -9,8 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from bnfreeze.findings import Finding
-from bnfreeze.inspection.behaviour import LiveLayer
-from bnfreeze.policies.policy import Policy
+from bnfreeze.inspection.behaviour import LiveLayer, fate
 from bnfreeze.tables import Printable, Sheet, shared_kind
 
 __all__ = ["FreezeReport", "LayerRow"]
@@ -27,7 +26,8 @@ class LayerRow:
             for a frozen batch norm of another library.
         fuses: what runs in the layer's kernel under ``fused-act``: an activation (``"relu"``),
             ``"add"``, ``"add+relu"``, or ``"affine+add+relu"`` if the sum's other side is a norm
-            layer too; that other layer says ``"fused"``. Empty if nothing.
+            layer too; that other layer says ``"fused"``. Under ``folded`` what runs in or behind
+            its convolution: ``"conv"``, ``"conv+add+relu"``. Empty if nothing.
         actions: what was changed; empty if nothing had to be:
 
             * ``freeze-statistics``: the running statistics cannot change any more;
@@ -78,7 +78,7 @@ class FreezeReport(Printable):
 
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
-        norms = self._norms()
+        norms = [row for row in self.layers if row.name in self.facts]
         title, further = shared_kind(f"Norm layers after {self.call}", [row.kind for row in norms])
         return Sheet(
             title=title,
@@ -100,11 +100,8 @@ class FreezeReport(Printable):
     ) -> None:
         self.undo()
 
-    def _norms(self) -> list[LayerRow]:
-        return [row for row in self.layers if row.name in self.facts]
-
     def _verdict(self) -> str:
-        norms = self._norms()
+        norms = [row for row in self.layers if row.name in self.facts]
         others, total = len(self.layers) - len(norms), _count(len(norms), "norm layer")
         if self.call == "unfreeze":
             restored = sum("restore" in row.actions for row in norms)
@@ -118,17 +115,13 @@ class FreezeReport(Printable):
         )
         if others:
             verdict += f" {_count(others, 'other module')} have frozen weights."
-        tally = Counter(row.fuses for row in norms if row.fuses)
-        fused = ", ".join(f"{number} {what}" for what, number in tally.most_common())
+        tally = Counter(row.fuses for row in norms if row.fuses).most_common()
+        fused = ", ".join(f"{number} {what}" for what, number in tally)
         return verdict + (f" They fuse: {fused}." if fused else "")
 
     def _cells(self, row: LayerRow) -> tuple[str, ...]:
         """What the layer does from now on, in the words of the inspection's table."""
         facts = self.facts[row.name]
-        frozen = row.policy == "frozen"
-        policy = Policy.NONE if frozen else Policy.parse(row.policy)
-        statistics = "frozen" if frozen or Policy.STATS in policy else "still"
-        affine = "frozen" if frozen or Policy.AFFINE in policy else "still"
         words = {"clear-grad": "gradient cleared", "restore": "restored"}
         notes = [words[action] for action in row.actions if action in words]
         if row.policy != "none" and not row.actions and not row.note:
@@ -139,8 +132,7 @@ class FreezeReport(Printable):
             row.policy,
             row.fuses,
             facts.normalizes_with,
-            "update" if facts.updates_statistics else statistics,
-            "train" if facts.trains_affine else affine,
+            *fate(facts),
             "; ".join([*notes, *filter(None, [row.note])]),
         )
 

@@ -17,7 +17,7 @@ from bnfreeze.inspection.code_calls import code_findings
 from bnfreeze.inspection.origin import Found
 from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.stored_layers import StoredLayer, stored_layers
-from bnfreeze.patterns import Pattern, nearest
+from bnfreeze.patterns import Pattern, hint, with_parents
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,10 +41,6 @@ SORTS: Final[dict[str, Callable[[StoredLayer], Any]]] = {
 def _natural(name: str) -> list[Any]:
     """A key that sorts `layer.2` before `layer.10`."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
-
-
-# Of a file's module names: a suggestion is looked for among the first.
-_SUGGESTED_FROM: Final = 20_000
 
 
 @overload
@@ -103,11 +99,11 @@ def inspect(
         CheckpointError: the checkpoint was not read. `UnsafeCheckpointError`,
             `CorruptCheckpointError` or `UnsupportedFormatError` says why.
     """
+    if optimizer is not None and isinstance(what, (str, os.PathLike, Mapping)):
+        raise TypeError("optimizer: a checkpoint is not trained; it is for a live model.")
     if isinstance(what, (str, os.PathLike)):
-        _no_optimizer(optimizer)
         return inspect_checkpoint(what, key=key)
     if isinstance(what, Mapping):
-        _no_optimizer(optimizer)
         from bnfreeze.inspection.in_memory import found_in
 
         return _inspection_of(found_in(what, key=key))
@@ -116,11 +112,6 @@ def inspect(
     from bnfreeze.inspection.live import inspect_model
 
     return inspect_model(what, optimizer=optimizer)
-
-
-def _no_optimizer(optimizer: object) -> None:
-    if optimizer is not None:
-        raise TypeError("optimizer: a checkpoint is not trained; it is for a live model.")
 
 
 def inspect_checkpoint(
@@ -197,7 +188,10 @@ def selected(parts: Sequence[StateDict], select: Sequence[str]) -> tuple[StateDi
         pattern = Pattern.parse(text)
         matching = {module for module in set(modules.values()) if pattern.matches(module)}
         if not matching:
-            raise PolicyError(f"Pattern {text!r} matches nothing in it.{_hint(text, modules)}")
+            near = hint(text, with_parents(modules.values()))
+            if text in modules:
+                near = f" It is a tensor; patterns name modules: {modules[text]!r}."
+            raise PolicyError(f"Pattern {text!r} matches nothing in it.{near}")
         wanted |= matching
     chosen = (
         replace(
@@ -207,21 +201,3 @@ def selected(parts: Sequence[StateDict], select: Sequence[str]) -> tuple[StateDi
         for part in parts
     )
     return tuple(part for part in chosen if part.tensors)
-
-
-def _hint(text: str, modules: Mapping[str, str]) -> str:
-    """What a pattern that matches no module may have meant; `modules` are those of the tensors."""
-    if text in modules:
-        return f" It is a tensor; patterns name modules: {modules[text]!r}."
-    close = nearest(text, _with_parents(modules.values()))
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-
-
-def _with_parents(names: Iterable[str]) -> dict[str, None]:
-    """The names and those above them, as many as a suggestion is worth."""
-    found: dict[str, None] = {}
-    for name in names:
-        while name and name not in found and len(found) < _SUGGESTED_FROM:
-            found[name] = None
-            name = name.rpartition(".")[0]
-    return found

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bnfreeze.nn.activations import activation_of
 from bnfreeze.nn.modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
-from bnfreeze.norm_layers import is_lookalike
+from bnfreeze.norm_layers import forward_owner, is_lookalike
 from bnfreeze.policies.class_swap import FrozenLayer, make_class
 from bnfreeze.policies.eval import ForceEval
 from bnfreeze.policies.record import layer_class
@@ -157,13 +157,13 @@ def fused_class(
 
 def _is_timms(base: type[nn.Module]) -> bool:
     """Whether a layer's forward is that of timm's BatchNormAct2d."""
-    owner = next(kind for kind in base.__mro__ if "forward" in vars(kind))
+    owner = forward_owner(base)
     return owner.__name__ == "BatchNormAct2d" and owner.__module__.partition(".")[0] == "timm"
 
 
 def _is_plain(base: type[nn.Module]) -> bool:
     """Whether a look-alike's forward is its library's, and nothing but batch norm."""
-    owner = next(kind for kind in base.__mro__ if "forward" in vars(kind))
+    owner = forward_owner(base)
     return (
         owner.__module__.split(".")[0] in _LIBRARIES
         and _PLAIN_LOOKALIKE.fullmatch(owner.__name__) is not None

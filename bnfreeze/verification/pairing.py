@@ -11,7 +11,7 @@ from typing import Final
 from bnfreeze.checkpoints import StateDict, StoredTensor
 from bnfreeze.errors import CheckpointError, PolicyError
 from bnfreeze.inspection.origin import Found
-from bnfreeze.patterns import nearest
+from bnfreeze.patterns import hint
 
 __all__ = ["check_prefixes", "common_prefix", "mapped", "paired"]
 
@@ -178,9 +178,8 @@ def check_prefixes(
         for prefix in map(_dotted, wanted):
             if not any(name.startswith(prefix) for name in names):
                 begins = (begin for name in names[:_MOST_NAMES] for begin, _ in _splits(name))
-                close = nearest(prefix[:-1], dict.fromkeys(begin[:-1] for begin in begins))
-                hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-                raise PolicyError(f"No name begins with {prefix[:-1]!r}.{hint}")
+                near = hint(prefix[:-1], dict.fromkeys(begin[:-1] for begin in begins))
+                raise PolicyError(f"No name begins with {prefix[:-1]!r}.{near}")
 
 
 def mapped(names: Iterable[str], prefixes: Mapping[str, str]) -> dict[str, str]:
