@@ -60,11 +60,16 @@ def command_parser() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    inspect = _command(commands, "inspect", "show the norm layers of checkpoints")
+    inspect = _command(commands, "inspect", "show the norm layers of checkpoints", "layer")
     inspect.add_argument("paths", nargs="+", metavar="CKPT", help="a file or a folder")
-    inspect.add_argument("--sort", choices=_SORTS, default="", help="sort the layers (no tree)")
+    inspect.add_argument(
+        "--sort",
+        choices=_SORTS,
+        default="",
+        help="list the layers sorted by this, the most unusual first, and not as a tree",
+    )
     inspect.add_argument("--weights", action="store_true", help="the range of the weights, too")
-    diff = _command(commands, "diff", "compare two checkpoints bit by bit")
+    diff = _command(commands, "diff", "compare two checkpoints bit by bit", "tensor")
     diff.add_argument("first", metavar="A", help="the earlier checkpoint")
     diff.add_argument("second", metavar="B", help="the later one")
     diff.add_argument("--key-a", metavar="NAME", help="which of several models in A")
@@ -77,14 +82,14 @@ def command_parser() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
         help="names that begin with OLD in A begin with NEW in B, as '=model.backbone' (may be "
         "repeated); without it, the prefix is found out",
     )
-    snap = _command(commands, "snapshot", "save a checkpoint's statistics", pictures=False)
+    snap = _command(commands, "snapshot", "save a checkpoint's statistics")
     snap.add_argument("path", metavar="CKPT", help="a file or a folder")
     snap.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write it")
     snap.add_argument(
         "--all", action="store_true", help="every tensor, not only those of norm layers"
     )
     snap.add_argument("--digest", action="store_true", help="SHA-256 digests, not a copy")
-    verify = _command(commands, "verify", "compare a checkpoint with a snapshot")
+    verify = _command(commands, "verify", "compare a checkpoint with a snapshot", "change")
     verify.add_argument("path", metavar="CKPT", help="a file or a folder")
     verify.add_argument("snapshot", metavar="FILE", help="what snapshot wrote, or Snapshot.save")
     explain = commands.add_parser("explain", help="say what a finding means", allow_abbrev=False)
@@ -104,14 +109,8 @@ def _prefixes(text: str) -> tuple[str, str]:
     return old, new
 
 
-def _command(
-    commands: Any,
-    name: str,
-    what: str,
-    *,
-    pictures: bool = True,
-) -> argparse.ArgumentParser:
-    """A subcommand with the options that all have."""
+def _command(commands: Any, name: str, what: str, each: str = "") -> argparse.ArgumentParser:
+    """A subcommand with the options that all have, and `each` of whose results is a line."""
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=what,
@@ -132,11 +131,11 @@ def _command(
     command.add_argument(
         "--key", metavar="NAME", help="one of several models in a file; all are read without it"
     )
-    if not pictures:
+    if not each:
         return command
     forms = command.add_mutually_exclusive_group()
     forms.add_argument("--json", action="store_true", help="print one JSON object")
-    forms.add_argument("--plain", action="store_true", help="print one line for each, for grep")
+    forms.add_argument("--plain", action="store_true", help=f"print one line for each {each}")
     command.add_argument("--html", metavar="FILE", help="save a page that sorts and folds")
     command.add_argument("--svg", metavar="FILE", help="save the picture as SVG")
     return command

@@ -148,16 +148,13 @@ def _diff(options: argparse.Namespace) -> int:
 def _snapshot(options: argparse.Namespace) -> int:
     from bnfreeze.checkpoints import naming_file, open_checkpoint, tensors_by_name
     from bnfreeze.inspection.inspect import selected
-    from bnfreeze.verification.snapshot import Snapshot
     from bnfreeze.verification.stored import snapshot_of
 
     if not options.output:
         raise BnfreezeError("-o: the name of a file is empty.")
-    if os.path.exists(options.output):
-        try:
-            Snapshot.load(options.output)  # only an earlier snapshot may be overwritten
-        except (BnfreezeError, OSError):
-            raise BnfreezeError(f"{options.output} exists and is not a snapshot.") from None
+    # Only an earlier snapshot may be overwritten.
+    if os.path.exists(options.output) and not _is_snapshot(options.output):
+        raise BnfreezeError(f"{options.output} exists and is not a snapshot.")
     with ProgressLine(options.path) as progress, open_checkpoint(options.path) as checkpoint:
         found = checkpoint.chosen(options.key)
         with naming_file(checkpoint.path):
@@ -172,6 +169,16 @@ def _snapshot(options: argparse.Namespace) -> int:
     return 0
 
 
+def _is_snapshot(path: str) -> bool:
+    from bnfreeze.verification.snapshot import Snapshot
+
+    try:
+        Snapshot.load(path)
+    except (BnfreezeError, OSError):
+        return False
+    return True
+
+
 def _verify(options: argparse.Namespace) -> int:
     from bnfreeze.checkpoints import naming_file, open_checkpoint
     from bnfreeze.inspection.origin import Found
@@ -182,6 +189,12 @@ def _verify(options: argparse.Namespace) -> int:
     check_outputs(options)
     try:
         before = Snapshot.load(options.snapshot)
+    except BnfreezeError as error:
+        if not _is_snapshot(options.path):
+            raise
+        raise BnfreezeError(
+            f"{error} {options.path} is a snapshot: are the arguments swapped?"
+        ) from None
     except OSError as error:
         raise BnfreezeError(f"{options.snapshot}: cannot be opened: {error.strerror}.") from None
     with ProgressLine(options.path) as progress, open_checkpoint(options.path) as checkpoint:

@@ -43,7 +43,7 @@ def exit_code(result: Any) -> int:
 
 def show(
     options: argparse.Namespace,
-    sheets: Sequence[Any],
+    reports: Sequence[Any],
     data: Callable[[], dict[str, Any]],
     lines: Callable[[], Sequence[tuple[str, ...]]],
 ) -> None:
@@ -54,26 +54,26 @@ def show(
         for line in lines():
             print_line(*line)
     else:
-        _print_sheets(sheets)
+        _print_reports(reports)
     if options.html or options.svg:
         from bnfreeze.files import write_whole
         from bnfreeze.tables import html_of, svg_of
 
         for path, draw in ((options.html, html_of), (options.svg, svg_of)):
             if path:
-                write_whole(path, draw(sheets))
+                write_whole(path, draw(reports))
 
 
-def _print_sheets(sheets: Sequence[Any]) -> None:
+def _print_reports(reports: Sequence[Any]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)
     # Not written by rich, which handles a closed pipe in its own way.
     with console.capture() as captured:
-        for number, sheet in enumerate(sheets):
+        for number, report in enumerate(reports):
             if number:
                 console.print()
-            console.print(sheet)
+            console.print(report)
     sys.stdout.write(captured.get())
 
 

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from html import escape, unescape
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Final
 
 from bnfreeze.files import write_whole
@@ -73,8 +74,7 @@ class Printable(ABC):
 
     def __repr__(self) -> str:
         verdict = encodable(self.sheet().verdict)
-        if len(verdict) > _LONGEST_REPR:
-            verdict = f"{verdict[:_LONGEST_REPR]}..."
+        verdict = shorten(verdict, _LONGEST_REPR, placeholder=" ...")
         return f"<{type(self).__name__}: {verdict}>"
 
     def _repr_html_(self) -> str:
@@ -96,7 +96,7 @@ class Printable(ABC):
         write_whole(path, svg_of([self], width=width))
 
 
-def svg_of(sheets: Sequence[Printable], *, width: int = _WIDE) -> str:
+def svg_of(reports: Sequence[Printable], *, width: int = _WIDE) -> str:
     """The picture of several, one under the other, as SVG.
 
     Each word has its own place and a bar is a rectangle: programs that draw SVG differ in fonts and
@@ -121,7 +121,7 @@ def svg_of(sheets: Sequence[Printable], *, width: int = _WIDE) -> str:
                 parts.append(f'<text {style} x="{x:g}" y="{base:g}" {size}>{escape(text)}</text>')
         return "".join(parts)
 
-    svg = _recorded(sheets, width).export_svg(title="bnfreeze", theme=SVG_EXPORT_THEME)
+    svg = _recorded(reports, width).export_svg(title="bnfreeze", theme=SVG_EXPORT_THEME)
     # rich links a font from the net; to look at a picture must not open a connection.
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.S)
     return re.sub(
@@ -131,23 +131,23 @@ def svg_of(sheets: Sequence[Printable], *, width: int = _WIDE) -> str:
     )
 
 
-def html_of(sheets: Sequence[Printable]) -> str:
+def html_of(reports: Sequence[Printable]) -> str:
     """A page of HTML with several, one under the other."""
     from bnfreeze.html import page
 
-    return page([one.sheet() for one in sheets])
+    return page([one.sheet() for one in reports])
 
 
-def _recorded(sheets: Sequence[Printable], width: int) -> Console:
+def _recorded(reports: Sequence[Printable], width: int) -> Console:
     from rich.console import Console
 
     console = Console(
         file=io.StringIO(), record=True, width=width, force_terminal=True, color_system="truecolor"
     )
-    for number, sheet in enumerate(sheets):
+    for number, report in enumerate(reports):
         if number:
             console.print()
-        console.print(sheet)
+        console.print(report)
     return console
 
 

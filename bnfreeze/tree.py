@@ -147,6 +147,8 @@ class Scale:
     def ends(self, width: int) -> str:
         """The two ends of the axis, above the bars of `draw`."""
         low, high = f"{self._low:.2g}", f"{self._high:.2g}"
+        if low == high:  # as rounded
+            return f" {low}"
         return f" {low} {high:>{max(width - len(low) - 1, 0)}}"
 
     def draw(self, deciles: Sequence[float] | None, width: int) -> Histogram | str:

@@ -60,6 +60,7 @@ def test_a_spread_is_drawn_on_the_scale_of_all():
     assert str(scale.draw(even, 10)) == " ██████████"
     assert scale.draw(None, 8) == ""
     assert scale.ends(12) == " 0.001     10"
+    assert Scale([[1.0] * 11], positive=True).ends(12) == " 1"
     # The axis leaves out each layer's outermost tenths, unless others reach as far.
     narrow = Scale([[-9.0, *[0.0] * 4, 0.5, *[1.0] * 4, 3.0]], positive=False)
     assert narrow.draw([-9.0, *[1.0] * 10], 8).below

@@ -2,12 +2,14 @@
 
 To add an activation, change two files:
 
-1. Here: add an entry to `TABLE`.
-2. ``cuda/frozen_bn.cu``: add its name in capitals to ``enum Activation``, its formula to
-   ``activate`` and ``deactivate``, and, if its backward needs the input, a line to ``from_input``.
+1. Here: add an entry to `TABLE`. If the module has settings (GELU's ``approximate``), name the
+   ones that are computed in `Activation.settings`.
+2. ``cuda/frozen_bn.cu``: add its name in capitals to the end of ``enum Activation``, its formula
+   to ``activate`` and its derivative to ``deactivate``, and, if its backward needs the input, its
+   name to ``from_input``.
 
-The tests take the activations from the table. ``tests/nn/test_activations.py`` checks that the
-table agrees with torch and that the CUDA source knows every entry.
+Then run ``tests/nn`` and ``tests/shim``: they take the activations from the table, and compare
+each entry with torch and the CUDA source with each entry.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ __all__ = [
     "GRADIENTS",
     "KERNEL_NAMES",
     "TABLE",
+    "TORCH_KEEPS_OUTPUT",
     "Activation",
     "activation_of",
+    "settings_of",
 ]
 
 
@@ -43,14 +47,17 @@ class Activation:
         name: what ``activation=`` takes.
         module: its class in torch.nn.
         functions: the functions that compute it, as they stand in the graph of a traced model.
-            Their first argument is the tensor; a second one can only be ``inplace``. The first
-            function takes ``inplace``.
+            Their first argument is the tensor; a second one can only be ``inplace``.
         gradient: takes the gradient of the output, and the output or the input (``from_output``);
             returns the gradient of the input. It is differentiable where autograd records.
         from_output: whether ``gradient`` needs the output. Otherwise it needs the input.
         exact: whether rounding before the activation gives the same result as rounding after it.
+        in_place: whether the first function and the module take ``inplace``.
+        torch_keeps_output: whether torch's own backward, too, needs the output: then the output
+            must not be changed in place, with or without bnfreeze.
         methods: as `functions`, the names of tensor methods.
-        settings: attributes that the module must have, with their values.
+        settings: attributes of the module that decide what it computes, with the values that they
+            must have.
     """
 
     name: str
@@ -59,6 +66,8 @@ class Activation:
     gradient: Callable[[Tensor, Tensor], Tensor]
     from_output: bool
     exact: bool
+    in_place: bool = True
+    torch_keeps_output: bool = False
     methods: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
 
@@ -80,6 +89,7 @@ TABLE = (
         gradient=lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0),
         from_output=True,
         exact=True,
+        torch_keeps_output=True,
     ),
     Activation(
         name="relu6",
@@ -109,13 +119,21 @@ TABLE = (
     ),
 )
 
-# Derived from the table, for quick access by name. None means no activation.
+
+def _callable(entry: Activation) -> Callable[..., Tensor]:
+    function = entry.functions[0]
+    return function if entry.in_place else lambda z, inplace=False: function(z)
+
+
+# Derived from the table, for quick access by name. None means no activation. All take ``inplace``;
+# one that has no form in place gives a new tensor nevertheless.
 ACTIVATIONS: dict[str | None, Callable[..., Tensor]] = {
     None: lambda z, inplace=False: z,
-    **{each.name: each.functions[0] for each in TABLE},
+    **{each.name: _callable(each) for each in TABLE},
 }
 GRADIENTS = {each.name: each.gradient for each in TABLE}
 FROM_OUTPUT = frozenset(each.name for each in TABLE if each.from_output)
+TORCH_KEEPS_OUTPUT = frozenset(each.name for each in TABLE if each.torch_keeps_output)
 FROM_INPUT = frozenset(each.name for each in TABLE if not each.from_output)
 EXACT = frozenset({None, *(each.name for each in TABLE if each.exact)})
 KERNEL_NAMES: dict[str | None, str] = {
@@ -130,12 +148,20 @@ ACTIVATION_METHODS = {method: each.name for each in TABLE for method in each.met
 _BY_MODULE: dict[type, Activation] = {each.module: each for each in TABLE}
 
 
+def settings_of(module: object) -> tuple[tuple[str, Any], ...]:
+    """The attributes that decide what this activation computes, and the values they must have.
+
+    Empty for what has none, and for what is not in the table.
+    """
+    entry = _BY_MODULE.get(type(module))
+    return entry.settings if entry is not None else ()
+
+
 def activation_of(module: object) -> str | None:
     """Return the name of the activation that ``module`` computes; None if it is not in the table.
 
     Subclasses do not count, for their forward may do something else.
     """
     entry = _BY_MODULE.get(type(module))
-    if entry is None or any(getattr(module, name) != value for name, value in entry.settings):
-        return None
-    return entry.name
+    right = all(getattr(module, name) == value for name, value in settings_of(module))
+    return entry.name if entry is not None and right else None

@@ -80,7 +80,9 @@ def assert_frozen(
         if (reasons := list(_reasons(entry.module, facts.get(entry.name), strict)))
     ]
     if found:
-        raise NotFrozenError(_message(found, len(chosen)), tuple(found))
+        failing = {name for name, _ in found}
+        again = all(record_of(entry.module) for entry in chosen if entry.name in failing)
+        raise NotFrozenError(_message(found, len(chosen), again), tuple(found))
 
 
 def _reasons(module: nn.Module, facts: LiveLayer | None, strict: bool) -> Iterator[str]:
@@ -95,11 +97,15 @@ def _reasons(module: nn.Module, facts: LiveLayer | None, strict: bool) -> Iterat
             yield f"its statistics update, though policy {policy!r} freezes them"
         if facts is not None and record.policy.forces_eval and facts.normalizes_with == "batch":
             yield f"it normalises with the batch, though policy {policy!r} promises eval mode"
-        for name in record.requires_grad:
-            parameter = module._parameters.get(name)
-            if parameter is not None and parameter.requires_grad:
-                yield f"{name}.requires_grad is True, though policy {policy!r} freezes it"
-            elif parameter is not None and parameter.grad is not None:
+        own = {n: p for n in record.requires_grad if (p := module._parameters.get(n)) is not None}
+        training = [name for name, parameter in own.items() if parameter.requires_grad]
+        if training:
+            verb, them = ("requires", "it") if len(training) == 1 else ("require", "them")
+            text = f"{' and '.join(training)} {verb} grad, though policy {policy!r} freezes {them}"
+            still = record.policy.freezes_statistics and facts and not facts.updates_statistics
+            yield f"{text} (the statistics are frozen)" if still else text
+        for name, parameter in own.items():
+            if not parameter.requires_grad and parameter.grad is not None:
                 yield f"{name} has a .grad, which the next optimizer step applies"
     if strict and facts is not None:
         if facts.normalizes_with != "running":
@@ -113,13 +119,20 @@ def _why(facts: LiveLayer, answer: str) -> str:
     return f" ({facts.why[answer]})" if facts.why.get(answer) else ""
 
 
-def _message(found: Sequence[tuple[str, str]], checked: int) -> str:
-    head = f"{len(found)} of {checked} layers {'is' if len(found) == 1 else 'are'} not frozen:"
+def _message(found: Sequence[tuple[str, str]], checked: int, again: bool) -> str:
+    """The layers and why; `again`: whether bnfreeze has frozen all of them before."""
+    one = len(found) == 1
+    verdict = f"{'is' if one else 'are'} not frozen"
+    if again:
+        verdict = "does not keep its policy" if one else "do not keep their policy"
+    head = f"{len(found)} of {checked} layers {verdict}:"
     lines = [f"{name or 'The model'}: {why}." for name, why in found[:5]]
     if len(found) > 5:
         lines.append(f"And {len(found) - 5} more layers.")
     remedy = (
-        "Freeze them with freeze(model, …). To leave a layer out on purpose, give it the rule "
+        "Freeze them again: call freeze(model, …) with the same policy."
+        if again
+        else "Freeze them with freeze(model, …). To leave a layer out on purpose, give it the rule "
         "'none', or check only a part of the model with select=…"
     )
     return "\n".join([head, *lines, remedy])

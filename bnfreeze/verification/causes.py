@@ -208,7 +208,7 @@ def _written(case: _Case) -> Reason | None:
 
     A load_state_dict or an EMA writes to every tensor, changed or not.
     """
-    for where, owner in (("the snapshot", None), ("the layer", case.layer)):
+    for where, owner in (("checked tensors", None), ("tensors of the layer", case.layer)):
         names = [n for n, one in case.before.tensors.items() if owner in (None, one.owner)]
         if len(names) > 1 and all(_writes(case, name) for name in names):
             return because("loaded", count=len(names), where=where)

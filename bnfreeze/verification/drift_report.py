@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.findings import Finding
 from bnfreeze.tables import Printable, Sheet
 from bnfreeze.text import encodable, escaped
-from bnfreeze.verification.drift import Drift, sentence, what_changed
+from bnfreeze.verification.drift import CHANGES, Drift, sentence, what_changed
 
 __all__ = ["DriftError", "DriftReport"]
 
@@ -62,7 +63,7 @@ class DriftReport(Printable):
         if self.drifts:
             first = self.drifts[0]
             text += f" {escaped(sentence(first))} {escaped(first.cause)}".rstrip()
-        return encodable(f"<DriftReport: {text if len(text) <= 215 else text[:214] + '…'}>")
+        return encodable(f"<DriftReport: {shorten(text, 215, placeholder=' …')}>")
 
     @property
     def message(self) -> str:
@@ -73,11 +74,13 @@ class DriftReport(Printable):
         others = [drift for drift in self.drifts if drift is not first]
         lines = [sentence(first), f"{first.cause} {first.remedy}".strip()]
         if len(others) == 1:
-            lines.append(f"And 1 more: {others[0].name or 'the model'} ({others[0].kind}).")
+            lines.append(
+                f"And 1 more: {others[0].name or 'the model'} ({CHANGES[others[0].kind]})."
+            )
         elif others:
-            kinds = Counter(drift.kind for drift in others).most_common()
-            tally = ", ".join(f"{count} {kind}" for kind, count in kinds)
-            lines.append(f"And {len(others)} more: {tally}.")
+            kinds = Counter(CHANGES[drift.kind] for drift in others).most_common()
+            tally = [f"{count} × {what}" if len(kinds) > 1 else what for what, count in kinds]
+            lines.append(f"And {len(others)} more: {', '.join(tally)}.")
         return "\n".join(escaped(line) for line in lines if line)
 
     @property

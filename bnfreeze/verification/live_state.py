@@ -189,14 +189,17 @@ def _chosen(modules: Iterable[NamedModule], slots: Iterable[_Slot], selection: s
 def _nothing(selection: str, slots: Iterable[_Slot]) -> str:
     if selection == "frozen":
         return (
-            "Nothing in the model is frozen, so there is nothing to check. Use freeze(model) "
-            "first, or say what to check: tensors='norm', 'all', or a pattern of tensor names."
+            "Nothing in the model is frozen, so there is nothing to record. Use freeze(model) "
+            "first, or pass tensors='norm', 'all' or a pattern of tensor names."
         )
     if selection == "norm":
-        return "The model has no norm layer, so there is nothing to check. Use tensors='all'."
+        return "The model has no norm layer, so there is nothing to record. Use tensors='all'."
     if selection == "all":
-        return "The model has no tensor, so there is nothing to check."
-    near = hint(selection, ["frozen", "norm", "all", *(slot.name for slot in slots)])
+        return "The model has no tensor, so there is nothing to record."
+    names = (slot.name for slot in slots)
+    # The modules too: a pattern may name one.
+    known = {name.rsplit(".", n)[0]: 0 for name in names for n in range(name.count(".") + 1)}
+    near = hint(selection, ["frozen", "norm", "all", *known])
     return f"Pattern {selection!r} matches no tensor of the model.{near}"
 
 

@@ -56,7 +56,7 @@ _REASONS = {
         "Leave frozen tensors out of the average: copy them instead.",
     ),
     "loaded": (
-        "All {count} tensors of {where} were written in place, as load_state_dict() and EMA do.",
+        "All {count} {where} were written in place, as load_state_dict() and EMA do.",
         "Load before freezing; leave frozen tensors out of the EMA's copy.",
     ),
     "in-place": (

@@ -95,6 +95,11 @@ def verify(
     Raises:
         TypeError: `model` is not an `nn.Module`, or `snapshot` not a `Snapshot`.
     """
+    if isinstance(model, Snapshot):
+        raise TypeError(
+            "Expected a model first, not a Snapshot: are the arguments swapped? Call "
+            "verify(model, snapshot)."
+        )
     model = check_model(model)
     if not isinstance(snapshot, Snapshot):
         raise TypeError(f"Expected a Snapshot, not {type(snapshot).__name__}.")

@@ -195,7 +195,8 @@ def test_nan_and_inf_pass_as_in_aten(activation, driver):
     x = values.view(6, 1, 1, 1).expand(6, 5, 7, 7).contiguous().half()
     main = norm(5, torch.Generator().manual_seed(3))
     main.weight[0] = 0
-    theirs = functional.reference.forward(x, main, None, None, activation, eager=True)[0]
+    # In fp64: for half and float, ATen's vectorised GELU gives NaN for inf, and its scalar one inf.
+    theirs = functional.reference.forward(x.double(), main, None, None, activation)[0].half()
     ours = frozen_batch_norm(x, *main, activation=activation)
     assert torch.equal(ours.isnan(), theirs.isnan())
     assert torch.equal(ours.isinf(), theirs.isinf())

@@ -71,6 +71,20 @@ def test_a_promise_that_is_not_kept_is_named(policy, layer, change):
     assert failing(model) == {f"body.{layer}"}
 
 
+def test_a_layer_that_was_frozen_says_what_is_frozen_still():
+    model = frozen({"body": "eval+affine", "head": "affine"}).requires_grad_(True)
+    with pytest.raises(bnfreeze.NotFrozenError, match="again") as caught:
+        bnfreeze.assert_frozen(model)
+    why = dict(caught.value.layers)
+    assert all("weight and bias require grad" in text for text in why.values())
+    assert ["statistics are frozen" in why[name] for name in ("body.1", "head.1")] == [True, False]
+    bnfreeze.freeze(model, {"body": "eval+affine", "head": "affine"})
+    assert failing(model, select="body") == set()
+    with pytest.raises(bnfreeze.NotFrozenError) as caught:
+        bnfreeze.assert_frozen(net())
+    assert "again" not in str(caught.value)
+
+
 def test_strict_demands_running_statistics_and_nothing_that_trains():
     assert failing(frozen("eval+affine"), strict=True) == set()
     assert failing(frozen("fused"), strict=True) == set()

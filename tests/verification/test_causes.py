@@ -2,7 +2,8 @@
 
 import copy
 import json
-from dataclasses import fields
+import re
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -193,6 +194,8 @@ def test_a_report_prints_as_a_table_and_a_clean_one_as_a_line(monkeypatch):
     assert "error value  bn.running_mean" in text
     assert "1 drift; 3 tensors compared." in text
     assert len(repr(report)) < 240
+    last = repr(replace(report, drifts=(replace(report.drifts[0], cause="longer " * 40),))).split()
+    assert last[-2:] == ["longer", "…>"]
     clean = report_of(layer("eval"), nothing)
     assert clean
     assert str(clean).startswith("3 tensors unchanged, bit for bit.")
@@ -207,7 +210,10 @@ def test_drifts_and_tensors_are_counted_apart():
     report = report_of(layer("eval+affine"), change)
     assert (len(report.drifts), report.checked) == (6, 5)
     assert report.verdict == "6 drifts; 5 tensors compared."
-    assert report.message.endswith("And 5 more: 2 requires-grad, 2 value, 1 thawed.")
+    counts = re.findall(r"(\d+) × ", report.message.splitlines()[-1])
+    assert counts == ["2", "2", "1"]
+    values = tuple(drift for drift in report.drifts if drift.kind == "value")
+    assert "And 2 more: values changed." in replace(report, drifts=values).message
 
 
 def test_a_digest_says_what_it_shows():

@@ -176,7 +176,7 @@ def test_putting_a_frozen_parameter_into_the_optimizer_is_seen(model, optimizer)
 @pytest.mark.parametrize(
     ("tamper", "note"),
     [
-        (lambda watch, model: model.norm.running_var.fill_(9), "norm.running_var drifted after"),
+        (lambda watch, model: model.norm.running_var.fill_(9), "norm.running_var drifted before"),
         (lambda watch, model: setattr(watch, "_model", "no model"), "could not compare"),
         (lambda watch, model: None, None),
     ],
@@ -200,7 +200,7 @@ def test_the_exception_of_the_block_is_kept_where_warnings_are_errors(model):
 
 
 def test_it_can_be_asked_in_between_and_says_what_it_watches(model):
-    with pytest.raises(bnfreeze.DriftError, match="after step 0"):
+    with pytest.raises(bnfreeze.DriftError, match="before the first optimizer step"):
         with bnfreeze.guard(model, every=5, tensors="norm") as watch:
             for part in ("Tiny", "'norm'", "5 tensors", "every 5 steps", "step 0"):
                 assert part in repr(watch)

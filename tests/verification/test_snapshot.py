@@ -33,6 +33,7 @@ def kinds(model, before):
         (small(None), "frozen", r"Nothing in the model is frozen.*freeze"),
         (small(None), "1.runing_mean", r"matches no tensor.*Did you mean '1.running_mean'"),
         (small(None), "nrm", r"Did you mean 'norm'\?"),
+        (nn.ModuleDict({"layer1": small(None)}), "layr1", "'layer1'"),
         (nn.Linear(1, 1), "norm", "no norm layer"),
         (nn.ReLU(), "all", "no tensor"),
     ],

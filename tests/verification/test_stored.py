@@ -59,6 +59,15 @@ def test_a_checkpoint_is_compared_with_a_snapshot_of_the_live_model(files, capsy
     assert "guard" in drift["remedy"]
 
 
+def test_swapped_arguments_are_noticed(files, model, capsys):
+    assert main(["verify", str(files / "live.safetensors"), str(files / "start.pt")]) == 2
+    assert "arguments swapped" in capsys.readouterr().err
+    assert main(["verify", str(files / "start.pt"), str(files / "end.pt")]) == 2
+    assert "arguments swapped" not in capsys.readouterr().err
+    with pytest.raises(TypeError, match="swapped"):
+        bnfreeze.verify(bnfreeze.snapshot(model, tensors="norm"), model)
+
+
 def test_only_what_is_selected_is_compared(files, capsys):
     live, end = str(files / "live.safetensors"), str(files / "end.pt")
     assert main(["verify", end, live, "--select", "body"]) == 1
