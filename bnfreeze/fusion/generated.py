@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from bnfreeze.fusion.sums import is_drop
 from bnfreeze.fusion.tracing import UntraceableError
+from bnfreeze.nn.activations import settings_of
 from bnfreeze.policies.fused import has_hooks
 from bnfreeze.policies.record import layer_class
 
@@ -140,8 +141,8 @@ def generate(
         passed: the modules that are not called any more, or in another way.
     """
     unique = {id(module): module for module in passed}.values()
-    # Of these it matters which children they have, and what a ReLU6's bounds are.
-    more = [m for m in unique if m._modules or isinstance(m, nn.ReLU6)]
+    # Of these it matters which children they have, and the settings of an activation.
+    more = [m for m in unique if m._modules or settings_of(m)]
     holders = [(module, True) for module in looked_into] + [(module, False) for module in more]
     return Generated(
         forwards,

@@ -19,6 +19,7 @@ from bnfreeze.nn.activations import (
     ACTIVATION_FUNCTIONS,
     ACTIVATION_METHODS,
     FROM_OUTPUT,
+    TORCH_KEEPS_OUTPUT,
     activation_of,
 )
 from bnfreeze.policies.fused import has_hooks, own_activation
@@ -307,12 +308,12 @@ class _Chain:
     def _check_backward(self, node: fx.Node, activation: str) -> None:
         """Refuse to keep for backward a tensor that may be changed in place until then."""
         if activation in FROM_OUTPUT:
-            # relu by itself keeps its output as well, and relu6 only if it works in place.
+            # torch keeps relu's output as well, but relu6's only if it works in place.
             inplace = node.kwargs.get("inplace") or node.args[1:] == (True,)
             inplace = inplace or getattr(self.view.modules.get(node), "inplace", False)
             read = all(_is_maker(self.view.modules.get(user)) for user in node.users)
-            if activation == "relu6" and not (inplace or read):
-                raise _End("the output of relu6, from which it goes backward, may be changed")
+            if activation not in TORCH_KEEPS_OUTPUT and not (inplace or read):
+                raise _End(f"the output of {activation}, kept for backward, may be changed")
         elif self.total is self.conv is None and not self._is_own(self.norm.all_input_nodes[0]):
             raise _End(f"its input, from which {activation} goes backward, may be changed")
 

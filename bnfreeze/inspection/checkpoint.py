@@ -187,7 +187,7 @@ def _verdict(inspection: CheckpointInspection, shared: set[str]) -> str:
             if one.level == "error" and one.code != RUNS_CODE
         }
     )
-    warnings = sum(finding.level == "warning" for finding in inspection.findings)
+    warned = [finding for finding in inspection.findings if finding.level == "warning"]
     if inspection.unread:
         text += f"; {len(inspection.unread)} of {len(inspection.origin.models)} models not read"
     if any(one.level == "error" and one.code == RUNS_CODE for one in inspection.findings):
@@ -196,6 +196,11 @@ def _verdict(inspection: CheckpointInspection, shared: set[str]) -> str:
         return f"{text}: {broken} {'layer is' if broken == 1 else 'layers are'} broken."
     if not inspection.ok:
         return f"{text}."
-    if warnings:
-        return f"{text}: usable, with {warnings} warning{'s' if warnings > 1 else ''}."
+    if warned:
+        count = len({finding.code for finding in warned})
+        places = len({(finding.key, finding.name) for finding in warned})
+        return (
+            f"{text}: usable, with {count} warning{'s' if count > 1 else ''} "
+            f"on {places} layer{'s' if places > 1 else ''}."
+        )
     return f"{text}: all sound."
