@@ -8,8 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from bnfreeze.checkpoints.limits import MAX_DIMENSIONS, check_limit, is_shape
-from bnfreeze.checkpoints.pickled import Opaque
-from bnfreeze.checkpoints.pickles import Stateful
+from bnfreeze.checkpoints.pickled import Opaque, Stateful
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import (
     ITEM_SIZES,
@@ -40,15 +39,24 @@ _DTYPES: Final = {
     "u1": "uint8",
     "b1": "bool",
 }
+# Objects, bytes, texts, records, dates and times; in an archive, records begin with a bracket.
+_NO_NUMBERS: Final = tuple("OSaUVMm[")
 
 
 def numpy_dtype(text: str) -> tuple[str, bool] | None:
     """Torch's name of a NumPy dtype such as ``"<f4"``, and whether it is big-endian.
 
     None for a dtype that is no number: objects, texts, dates, records.
+
+    Raises:
+        UnsupportedFormatError: another, such as a long double; nothing is said of its values.
     """
-    dtype = _DTYPES.get(text.lstrip("<>|="))
-    return None if dtype is None else (dtype, text.startswith(">"))
+    plain = text.lstrip("<>|=")
+    if plain[:1] in _NO_NUMBERS:
+        return None
+    if plain not in _DTYPES:
+        raise UnsupportedFormatError(f"An array of dtype {text!r:.40}, which is not known here.")
+    return _DTYPES[plain], text.startswith(">")
 
 
 def strided_array(
@@ -102,11 +110,19 @@ class PickledArray(StoredTensor, Stateful):
         if type(state) is not tuple or len(state) not in (4, 5):
             raise CorruptCheckpointError("Damaged: an array's state is none.")
         shape, described, fortran, data = state[-4:]
-        dtype = _dtype_of(described)
+        try:
+            dtype = _dtype_of(described)
+        except UnsupportedFormatError:
+            self.is_number, self.why = True, "its dtype is not known here"
+            self.shape = shape if type(shape) is tuple and is_shape(shape) else (0,)
+            return
         if dtype is None:
             self.why = "its elements are not numbers"
+            self.held = data if type(data) is list else ()
             return
-        self._filled = filled = strided_array(_bytes_of(data), dtype, shape, fortran is True)
+        if fortran not in (False, True):
+            raise CorruptCheckpointError("Damaged: an array's order is none.")
+        self._filled = filled = strided_array(_bytes_of(data), dtype, shape, bool(fortran))
         self.dtype, self.shape = filled.dtype, filled.shape
         self.is_number = self.has_values = True
         self.why = ""
@@ -133,10 +149,10 @@ def _dtype_of(described: object) -> tuple[str, bool] | None:
     # Where it changed later, the array would be another.
     described.given = True
     text = described.arguments[0] if described.arguments else None
-    order = described.state[1] if type(described.state) is tuple and described.state[1:] else "="
+    order = described.state[1] if type(described.state) is tuple and described.state[1:] else ""
     if type(text) is not str or type(order) is not str:
-        return None
-    return numpy_dtype(order[:1] + text.lstrip("<>|="))
+        raise UnsupportedFormatError("An array of a dtype that is not known here.")
+    return numpy_dtype(order[:1] + text.lstrip("<>|=") if order else text)
 
 
 def _bytes_of(data: object) -> Source | bytes:
@@ -154,6 +170,8 @@ def _reconstruct(_: tuple[Any, ...]) -> PickledArray:
 
 def _from_buffer(arguments: tuple[Any, ...]) -> object:
     data, described, shape, order = arguments
+    if order not in ("C", "F"):
+        raise ValueError
     dtype = _dtype_of(described)
     if dtype is None:
         return PickledArray()
@@ -162,8 +180,8 @@ def _from_buffer(arguments: tuple[Any, ...]) -> object:
 
 def _scalar(arguments: tuple[Any, ...]) -> object:
     """A number, as Python has it; None where it is of another kind."""
-    dtype = _dtype_of(arguments[0])
-    if dtype is None or len(arguments) < 2:
+    dtype = None if len(arguments) < 2 else _dtype_of(arguments[0])
+    if dtype is None:
         return None
     data = _bytes_of(arguments[1])
     name, swapped = dtype

@@ -56,7 +56,13 @@ def read_shards(file: OpenFile) -> Content:
             raise CorruptCheckpointError(
                 f"Shard {place}: {name!r:.200} is said to be in it, and is not."
             )
-    return Content({name: shards[place][name] for name, place in places.items()}, tuple(made))
+    found = {name: shards[place][name] for name, place in places.items()}
+    for tensors in shards.values():
+        for name, tensor in tensors.items():
+            # What the index leaves out is loaded with its shard all the same.
+            if found.setdefault(name, tensor) is not tensor:
+                raise CorruptCheckpointError(f"Ambiguous: {name!r:.200} is in two shards.")
+    return Content(found, tuple(made))
 
 
 def _tensors_of(shard: OpenFile) -> tuple[dict[str, StoredTensor], tuple[Opaque, ...]]:

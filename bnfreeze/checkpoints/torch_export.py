@@ -8,7 +8,7 @@ from bnfreeze.checkpoints.json_objects import read_json
 from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_limit
 from bnfreeze.checkpoints.reading import Content, OpenFile, entry_of
 from bnfreeze.checkpoints.stored_tensor import Record, StoredTensor, StridedTensor
-from bnfreeze.checkpoints.torch_tensors import DescribedTensor
+from bnfreeze.checkpoints.torch_tensors import DescribedTensor, checked_shape
 from bnfreeze.checkpoints.torch_zip import read_torch_zip
 from bnfreeze.errors import CorruptCheckpointError
 
@@ -54,6 +54,11 @@ def read_export(file: OpenFile) -> Content:
     configs = [
         name for name in file.entries if name.startswith("data/weights/") and name.endswith(_CONFIG)
     ]
+    check_limit(
+        sum(file.entries[name].size for name in configs),
+        MAX_HEADER_BYTES,
+        "bytes of lists of weights",
+    )
     models = {
         name.removeprefix("data/weights/").removesuffix(_CONFIG): _weights(file, name)
         for name in configs
@@ -63,7 +68,6 @@ def read_export(file: OpenFile) -> Content:
 
 def _weights(file: OpenFile, config: str) -> dict[str, StoredTensor]:
     entry = entry_of(file, config)
-    check_limit(entry.size, MAX_HEADER_BYTES, "bytes of a list of weights")
     weights = read_json(entry.read(), "the list of weights").get("config")
     if type(weights) is not dict:
         raise CorruptCheckpointError("Damaged: the list of weights has no config.")
@@ -79,7 +83,9 @@ def _tensor(file: OpenFile, weight: Any, records: dict[str, Record]) -> StoredTe
         stride = tuple(step["as_int"] for step in meta["strides"])
         dtype = _DTYPES[meta["dtype"]]
         if weight["use_pickle"]:
-            return DescribedTensor(dtype, shape, "its class keeps its values in its own way")
+            return DescribedTensor(
+                dtype, checked_shape(shape), "its class keeps its values in its own way"
+            )
         if name not in records:
             entry = entry_of(file, f"data/weights/{name}")
             records[name] = Record(entry.source, checksum=entry.checksum)

@@ -20,7 +20,7 @@ from bnfreeze.checkpoints.limits import (
 )
 from bnfreeze.checkpoints.numpy_arrays import NUMPY_BUILDERS
 from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs
-from bnfreeze.checkpoints.pickles import Described, read_pickle
+from bnfreeze.checkpoints.pickles import Described, check_new, read_pickle
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import (
     ITEM_SIZES,
@@ -32,7 +32,7 @@ from bnfreeze.checkpoints.stored_tensor import (
 from bnfreeze.checkpoints.torch_names import DTYPES, STORAGES
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["DescribedTensor", "Storage", "read_torch_pickle"]
+__all__ = ["DescribedTensor", "Storage", "checked_shape", "read_torch_pickle"]
 
 
 class Storage:
@@ -275,6 +275,7 @@ class _Reader:
 _FROM_TYPE: Final = "torch._tensor._rebuild_from_type_v2"
 # What makes a layer that bnfreeze froze: of its class, of how it behaves, and of how it was made.
 _FEW: Final = 16
+_PLAIN: Final = frozenset({"copyreg.__newobj__", "copyreg._reconstructor"})
 _REBUILD: Final = re.compile(r"bnfreeze\.policies\.\w+\._rebuild")
 
 
@@ -287,6 +288,7 @@ def _object_of(call: Opaque) -> Opaque | None:
         return None
     kind, *rest = call.arguments
     if call.name == "copyreg.__newobj__":
+        check_new(kind.name, tuple(rest))
         return Opaque(kind.name, tuple(rest))
     if call.name == "copyreg._reconstructor":
         is_plain = len(rest) == 2 and isinstance(rest[0], Global) and rest[1] is None
@@ -294,7 +296,7 @@ def _object_of(call: Opaque) -> Opaque | None:
     if _REBUILD.fullmatch(call.name):
         behaviour, make, given = rest if len(rest) == 3 else (None, None, None)
         if isinstance(behaviour, Global) and isinstance(make, Global) and type(given) is tuple:
-            made = _object_of(Opaque(make.name, given)) if make.name != call.name else None
+            made = _object_of(Opaque(make.name, given)) if make.name in _PLAIN else None
             if made and made.name == kind.name and not made.arguments:
                 return made if behaviour.name.startswith("bnfreeze.policies.") else None
     return None
@@ -378,7 +380,7 @@ def _sparse(arguments: tuple[Any, ...]) -> DescribedTensor:
     check_limit(len(arguments[1]), _FEW, "parts of a sparse tensor")
     indices_and_values = [part for part in arguments[1] if isinstance(part, StoredTensor)]
     shapes = [part for part in arguments[1] if type(part) is tuple]
-    return DescribedTensor(indices_and_values[-1].dtype, _sizes(shapes[0]), "it is sparse")
+    return DescribedTensor(indices_and_values[-1].dtype, checked_shape(shapes[0]), "it is sparse")
 
 
 def _constructed(_: tuple[Any, ...]) -> object:
@@ -387,10 +389,16 @@ def _constructed(_: tuple[Any, ...]) -> object:
 
 
 def _described(dtype: Any, shape: Any, why: str) -> DescribedTensor:
-    return DescribedTensor(DTYPES[dtype.name], _sizes(shape), why)
+    return DescribedTensor(DTYPES[dtype.name], checked_shape(shape), why)
 
 
-def _sizes(shape: Any) -> tuple[int, ...]:
+def checked_shape(shape: Any) -> tuple[int, ...]:
+    """The shape of a tensor that is only described.
+
+    Raises:
+        UnsafeCheckpointError: too many dimensions.
+        ValueError: it is none.
+    """
     check_limit(len(shape), MAX_DIMENSIONS, "dimensions of a tensor")
     if not is_shape(shape):
         raise ValueError

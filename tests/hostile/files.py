@@ -1236,3 +1236,144 @@ def an_array_whose_header_is_code(folder):
     header = b"{'descr': __import__('os').system('true'), 'shape': (4,)}\n"
     data = b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + bytes(16)
     return zip_file(folder / "a.npz", [("bn.running_mean.npy", data)])
+
+
+# What was read otherwise than it is loaded, or not at all.
+
+
+def numpy_dtype(text):
+    return p.name("numpy", "dtype") + b"(" + p.text(text) + b"\x89\x88tR"
+
+
+def negative_array(dtype, order=b"\x89"):
+    """Four variances, of which the last is negative; NumPy's own way to write them."""
+    data = np.array([1, 1, 1, -1], dtype).tobytes()
+    array = p.name("numpy._core.multiarray", "_reconstruct") + b"("
+    array += p.name("numpy", "ndarray") + b"(K\0tC\x01btR"
+    state = b"(K\1(K\2K\2t" + numpy_dtype(dtype) + order + b"C" + bytes([len(data)]) + data
+    return array + state + b"tb"
+
+
+def pickled_variance(folder, body):
+    """A plain pickle of a batch norm whose variance is made in a way of its own."""
+    mean = negative_array("f4")
+    return written(
+        folder,
+        p.whole(p.mapping([("bn.running_mean", mean), ("bn.running_var", body)])),
+        "a.pkl",
+    )
+
+
+@hostile(2, r"Ambiguous: .*OrderedDict of something and leaves it empty")
+def a_dict_that_loses_what_it_is_made_of(folder):
+    body = p.name("collections", "OrderedDict") + p.mapping(p.batch_norm()) + b"\x85\x81"
+    return beside_a_batch_norm(folder, body)
+
+
+@hostile(0, r"stats-unread")
+def an_array_of_an_unusual_name_of_a_dtype(folder):
+    return pickled_variance(folder, negative_array("float32"))
+
+
+@hostile(0, r"numpy\.ndarray")
+def an_array_made_by_its_class(folder):
+    array = p.name("numpy", "ndarray") + b"((K\4t" + numpy_dtype("f4") + b"C\x10" + FOUR + b"tR"
+    return beside_a_batch_norm(folder, array)
+
+
+def of_nan(key="1"):
+    return p.mapping(p.batch_norm(key=key))
+
+
+def beside_nan(folder, body):
+    """A good batch norm, and another whose statistics are not numbers."""
+    pairs = [("state_dict", p.mapping(p.batch_norm())), ("x", body)]
+    records = [("0", FOUR), ("1", struct.pack("<4f", *[float("nan")] * 4))]
+    return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), records)
+
+
+@hostile(1, r'"stats-nonfinite"')
+def a_model_under_a_key_that_is_a_tuple(folder):
+    return beside_nan(folder, b"})" + of_nan() + b"s")
+
+
+@hostile(1, r'"stats-nonfinite"')
+def a_model_under_a_number_of_ten_thousand_digits(folder):
+    huge = 10**9_999
+    digits = huge.to_bytes(huge.bit_length() // 8 + 1, "little", signed=True)
+    return beside_nan(folder, b"}\x8b" + struct.pack("<i", len(digits)) + digits + of_nan() + b"s")
+
+
+@hostile(1, r'"stats-nonfinite"')
+def a_model_in_an_array_of_objects(folder):
+    array = p.name("numpy._core.multiarray", "_reconstruct") + b"("
+    array += p.name("numpy", "ndarray") + b"(K\0tC\x01btR"
+    state = b"(K\1(K\1t" + numpy_dtype("O8") + b"\x89](" + of_nan() + b"et"
+    return beside_nan(folder, array + state + b"b")
+
+
+@hostile(1, r'"stats-nonfinite"')
+def a_model_in_a_module_that_is_a_dict_as_well(folder):
+    body = p.name("config", "Net") + b")\x81" + p.text("a") + of_nan() + b"s"
+    return beside_nan(folder, body + p.mapping(MODULE_PARTS) + b"b")
+
+
+@hostile(2, r"levels of nesting")
+def a_frozen_layer_made_by_another_without_end(folder):
+    one, other = (
+        p.name("bnfreeze.policies.a", "_rebuild"),
+        p.name("bnfreeze.policies.b", "_rebuild"),
+    )
+    body = b"(" + one + b"q\1" + other + b"q\2" + p.name("torch.nn", "BatchNorm2d") + b"q\3"
+    body += b"(h\3tq\4"
+    for number in range(3_000):
+        body += b"0(h\3h\1h" + bytes([1 + number % 2]) + b"h\4tq\4"
+    return beside_a_batch_norm(folder, body + b"h\1h\4Rt")
+
+
+@hostile(1, r'"name": "bn"')
+def a_module_whose_many_buffers_are_all_looked_for_in_a_long_list(folder):
+    names = b"".join(p.text(f"b{i}") + b"N" for i in range(60_000))
+    unsaved = b"".join(p.text(f"c{i}") for i in range(60_000))
+    parts = p.mapping([*MODULE_PARTS[::2], ("_buffers", b"}(" + names + b"u")])
+    parts += p.text("_non_persistent_buffers_set") + b"](" + unsaved + b"es"
+    return beside_a_batch_norm(folder, p.name("torch.nn", "Module") + b")\x81" + parts + b"b")
+
+
+@hostile(1, r"runs-code[^}]*os\.abort")
+def a_function_behind_a_module_of_layers(folder):
+    body = b"\x8c\x17torch.nn.modules.module\x8c\x11warnings.os.abort\x93"
+    return beside_a_batch_norm(folder, body + b")R" + p.mapping(MODULE_PARTS) + b"b")
+
+
+@hostile(0, r'"eps": null')
+def a_layer_whose_eps_is_no_number(folder):
+    torch.save(torch.nn.BatchNorm2d(4, eps=float("nan")), folder / "a.pt")
+    return folder / "a.pt"
+
+
+@hostile(2, r"a weight's description is none")
+def a_weight_of_torch_export_whose_sizes_are_texts(folder):
+    meta = {"dtype": 7, "sizes": [{"as_int": "x"}], "strides": []}
+    weight = {"tensor_meta": meta, "path_name": "w", "use_pickle": True}
+    config = json.dumps({"config": {"a": weight}}).encode()
+    return zip_file(folder / "a.pt2", [("a/data/weights/m_weights_config.json", config)])
+
+
+@hostile(1, r"runs-code[^}]*posix\.system")
+def os_system_in_an_object_of_a_distributed_checkpoint(folder):
+    """torch loads it without `weights_only`."""
+    content = {**state(), "hyperparameters": payload(folder)}
+    return save_distributed(content, folder / "dcp")
+
+
+@hostile(2, r"is in two shards")
+def a_tensor_in_two_shards(folder):
+    path = index(folder, lambda places: None)
+    places = json.loads(path.read_text())["weight_map"]
+    first, second = sorted({*places.values()})[:2]
+    (path.parent / second).write_bytes((path.parent / first).read_bytes())
+    name = next(name for name, place in places.items() if place == first)
+    left = {name: place for name, place in places.items() if place != second}
+    path.write_text(json.dumps({"weight_map": left | {name: second}}))
+    return path
