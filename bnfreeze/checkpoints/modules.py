@@ -19,7 +19,7 @@ from bnfreeze.checkpoints.limits import (
     check_limit,
 )
 from bnfreeze.checkpoints.numpy_arrays import PickledArray
-from bnfreeze.checkpoints.pickled import Opaque, Pairs, Stateful
+from bnfreeze.checkpoints.pickled import Opaque, Pairs, Stateful, key_text
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 
 __all__ = [
@@ -166,8 +166,8 @@ def _attributes(module: Opaque | Pairs) -> Mapping[str, Any]:
 
 
 def _length(holder: object) -> int:
-    pairs = holder.pairs if isinstance(holder, (Pairs, Opaque)) else holder
-    return len(pairs) if isinstance(pairs, list) else 0
+    content = holder.pairs if isinstance(holder, (Pairs, Opaque)) else holder
+    return len(content) if isinstance(content, (list, tuple)) else 0
 
 
 def _items(holder: object) -> dict[str, Any]:
@@ -220,12 +220,10 @@ def _besides(module: Opaque | Pairs, attributes: Mapping[str, Any]) -> Iterator[
     ]
     if isinstance(module, Opaque):
         # Its class may be one of dicts or lists as well.
-        found += [("", module.arguments), ("", module.items), ("", Pairs(module.pairs))]
+        found += [("", module.arguments), ("", module.items)]
+        found += [(key_text(key), value) for key, value in module.pairs]
     for name, value in found:
-        content = value.pairs if isinstance(value, Pairs) else value
-        if isinstance(value, (Opaque, Stateful)) or (
-            isinstance(content, (list, tuple)) and content
-        ):
+        if isinstance(value, (Opaque, Stateful)) or _length(value):
             yield name, value
 
 

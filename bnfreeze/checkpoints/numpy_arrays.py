@@ -12,6 +12,7 @@ from bnfreeze.checkpoints.pickled import Opaque, Stateful
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import (
     ITEM_SIZES,
+    NUMPY_DTYPES,
     Record,
     StoredTensor,
     StridedTensor,
@@ -22,23 +23,8 @@ from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 __all__ = ["NUMPY_BUILDERS", "PickledArray", "numpy_dtype", "strided_array"]
 
 _LONGEST_TEXT: Final = 1 << 12
-# NumPy's short names, and torch's.
-_DTYPES: Final = {
-    "f8": "float64",
-    "f4": "float32",
-    "f2": "float16",
-    "c16": "complex128",
-    "c8": "complex64",
-    "i8": "int64",
-    "i4": "int32",
-    "i2": "int16",
-    "i1": "int8",
-    "u8": "uint64",
-    "u4": "uint32",
-    "u2": "uint16",
-    "u1": "uint8",
-    "b1": "bool",
-}
+# NumPy's short names, such as `f4`, and torch's.
+_DTYPES: Final = {f"{name[0]}{ITEM_SIZES[name]}": name for name in NUMPY_DTYPES}
 # Objects, bytes, texts, records, dates and times; in an archive, records begin with a bracket.
 _NO_NUMBERS: Final = tuple("OSaUVMm[")
 

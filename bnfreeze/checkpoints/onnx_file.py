@@ -11,8 +11,7 @@ from bnfreeze.checkpoints.numpy_arrays import strided_array
 from bnfreeze.checkpoints.reading import Content, OpenFile
 from bnfreeze.checkpoints.shards import beside
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.checkpoints.stored_tensor import StoredTensor
-from bnfreeze.checkpoints.torch_tensors import DescribedTensor
+from bnfreeze.checkpoints.stored_tensor import DescribedTensor, StoredTensor, numbered
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
 __all__ = ["read_onnx"]
@@ -20,23 +19,9 @@ __all__ = ["read_onnx"]
 # What protobuf itself can hold; larger models keep their tensors in files beside.
 _MOST_BYTES: Final = 2**31
 # ONNX's numbers for dtypes.
-_DTYPES: Final = {
-    1: "float32",
-    2: "uint8",
-    3: "int8",
-    4: "uint16",
-    5: "int16",
-    6: "int32",
-    7: "int64",
-    9: "bool",
-    10: "float16",
-    11: "float64",
-    12: "uint32",
-    13: "uint64",
-    14: "complex64",
-    15: "complex128",
-    16: "bfloat16",
-}
+_DTYPES: Final = numbered("float32 uint8 int8 uint16 int16 int32 int64", first=1) | numbered(
+    "bool float16 float64 uint32 uint64 complex64 complex128 bfloat16", first=9
+)
 _EXTERNAL: Final = 1
 _NORM: Final = "BatchNormalization"
 # What a BatchNormalization node is given, after its input.

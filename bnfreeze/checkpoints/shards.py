@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath, PureWindowsPath
 
-from bnfreeze.checkpoints.json_objects import read_json
 from bnfreeze.checkpoints.kinds import read_file
 from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_limit
 from bnfreeze.checkpoints.pickled import Opaque, Pairs
-from bnfreeze.checkpoints.reading import Content, OpenFile
+from bnfreeze.checkpoints.reading import Content, OpenFile, read_json
 from bnfreeze.checkpoints.source import FilePath
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.errors import (
