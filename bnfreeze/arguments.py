@@ -17,11 +17,13 @@ __all__ = ["command_parser", "unknown_command"]
 _EXAMPLES: Final = """\
 examples:
   bnfreeze inspect resnet50.pth                    the norm layers, as a tree
-  bnfreeze inspect run/*.ckpt --plain | grep var-  one line a layer, of several files
-  bnfreeze inspect last.pt --key model_ema         another state_dict of the same file
+  bnfreeze inspect run/*.ckpt --plain | grep nonfinite   one line a layer, of several files
+  bnfreeze inspect last.pt --key model_ema         one of several models in the file
   bnfreeze inspect model.safetensors --sort dead   the layers with most dead channels first
   bnfreeze diff start.pt end.pt                    did the backbone really stay frozen?
   bnfreeze diff start.pt end.pt --select backbone  exit code 1 if anything in it moved
+  bnfreeze diff a.pth b.ckpt --map =model.student  names of b with this prefix more
+  bnfreeze diff start.pt end.pt --key-b model_ema  compare with the average
   bnfreeze snapshot start.pt -o start.safetensors  save the statistics, to compare with later
   bnfreeze verify end.pt start.safetensors         exit code 1 if anything in it moved
   bnfreeze explain never-trained                   what a finding means, and how to mend it
@@ -61,9 +63,20 @@ def command_parser() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
     inspect = _command(commands, "inspect", "show the norm layers of checkpoints")
     inspect.add_argument("paths", nargs="+", metavar="CKPT", help="a file or a folder")
     inspect.add_argument("--sort", choices=_SORTS, default="", help="sort the layers (no tree)")
+    inspect.add_argument("--weights", action="store_true", help="the range of the weights, too")
     diff = _command(commands, "diff", "compare two checkpoints bit by bit")
     diff.add_argument("first", metavar="A", help="the earlier checkpoint")
     diff.add_argument("second", metavar="B", help="the later one")
+    diff.add_argument("--key-a", metavar="NAME", help="which of several models in A")
+    diff.add_argument("--key-b", metavar="NAME", help="which of several models in B")
+    diff.add_argument(
+        "--map",
+        action="append",
+        type=_prefixes,
+        metavar="OLD=NEW",
+        help="names that begin with OLD in A begin with NEW in B, as '=model.backbone' (may be "
+        "repeated); without it, the prefix is found out",
+    )
     snap = _command(commands, "snapshot", "save a checkpoint's statistics", pictures=False)
     snap.add_argument("path", metavar="CKPT", help="a file or a folder")
     snap.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write it")
@@ -82,6 +95,13 @@ def command_parser() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
     )
     complete.add_argument("shell", choices=SHELLS)
     return parser, tuple(commands.choices)
+
+
+def _prefixes(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not OLD=NEW")
+    return old, new
 
 
 def _command(
@@ -117,7 +137,7 @@ def _command(
     forms = command.add_mutually_exclusive_group()
     forms.add_argument("--json", action="store_true", help="print one JSON object")
     forms.add_argument("--plain", action="store_true", help="print one line for each, for grep")
-    command.add_argument("--html", metavar="FILE", help="save the picture as HTML")
+    command.add_argument("--html", metavar="FILE", help="save a page that sorts and folds")
     command.add_argument("--svg", metavar="FILE", help="save the picture as SVG")
     return command
 

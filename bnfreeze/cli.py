@@ -11,13 +11,22 @@ import argparse
 import gc
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 from bnfreeze.arguments import command_parser, unknown_command
 from bnfreeze.errors import BnfreezeError
+from bnfreeze.output import (
+    ProgressLine,
+    check_outputs,
+    complain,
+    complain_of_defect,
+    exit_code,
+    print_json,
+    print_line,
+    show,
+)
 
 if TYPE_CHECKING:
     from bnfreeze.inspection.checkpoint import CheckpointInspection
@@ -48,20 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BnfreezeError as error:
-        return _complain(str(error))
+        return complain(str(error))
     except MemoryError:
-        return _complain("Out of memory.")
+        return complain("Out of memory.")
     except BrokenPipeError:
         # The reader of the output closed it (`| head`): that is no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         # Reading has errors of its own: this is an output that could not be written.
-        return _complain(f"{error.filename or 'stdout'}: cannot be written: {error.strerror}.")
+        return complain(f"{error.filename or 'stdout'}: cannot be written: {error.strerror}.")
     except KeyboardInterrupt:
         return 130
     except Exception:
-        return _complain_of_defect()
+        return complain_of_defect()
     finally:
         if collecting:
             gc.enable()
@@ -70,37 +79,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from bnfreeze.inspection.inspect import inspect_checkpoint
 
-    _check_outputs(options)
+    check_outputs(options)
     shown: list[CheckpointInspection] = []
-    files: list[dict[str, Any]] = []
+    refused: dict[str, dict[str, Any]] = {}
     code = 0
     for path in options.paths:
         try:
-            inspection = inspect_checkpoint(
-                path, key=options.key, select=options.select, sort=options.sort
-            )
+            with ProgressLine(path):
+                found = inspect_checkpoint(
+                    path,
+                    key=options.key,
+                    select=options.select,
+                    sort=options.sort,
+                    weights=options.weights,
+                )
         except BnfreezeError as error:
             # The others are shown all the same.
-            code = _complain(str(error))
-            files.append(
-                {"path": path, "error": {"kind": type(error).__name__, "message": str(error)}}
-            )
-            continue
-        shown.append(inspection)
-        files.append(
-            {name: fact for name, fact in inspection.to_dict().items() if name != "schema"}
-        )
-        # A model that was not read may hold anything.
-        code = max(code, 2 if inspection.unread else 0 if inspection.ok else 1)
-    if options.json:
-        _print_json({"schema": 2, "ok": code == 0, "files": files})
-    elif options.plain:
-        for inspection in shown:
-            prefix = (inspection.origin.path,) if len(options.paths) > 1 else ()
-            _print_lines([(*prefix, *line) for line in inspection.lines()])
-    else:
-        _print_sheets(shown)
-    _save_pictures(options, shown)
+            code = complain(str(error))
+            refused[path] = {"kind": type(error).__name__, "message": str(error)}
+        else:
+            shown.append(found)
+            code = max(code, exit_code(found))
+
+    def data() -> dict[str, Any]:
+        left = iter(shown)
+        files = [
+            {"path": path, "error": refused[path]} if path in refused else next(left).to_dict()
+            for path in options.paths
+        ]
+        for file in files:
+            file.pop("schema", None)
+        return {"schema": 2, "ok": code == 0, "files": files}
+
+    several = len(options.paths) > 1
+    show(
+        options,
+        shown,
+        data,
+        lambda: [
+            (*([one.origin.path] if several else []), *line)
+            for one in shown
+            for line in one.lines()
+        ],
+    )
     return code
 
 
@@ -109,19 +130,19 @@ def _diff(options: argparse.Namespace) -> int:
     from bnfreeze.inspection.origin import Found
     from bnfreeze.verification.diff import diff_found
 
-    _check_outputs(options)
-    with open_checkpoint(options.first) as first, open_checkpoint(options.second) as second:
-        before, after = (Found.in_checkpoint(one, options.key) for one in (first, second))
-        with _Progress("comparing tensor") as progress:
-            found = diff_found(before, after, select=options.select, progress=progress)
-    if options.json:
-        _print_json(found.to_dict())
-    elif options.plain:
-        _print_lines(found.lines())
-    else:
-        _print_sheets([found])
-    _save_pictures(options, [found])
-    return 0 if found.ok else 1
+    check_outputs(options)
+    keys = (options.key if one is None else one for one in (options.key_a, options.key_b))
+    with ProgressLine(options.second) as progress, ExitStack() as stack:
+        first, second = (
+            Found.in_checkpoint(stack.enter_context(open_checkpoint(path)), key)
+            for path, key in zip((options.first, options.second), keys, strict=True)
+        )
+        prefixes = dict(options.map) if options.map else None
+        found = diff_found(
+            first, second, select=options.select, prefixes=prefixes, progress=progress
+        )
+    show(options, [found], found.to_dict, found.lines)
+    return exit_code(found)
 
 
 def _snapshot(options: argparse.Namespace) -> int:
@@ -137,15 +158,17 @@ def _snapshot(options: argparse.Namespace) -> int:
             Snapshot.load(options.output)  # only an earlier snapshot may be overwritten
         except (BnfreezeError, OSError):
             raise BnfreezeError(f"{options.output} exists and is not a snapshot.") from None
-    with open_checkpoint(options.path) as checkpoint:
+    with ProgressLine(options.path) as progress, open_checkpoint(options.path) as checkpoint:
         found = checkpoint.chosen(options.key)
         with naming_file(checkpoint.path):
             parts = selected(found.all if options.all else found.models, options.select)
             plain = found.models[0].key if len(found.models) == 1 else None
             tensors = tensors_by_name(parts, plain)
-            taken = snapshot_of(tensors, everything=options.all, digest=options.digest)
+            taken = snapshot_of(
+                tensors, everything=options.all, digest=options.digest, progress=progress
+            )
     taken.save(options.output)
-    _print_lines([(f"{options.output}: {len(taken)} tensors of {options.path}",)])
+    print_line(f"{options.output}: {len(taken)} tensors of {options.path}")
     return 0
 
 
@@ -156,23 +179,22 @@ def _verify(options: argparse.Namespace) -> int:
     from bnfreeze.verification.snapshot import Snapshot
     from bnfreeze.verification.stored import verify_found
 
-    _check_outputs(options)
+    check_outputs(options)
     try:
         before = Snapshot.load(options.snapshot)
     except OSError as error:
         raise BnfreezeError(f"{options.snapshot}: cannot be opened: {error.strerror}.") from None
-    with open_checkpoint(options.path) as checkpoint:
+    with ProgressLine(options.path) as progress, open_checkpoint(options.path) as checkpoint:
         found = Found.in_checkpoint(checkpoint, options.key)
         with naming_file(checkpoint.path):
-            report = verify_found(found, before, select=options.select)
-    if options.json:
-        _print_json(report.to_dict())
-    elif options.plain:
-        _print_lines([(d.name, d.kind, what_changed(d)) for d in report.drifts])
-    else:
-        _print_sheets([report])
-    _save_pictures(options, [report])
-    return 0 if report.ok else 1
+            report = verify_found(found, before, select=options.select, progress=progress)
+    show(
+        options,
+        [report],
+        report.to_dict,
+        lambda: [(one.name, one.kind, what_changed(one)) for one in report.drifts],
+    )
+    return exit_code(report)
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -183,7 +205,7 @@ def _explain(options: argparse.Namespace) -> int:
 
     kinds = [finding_kind(options.code)] if options.code else KINDS
     if options.json:
-        _print_json({"schema": 2, "findings": [asdict(kind) for kind in kinds]})
+        print_json({"schema": 2, "findings": [asdict(kind) for kind in kinds]})
     elif options.code:
         sys.stdout.write(kinds[0].page())
     else:
@@ -209,100 +231,3 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "explain": _explain,
     "completion": _completion,
 }
-
-
-def _check_outputs(options: argparse.Namespace) -> None:
-    """Refuse to write over anything but an earlier picture: it may be the checkpoint itself."""
-    for output in filter(None, (options.html, options.svg)):
-        if os.path.isfile(output):
-            with open(output, "rb") as file:
-                head = file.read(16)
-            if head and not head.lower().startswith((b"<svg", b"<!doctype html")):
-                raise BnfreezeError(f"{output}: is there already, and is no picture.")
-
-
-def _save_pictures(options: argparse.Namespace, sheets: Sequence[Any]) -> None:
-    from bnfreeze.files import write_whole
-    from bnfreeze.tables import html_of, svg_of
-
-    for path, draw in ((options.html, html_of), (options.svg, svg_of)):
-        if path:
-            write_whole(path, draw(sheets, width=_PICTURE_WIDTH))
-
-
-# Characters to a line of a saved picture: wide enough for all columns.
-_PICTURE_WIDTH: Final = 120
-
-
-def _print_sheets(sheets: Sequence[Any]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    # Not written by rich, which handles a closed pipe in its own way.
-    with console.capture() as captured:
-        for number, sheet in enumerate(sheets):
-            if number:
-                console.print()
-            console.print(sheet)
-    sys.stdout.write(captured.get())
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    import json
-
-    # ASCII: what could move a terminal's cursor or turn its text around is written as \u....
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _print_lines(lines: Sequence[tuple[str, ...]]) -> None:
-    from bnfreeze.text import escaped
-
-    for line in lines:
-        sys.stdout.write("\t".join(map(escaped, line)) + "\n")
-
-
-def _complain(message: str) -> int:
-    from bnfreeze.text import escaped
-
-    sys.stderr.write(f"bnfreeze: {escaped(message)}\n")
-    return 2
-
-
-def _complain_of_defect() -> int:
-    """Show the traceback of an unforeseen error; exit code 1 would say that something differs."""
-    import traceback
-
-    from bnfreeze.text import escaped
-
-    for line in traceback.format_exc().splitlines():
-        sys.stderr.write(f"{escaped(line)}\n")
-    return _complain("This is a defect of bnfreeze: please report it with the lines above.")
-
-
-class _Progress:
-    """A line on stderr that counts: on a terminal, and only after half a second."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._shown = False
-        self._next = time.monotonic() + 0.5
-
-    def __call__(self, done: int, total: int) -> None:
-        if sys.stderr.isatty() and time.monotonic() > self._next:
-            self._next = time.monotonic() + 0.1
-            self._shown = True
-            sys.stderr.write(f"\r{self._what} {done} of {total}")
-            sys.stderr.flush()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()

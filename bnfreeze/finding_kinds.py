@@ -101,14 +101,28 @@ KINDS: Final[tuple[FindingKind, ...]] = (
     FindingKind(
         "layer-foreign",
         ("warning",),
-        "A module keeps running statistics, and is no norm layer that bnfreeze knows",
-        "The module has a buffer running_mean or running_var, but is neither a subclass of torch's "
+        "A foreign norm layer: a module that keeps running statistics in a way of its own",
+        "The module has a tensor running_mean or running_var, but is neither a subclass of torch's "
         "norm layers nor a frozen batch norm of another library.",
-        "bnfreeze does not know what its forward does, so it leaves it alone. Its statistics may "
-        "change in training.",
-        "Derive the class from torch's batch norm, or watch it with guard(model, tensors='norm').",
+        "bnfreeze does not know what its forward does. A policy for the whole model leaves it "
+        "alone, and its statistics may change in training and in eval mode.",
+        "Name it in a rule: freeze(model, {'head.norm': 'eval'}) puts it in eval mode, and its "
+        "forward works on copies of its statistics. Or watch it with guard(model, "
+        "tensors='norm').",
         "class MyNorm(nn.Module):\n    def __init__(self, features):\n        super().__init__()\n"
         "        self.register_buffer('running_mean', torch.zeros(features))",
+    ),
+    FindingKind(
+        "layer-inside-norm",
+        ("warning", "note"),
+        "A norm layer stands inside another norm layer",
+        "The forward of the outer layer decides whether the inner one runs. It is a warning if the "
+        "outer one is frozen in eval mode.",
+        "In eval mode the inner layer may never run: timm's SplitBatchNorm2d then sends all of a "
+        "batch through the outer layer.",
+        "To go on with the inner layers, use the policy 'stats', which keeps the mode. Otherwise "
+        "build the model without them.",
+        "model = timm.layers.convert_splitbn_model(model)\nfreeze(model, 'eval')",
     ),
     FindingKind(
         "layer-lazy",
@@ -120,6 +134,30 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "Run one forward pass before freezing.",
         "model = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d())\n"
         "model(images)                    # now it has tensors\nfreeze(model, 'eval')",
+    ),
+    FindingKind(
+        "layer-unregistered",
+        ("warning", "note"),
+        "The model uses norm layers that it has not registered",
+        "They are in a plain list, tuple, set or dict, or were set past nn.Module's own "
+        "__setattr__. It is a note if they are in eval mode.",
+        "Nothing that goes through the model reaches them: not freeze, guard, snapshot, "
+        "state_dict, train() or to().",
+        "Keep them in an nn.ModuleList or nn.ModuleDict. Or call freeze on them: "
+        "freeze(model.teacher).",
+        "self.norms = [nn.BatchNorm2d(8) for _ in domains]  # nn.ModuleList is needed",
+    ),
+    FindingKind(
+        "model-averaged",
+        ("note",),
+        "Tensors differ by rounding alone, as an average does",
+        "Of two checkpoints, some tensors differ by a few units of the last place, and in few of "
+        "their elements. An exponential moving average (EMA) or a stochastic weight average (SWA) "
+        "of values that did not change differs so from these values.",
+        "It is a difference all the same: the bits are not equal, and the exit code is 1.",
+        "If these tensors were frozen, compare the model itself, not its average (--key). To keep "
+        "them equal, copy frozen tensors into the average.",
+        "ema = 0.9999 * weight + (1 - 0.9999) * weight   # is not the weight, bit for bit",
     ),
     FindingKind(
         "model-no-norm-layer",

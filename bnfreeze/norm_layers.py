@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,25 @@ from bnfreeze.torch_private import _InstanceNorm, _NormBase
 
 __all__ = [
     "AFFINE",
+    "KNOWN",
     "STATISTICS",
     "NamedModule",
+    "affine_parameters",
     "check_model",
     "computed_affine",
     "eps_of",
+    "foreign_remedy",
+    "forward_owner",
+    "has_known_forward",
+    "is_foreign",
+    "is_in_graph",
     "is_lazy",
     "is_lookalike",
     "is_norm",
+    "is_plain_norm",
     "keeps_statistics",
-    "keeps_unknown_statistics",
     "named_modules",
+    "statistics_in",
 ]
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -33,6 +42,19 @@ AFFINE = ("weight", "bias")
 # torchvision.ops, detectron2 and timm name theirs FrozenBatchNorm2d and FrozenBatchNormAct2d;
 # Transformers has a copy in each detection model: DetrFrozenBatchNorm2d, RTDetrFrozenBatchNorm2d.
 _LOOKALIKE_NAME = re.compile(r"Frozen\w*BatchNorm", re.ASCII)
+
+# The packages whose norm layers normalise as their mode says, and write only to their statistics.
+# Their forwards are traced for the policy fused-act without asking.
+KNOWN = frozenset(
+    {"bnfreeze", "torch", "torchvision", "timm", "transformers", "ultralytics"}
+    | {"mmcv", "mmdet", "mmpretrain", "mmseg", "detectron2", "segmentation_models_pytorch"}
+)
+
+# A flattened graph has names such as L__self___bn1_running_mean; tutorials say moving_mean, and
+# batch renormalisation running_avg_std.
+_MEAN_OR_VARIANCE = re.compile(r"(?:\w+_)?(?:running|moving)_(?:\w+_)?(?:mean|var|std)")
+_STATISTIC = re.compile(r"(?:\w+_)?(?:(?:running|moving)_\w+|num_batches_tracked)")
+_OBSERVER = re.compile("Observer|FakeQuantize")
 
 # Classes that wrap a whole model, and the attribute in which they keep it. By class name, so that
 # nothing is imported.
@@ -47,14 +69,35 @@ _WRAPPERS = {
 }
 
 
-def eps_of(module: nn.Module) -> float:
-    """The layer's eps. Transformers' frozen batch norms have none, and compute with 1e-5."""
-    return float(getattr(module, "eps", 1e-5))
+def eps_of(module: nn.Module) -> float | None:
+    """The layer's eps; None if it is not known.
+
+    Transformers' frozen batch norms have none, and compute with 1e-5.
+    """
+    transformers = type(module).__module__.startswith("transformers.")
+    eps = getattr(module, "eps", 1e-5 if transformers else None)
+    return float(eps) if isinstance(eps, int | float) else None
 
 
 def keeps_statistics(module: nn.Module) -> bool:
     """Whether the layer has running statistics now."""
-    return isinstance(getattr(module, "running_mean", None), Tensor)
+    return isinstance(getattr(module, "running_mean", None), Tensor) or is_foreign(module)
+
+
+def statistics_in(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where the layer keeps its running statistics: each of its dicts, with a name in it.
+
+    They are the tensors that are named so. Of a foreign norm layer all buffers count: its forward
+    may write to any of them.
+    """
+    foreign = is_foreign(module)
+    return [
+        (holder, name)
+        for holder in (module._buffers, module._parameters, module.__dict__)
+        for name, value in holder.items()
+        if isinstance(value, Tensor)
+        and (_STATISTIC.fullmatch(name) or (foreign and holder is module._buffers))
+    ]
 
 
 def computed_affine(module: nn.Module) -> list[str]:
@@ -69,6 +112,21 @@ def computed_affine(module: nn.Module) -> list[str]:
         and name not in module._buffers
         and isinstance(getattr(module, name, None), Tensor)
     ]
+
+
+def affine_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Weight and bias, as far as the norm layer has them as parameters, or what they come from.
+
+    Of a foreign norm layer all parameters that are no statistics: it may call them gamma.
+    """
+    if computed_affine(module):
+        return dict(module.named_parameters())
+    kept = {name for _, name in statistics_in(module)} if is_foreign(module) else None
+    return {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (name in AFFINE if kept is None else name not in kept)
+    }
 
 
 def is_lazy(module: nn.Module) -> bool:
@@ -97,24 +155,72 @@ def is_lookalike(module: nn.Module, kind: type[nn.Module] | None = None) -> bool
     )
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether bnfreeze treats the module as a norm layer.
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether the module is a norm layer whose class bnfreeze knows.
 
     Batch norm of every kind and any subclass; instance norm if it keeps running statistics;
     the frozen look-alikes of other libraries.
     """
     if isinstance(module, _InstanceNorm):
-        return keeps_statistics(module) or bool(module.track_running_stats and is_lazy(module))
+        has_mean = isinstance(module.running_mean, Tensor)
+        return has_mean or bool(module.track_running_stats and is_lazy(module))
     return isinstance(module, _NormBase) or is_lookalike(module)
 
 
-def keeps_unknown_statistics(module: nn.Module) -> bool:
-    """Whether a module that bnfreeze does not know as a norm layer keeps running statistics.
+def is_foreign(module: nn.Module) -> bool:
+    """Whether the module is a foreign norm layer: it keeps running statistics in a way of its own.
 
-    A mean or a variance is enough: EvoNorm-B0 keeps only a variance.
+    Any module with a tensor such as running_mean or running_var that `is_plain_norm` does not
+    know. One is enough: EvoNorm-B0 keeps only a variance. Observers of quantisation are none.
     """
-    buffers = {name for name, _ in module.named_buffers(recurse=False)}
-    return not is_norm(module) and not buffers.isdisjoint(STATISTICS[:2])
+    return (
+        any(
+            isinstance(value, Tensor) and _MEAN_OR_VARIANCE.fullmatch(name)
+            for holder in (module._buffers, module._parameters, module.__dict__)
+            for name, value in holder.items()
+        )
+        and not is_plain_norm(module)
+        and not any(_OBSERVER.search(kind.__name__) for kind in type(module).__mro__)
+    )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a norm layer, known or foreign."""
+    return is_plain_norm(module) or is_foreign(module)
+
+
+def forward_owner(kind: type[nn.Module]) -> type:
+    """The class that defines the forward."""
+    return next(base for base in kind.__mro__ if "forward" in vars(base))
+
+
+def has_known_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the norm layer's forward is that of a library which is known to obey its mode.
+
+    Args:
+        module: a norm layer.
+        kind: the class that it had before freezing.
+    """
+    library = forward_owner(kind).__module__.partition(".")[0]
+    known = is_lookalike(module, kind) or library in KNOWN
+    return known and not is_foreign(module)
+
+
+def is_in_graph(module: nn.Module) -> bool:
+    """Whether the forward is not the module's own, but that of a graph: exported or scripted."""
+    return isinstance(module, torch.fx.GraphModule | torch.jit.ScriptModule) or (
+        type(module).forward is nn.Module.forward
+    )
+
+
+def foreign_remedy(module: nn.Module, name: str, policy: str = "eval") -> str:
+    """What to do about a foreign norm layer that is not frozen."""
+    if is_in_graph(module):
+        return "Freeze the original model, then export or script it."
+    return (
+        f"Name it in a rule: freeze(model, {{{name!r}: {policy!r}}}). Or watch it with "
+        f"guard(model, tensors='norm')."
+    )
 
 
 @dataclass(frozen=True)
@@ -131,6 +237,11 @@ class NamedModule:
     def name(self) -> str:
         """The first name, as `nn.Module.named_modules` gives it."""
         return self.names[0]
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """The names that a pattern may match: with the wrappers' segments, and without."""
+        return self.plain_names + self.names
 
 
 def named_modules(model: nn.Module) -> list[NamedModule]:

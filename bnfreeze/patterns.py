@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bnfreeze.errors import PolicyError
 
-__all__ = ["Pattern", "nearest"]
+__all__ = ["Pattern", "hint", "with_parents"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,11 @@ class Pattern:
         segments = text.split(".") if text else []
         return cls(text, tuple(_segment(segment, text) for segment in segments))
 
-    def matches(self, name: str) -> bool:
-        """Whether the pattern matches `name` or a module above it."""
+    def matches(self, *names: str) -> bool:
+        """Whether the pattern matches any of the names, or a module above one."""
+        return any(map(self._matches, names))
+
+    def _matches(self, name: str) -> bool:
         # How many segments of the pattern can be matched so far. A single regex would take
         # forever for several ``**`` and a long name that does not match.
         end = len(self._segments)
@@ -84,16 +87,28 @@ def _segment(segment: str, whole: str) -> re.Pattern[str] | None:
     return re.compile(fnmatch.translate(segment.replace("[", "[[]")))
 
 
-def nearest(text: str, names: Iterable[str], limit: int = 3) -> list[str]:
-    """The existing names that a mistyped pattern most likely meant, best first.
+def hint(text: str, names: Iterable[str]) -> str:
+    """``" Did you mean …?"`` with the names that a mistyped pattern most likely meant, best first.
 
-    Compared whole, and by the last segment: ``layer4`` finds ``backbone.layer4``.
+    Compared whole, and by the last segment: ``layer4`` finds ``backbone.layer4``. Empty if no name
+    is near.
     """
     names = [name for name in names if name]
     by_leaf: dict[str, list[str]] = {}
     for name in names:
         by_leaf.setdefault(name.rpartition(".")[2], []).append(name)
-    found = difflib.get_close_matches(text, names, n=limit, cutoff=0.6)
-    for leaf in difflib.get_close_matches(text.rpartition(".")[2], by_leaf, n=limit, cutoff=0.6):
+    found = difflib.get_close_matches(text, names, n=3, cutoff=0.6)
+    for leaf in difflib.get_close_matches(text.rpartition(".")[2], by_leaf, n=3, cutoff=0.6):
         found += by_leaf[leaf]
-    return list(dict.fromkeys(found))[:limit]
+    near = list(dict.fromkeys(found))[:3]
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def with_parents(names: Iterable[str], most: int = 20_000) -> dict[str, None]:
+    """The names and those above them, in order; of very many, the first."""
+    found: dict[str, None] = {}
+    for name in names:
+        while name and name not in found and len(found) < most:
+            found[name] = None
+            name = name.rpartition(".")[0]
+    return found

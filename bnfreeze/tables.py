@@ -11,41 +11,23 @@ import io
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from html import escape, unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from bnfreeze.files import write_whole
 from bnfreeze.findings import Finding
-from bnfreeze.text import SEGMENT, encodable, escaped, stdout_encoding, wrapped
+from bnfreeze.sheets import MOST_ROWS, Sheet, finding_groups, shared_kind, tone, tree_rows
+from bnfreeze.text import SEGMENT, encodable, stdout_encoding, wrapped
+from bnfreeze.tree import BLOCKS, Histogram
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.text import Text
 
-__all__ = ["Printable", "Sheet", "encodable", "escaped", "html_of", "shared_kind", "svg_of"]
+__all__ = ["Printable", "Sheet", "html_of", "shared_kind", "svg_of"]
 
-# A colour says what a word means for a person who wants the layer frozen.
-_STYLES: Final = {
-    "frozen": "bold green",
-    "still": "green",
-    "running": "green",
-    "update": "yellow",
-    "train": "yellow",
-    "batch": "yellow",
-    "unknown": "yellow",
-    "error": "bold red",
-    "warning": "yellow",
-    "note": "cyan",
-    "identical": "green",
-    "moved": "yellow",
-    "differ": "bold red",
-    "missing": "bold red",
-    "unread": "bold red",
-}
-
-# Nobody reads a longer table.
-_MOST_ROWS: Final = 2_000
+_STYLES: Final = {"good": "green", "warning": "yellow", "error": "bold red", "note": "cyan"}
 # Of findings that differ in their numbers alone, so many are shown with their own.
 _MOST_NUMBERS: Final = 8
 # From this width on, a sheet's further columns are shown.
@@ -54,40 +36,8 @@ _WIDE: Final = 120
 _PROSE: Final = 17
 _GAP: Final = 2
 _LONGEST_REPR: Final = 300
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table, the findings under it and one line that sums up.
-
-    Attributes:
-        title: what the table shows.
-        columns: the headings; the first column names the layer.
-        rows: a cell for each column.
-        findings: shown under the table, those of one kind together.
-        verdict: the last line.
-        further: the columns that only a wide terminal shows.
-        notes: lines under the title.
-        findings_first: whether the findings stand before the table.
-        pictures: the columns that hold little pictures.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    findings: Sequence[Finding]
-    verdict: str
-    further: frozenset[str] = frozenset()
-    notes: Sequence[str] = ()
-    findings_first: bool = False
-    pictures: frozenset[str] = frozenset()
-
-
-def shared_kind(title: str, kinds: Sequence[str]) -> tuple[str, frozenset[str]]:
-    """Put the kind of layer in the title if all have one, and its column on wide terminals only."""
-    if len(set(kinds)) == 1:
-        return f"{title} · {len(kinds)} × {kinds[0]}", frozenset({"kind"})
-    return title, frozenset()
+# How wide rich draws a character in an SVG.
+_SVG_CELL: Final = 12.2
 
 
 class _Buffer(io.StringIO):
@@ -128,33 +78,64 @@ class Printable(ABC):
         return f"<{type(self).__name__}: {verdict}>"
 
     def _repr_html_(self) -> str:
-        return _recorded([self], _WIDE).export_html(
-            inline_styles=True,
-            code_format='<pre style="font-family:monospace;line-height:1.2">{code}</pre>',
-        )
+        from bnfreeze.html import fragment
+
+        return fragment(self.sheet())
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
     ) -> Iterator[RenderableType]:
         return _drawn(self.sheet(), options.max_width, options.encoding)
 
+    def save_html(self, path: str | Path) -> None:
+        """Save a page of HTML, whose table sorts, filters and folds; it needs no network."""
+        write_whole(path, html_of([self]))
+
     def save_svg(self, path: str | Path, *, width: int = 100) -> None:
         """Save the picture as an SVG file, `width` characters wide."""
         write_whole(path, svg_of([self], width=width))
 
 
-def svg_of(sheets: Sequence[Printable], *, width: int) -> str:
-    """The picture of several, one under the other, as SVG."""
+def svg_of(sheets: Sequence[Printable], *, width: int = _WIDE) -> str:
+    """The picture of several, one under the other, as SVG.
+
+    Each word has its own place and a bar is a rectangle: programs that draw SVG differ in fonts and
+    in what they do with spaces.
+    """
+    from rich.cells import cell_len
     from rich.terminal_theme import SVG_EXPORT_THEME
+
+    def placed(line: re.Match[str]) -> str:
+        style, left, base, content = line[1], float(line[2]), float(line[3]), unescape(line[4])
+        parts = []
+        for word in re.finditer(r"[▁-█]|[^\s▁-█]+", content):
+            text, x = word[0], left + _SVG_CELL * cell_len(content[: word.start()])
+            if text in BLOCKS:
+                height = 2 * BLOCKS.index(text)
+                parts.append(
+                    f'<rect {style} x="{x:g}" y="{base + 2 - height:g}" width="{_SVG_CELL - 1:g}" '
+                    f'height="{height}"/>'
+                )
+            else:
+                size = f'textLength="{_SVG_CELL * cell_len(text):g}"'
+                parts.append(f'<text {style} x="{x:g}" y="{base:g}" {size}>{escape(text)}</text>')
+        return "".join(parts)
 
     svg = _recorded(sheets, width).export_svg(title="bnfreeze", theme=SVG_EXPORT_THEME)
     # rich links a font from the net; to look at a picture must not open a connection.
-    return re.sub(r"@font-face \{.*?\}", "", svg, flags=re.S)
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.S)
+    return re.sub(
+        r'<text (class="\S+") x="([\d.]+)" y="([\d.]+)" textLength=[^>]*>([^<]*)</text>',
+        placed,
+        svg,
+    )
 
 
-def html_of(sheets: Sequence[Printable], *, width: int) -> str:
-    """The picture of several, one under the other, as a page of HTML without scripts."""
-    return _recorded(sheets, width).export_html()
+def html_of(sheets: Sequence[Printable]) -> str:
+    """A page of HTML with several, one under the other."""
+    from bnfreeze.html import page
+
+    return page([one.sheet() for one in sheets])
 
 
 def _recorded(sheets: Sequence[Printable], width: int) -> Console:
@@ -192,8 +173,9 @@ def _drawn(sheet: Sheet, width: int, encoding: str) -> Iterator[Text]:
         if not (sheet.findings_first and sheet.findings):
             yield Text()
         yield from _table(sheet, width, fit)
-        if len(sheet.rows) > _MOST_ROWS:
-            yield Text(f"... and {len(sheet.rows) - _MOST_ROWS:,} rows more", style="dim")
+        if len(sheet.rows) > MOST_ROWS:
+            yield Text(f"... and {len(sheet.rows) - MOST_ROWS:,} rows more", style="dim")
+        yield from paragraph(sheet.legend, "dim", 1) if sheet.legend else ()
         yield Text()
     if not sheet.findings_first:
         yield from _findings(sheet.findings, paragraph)
@@ -203,7 +185,14 @@ def _drawn(sheet: Sheet, width: int, encoding: str) -> Iterator[Text]:
 def _table(sheet: Sheet, width: int, fit: Callable[[str], str]) -> Iterator[Text]:
     from rich.cells import cell_len
 
-    rows = [[*map(fit, row)] for row in sheet.rows[:_MOST_ROWS]]
+    tree = list(tree_rows(sheet, flat=not sheet.outlined))
+    pictures = {i for row in tree for i, x in enumerate(row.cells, 1) if isinstance(x, Histogram)}
+    # A heading has no other cells.
+    rows = [
+        [fit("  " * row.depth + row.text), *(fit(str(cell)) for cell in row.cells or blank)]
+        for blank in [[""] * (len(sheet.columns) - 1)]
+        for row in tree
+    ]
     shown = [
         i
         for i, name in enumerate(sheet.columns)
@@ -227,15 +216,14 @@ def _table(sheet: Sheet, width: int, fit: Callable[[str], str]) -> Iterator[Text
     _narrow(widths, [1] * len(widths), room - _GAP * (len(widths) - 1))
 
     for number, line in enumerate(cells):
-        heading = number > 0 and len(line) > 1 and not any(line[1:])
+        heading = number > 0 and tree[number - 1].heading
         styles = [
             "bold"
             if number == 0 or heading
             else "cyan"
-            if name in sheet.pictures
-            # "12 of 40 moved" has the colour of its last word.
-            else _STYLES.get(cell.rpartition(" ")[2], "")
-            for name, cell in zip(columns, line, strict=True)
+            if i in pictures
+            else _STYLES.get(tone(cell), "")
+            for i, cell in zip(shown, line, strict=True)
         ]
         if stacked or heading:
             for part in wrapped(line[0], room):
@@ -284,33 +272,22 @@ def _findings(
     """A paragraph for each kind: the level, what was seen in which layers, and how to mend it."""
     from rich.text import Text
 
-    several = len({one.key for one in findings if one.name}) > 1
-
-    def place(one: Finding) -> str:
-        name = one.name or "(the model)"
-        return f"{one.key or '(top)'}: {name}" if several and one.name else name
-
-    groups: dict[tuple[str, ...], list[Finding]] = {}
-    for one in findings:
-        # Layers whose messages differ only in their numbers are shown together.
-        message = re.sub(r"[\d.]+", "#", one.message)
-        groups.setdefault((one.level, one.code, message, one.remedy), []).append(one)
-    for (level, code, _, remedy), group in groups.items():
-        for number, line in enumerate(
-            paragraph(f"{level} {code}  {_where([place(one) for one in group])}", "")
-        ):
+    for group in finding_groups(findings):
+        level, code = len(group.level), len(group.code)
+        where = _where([name for name, _ in group.places])
+        for number, line in enumerate(paragraph(f"{group.level} {group.code}  {where}", "")):
             if number == 0:
-                line.stylize(_STYLES[level], 0, len(level))
-                line.stylize("bold", len(level) + 1, len(level) + 1 + len(code))
+                line.stylize(_STYLES[group.level], 0, level)
+                line.stylize("bold", level + 1, level + 1 + code)
             yield line
-        if len({one.message for one in group}) == 1:
-            yield from paragraph(group[0].message, "", 2)
+        if group.message:
+            yield from paragraph(group.message, "", 2)
         else:
-            for one in group[:_MOST_NUMBERS]:
-                yield from paragraph(f"{place(one)}: {one.message}", "", 2)
-            if len(group) > _MOST_NUMBERS:
-                yield from paragraph(f"... and {len(group) - _MOST_NUMBERS:,} more", "", 2)
-        yield from paragraph(f"→ {remedy}", "dim", 2)
+            for name, message in group.places[:_MOST_NUMBERS]:
+                yield from paragraph(f"{name}: {message}", "", 2)
+            if len(group.places) > _MOST_NUMBERS:
+                yield from paragraph(f"... and {len(group.places) - _MOST_NUMBERS:,} more", "", 2)
+        yield from paragraph(f"→ {group.remedy}", "dim", 2)
         yield Text()
 
 

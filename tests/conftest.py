@@ -1,6 +1,17 @@
+import os
+import tempfile
+
 import pytest
 import torch
 from torch import nn
+
+# Ultralytics reads these when it is imported. It downloads and installs nothing at run time, and
+# each process that runs tests has settings of its own.
+os.environ |= {
+    "YOLO_OFFLINE": "True",
+    "YOLO_AUTOINSTALL": "False",
+    "YOLO_CONFIG_DIR": f"{tempfile.gettempdir()}/yolo-{os.environ.get('PYTEST_XDIST_WORKER', '')}",
+}
 
 # The tensors are small: several threads would be slower.
 torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """The command: what it prints, where to, and with which exit code."""
 
+import argparse
 import io
 import json
 import os
@@ -7,12 +8,15 @@ import pty
 import re
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from bnfreeze.cli import main
 from bnfreeze.finding_kinds import KINDS
+from bnfreeze.output import ProgressLine
 from tests.checkpoints.formats import save_safetensors, save_zip
 
 
@@ -67,8 +71,9 @@ def test_the_picture_at_80_columns(command, sick, monkeypatch):
     table = next(i for i, line in enumerate(lines) if line.startswith(" layer"))
     assert re.match(r" layer +C +mean +variance +[\d.e-]+ +[\d.e-]+$", lines[table])
     assert re.match(
-        r" stem\.1 +4 +-?[\d.]+…-?[\d.]+ +[\d.]+…[\d.]+ +[▁▂▃▄▅▆▇█ ]+$", lines[table + 2]
+        r" stem\.1 +4 +-?[\d.]+…-?[\d.]+ +[\d.]+…[\d.]+ +<?[▁▂▃▄▅▆▇█ ]+>?$", lines[table + 2]
     )
+    assert lines[table + 6].startswith(" C: channels; ")
     assert lines[-1] == "4 norm layers in float32, 3 batches counted: 1 layer is broken."
     assert max(map(len, lines)) <= 80
 
@@ -130,6 +135,7 @@ def test_json_is_one_object_with_stable_keys(command, sound, sick, tmp_path):
         "mean",
         "var",
         "near_dead",
+        "weight",
         "key",
         "eps",
         "momentum",
@@ -141,6 +147,27 @@ def test_json_is_one_object_with_stable_keys(command, sound, sick, tmp_path):
     assert second["ok"] is False
     assert second["findings"][0]["code"] == "stats-nonfinite"
     assert third["error"]["kind"] == "CheckpointError"
+
+
+def keys_of(value):
+    if isinstance(value, dict):
+        return set(value).union(*map(keys_of, value.values()))
+    return set().union(*map(keys_of, value)) if isinstance(value, list) else set()
+
+
+def test_every_key_of_the_json_is_documented(command, sound, sick, model, tmp_path):
+    torch.save({"args": argparse.Namespace(), "model": model}, tmp_path / "whole.pt")
+    command("snapshot", sound, "-o", tmp_path / "before")
+    keys = set()
+    for arguments in (
+        ("inspect", sick, tmp_path / "whole.pt", tmp_path / "missing.pt"),
+        ("diff", sound, sick),
+        ("verify", sick, tmp_path / "before"),
+        ("explain",),
+    ):
+        keys |= keys_of(json.loads(command(*arguments, "--json")[1]))
+    page = (Path(__file__).parent.parent / "docs" / "json.md").read_text(encoding="utf-8")
+    assert keys - set(re.findall(r"`(\w+)`", page)) == set()
 
 
 def test_plain_is_one_line_a_layer(command, sound, sick):
@@ -179,6 +206,33 @@ def test_sorting_keeps_every_layer(command, sick, sort):
     ]
 
 
+def test_names_are_sorted_as_people_count_and_dead_channels_by_number(command, tmp_path):
+    state = {}
+    for name, dead in (("b.10", 1), ("b.2", 3), ("b.2.a", 2), ("a.1", 0), (f"b.{'9' * 900}", 0)):
+        variance = torch.ones(2 if dead == 1 else 6)
+        variance[:dead] = 0
+        state |= {
+            f"{name}.running_mean": torch.zeros_like(variance),
+            f"{name}.running_var": variance,
+        }
+    path = save_zip(state, tmp_path / "a.pt")
+
+    def names(sort):
+        lines = command("inspect", path, "--plain", "--sort", sort)[1].splitlines()
+        return [line.split("\t")[0] for line in lines]
+
+    assert names("name")[:-1] == ["a.1", "b.2", "b.2.a", "b.10"]
+    assert names("dead")[:3] == ["b.2", "b.2.a", "b.10"]
+
+
+def test_weights_are_shown_where_asked_for(command, sound):
+    for form in ([], ["--plain"]):
+        assert not re.search(r"\sweight", command("inspect", sound, *form)[1])
+    assert re.search(r" weight *\n", command("inspect", sound, "--weights")[1])
+    lines = command("inspect", sound, "--weights", "--plain")[1].splitlines()
+    assert all(re.search(r"\tweight=[\d.-]+\.\.[\d.]+\t", line) for line in lines)
+
+
 def test_key_chooses(command, model, tmp_path):
     path = save_zip(
         {"model": model.state_dict(), "model_ema": model.state_dict()}, tmp_path / "a.pt"
@@ -195,7 +249,6 @@ def test_pictures_are_saved_whole_and_in_place(command, sound, sick, tmp_path):
     assert "url(http" not in svg.read_text()
     assert "head.2" in html.read_text()
     assert "sound.pt" in html.read_text()
-    assert "<script" not in html.read_text()
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "a.html",
         "a.svg",
@@ -364,20 +417,36 @@ def test_colour_is_for_terminals_and_no_color_is_honoured(sick):
     assert "\x1b" not in run("-m", "bnfreeze", "inspect", sick).stdout
 
 
-def test_progress_is_shown_to_a_person_alone(monkeypatch, capsys):
-    from bnfreeze.cli import _Progress
+class Terminal(io.StringIO):
+    def __init__(self):
+        super().__init__()
+        self.written = threading.Event()
 
-    monkeypatch.setattr("time.monotonic", iter([0.0, 0.1, 9.0, 9.0, 9.05, 9.2, 9.2]).__next__)
-    with _Progress("comparing") as progress:
-        progress(1, 5)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("time.monotonic", iter([0.0, 0.1, 9.0, 9.0, 9.05]).__next__)
-    with _Progress("comparing") as progress:
-        progress(1, 5)
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        super().write(text)
+        self.written.set()
+
+
+def test_progress_is_shown_after_a_second_on_a_terminal_alone(monkeypatch, capsys):
+    with ProgressLine("run/last.pt") as progress:
         progress(2, 5)
-        progress(3, 5)
-    assert capsys.readouterr().err == "\rcomparing 2 of 5\r\x1b[K"
+        assert not progress._thread.is_alive()
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with ProgressLine("run/last.pt"):
+        pass
+    assert sys.stderr.getvalue() == ""  # the second was not over
+    monkeypatch.setattr("bnfreeze.output._SECOND", 1e-3)
+    progress = ProgressLine("run/la\x1bst.pt")
+    progress(2, 5)
+    with progress:
+        assert sys.stderr.written.wait(60)
+    shown = sys.stderr.getvalue()
+    assert shown.startswith("\rla\\x1bst.pt: 1 s, tensor 2 of 5\x1b[K")
+    assert shown.endswith("\r\x1b[K")
 
 
 # diff
@@ -415,12 +484,18 @@ def test_diff_in_json_and_plain(command, sound, tuned):
         "ok",
         "first",
         "second",
+        "pairs",
+        "unread",
         "modules",
         "tensors",
         "findings",
     ]
     assert data["schema"] == 2
-    assert data["modules"] == {"stem": True, "backbone": True, "head": False}
+    assert [(part["name"], part["identical"]) for part in data["modules"]] == [
+        ("stem", True),
+        ("backbone", True),
+        ("head", False),
+    ]
     moved = {x["name"]: x for x in data["tensors"] if x["kind"] != "identical"}
     assert set(moved) == {"head.1.weight", "head.2.bias"}
     assert moved["head.1.weight"] == {
@@ -430,8 +505,10 @@ def test_diff_in_json_and_plain(command, sound, tuned):
         "total": 5 * 6 * 64,
         "changed": 1,
         "max_abs": pytest.approx(0.5),
+        "max_ulps": moved["head.1.weight"]["max_ulps"],
         "cause_code": "unknown",
         "cause": moved["head.1.weight"]["cause"],
+        "key": "",
     }
     lines = command("diff", sound, tuned, "--plain")[1].splitlines()
     assert f"value\thead.1.weight\t1/{5 * 6 * 64}\t0.5" in lines
@@ -483,7 +560,7 @@ def test_diff_compares_bits_and_names(command, tmp_path):
         "zero.sign": ("value", 1, 0.0),
         "other.dtype": ("dtype", 0, None),
         "other.shape": ("shape", 0, None),
-        "gone.away": ("removed", 0, None),
+        "gone.away": ("missing", 0, None),
         "inf.x": ("value", 1, None),
         "half.x": ("value", 1, 2.0),
         "f8.x": ("value", 2, None),
@@ -522,7 +599,7 @@ def test_an_unforeseen_error_is_no_difference_and_reaches_no_terminal(
     def fail(*_, **__):
         raise RuntimeError("\x1b[31m")
 
-    monkeypatch.setattr("bnfreeze.verification.diff.diff_stored", fail)
+    monkeypatch.setattr("bnfreeze.verification.diff.diff_found", fail)
     assert main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "a.pt")]) == 2
     error = capsys.readouterr().err
     assert "a defect of bnfreeze" in error

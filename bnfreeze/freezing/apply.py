@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bnfreeze.freezing.ddp import refuse_thawing, wrappers_in
 from bnfreeze.freezing.plan import Change, check_class
@@ -16,9 +15,11 @@ from bnfreeze.norm_layers import STATISTICS, NamedModule, is_norm, keeps_statist
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
     FreezeRecord,
-    frozen_parameters,
     layer_class,
+    mark_left_alone,
+    original_flags,
     record_of,
+    recorded,
     set_record,
     was_lookalike,
 )
@@ -34,22 +35,22 @@ def transaction(modules: Sequence[NamedModule], *, keep: bool = True) -> Iterato
         modules: all of the model's.
         keep: False to undo it also if there was no error.
     """
-    before = [_State.of(entry.module) for entry in modules]
+    before = [_saved(entry.module) for entry in modules]
     done = False
     try:
         yield
         done = keep
     finally:
         if not done:
-            for state in before:
-                state.put_back()
+            for put_back in before:
+                put_back()
 
 
 def carry_out(
     modules: Sequence[NamedModule],
     changes: Sequence[Change],
     traceable: Sequence[type | str] = (),
-) -> tuple[list[tuple[str, ...]], dict[int, Fusion]]:
+) -> tuple[dict[int, tuple[str, ...]], dict[int, Fusion]]:
     """Restore each layer to its original state, then freeze it as planned.
 
     Args:
@@ -58,14 +59,14 @@ def carry_out(
         traceable: as for `freeze`.
 
     Returns:
-        For each change the actions that were needed, in the words of `LayerRow.actions`; and by
-        identity of each norm layer under the policy ``fused-act`` what it fuses.
+        By identity of each changed module the actions that were needed, in the words of
+        `LayerRow.actions`; and of each layer under the policy ``fused-act`` what it fuses.
     """
     records = [record_of(change.module) for change in changes]
     release(modules)
     for change in changes:
         _restore(change.module, change.record)
-    done = [_freeze(change, old) for change, old in zip(changes, records, strict=True)]
+    done = {id(c.module): _freeze(c, old) for c, old in zip(changes, records, strict=True)}
     _freeze_tied(modules)
     return done, fuse_blocks(modules, traceable)
 
@@ -110,10 +111,8 @@ def _restore(module: nn.Module, following: FreezeRecord | None = None) -> None:
     record = record_of(module)
     if record is None:
         return
-    for name, flag in record.requires_grad.items():
-        parameter = module._parameters.get(name)
-        if parameter is not None:
-            parameter.requires_grad_(flag)
+    for _, parameter, flag in recorded(module):
+        parameter.requires_grad_(flag)
     base = layer_class(module)
     if type(module) is not base:
         module.__class__ = base
@@ -134,8 +133,8 @@ def _cast_statistics(module: nn.Module) -> None:
                 buffer.data = buffer.data.to(weight.dtype)
 
 
-def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[int, Fusion]:
-    """Restore the chosen ones among a model's modules.
+def thaw(modules: Sequence[NamedModule], chosen: Sequence[NamedModule]) -> dict[int, Fusion]:
+    """Restore the chosen ones among a model's modules, and forget which were left alone.
 
     Returns:
         By identity of each norm layer under the policy ``fused-act`` what it fuses from now on.
@@ -144,80 +143,52 @@ def thaw(modules: Sequence[NamedModule], chosen: Sequence[nn.Module]) -> dict[in
         PolicyError: a layer whose class was changed by something else, or one that must not
             train again because it is wrapped. None is changed then.
     """
-    wanted = {id(module) for module in chosen}
-    thawed = [e for e in modules if id(e.module) in wanted and record_of(e.module) is not None]
+    thawed = [entry for entry in chosen if record_of(entry.module) is not None]
     for entry in thawed:
         check_class(entry)
     # Only wrappers that were given count: unfreeze(ddp.module) is the way to wrap again.
-    owned = [(entry, frozen_parameters(entry.module)) for entry in thawed]
+    owned = [(e, [p for _, p, flag in recorded(e.module) if flag]) for e in thawed]
     refuse_thawing(wrappers_in(modules), owned)
     with transaction(modules):
         release(modules)
-        flags = _flags(thawed)
+        flags = original_flags(thawed)
         for entry in thawed:
             _restore(entry.module)
-        for parameter, flag in flags:
+        for entry in chosen:
+            mark_left_alone(entry.module, False)
+        for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         _freeze_tied(modules)
         return fuse_blocks(modules)
 
 
-def _flags(thawed: Sequence[NamedModule]) -> list[tuple[nn.Parameter, bool]]:
-    """The flag that each parameter gets back.
-
-    A tied parameter has several records. If its layers were frozen one after another, the later
-    record saw it frozen already; so it required a gradient if any record says so.
-    """
-    found: dict[int, tuple[nn.Parameter, bool]] = {}
-    for entry in thawed:
-        record = record_of(entry.module)
-        for name, flag in record.requires_grad.items() if record else ():
-            parameter = entry.module._parameters.get(name)
-            if parameter is not None:
-                before = found.get(id(parameter), (parameter, False))[1]
-                found[id(parameter)] = (parameter, flag or before)
-    return list(found.values())
-
-
 def _freeze_tied(modules: Sequence[NamedModule]) -> None:
     """A tied parameter stays frozen as long as any module that has it is frozen."""
     for entry in modules:
-        record = record_of(entry.module)
-        for name in record.requires_grad if record else ():
-            parameter = entry.module._parameters.get(name)
-            if parameter is not None:
-                parameter.requires_grad_(False)
+        for _, parameter, _ in recorded(entry.module):
+            parameter.requires_grad_(False)
 
 
-@dataclass
-class _State:
-    """Everything that freezing may change on a module."""
+def _saved(module: nn.Module) -> Callable[[], None]:
+    """What puts back everything that freezing may change on the module."""
+    kind, attributes = type(module), dict(module.__dict__)
+    parameters = [
+        (p, p.requires_grad, p.grad) for p in module._parameters.values() if p is not None
+    ]
+    buffers = module.named_buffers(recurse=False)
+    statistics = [(buffer, buffer.data) for name, buffer in buffers if name in STATISTICS]
 
-    module: nn.Module
-    kind: type[nn.Module]
-    attributes: dict[str, object]
-    parameters: list[tuple[nn.Parameter, bool, Tensor | None]]
-    statistics: list[tuple[Tensor, Tensor]]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _State:
-        return cls(
-            module,
-            type(module),
-            dict(module.__dict__),
-            [(p, p.requires_grad, p.grad) for p in module._parameters.values() if p is not None],
-            [(b, b.data) for name, b in module.named_buffers(recurse=False) if name in STATISTICS],
-        )
-
-    def put_back(self) -> None:
-        if type(self.module) is not self.kind:
-            self.module.__class__ = self.kind
-        for name in self.module.__dict__.keys() - self.attributes.keys():
-            del self.module.__dict__[name]
-        self.module.__dict__.update(self.attributes)
-        for parameter, flag, grad in self.parameters:
+    def put_back() -> None:
+        if type(module) is not kind:
+            module.__class__ = kind
+        for name in module.__dict__.keys() - attributes.keys():
+            del module.__dict__[name]
+        module.__dict__.update(attributes)
+        for parameter, flag, grad in parameters:
             parameter.requires_grad_(flag)
             parameter.grad = grad
-        for buffer, data in self.statistics:
+        for buffer, data in statistics:
             if buffer.dtype is not data.dtype:
                 buffer.data = data
+
+    return put_back

@@ -37,22 +37,16 @@ def wrappers_around(modules: Sequence[NamedModule]) -> list[DistributedDataParal
     """
     found = wrappers_in(modules)
     if not found and distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # a wrapper that the user has dropped may still wait for the collector
         inside = {id(entry.module) for entry in modules}
-        if _living(inside):
-            gc.collect()  # a wrapper that the user has dropped may still wait for the collector
-            found = _living(inside)
+        found = [
+            thing
+            for thing in gc.get_objects()
+            # By its type: isinstance would run code of objects that only pretend to have a class.
+            if DistributedDataParallel in type(thing).__mro__
+            and any(id(module) in inside for module in thing.modules())
+        ]
     return found
-
-
-def _living(inside: set[int]) -> list[DistributedDataParallel]:
-    """The wrappers in this process that contain one of the modules, given by identity."""
-    return [
-        thing
-        for thing in gc.get_objects()
-        # By its type: isinstance would run code of objects that only pretend to have a class.
-        if DistributedDataParallel in type(thing).__mro__
-        and any(id(module) in inside for module in thing.modules())
-    ]
 
 
 def refuse_freezing(wrappers: Iterable[DistributedDataParallel], frozen: Sequence[Owned]) -> None:
@@ -81,7 +75,9 @@ def refuse_thawing(wrappers: Iterable[DistributedDataParallel], back: Sequence[O
         PolicyError: names the module.
     """
     for ddp in wrappers:
-        known = averaged_parameters(ddp) | _ignored(ddp)
+        ignored = ddp.parameters_to_ignore  # which the user told the wrapper
+        known = averaged_parameters(ddp)
+        known |= {id(p) for name, p in ddp.module.named_parameters() if name in ignored}
         for entry, parameters in _inside(ddp, back):
             if any(id(p) not in known for p in parameters if not p.requires_grad):
                 raise PolicyError(
@@ -94,9 +90,3 @@ def refuse_thawing(wrappers: Iterable[DistributedDataParallel], back: Sequence[O
 def _inside(ddp: DistributedDataParallel, owned: Sequence[Owned]) -> Iterator[Owned]:
     modules = {id(module) for module in ddp.modules()}
     return (pair for pair in owned if id(pair[0].module) in modules)
-
-
-def _ignored(ddp: DistributedDataParallel) -> set[int]:
-    """By identity, the parameters that the user told the wrapper to ignore."""
-    left = ddp.parameters_to_ignore
-    return {id(p) for name, p in ddp.module.named_parameters() if name in left}

@@ -8,13 +8,20 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bnfreeze.freezing.apply import carry_out, thaw, transaction
-from bnfreeze.freezing.plan import Change, plan
+from bnfreeze.freezing.plan import plan
 from bnfreeze.freezing.report import FreezeReport, LayerRow
-from bnfreeze.freezing.rules import Rule, matches, matching, parse_rules, selected_by
+from bnfreeze.freezing.rules import matching, parse_rules, policies_for
 from bnfreeze.fusion.blocks import Fusion
 from bnfreeze.inspection.behaviour import optimizers_by_id
 from bnfreeze.inspection.live import inspect_model
-from bnfreeze.norm_layers import AFFINE, NamedModule, check_model, is_norm, named_modules
+from bnfreeze.norm_layers import (
+    AFFINE,
+    NamedModule,
+    affine_parameters,
+    check_model,
+    is_norm,
+    named_modules,
+)
 from bnfreeze.patterns import Pattern
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
@@ -28,7 +35,9 @@ from bnfreeze.policies.record import (
 __all__ = ["freeze", "unfreeze"]
 
 # Findings about the model as a whole, which a report of freezing shows too.
-_OF_THE_MODEL = frozenset({"layer-foreign", "model-nothing-trains", "optimizer-without-parameters"})
+_OF_THE_MODEL = frozenset(
+    {"layer-foreign", "layer-unregistered", "model-nothing-trains", "optimizer-without-parameters"}
+)
 
 
 def freeze(
@@ -79,14 +88,20 @@ def freeze(
         optimizer = list(optimizer)  # it is read twice
     optimizers_by_id(optimizer)  # refuse what is no optimizer before anything is changed
     modules = named_modules(model)
-    changes = plan(modules, selected_by(modules, rules))
+    policies = policies_for(modules, rules)
+    changes = plan(modules, policies)
+
+    def undo() -> None:
+        thaw(named_modules(model), [change.entry for change in changes])
+        for index in policies:
+            mark_left_alone(modules[index].module, False)
+
     with transaction(modules, keep=not dry_run):
         actions, fusions = carry_out(modules, changes, traceable)
-        left_alone = _mark_left_alone(modules, rules)
-        done = {
-            id(change.module): (did, change.note)
-            for change, did in zip(changes, actions, strict=True)
-        }
+        for index, chosen_policy in policies.items():
+            module = modules[index].module
+            mark_left_alone(module, is_norm(module) and not chosen_policy)
+        done = {id(c.module): (actions[id(c.module)], c.note) for c in changes}
         chosen = {change.entry.name for change in changes}
         found = inspect_model(model, optimizer=optimizer)
         return FreezeReport(
@@ -94,28 +109,8 @@ def freeze(
             tuple(f for f in found.findings if f.name in chosen or f.code in _OF_THE_MODEL),
             {layer.name: layer for layer in found.layers},
             "freeze (dry run)" if dry_run else "freeze",
-            (lambda: None) if dry_run else lambda: _thaw_again(model, changes, left_alone),
+            (lambda: None) if dry_run else undo,
         )
-
-
-def _mark_left_alone(modules: Sequence[NamedModule], rules: Sequence[Rule]) -> list[nn.Module]:
-    """Mark the norm layers whose last matching rule is ``none``, for `bnfreeze.assert_frozen`."""
-    marked = []
-    for entry in modules:
-        policies = [rule.policy for rule in rules if matches(entry, rule.pattern)]
-        if policies:
-            alone = is_norm(entry.module) and not policies[-1]
-            mark_left_alone(entry.module, alone)
-            marked += [entry.module] if alone else []
-    return marked
-
-
-def _thaw_again(
-    model: nn.Module, changes: Sequence[Change], left_alone: Sequence[nn.Module]
-) -> None:
-    for module in left_alone:
-        mark_left_alone(module, False)
-    thaw(named_modules(model), [change.module for change in changes])
 
 
 def unfreeze(model: nn.Module, select: str | Iterable[str] | None = None) -> FreezeReport:
@@ -140,17 +135,12 @@ def unfreeze(model: nn.Module, select: str | Iterable[str] | None = None) -> Fre
             average. Nothing was changed then.
         TypeError: `model` is no `nn.Module`.
     """
-    model = check_model(model)
-    modules = named_modules(model)
-    chosen = modules
+    modules = chosen = named_modules(check_model(model))
     if select is not None:
         texts = [select] if isinstance(select, str) else select
         chosen = matching(modules, [Pattern.parse(text) for text in texts])
-    for entry in chosen:
-        mark_left_alone(entry.module, False)
-    frozen = [entry.module for entry in chosen if record_of(entry.module) is not None]
-    fusions = thaw(modules, frozen)
-    done = {id(module): (("restore",), "") for module in frozen}
+    done = {id(e.module): (("restore",), "") for e in chosen if record_of(e.module) is not None}
+    fusions = thaw(modules, chosen)
     return FreezeReport(
         _rows(modules, done, fusions),
         facts={layer.name: layer for layer in inspect_model(model).layers},
@@ -191,9 +181,9 @@ def _frozen_by_hand(module: nn.Module) -> str:
     record = record_of(module)
     names = [
         name
-        for name in AFFINE
-        if (parameter := module._parameters.get(name)) is not None
-        and not parameter.requires_grad
+        for name, parameter in affine_parameters(module).items()
+        if not parameter.requires_grad
+        and name in AFFINE
         and not (record and name in record.requires_grad)
     ]
     return f"{' and '.join(names)} frozen by you (requires_grad=False)" if names else ""

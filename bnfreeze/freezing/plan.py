@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from bnfreeze.errors import PolicyError
 from bnfreeze.freezing.ddp import refuse_freezing, refuse_thawing, wrappers_around
-from bnfreeze.freezing.rules import Selected
+from bnfreeze.freezing.rules import eligible
 from bnfreeze.norm_layers import (
-    AFFINE,
     NamedModule,
+    affine_parameters,
     computed_affine,
+    has_known_forward,
+    is_in_graph,
     is_lazy,
     is_norm,
     keeps_statistics,
@@ -24,9 +27,10 @@ from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
     FreezeRecord,
     class_changed_since,
-    frozen_parameters,
     layer_class,
+    original_flags,
     record_of,
+    recorded,
     was_lookalike,
 )
 
@@ -57,25 +61,43 @@ class Change:
         return self.entry.module
 
 
-def plan(modules: Sequence[NamedModule], selected: Sequence[Selected]) -> list[Change]:
-    """Check every selected layer.
+def plan(modules: Sequence[NamedModule], policies: Mapping[int, Policy]) -> list[Change]:
+    """Check every layer that gets a policy.
+
+    A module whose policy is ``none`` keeps what it has. One that an earlier call froze, and of
+    which its new policy freezes nothing, will be restored.
+
+    Args:
+        modules: all of the model's.
+        policies: of some of them, by index.
 
     Raises:
         PolicyError: names all layers that cannot be frozen so.
     """
-    flags = _original_flags(modules)
+    flags = original_flags(modules)
     changes: list[Change] = []
     problems: list[str] = []
-    for choice in selected:
+    for index, policy in sorted(policies.items(), key=lambda item: item[0]):
+        entry = modules[index]
+        if not policy:
+            continue
         try:
-            changes.append(_plan_one(choice, flags))
+            if eligible(entry.module, policy):
+                changes.append(_plan_one(entry, policy, flags))
+            elif record_of(entry.module) is not None:
+                check_class(entry)
+                changes.append(Change(entry, layer_class(entry.module), None, {}, ""))
         except PolicyError as error:
             problems.append(str(error))
     if problems:
         more = f"\n… and {len(problems) - 5} more layers." if len(problems) > 5 else ""
         raise PolicyError("\n".join(problems[:5]) + more)
     frozen = [(change.entry, list(change.frozen.values())) for change in changes]
-    thawed = [(change.entry, _thawed(change)) for change in changes]
+    # The parameters that were frozen, and will train again.
+    thawed = [
+        (c.entry, [p for k, p, flag in recorded(c.module) if flag and k not in c.frozen])
+        for c in changes
+    ]
     stops = any(p.requires_grad for _, parameters in frozen for p in parameters)
     starts = any(not p.requires_grad for _, parameters in thawed for p in parameters)
     if stops or starts:
@@ -85,39 +107,14 @@ def plan(modules: Sequence[NamedModule], selected: Sequence[Selected]) -> list[C
     return changes
 
 
-def _thawed(change: Change) -> list[nn.Parameter]:
-    """The parameters that were frozen, and will train again."""
-    frozen = {id(parameter) for parameter in change.frozen.values()}
-    return [p for p in frozen_parameters(change.module) if id(p) not in frozen]
-
-
-def _original_flags(modules: Sequence[NamedModule]) -> dict[int, bool]:
-    """By identity of each frozen parameter, the requires_grad that it had before any freezing.
-
-    A tied parameter is in several modules; the first record that names it counts.
-    """
-    flags: dict[int, bool] = {}
-    for entry in modules:
-        record = record_of(entry.module)
-        for name, flag in record.requires_grad.items() if record else ():
-            parameter = entry.module._parameters.get(name)
-            if parameter is not None:
-                flags.setdefault(id(parameter), flag)
-    return flags
-
-
-def _plan_one(choice: Selected, flags: Mapping[int, bool]) -> Change:
-    entry, policy = choice.entry, choice.policy
+def _plan_one(entry: NamedModule, policy: Policy, flags: Mapping[nn.Parameter, bool]) -> Change:
     module, name = entry.module, entry.name or "The model"
     check_class(entry)
-    norm, base = is_norm(module), layer_class(module)
-    if not policy:
-        return Change(entry, base, None, {}, "")
+    norm, kind = is_norm(module), layer_class(module)
     notes = ["also " + ", ".join(entry.names[1:])] if len(entry.names) > 1 else []
     if not norm:
         policy = Policy.WEIGHTS
     _check_promise(entry, policy)
-    kind = base
     if norm:
         kind, policy, note = _kind(name, module, policy)
         notes.append(note)
@@ -125,7 +122,10 @@ def _plan_one(choice: Selected, flags: Mapping[int, bool]) -> Change:
         key: parameter
         for key, parameter in module._parameters.items()
         if parameter is not None
-        and (Policy.WEIGHTS in policy or (norm and policy.freezes_affine and key in AFFINE))
+        and (
+            Policy.WEIGHTS in policy
+            or (norm and policy.freezes_affine and key in affine_parameters(module))
+        )
     }
     if norm and not frozen and policy.freezes_affine and not was_lookalike(module):
         notes.append("has no weight or bias")
@@ -135,7 +135,7 @@ def _plan_one(choice: Selected, flags: Mapping[int, bool]) -> Change:
     record = FreezeRecord(
         policy=policy,
         training=old.training if old and old.policy.forces_eval else module.training,
-        requires_grad={key: flags.get(id(p), p.requires_grad) for key, p in frozen.items()},
+        requires_grad={key: flags.get(p, p.requires_grad) for key, p in frozen.items()},
     )
     return Change(entry, kind, record, frozen, "; ".join(filter(None, notes)))
 
@@ -155,6 +155,12 @@ def check_class(entry: NamedModule) -> None:
 
 def _check_promise(entry: NamedModule, policy: Policy) -> None:
     module, name = entry.module, entry.name or "The model"
+    if isinstance(module, torch.jit.ScriptModule):
+        raise PolicyError(
+            f"{name} is a TorchScript module, whose layers are compiled and cannot be "
+            f"changed: freeze the original module before you script it, or leave this one out "
+            f"with {{{entry.name!r}: 'none'}} as the last rule."
+        )
     if is_lazy(module):
         raise PolicyError(
             f"{name} is a {type(module).__name__} that has not seen an input yet, so there is "
@@ -167,6 +173,18 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
             + (f" with the rule {{{entry.name!r}: 'none'}}" if entry.name else "")
             + ", or build it with track_running_stats=True."
         )
+    if is_norm(module) and policy.freezes_statistics and not was_lookalike(module):
+        if is_in_graph(module):
+            raise PolicyError(
+                f"{name} belongs to a graph that was exported or traced, and the graph writes to "
+                f"its statistics: freeze the original model, then export that."
+            )
+        known = has_known_forward(module, layer_class(module))
+        if "forward" in module.__dict__ and not (known and policy.forces_eval):
+            raise PolicyError(
+                f"{name}: its forward is set on the instance (Accelerate's hooks do that), where "
+                f"policy '{policy}' cannot keep it from its statistics. Freeze first, then set it."
+            )
     computed = computed_affine(module) if is_norm(module) else []
     if computed and policy.freezes_affine and Policy.WEIGHTS not in policy:
         raise PolicyError(
@@ -190,7 +208,7 @@ def _kind(name: str, module: nn.Module, policy: Policy) -> tuple[type[nn.Module]
     if was_lookalike(module):
         return base, policy, "frozen already, by its own class"
     try:
-        return frozen_class(base, policy), policy, note
+        return frozen_class(module, policy), policy, note
     except Exception as error:
         # A metaclass or an __init_subclass__ of the user's own may refuse a subclass.
         raise PolicyError(

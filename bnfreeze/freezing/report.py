@@ -9,8 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from bnfreeze.findings import Finding
-from bnfreeze.inspection.behaviour import LiveLayer
-from bnfreeze.policies.policy import Policy
+from bnfreeze.inspection.behaviour import LiveLayer, fate
 from bnfreeze.tables import Printable, Sheet, shared_kind
 
 __all__ = ["FreezeReport", "LayerRow"]
@@ -76,15 +75,9 @@ class FreezeReport(Printable):
             "findings": [finding.to_dict() for finding in self.findings],
         }
 
-    def __repr__(self) -> str:
-        return (
-            f"<FreezeReport of {self.call}: {self._verdict()} "
-            f"{_count(len(self.findings), 'finding')}>"
-        )
-
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
-        norms = self._norms()
+        norms = [row for row in self.layers if row.name in self.facts]
         title, further = shared_kind(f"Norm layers after {self.call}", [row.kind for row in norms])
         return Sheet(
             title=title,
@@ -106,11 +99,8 @@ class FreezeReport(Printable):
     ) -> None:
         self.undo()
 
-    def _norms(self) -> list[LayerRow]:
-        return [row for row in self.layers if row.name in self.facts]
-
     def _verdict(self) -> str:
-        norms = self._norms()
+        norms = [row for row in self.layers if row.name in self.facts]
         others, total = len(self.layers) - len(norms), _count(len(norms), "norm layer")
         if self.call == "unfreeze":
             restored = sum("restore" in row.actions for row in norms)
@@ -124,17 +114,13 @@ class FreezeReport(Printable):
         )
         if others:
             verdict += f" {_count(others, 'other module')} have frozen weights."
-        tally = Counter(row.fuses for row in norms if row.fuses)
-        fused = ", ".join(f"{number} {what}" for what, number in tally.most_common())
+        tally = Counter(row.fuses for row in norms if row.fuses).most_common()
+        fused = ", ".join(f"{number} {what}" for what, number in tally)
         return verdict + (f" They fuse: {fused}." if fused else "")
 
     def _cells(self, row: LayerRow) -> tuple[str, ...]:
         """What the layer does from now on, in the words of the inspection's table."""
         facts = self.facts[row.name]
-        frozen = row.policy == "frozen"
-        policy = Policy.NONE if frozen else Policy.parse(row.policy)
-        statistics = "frozen" if frozen or Policy.STATS in policy else "still"
-        affine = "frozen" if frozen or Policy.AFFINE in policy else "still"
         words = {"clear-grad": "gradient cleared", "restore": "restored"}
         notes = [words[action] for action in row.actions if action in words]
         if row.policy != "none" and not row.actions and not row.note:
@@ -145,8 +131,7 @@ class FreezeReport(Printable):
             row.policy,
             row.fuses,
             facts.normalizes_with,
-            "update" if facts.updates_statistics else statistics,
-            "train" if facts.trains_affine else affine,
+            *fate(facts),
             "; ".join([*notes, *filter(None, [row.note])]),
         )
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from bnfreeze.errors import PolicyError
-from bnfreeze.norm_layers import NamedModule, is_norm
-from bnfreeze.patterns import Pattern, nearest
+from bnfreeze.inspection.unregistered import unregistered
+from bnfreeze.norm_layers import NamedModule, foreign_remedy, is_foreign, is_norm
+from bnfreeze.patterns import Pattern, hint, with_parents
 from bnfreeze.policies.policy import Policy
-from bnfreeze.policies.record import record_of
 
-__all__ = ["Rule", "Selected", "matching", "parse_rules", "selected_by"]
+__all__ = ["Rule", "eligible", "matching", "parse_rules", "policies_for"]
 
 
 _STATELESS = re.compile(r"(Layer|Group|RMS|Instance)_?Norm")
@@ -49,41 +49,42 @@ def parse_rules(policy: object) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-@dataclass(frozen=True)
-class Selected:
-    """A module and the policy that the last matching rule gives it."""
-
-    entry: NamedModule
-    policy: Policy
-
-
-def selected_by(modules: Sequence[NamedModule], rules: Iterable[Rule]) -> list[Selected]:
-    """The norm layers, and with ``weights`` the modules with parameters, that the rules select.
-
-    The last rule that matches any of a module's names wins. A module that it leaves alone
-    (``none``) is not selected. A module that an earlier call froze, and that this rule's policy
-    does not freeze, is selected with the policy ``none``: it will be restored.
+def policies_for(modules: Sequence[NamedModule], rules: Iterable[Rule]) -> dict[int, Policy]:
+    """By index in `modules`, the policy of the last rule that matches any of the module's names.
 
     Raises:
-        PolicyError: a rule that selects nothing, with the nearest existing names; or one that
-            selects a TorchScript module. A rule ``none`` needs to match any module at all.
+        PolicyError: a rule that selects nothing, with the nearest existing names. A rule ``none``
+            needs to match any module at all.
     """
     chosen: dict[int, Policy] = {}
     for rule in rules:
-        reached = [index for index, entry in enumerate(modules) if matches(entry, rule.pattern)]
-        if not any(not rule.policy or _eligible(modules[i].module, rule.policy) for i in reached):
+        reached = {
+            index: policy
+            for index, entry in enumerate(modules)
+            if rule.pattern.matches(*entry.all_names)
+            and (policy := _policy_of(rule, entry)) is not None
+        }
+        if not any(not p or eligible(modules[index].module, p) for index, p in reached.items()):
             raise PolicyError(_nothing_found(modules, rule))
-        chosen.update(dict.fromkeys(reached, rule.policy))
-    selected = []
-    for index, entry in enumerate(modules):
-        policy = chosen.get(index, Policy.NONE)
-        if policy and _eligible(entry.module, policy):
-            selected.append(Selected(entry, policy))
-        elif policy and record_of(entry.module) is not None:
-            selected.append(Selected(entry, Policy.NONE))
-    for choice in selected:
-        _refuse_script(choice.entry)
-    return selected
+        chosen |= reached
+    return chosen
+
+
+def _policy_of(rule: Rule, entry: NamedModule) -> Policy | None:
+    """The policy that a rule gives to a module that it matches; None if it leaves it as it is.
+
+    A foreign norm layer is frozen only by a rule that means it, and not just the whole model. If
+    it has modules inside, it may be a large part of the model: the rule must match it by itself.
+    """
+    module = entry.module
+    if not is_foreign(module) or isinstance(module, torch.jit.ScriptModule):
+        return rule.policy
+    above = [""] if entry.name else []
+    if any(True for _ in module.children()):
+        above = [name.rpartition(".")[0] for name in entry.all_names]
+    if not rule.pattern.matches(*above):
+        return rule.policy
+    return Policy.WEIGHTS if Policy.WEIGHTS in rule.policy and module._parameters else None
 
 
 def matching(modules: Sequence[NamedModule], patterns: Iterable[Pattern]) -> list[NamedModule]:
@@ -94,21 +95,17 @@ def matching(modules: Sequence[NamedModule], patterns: Iterable[Pattern]) -> lis
     """
     patterns = list(patterns)
     for pattern in patterns:
-        if not any(matches(entry, pattern) for entry in modules):
+        if not any(pattern.matches(*entry.all_names) for entry in modules):
             raise PolicyError(
                 f"Pattern {pattern.text!r} matches no module."
                 + _suggest(pattern.text, modules, lambda module: True)
             )
-    return [entry for entry in modules if any(matches(entry, p) for p in patterns)]
+    return [entry for entry in modules if any(p.matches(*entry.all_names) for p in patterns)]
 
 
-def matches(entry: NamedModule, pattern: Pattern) -> bool:
-    """Whether the pattern matches any of the module's names, with wrappers or without."""
-    return any(pattern.matches(name) for name in (*entry.plain_names, *entry.names))
-
-
-def _eligible(module: nn.Module, policy: Policy) -> bool:
-    if is_norm(module) or _is_scripted_norm(module):
+def eligible(module: nn.Module, policy: Policy) -> bool:
+    """Whether the policy freezes something of the module."""
+    if is_norm(module):
         return True
     return Policy.WEIGHTS in policy and any(p is not None for p in module._parameters.values())
 
@@ -118,26 +115,23 @@ def _stateless(module: nn.Module) -> bool:
     return any(_STATELESS.search(kind.__name__) for kind in type(module).__mro__)
 
 
-def _is_scripted_norm(module: nn.Module) -> bool:
-    name = (
-        getattr(module, "original_name", "") if isinstance(module, torch.jit.ScriptModule) else ""
-    )
-    return "BatchNorm" in name or "InstanceNorm" in name
-
-
-def _refuse_script(entry: NamedModule) -> None:
-    if isinstance(entry.module, torch.jit.ScriptModule):
-        raise PolicyError(
-            f"{entry.name} is a TorchScript module, whose layers are compiled and cannot be "
-            f"changed: freeze the original module before you script it, or leave this one out "
-            f"with {{{entry.name!r}: 'none'}} as the last rule."
-        )
-
-
 def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
     text, wanted = rule.pattern.text, rule.policy
     what = "norm layer" + (" and no parameter" if Policy.WEIGHTS in wanted else "")
-    if wanted and not any(_eligible(entry.module, wanted) for entry in modules):
+    reached = [entry for entry in modules if rule.pattern.matches(*entry.all_names)]
+    for entry in reached:
+        if wanted and is_foreign(entry.module):
+            return (
+                f"{entry.name or 'The model'} is a {type(entry.module).__name__}, which keeps "
+                f"running statistics in a way of its own; there is no other norm layer. "
+                + foreign_remedy(entry.module, entry.plain_names[0], str(wanted))
+            )
+    if wanted and not any(eligible(entry.module, wanted) for entry in modules):
+        for path in unregistered(modules):
+            return (
+                f"The model has no {what} that it has registered; {path} is not. Keep it in "
+                f"an nn.ModuleList or nn.ModuleDict, or call freeze on it."
+            )
         others = sorted({type(e.module).__name__ for e in modules if _stateless(e.module)})
         if others and Policy.WEIGHTS not in wanted:
             return (
@@ -145,7 +139,6 @@ def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
                 f"keep no running statistics. To freeze weights, use the policy 'weights'."
             )
         return f"The model has no {what}: policy {str(wanted)!r} would freeze nothing."
-    reached = [entry for entry in modules if matches(entry, rule.pattern)]
     problem = "matches no module."
     if reached:
         more = f" and {len(reached) - 1} more modules" if len(reached) > 1 else ""
@@ -153,29 +146,15 @@ def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
     if set("[]{}()|") & set(text):
         problem += " Only *, ? and ** are special in a pattern."
     return f"Pattern {text!r} {problem}" + _suggest(
-        text, modules, lambda module: _eligible(module, wanted), skip=reached
+        text, modules, lambda module: eligible(module, wanted)
     )
 
 
 def _suggest(
-    text: str,
-    modules: Sequence[NamedModule],
-    eligible: Callable[[nn.Module], bool],
-    skip: Sequence[NamedModule] = (),
+    text: str, modules: Iterable[NamedModule], eligible: Callable[[nn.Module], bool]
 ) -> str:
     """Name the nearest modules that are eligible, or contain a module that is."""
-    names: dict[str, None] = {}
-    for entry in modules:
-        if eligible(entry.module):
-            for name in entry.plain_names:
-                while name:
-                    names[name] = None
-                    name = name.rpartition(".")[0]
-    for entry in skip:
-        for name in entry.plain_names:
-            names.pop(name, None)
-    near = nearest(text, names)
-    if near:
-        return " Did you mean " + " or ".join(map(repr, near)) + "?"
+    names = with_parents(n for e in modules if eligible(e.module) for n in e.plain_names)
     top = list(dict.fromkeys(name.partition(".")[0] for name in names))[:6]
-    return " There are: " + ", ".join(map(repr, top)) + "." if top else ""
+    there_are = " There are: " + ", ".join(map(repr, top)) + "." if top else ""
+    return hint(text, names) or there_are

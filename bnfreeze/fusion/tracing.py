@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from bnfreeze.norm_layers import KNOWN
 from bnfreeze.policies.record import layer_class, record_of
 from bnfreeze.torch_private import TorchDispatchMode, _len_torch_function_stack
 
@@ -31,12 +32,6 @@ __all__ = [
     "visible",
     "why_not_traced",
 ]
-
-# The packages whose forwards are traced without asking.
-KNOWN = frozenset(
-    {"bnfreeze", "torch", "torchvision", "timm", "transformers", "ultralytics"}
-    | {"mmcv", "mmdet", "mmpretrain", "mmseg", "detectron2", "segmentation_models_pytorch"}
-)
 
 
 class UntraceableError(Exception):

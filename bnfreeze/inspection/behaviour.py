@@ -14,16 +14,26 @@ from torch.optim import Optimizer
 from bnfreeze.norm_layers import (
     AFFINE,
     NamedModule,
-    computed_affine,
+    affine_parameters,
     eps_of,
+    has_known_forward,
+    is_foreign,
     is_lazy,
     is_lookalike,
     keeps_statistics,
+    statistics_in,
 )
+from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import frozen_by, layer_class, policy_name, record_of
 from bnfreeze.torch_private import _InstanceNorm
 
-__all__ = ["FrozenBy", "LiveLayer", "affine_parameters", "live_layer", "optimizers_by_id"]
+__all__ = [
+    "FrozenBy",
+    "LiveLayer",
+    "fate",
+    "live_layer",
+    "optimizers_by_id",
+]
 
 
 FrozenBy = Literal["bnfreeze", "class", "requires_grad"]
@@ -44,8 +54,9 @@ class LiveLayer:
         trains_affine: whether an optimizer step can move weight or bias.
         frozen_by: ``"bnfreeze"`` (by a policy), ``"class"`` (another library's frozen layer),
             ``"requires_grad"`` (by hand, weight and bias alone) or None.
-        num_features: the number of channels C.
-        eps: what is added to the variance.
+        num_features: the number of channels C; of a foreign norm layer that does not say so, the
+            elements of one statistic.
+        eps: what is added to the variance; None if it is not known.
         why: for each of the three answers, the reason.
         aliases: the other names under which the very same layer is registered.
     """
@@ -58,9 +69,24 @@ class LiveLayer:
     trains_affine: bool
     frozen_by: FrozenBy | None
     num_features: int
-    eps: float
+    eps: float | None
     why: dict[str, str]
     aliases: tuple[str, ...] = ()
+
+
+def fate(layer: LiveLayer) -> tuple[str, str]:
+    """What becomes of the statistics, and of weight and bias, in a word or two for a table.
+
+    ``"update"`` or ``"train"``; ``"frozen"``; or ``"still"``: they stay, and nobody promises it.
+    """
+    frozen = layer.policy == "frozen"
+    policy = Policy.NONE if frozen else Policy.parse(layer.policy)
+    statistics = "frozen" if frozen or Policy.STATS in policy else "still"
+    affine = "frozen" if frozen or Policy.AFFINE in policy else "still"
+    return (
+        "update" if layer.updates_statistics else statistics,
+        "train" if layer.trains_affine else affine,
+    )
 
 
 def optimizers_by_id(
@@ -102,7 +128,6 @@ def live_layer(
     normalizes, why_normalizes = _normalizes_with(layer, training)
     updates, why_updates = _updates_statistics(layer, training)
     trains, why_trains = _trains_affine(layer, optimized)
-    mean = getattr(layer, "running_mean", None)
     return LiveLayer(
         name=entry.name,
         kind=layer_class(layer).__name__,
@@ -111,25 +136,40 @@ def live_layer(
         updates_statistics=updates,
         trains_affine=trains,
         frozen_by=frozen_by(layer),
-        num_features=int(
-            getattr(layer, "num_features", 0 if mean is None or is_lazy(layer) else mean.numel())
-        ),
+        num_features=_num_features(layer),
         eps=eps_of(layer),
         why={"normalizes_with": why_normalizes, "statistics": why_updates, "affine": why_trains},
         aliases=entry.names[1:],
     )
 
 
+def _num_features(layer: nn.Module) -> int:
+    known = getattr(layer, "num_features", None)
+    if isinstance(known, int) or is_lazy(layer):
+        return known or 0
+    return max((holder[name].numel() for holder, name in statistics_in(layer)), default=0)
+
+
+def _why_unknown(layer: nn.Module) -> str:
+    """Why it is not known what the layer's forward does; empty if it is."""
+    kind = layer_class(layer)
+    if is_foreign(layer):
+        return f"{kind.__name__} keeps running statistics in a way of its own"
+    if "forward" in layer.__dict__:
+        return "its forward is set on the instance"
+    return "" if has_known_forward(layer, kind) else f"{kind.__name__} has a forward of its own"
+
+
 def _normalizes_with(layer: nn.Module, training: bool) -> tuple[NormalizesWith, str]:
     if is_lookalike(layer):
         return "running", _why_eval(layer)
+    if unknown := _why_unknown(layer):
+        return "unknown", unknown
     if not keeps_statistics(layer) and not is_lazy(layer):
         return "batch", "it keeps no running statistics"
     if isinstance(layer, _InstanceNorm) and not layer.track_running_stats:
         return "batch", "track_running_stats is False: an instance norm ignores its statistics then"
-    if training:
-        return "batch", "train mode"
-    return "running", _why_eval(layer)
+    return ("batch", "train mode") if training else ("running", _why_eval(layer))
 
 
 def _updates_statistics(layer: nn.Module, training: bool) -> tuple[bool, str]:
@@ -140,6 +180,9 @@ def _updates_statistics(layer: nn.Module, training: bool) -> tuple[bool, str]:
         return False, "there are none"
     if record and record.policy.freezes_statistics:
         return False, f"frozen by policy {record.policy}"
+    if unknown := _why_unknown(layer):
+        # The careful answer, in eval mode too.
+        return True, "train mode" if training and not is_foreign(layer) else unknown
     if isinstance(layer, _InstanceNorm):
         # F.instance_norm writes to the statistics that it is given whenever it normalises with
         # the input's own.
@@ -177,38 +220,27 @@ def _why_eval(layer: nn.Module) -> str:
     return "eval mode, also after model.train(), which the model overrides"
 
 
-def affine_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """Weight and bias, as far as the layer has them as parameters, or what they come from."""
-    own = {n: p for n in AFFINE if isinstance(p := layer._parameters.get(n), nn.Parameter)}
-    return dict(layer.named_parameters()) if computed_affine(layer) else own
-
-
 def _trains_affine(layer: nn.Module, optimized: Mapping[int, str] | None) -> tuple[bool, str]:
-    parameters = affine_parameters(layer)
-    if not parameters:
-        return False, "it has neither"
     record = record_of(layer)
-    policy = f"frozen by policy {record.policy}" if record else ""
-    frozen = record.requires_grad if record else {}
-    reasons = {
-        name: _why_moves(parameter, optimized, policy if name in frozen else "")
-        for name, parameter in parameters.items()
-    }
-    moving = {name: why for name, (moves, why) in reasons.items() if moves}
-    shown = moving or {name: why for name, (_, why) in reasons.items()}
-    if len(set(shown.values())) == 1 and len(shown) == len(parameters):
-        return bool(moving), next(iter(shown.values()))
-    return bool(moving), "; ".join(f"{name}: {why}" for name, why in shown.items())
-
-
-def _why_moves(
-    parameter: nn.Parameter, optimized: Mapping[int, str] | None, frozen: str
-) -> tuple[bool, str]:
-    if optimized is not None and id(parameter) not in optimized:
-        return False, "in no optimizer"
-    if parameter.requires_grad:
-        return True, "requires_grad" + (", in the optimizer" if optimized is not None else "")
-    if parameter.grad is not None:
-        # Without an optimizer at hand, the careful answer: a step would move it.
-        return True, "requires_grad is False, but a leftover .grad is applied by the next step"
-    return False, frozen or "requires_grad is False"
+    reasons: dict[str, tuple[bool, str]] = {}
+    for name, parameter in affine_parameters(layer).items():
+        if optimized is not None and id(parameter) not in optimized:
+            reasons[name] = False, "in no optimizer"
+        elif parameter.requires_grad:
+            reasons[name] = True, "requires_grad" + (", in the optimizer" if optimized else "")
+        elif parameter.grad is not None:
+            # Without an optimizer at hand, the careful answer: a step would move it.
+            why = "requires_grad is False, but a leftover .grad is applied by the next step"
+            reasons[name] = True, why
+        elif record and name in record.requires_grad:
+            reasons[name] = False, f"frozen by policy {record.policy}"
+        else:
+            reasons[name] = False, "requires_grad is False"
+    if not reasons:
+        buffers = any(layer._buffers.get(name) is not None for name in AFFINE)
+        return False, "buffers: no optimizer trains them" if buffers else "it has neither"
+    trains = any(moves for moves, _ in reasons.values())
+    shown = {name: why for name, (moves, why) in reasons.items() if moves is trains}
+    if len(shown) == len(reasons) and len(set(shown.values())) == 1:
+        return trains, next(iter(shown.values()))
+    return trains, "; ".join(f"{name}: {why}" for name, why in shown.items())

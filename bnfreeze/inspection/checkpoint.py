@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,12 +10,14 @@ from bnfreeze.inspection.code_calls import RUNS_CODE
 from bnfreeze.inspection.origin import Origin
 from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.stored_layers import BATCH_NORM, Spread, StoredLayer
-from bnfreeze.inspection.tree import Scale, outline
-from bnfreeze.tables import Sheet
+from bnfreeze.sheets import Cell, Sheet
+from bnfreeze.tree import Scale
 
 __all__ = ["CheckpointInspection", "Unread"]
 
 _BAR = 12
+_LEGEND = "C: channels; a…b: range; bars: spread, on one axis; < >: values beyond it"
+_DEAD = "; dead: variance < 1e-5 or |weight| < 1e-3"
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class CheckpointInspection(Inspection):
         origin: where they were found.
         sorted_by: by what the layers of each model are sorted; empty for the file's own order.
         unread: the models that could not be read, if others could.
+        weights: whether the table has the range of the weights.
     """
 
     layers: tuple[StoredLayer, ...]
     origin: Origin
     sorted_by: str = ""
     unread: tuple[Unread, ...] = ()
+    weights: bool = False
 
     @property
     def ok(self) -> bool:
@@ -63,7 +67,6 @@ class CheckpointInspection(Inspection):
         layers = self.layers
         means = Scale([x.mean.deciles for x in layers if x.mean], positive=False)
         variances = Scale([x.var.deciles for x in layers if x.var], positive=True)
-        lines = list(self._lines())
         columns = (
             "layer",
             "kind",
@@ -73,6 +76,7 @@ class CheckpointInspection(Inspection):
             means.ends(_BAR),
             "variance",
             variances.ends(_BAR),
+            "weight",
             "dead",
             "dtype",
         )
@@ -85,17 +89,19 @@ class CheckpointInspection(Inspection):
             )
             if len(values) == 1
         }
-        rows = [
-            (
-                line,
-                *(
-                    _cells(layers[index], means, variances, shared)
-                    if index is not None
-                    else ("",) * (len(columns) - 1)
-                ),
-            )
-            for line, index in lines
-        ]
+        rows: list[tuple[Cell, ...]] = []
+        by_key: dict[str, list[StoredLayer]] = {}
+        for layer in layers:
+            by_key.setdefault(layer.key, []).append(layer)
+        for key, own in by_key.items():
+            rows += [(f"{key or '(top)'}:",)] if len(by_key) > 1 else []
+            rows += [
+                (
+                    layer.name or "(the model)",
+                    *_cells(layer, means, variances, shared, weights=self.weights),
+                )
+                for layer in own
+            ]
         return Sheet(
             title=self.origin.path or "A state_dict",
             columns=columns,
@@ -108,22 +114,9 @@ class CheckpointInspection(Inspection):
                 *(f"{one.key} was not read: {one.message}" for one in self.unread),
             ),
             findings_first=True,
-            pictures=frozenset({columns[5], columns[7]}),
+            outlined=not self.sorted_by,  # a tree has an order of its own
+            legend=_LEGEND + (_DEAD if any(layer.near_dead for layer in layers) else ""),
         )
-
-    def _lines(self) -> Iterator[tuple[str, int | None]]:
-        """The first cell of each row, and the index of its layer; None for a heading."""
-        by_key: dict[str, list[int]] = {}
-        for index, layer in enumerate(self.layers):
-            by_key.setdefault(layer.key, []).append(index)
-        for key, indexes in by_key.items():
-            if len(by_key) > 1:
-                yield f"{key or '(top)'}:", None
-            names = [self.layers[index].name or "(the model)" for index in indexes]
-            # A tree has an order of its own.
-            tree = zip(names, range(len(names)), strict=True) if self.sorted_by else outline(names)
-            for line, place in tree:
-                yield line, None if place is None else indexes[place]
 
     def lines(self) -> list[tuple[str, ...]]:
         """One line a layer, for grep: a cell for each fact."""
@@ -139,6 +132,7 @@ class CheckpointInspection(Inspection):
                 f"batches={'-' if layer.batches is None else layer.batches}",
                 f"mean={_range(layer.mean, '..')}",
                 f"var={_range(layer.var, '..')}",
+                *([f"weight={_range(layer.weight, '..')}"] if self.weights else []),
                 f"dead={layer.near_dead}",
                 layer.dtype,
                 ",".join(sorted(codes.get((layer.key, layer.name), ()))) or "-",
@@ -147,7 +141,9 @@ class CheckpointInspection(Inspection):
         ]
 
 
-def _cells(layer: StoredLayer, means: Scale, variances: Scale, shared: set[str]) -> tuple[str, ...]:
+def _cells(
+    layer: StoredLayer, means: Scale, variances: Scale, shared: set[str], *, weights: bool
+) -> tuple[Cell, ...]:
     return (
         "" if "kind" in shared else _kind(layer),
         str(layer.num_features),
@@ -156,6 +152,7 @@ def _cells(layer: StoredLayer, means: Scale, variances: Scale, shared: set[str])
         means.draw(layer.mean.deciles if layer.mean else None, _BAR),
         _range(layer.var, "…"),
         variances.draw(layer.var.deciles if layer.var else None, _BAR),
+        _range(layer.weight, "…") if weights else "",
         str(layer.near_dead) if layer.near_dead else "",
         "" if "dtype" in shared else layer.dtype,
     )

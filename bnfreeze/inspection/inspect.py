@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, overload
@@ -16,7 +17,7 @@ from bnfreeze.inspection.code_calls import code_findings
 from bnfreeze.inspection.origin import Found
 from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.stored_layers import StoredLayer, stored_layers
-from bnfreeze.patterns import Pattern, nearest
+from bnfreeze.patterns import Pattern, hint, with_parents
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,16 +29,18 @@ __all__ = ["SORTS", "inspect", "inspect_checkpoint", "selected"]
 
 # What layers can be sorted by; the most unusual come first.
 SORTS: Final[dict[str, Callable[[StoredLayer], Any]]] = {
-    "name": lambda layer: layer.name,
+    "name": lambda layer: _natural(layer.name),
     "features": lambda layer: -layer.num_features,
     "batches": lambda layer: -1 if layer.batches is None else layer.batches,
     "mean": lambda layer: -max(abs(layer.mean.low), abs(layer.mean.high)) if layer.mean else 0.0,
     "var": lambda layer: layer.var.low if layer.var else float("-inf"),
-    "dead": lambda layer: -layer.near_dead / (layer.num_features or 1),
+    "dead": lambda layer: -layer.near_dead,
 }
 
-# Of a file's module names: a suggestion is looked for among the first.
-_SUGGESTED_FROM: Final = 20_000
+
+def _natural(name: str) -> list[Any]:
+    """A key that sorts `layer.2` before `layer.10`."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 @overload
@@ -96,11 +99,11 @@ def inspect(
         CheckpointError: the checkpoint was not read. `UnsafeCheckpointError`,
             `CorruptCheckpointError` or `UnsupportedFormatError` says why.
     """
+    if optimizer is not None and isinstance(what, (str, os.PathLike, Mapping)):
+        raise TypeError("optimizer: a checkpoint is not trained; it is for a live model.")
     if isinstance(what, (str, os.PathLike)):
-        _no_optimizer(optimizer)
         return inspect_checkpoint(what, key=key)
     if isinstance(what, Mapping):
-        _no_optimizer(optimizer)
         from bnfreeze.inspection.in_memory import found_in
 
         return _inspection_of(found_in(what, key=key))
@@ -111,17 +114,13 @@ def inspect(
     return inspect_model(what, optimizer=optimizer)
 
 
-def _no_optimizer(optimizer: object) -> None:
-    if optimizer is not None:
-        raise TypeError("optimizer: a checkpoint is not trained; it is for a live model.")
-
-
 def inspect_checkpoint(
     path: str | os.PathLike[str],
     *,
     key: str | None = None,
     select: Sequence[str] = (),
     sort: str = "",
+    weights: bool = False,
 ) -> CheckpointInspection:
     """Say what the norm layers of a checkpoint hold.
 
@@ -130,6 +129,7 @@ def inspect_checkpoint(
         key: of several models, the one meant; None for all of them.
         select: patterns of layer names; none means all.
         sort: one of `SORTS`; empty for the file's order.
+        weights: whether the table has the range of the weights.
 
     Raises:
         CheckpointError: it was not read.
@@ -138,7 +138,7 @@ def inspect_checkpoint(
     with open_checkpoint(path) as checkpoint:
         found = Found.in_checkpoint(checkpoint, key)
         with naming_file(checkpoint.path):
-            return _inspection_of(found, select=select, sort=sort)
+            return replace(_inspection_of(found, select=select, sort=sort), weights=weights)
 
 
 def _inspection_of(
@@ -188,7 +188,10 @@ def selected(parts: Sequence[StateDict], select: Sequence[str]) -> tuple[StateDi
         pattern = Pattern.parse(text)
         matching = {module for module in set(modules.values()) if pattern.matches(module)}
         if not matching:
-            raise PolicyError(f"Pattern {text!r} matches nothing in it.{_hint(text, modules)}")
+            near = hint(text, with_parents(modules.values()))
+            if text in modules:
+                near = f" It is a tensor; patterns name modules: {modules[text]!r}."
+            raise PolicyError(f"Pattern {text!r} matches nothing in it.{near}")
         wanted |= matching
     chosen = (
         replace(
@@ -198,21 +201,3 @@ def selected(parts: Sequence[StateDict], select: Sequence[str]) -> tuple[StateDi
         for part in parts
     )
     return tuple(part for part in chosen if part.tensors)
-
-
-def _hint(text: str, modules: Mapping[str, str]) -> str:
-    """What a pattern that matches no module may have meant; `modules` are those of the tensors."""
-    if text in modules:
-        return f" It is a tensor; patterns name modules: {modules[text]!r}."
-    close = nearest(text, _with_parents(modules.values()))
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-
-
-def _with_parents(names: Iterable[str]) -> dict[str, None]:
-    """The names and those above them, as many as a suggestion is worth."""
-    found: dict[str, None] = {}
-    for name in names:
-        while name and name not in found and len(found) < _SUGGESTED_FROM:
-            found[name] = None
-            name = name.rpartition(".")[0]
-    return found

@@ -11,28 +11,35 @@ from torch.optim import Optimizer
 from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.behaviour import (
     LiveLayer,
-    affine_parameters,
+    fate,
     live_layer,
     optimizers_by_id,
 )
 from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.statistics import statistics_findings
 from bnfreeze.inspection.train_mode import training_flags
+from bnfreeze.inspection.unregistered import unregistered
 from bnfreeze.norm_layers import (
     STATISTICS,
-    NamedModule,
+    affine_parameters,
     check_model,
+    foreign_remedy,
+    is_foreign,
     is_lazy,
     is_norm,
     keeps_statistics,
-    keeps_unknown_statistics,
     named_modules,
+    statistics_in,
 )
 from bnfreeze.policies.policy import Policy
-from bnfreeze.policies.record import frozen_names, policy_name, record_of
+from bnfreeze.policies.record import frozen_names, policy_name, record_of, recorded
 from bnfreeze.tables import Sheet, shared_kind
 
 __all__ = ["ModelInspection", "inspect_model"]
+
+
+# Shown by a wide terminal only.
+_FURTHER = ("eps", "statistics, because", "affine, because")
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,8 @@ class ModelInspection(Inspection):
                 str(layer.num_features),
                 layer.policy,
                 layer.normalizes_with,
-                "update" if layer.updates_statistics else _unchanged(layer.why["statistics"]),
-                "train" if layer.trains_affine else _unchanged(layer.why["affine"]),
-                f"{layer.eps:g}",
+                *fate(layer),
+                "" if layer.eps is None else f"{layer.eps:g}",
                 layer.why["statistics"],
                 layer.why["affine"],
             )
@@ -60,39 +66,25 @@ class ModelInspection(Inspection):
         ]
         updating = sum(layer.updates_statistics for layer in self.layers)
         training = sum(layer.trains_affine for layer in self.layers)
-        on_batch = sum(layer.normalizes_with == "batch" for layer in self.layers)
+        uses = [layer.normalizes_with for layer in self.layers]
+        unknown = f", {n} in a way that is not known" if (n := uses.count("unknown")) else ""
         title, further = shared_kind(
             "What the next training step does", [layer.kind for layer in self.layers]
         )
         return Sheet(
             title=title if rows else "",
-            columns=(
-                "layer",
-                "kind",
-                "C",
-                "policy",
-                "uses",
-                "statistics",
-                "affine",
-                "eps",
-                "statistics, because",
-                "affine, because",
-            ),
+            columns=("layer", "kind", "C", "policy", "uses", "statistics", "affine", *_FURTHER),
             rows=rows,
             findings=self.findings,
             verdict=(
                 f"{len(rows)} norm layer{'' if len(rows) == 1 else 's'}: "
-                f"{on_batch} normalise with the batch, "
+                f"{uses.count('batch')} normalise with the batch{unknown}, "
                 f"{updating} update their statistics, {training} train weight or bias."
                 if rows
                 else "No norm layer."
             ),
-            further=further | {"eps", "statistics, because", "affine, because"},
+            further=further | {*_FURTHER},
         )
-
-
-def _unchanged(why: str) -> str:
-    return "frozen" if why.startswith("frozen") else "still"
 
 
 def inspect_model(
@@ -116,23 +108,31 @@ def inspect_model(
             layer = live_layer(entry, flags[id(entry.module)], optimized)
             layers.append(layer)
             findings += _layer_findings(layer, entry.module, model.training, optimized)
-        elif keeps_unknown_statistics(entry.module):
-            findings.append(_foreign(entry))
+    for path, hidden in unregistered(modules).items():
+        drifting = [m for m in hidden if not {n for _, n in statistics_in(m)} & {*frozen_names(m)}]
+        if drifting:
+            findings.append(_unregistered(path, drifting))
     if not layers and not findings:
         findings.append(finding("model-no-norm-layer", ""))
-    if _all_frozen(modules):
+    records = [record_of(entry.module) for entry in modules]
+    if any(record and Policy.WEIGHTS in record.policy for record in records) and not any(
+        p.requires_grad for p in model.parameters()
+    ):
         findings.append(finding("model-nothing-trains", ""))
     if optimized and not any(id(p) in optimized for p in model.parameters()):
         findings.append(finding("optimizer-without-parameters", ""))
     return ModelInspection(tuple(layers), worst_first(findings))
 
 
-def _all_frozen(modules: Iterable[NamedModule]) -> bool:
-    records = [record_of(entry.module) for entry in modules]
-    if not any(record is not None and Policy.WEIGHTS in record.policy for record in records):
-        return False
-    parameters = [p for entry in modules for p in entry.module._parameters.values()]
-    return not any(p is not None and p.requires_grad for p in parameters)
+def _unregistered(path: str, layers: list[nn.Module]) -> Finding:
+    several = "" if len(layers) == 1 else "s"
+    return finding(
+        "layer-unregistered",
+        path,
+        f"{len(layers)} norm layer{several} that the model has not registered: "
+        f"freeze, guard, state_dict() and train() do not reach such layers.",
+        level="warning" if any(layer.training for layer in layers) else "note",
+    )
 
 
 def _layer_findings(
@@ -143,15 +143,30 @@ def _layer_findings(
     if is_lazy(layer):
         yield finding("layer-lazy", name)
         return
-    if not keeps_statistics(layer):
+    inner = [inner for inner, m in layer.named_modules() if m is not layer and is_norm(m)]
+    if inner and (record is not None or not is_foreign(layer)):
+        forced = record is not None and record.policy.forces_eval
+        yield finding(
+            "layer-inside-norm",
+            name,
+            f"{' and '.join(inner[:2])}: the forward of {facts.kind} decides whether it runs"
+            + (", and in eval mode it may never run." if forced else "."),
+            level="warning" if forced else "note",
+        )
+    if is_foreign(layer) and facts.updates_statistics:
+        message = f"{facts.why['statistics']}, and they may change in each forward pass."
+        yield finding("layer-foreign", name, message, foreign_remedy(layer, name))
+    elif not keeps_statistics(layer):
         yield finding("stats-missing", name)
-    elif facts.normalizes_with == "batch" and _statistics_stay(facts, layer):
+    elif facts.normalizes_with == "batch" and (
+        not facts.updates_statistics or getattr(layer, "momentum", None) == 0
+    ):
         chosen = record is not None and record.policy.freezes_statistics
         yield finding(
             "batch-stats-in-train",
             name,
-            f"its statistics are fixed ({_why_fixed(facts, layer)}), but train mode normalises "
-            f"with the batch: eval mode is another function.",
+            f"its statistics are fixed ({facts.why['statistics']}), but train mode normalises "
+            f"with the batch: eval mode computes something else.",
             level="note" if chosen else "warning",
         )
     elif facts.updates_statistics and affine_parameters(layer) and not facts.trains_affine:
@@ -162,45 +177,31 @@ def _layer_findings(
             f"but the running statistics still update in each forward pass.",
             level="note" if record is not None else "warning",
         )
-    if root_training and not layer.training and facts.why["normalizes_with"] == "train mode":
+    if root_training and not layer.training and "train mode" in facts.why.values():
         yield finding("train-undoes-eval", name)
-    yield from _gradient_findings(name, layer, optimized)
-    if keeps_statistics(layer):
-        mean, var, count = (getattr(layer, stat, None) for stat in STATISTICS)
-        if isinstance(mean, Tensor) and isinstance(var, Tensor):
-            yield from statistics_findings(
-                name,
-                _on_cpu(mean),
-                _on_cpu(var),
-                None if count is None or count.is_meta else int(count),
-                facts.eps,
-                dtypes=(_dtype_name(mean), _dtype_name(var)),
-            )
+    yield from _gradient_findings(name, layer, optimized or {})
+    mean, var, count = (getattr(layer, stat, None) for stat in STATISTICS)
+    if isinstance(mean, Tensor) and isinstance(var, Tensor):
+        counted = isinstance(count, Tensor) and not count.is_meta and count.numel() == 1
+        yield from statistics_findings(
+            name,
+            _on_cpu(mean),
+            _on_cpu(var),
+            int(count) if counted else None,  # type: ignore[arg-type]
+            facts.eps,
+            dtypes=(str(mean.dtype), str(var.dtype)),
+        )
 
 
 def _on_cpu(stat: Tensor) -> Tensor | None:
-    if stat.is_meta:
+    if stat.is_meta or stat.is_complex():
         return None
-    stat = stat.detach().cpu()
+    stat = stat.detach().cpu().reshape(-1)
     return stat.float() if stat.is_floating_point() and stat.dtype.itemsize < 4 else stat
 
 
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _statistics_stay(facts: LiveLayer, layer: nn.Module) -> bool:
-    return not facts.updates_statistics or getattr(layer, "momentum", None) == 0
-
-
-def _why_fixed(facts: LiveLayer, layer: nn.Module) -> str:
-    if facts.updates_statistics:
-        return "momentum is 0; num_batches_tracked still rises"
-    return facts.why["statistics"]
-
-
 def _gradient_findings(
-    name: str, layer: nn.Module, optimized: Mapping[int, str] | None
+    name: str, layer: nn.Module, optimized: Mapping[int, str]
 ) -> Iterator[Finding]:
     own = {n: p for n, p in layer._parameters.items() if p is not None and not p.requires_grad}
     left = [n for n, p in own.items() if p.grad is not None]
@@ -211,14 +212,7 @@ def _gradient_findings(
             f"{_and(left)} requires_grad=False and a .grad that is not None: "
             f"the next optimizer step moves it.",
         )
-    optimized = optimized or {}
-    record = record_of(layer)
-    thawed = [
-        name
-        for name in (record.requires_grad if record else ())
-        if (parameter := layer._parameters.get(name)) is not None and parameter.requires_grad
-    ]
-    if thawed:
+    if thawed := [n for n, parameter, _ in recorded(layer) if parameter.requires_grad]:
         yield finding(
             "affine-thawed",
             name,
@@ -226,33 +220,20 @@ def _gradient_findings(
         )
     listed = [n for n in frozen_names(layer) if n in own and id(own[n]) in optimized]
     if listed and not left:
-        names = " and ".join(listed)
+        lbfgs = "LBFGS" in {optimized[id(own[n])] for n in listed}
+        why = (
+            " LBFGS, which moves its parameters along its past steps, without a gradient too."
+            if lbfgs
+            else ", which skips it while its .grad is None: harmless."
+        )
         are = "is" if len(listed) == 1 else "are"
-        if "LBFGS" in {optimized[id(own[n])] for n in listed}:
-            yield finding(
-                "optimizer-has-frozen",
-                name,
-                f"{names} {are} frozen and in the optimizer LBFGS, which moves its parameters "
-                f"along its past steps, without a gradient too.",
-                level="warning",
-            )
-        else:
-            yield finding(
-                "optimizer-has-frozen",
-                name,
-                f"{names} {are} frozen and in the optimizer, which skips it while its .grad is "
-                f"None: harmless.",
-            )
+        yield finding(
+            "optimizer-has-frozen",
+            name,
+            f"{' and '.join(listed)} {are} frozen and in the optimizer{why}",
+            level="warning" if lbfgs else "note",
+        )
 
 
 def _and(names: list[str]) -> str:
     return " and ".join(names) + (" has" if len(names) == 1 else " have")
-
-
-def _foreign(entry: NamedModule) -> Finding:
-    return finding(
-        "layer-foreign",
-        entry.name,
-        f"{type(entry.module).__name__} keeps running statistics, but is no norm layer "
-        f"that bnfreeze knows: it is left alone.",
-    )

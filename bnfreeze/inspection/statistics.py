@@ -40,6 +40,7 @@ def statistics_findings(
         ``layer-eps-zero``, ``never-trained`` and ``stats-not-updated``.
     """
     for name, dtype in zip(("running_mean", "running_var"), dtypes, strict=True):
+        dtype = dtype.removeprefix("torch.")
         if dtype in _LOW_PRECISION or dtype.startswith("float8"):
             yield finding("stats-dtype", layer, f"{name} is {dtype}.", key=key)
             break
@@ -61,8 +62,6 @@ def statistics_findings(
             layer,
             f"{negative} of {len(var)} running variances are negative, "
             f"the lowest {float(var[var < 0].min()):.3g}.",
-            "A variance cannot be negative: the checkpoint was converted wrongly. "
-            "Use the original one.",
             key=key,
         )
     elif zero:
@@ -72,8 +71,6 @@ def statistics_findings(
             layer,
             f"{zero} of {len(var)} running variances are 0: these channels are dead, and any "
             f"signal in them is multiplied by 1/sqrt(eps){factor}.",
-            "Check what the input of these channels is; a channel that never varied cannot be "
-            "normalised.",
             level="warning",
             key=key,
         )

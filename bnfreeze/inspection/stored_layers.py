@@ -75,6 +75,7 @@ class StoredLayer:
         near_dead: how many channels give next to nothing: the variance is below 1e-5 (eps
             outweighs it) or the weight is below 1e-3. A negative variance is none of these: it is
             an error.
+        weight: the spread of the weight; None where it has none or no finite value.
         key: the dotted key of its state_dict in the checkpoint; empty at the top.
         eps: of a model that was saved whole; None where it is not known.
         momentum: likewise.
@@ -91,6 +92,7 @@ class StoredLayer:
     mean: Spread | None
     var: Spread | None
     near_dead: int
+    weight: Spread | None = None
     key: str = ""
     eps: float | None = None
     momentum: float | None = None
@@ -190,6 +192,7 @@ def _layer(
         mean=None if mean is None else Spread.of(mean),
         var=None if var is None else Spread.of(var),
         near_dead=_near_dead(var, weight),
+        weight=None if weight is None else Spread.of(weight),
         key=key,
         eps=settings.eps if settings else None,
         momentum=settings.momentum if settings else None,

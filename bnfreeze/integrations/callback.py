@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from bnfreeze.errors import PolicyError
@@ -15,23 +15,35 @@ from bnfreeze.freezing.rules import parse_rules
 from bnfreeze.inspection.in_memory import shard_of
 from bnfreeze.inspection.live import inspect_model
 from bnfreeze.policies.policy import Policy
+from bnfreeze.policies.record import frozen_names, recorded
 from bnfreeze.torch_private import _BatchNorm
 from bnfreeze.verification.drift_report import DriftError
 from bnfreeze.verification.guard import Guard, guard
 
-__all__ = ["FreezeCallback"]
+__all__ = ["FreezeCallback", "frozen_pairs"]
 
 
 class FreezeCallback:
     """Freezes a trainer's model, again if it must, and guards it while it trains.
 
+    With `start_epoch` or `start_step` the statistics train first and are frozen later, at the start
+    of that epoch or step. The state that an optimizer has for a newly frozen parameter, its
+    momentum for example, is then dropped: it would be stale if the parameter trained again. A
+    DistributedDataParallel waits for the gradient of each parameter, so inside one only ``stats``
+    and ``eval`` can start later, unless it was built with ``find_unused_parameters=True``; other
+    policies are a `PolicyError` when training begins.
+
     Args:
         policy: as in `bnfreeze.freeze`.
+        start_epoch: freeze after so many epochs, as the trainer counts them.
+        start_step: freeze after so many steps, as the trainer counts them. With both, freeze when
+            both are reached.
         guard: whether to guard the model; `every`, `tensors` and `trace` are as in
             `bnfreeze.guard`.
 
     Attributes:
         report: what was frozen, and how; None before that.
+        started: whether the training that is running has reached the moment to freeze.
 
     Raises:
         PolicyError: an unknown policy.
@@ -41,6 +53,8 @@ class FreezeCallback:
         self,
         policy: Policy | str | Mapping[str, Policy | str] = "eval+affine",
         *,
+        start_epoch: int = 0,
+        start_step: int = 0,
         guard: bool = True,
         every: int = 1,
         tensors: str = "frozen",
@@ -49,17 +63,27 @@ class FreezeCallback:
         super().__init__()
         parse_rules(policy)  # a typo is an error now, not hours later in a queue
         self.report: FreezeReport | None = None
+        self.started = False
         self._policy, self._guarded = policy, guard
+        self._start_epoch, self._start_step = start_epoch, start_step
         self._options: dict[str, Any] = {"every": every, "tensors": tensors, "trace": trace}
         self._frozen = 0
         self._guard: Guard | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A trainer may be pickled to be sent to other processes; these two cannot be.
-        return self.__dict__ | {"report": None, "_guard": None}
+        # A trainer may be pickled to be sent to other processes; the report and the guard cannot.
+        return self.__dict__ | {"report": None, "started": False, "_guard": None}
 
-    def freeze(self, model: nn.Module) -> bool:
-        """Freeze the model, or freeze again what something else has thawed.
+    @property
+    def starts_late(self) -> bool:
+        """Whether the model trains for a while before it is frozen."""
+        return self._start_epoch > 0 or self._start_step > 0
+
+    # Freezing. A trainer calls `prepare` before it wraps the model, `reset` when a training
+    # begins, `at_epoch` and `at_batch` during it, and `close` at its end.
+
+    def prepare(self, model: nn.Module) -> bool:
+        """Freeze the model; if it is frozen later, only try whether that is possible.
 
         Returns:
             Whether anything was frozen that was not, or not by this policy.
@@ -67,6 +91,54 @@ class FreezeCallback:
         Raises:
             PolicyError: the policy is impossible here, or the model has no norm layer.
         """
+        if self.starts_late:
+            freeze(model, self._policy, dry_run=True)
+            self._frozen = 0
+            return False
+        return self.freeze(model)
+
+    def reset(self) -> None:
+        """A training begins. The guard of one that failed ends without a check."""
+        self.close(DriftError())
+
+    def at_epoch(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        *,
+        epoch: float = 0,
+        step: int = 0,
+    ) -> None:
+        """Freeze the model if it is time, and freeze again what something has thawed.
+
+        The first time in a training this also drops what the optimizer stores for the frozen
+        parameters, and starts the guard.
+
+        Args:
+            model: the trainer's model.
+            optimizer: the trainer's, or several.
+            epoch: how many epochs were trained.
+            step: how many steps were trained.
+
+        Raises:
+            PolicyError: the policy is impossible here.
+        """
+        if epoch < self._start_epoch or step < self._start_step:
+            return
+        self.freeze(model)
+        if not self.started:
+            self.started = True
+            several = optimizer if isinstance(optimizer, Iterable) else filter(None, [optimizer])
+            _drop_state(model, several)
+            self.watch(model, optimizer)
+
+    def at_batch(self, *args: Any, **now: Any) -> None:
+        """As `at_epoch`; does nothing if this training has started to freeze already."""
+        if not self.started:
+            self.at_epoch(*args, **now)
+
+    def freeze(self, model: nn.Module) -> bool:
+        """Freeze the model, or freeze again what something else has thawed; as `prepare`."""
         report = freeze(model, self._policy)
         self._frozen = _frozen(model)
         changed = any(row.actions for row in report.layers)
@@ -92,18 +164,27 @@ class FreezeCallback:
         if (left := _frozen(model)) < self._frozen:
             raise PolicyError(
                 f"Only {left} of {self._frozen} frozen norm layers are left: the trainer has "
-                f"replaced the others by live ones, as sync_batchnorm=True does. Turn that off, "
-                f"because frozen layers need no synchronisation; or use the policy 'fused', whose "
-                f"layers it does not replace."
+                f"replaced the others by live ones, as a conversion to SyncBatchNorm does. Turn "
+                f"that off (sync_batchnorm in Lightning, sync_bn in fastai), because frozen layers "
+                f"need no synchronisation; or use the policy 'fused', whose layers it does not "
+                f"replace."
             )
 
-    def watch(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    # The guard.
+
+    def watch(
+        self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] | None = None
+    ) -> None:
         """Start the guard; `close` ends it. A guard of an earlier training is dropped.
+
+        Args:
+            model: the trainer's model.
+            optimizer: the optimizer whose steps count, or several; None for all in this process.
 
         Raises:
             PolicyError: nothing is frozen.
         """
-        self.close(DriftError())
+        self._end(DriftError())
         if self._guarded:
             # With sharded parameters each rank sees only its own part, so all check together.
             sharded = any(shard_of(parameter) is not None for parameter in model.parameters())
@@ -112,7 +193,7 @@ class FreezeCallback:
             self._guard = watch.__enter__()
 
     def close(self, error: BaseException | None = None) -> None:
-        """Check for the last time, and end the guard.
+        """A training ends: check for the last time, and end the guard.
 
         Args:
             error: what ended the training, if it failed. A drift is added to it as a note. If it
@@ -121,10 +202,35 @@ class FreezeCallback:
         Raises:
             DriftError: something has changed.
         """
+        self.started = False
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
         watch, self._guard = self._guard, None
         if watch is not None:
             watch.__exit__(type(error) if error else None, error, None)
 
 
+def frozen_pairs(model: nn.Module, average: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each frozen tensor of a model, and the same one in a copy of it, such as a moving average.
+
+    Both are detached, so that one can be copied to the other.
+    """
+    copies = dict(average.named_modules())
+    for name, module in model.named_modules():
+        for key in frozen_names(module):
+            yield getattr(module, key).detach(), getattr(copies[name], key).detach()
+
+
 def _frozen(model: nn.Module) -> int:
     return sum(layer.policy != "none" for layer in inspect_model(model).layers)
+
+
+def _drop_state(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    frozen = [p for module in model.modules() for _, p, flag in recorded(module) if flag]
+    for one in optimizers:
+        for parameter in frozen:
+            state = one.state.pop(parameter, {})
+            # fastai keeps settings there too, which stay.
+            if settings := {key: flag for key, flag in state.items() if isinstance(flag, bool)}:
+                one.state[parameter] = settings

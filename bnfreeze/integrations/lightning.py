@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
+
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError:  # the same library under its other name
@@ -25,7 +29,7 @@ class FreezeBatchNorm(FreezeCallback, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self.freeze(pl_module)
+        self.prepare(pl_module)
         behind = trainer.callbacks[trainer.callbacks.index(self) + 1 :]
         for other in trainer.callbacks:
             # How to know BaseFinetuning, WeightAveraging and StochasticWeightAveraging.
@@ -45,10 +49,19 @@ class FreezeBatchNorm(FreezeCallback, Callback):
         self.check(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.watch(pl_module)
+        self.reset()
+        self.prepare(pl_module)  # again: the strategy has wrapped it
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.freeze(pl_module)
+        now = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        self.at_epoch(pl_module, trainer.optimizers, **now)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        now = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        self.at_batch(pl_module, trainer.optimizers, **now)
+
+    def watch(self, model: nn.Module, optimizer: Any = None) -> None:
+        super().watch(model)  # finetuning callbacks add groups to the optimizers, and may
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.close()

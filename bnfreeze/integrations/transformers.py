@@ -25,17 +25,30 @@ class FreezeBatchNorm(FreezeCallback, TrainerCallback):
 
     def on_init_end(self, *_: Any, model: nn.Module | None, **events: Any) -> None:
         if model is not None:
-            self.freeze(model)
+            self.prepare(model)
 
-    def on_train_begin(self, *_: Any, model: nn.Module, optimizer: Any, **events: Any) -> None:
-        changed = self.freeze(model)
-        if changed and distributed.is_available() and distributed.is_initialized():
+    def on_train_begin(self, *_: Any, model: nn.Module, **events: Any) -> None:
+        self.reset()
+        if self.prepare(model) and distributed.is_available() and distributed.is_initialized():
             raise PolicyError(
                 "The model was frozen only when training began, and it is already wrapped for "
                 "several devices: pass FreezeBatchNorm to the Trainer when you build it, or call "
                 "bnfreeze.freeze at the end of model_init."
             )
-        self.watch(model, optimizer)
+
+    def on_epoch_begin(
+        self, _: Any, state: Any, *args: Any, model: nn.Module, **events: Any
+    ) -> None:
+        self.at_epoch(model, events["optimizer"], **_now(state))
+
+    def on_step_begin(
+        self, _: Any, state: Any, *args: Any, model: nn.Module, **events: Any
+    ) -> None:
+        self.at_batch(model, events["optimizer"], **_now(state))
 
     def on_train_end(self, *_: Any, **events: Any) -> None:
         self.close()
+
+
+def _now(state: Any) -> dict[str, Any]:
+    return {"epoch": state.epoch or 0, "step": state.global_step}

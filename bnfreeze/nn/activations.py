@@ -3,7 +3,7 @@
 To add an activation, change two files:
 
 1. Here: add an entry to `TABLE`.
-2. ``cuda/frozen_bn.cu``: add its ``kernel`` name to ``enum Activation``, its formula to
+2. ``cuda/frozen_bn.cu``: add its name in capitals to ``enum Activation``, its formula to
    ``activate`` and ``deactivate``, and, if its backward needs the input, a line to ``from_input``.
 
 The tests take the activations from the table. ``tests/nn/test_activations.py`` checks that the
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ __all__ = [
     "FROM_INPUT",
     "FROM_OUTPUT",
     "GRADIENTS",
-    "IN_PLACE",
     "KERNEL_NAMES",
     "TABLE",
     "Activation",
@@ -45,28 +43,23 @@ class Activation:
         name: what ``activation=`` takes.
         module: its class in torch.nn.
         functions: the functions that compute it, as they stand in the graph of a traced model.
-            Their first argument is the tensor; a second one can only be ``inplace``.
-        methods: likewise, the names of tensor methods.
-        forward: computes it.
-        in_place: computes it in place.
+            Their first argument is the tensor; a second one can only be ``inplace``. The first
+            function takes ``inplace``.
         gradient: takes the gradient of the output, and the output or the input (``from_output``);
             returns the gradient of the input. It is differentiable where autograd records.
         from_output: whether ``gradient`` needs the output. Otherwise it needs the input.
         exact: whether rounding before the activation gives the same result as rounding after it.
-        kernel: its name in ``frozen_bn.cu``.
+        methods: as `functions`, the names of tensor methods.
         settings: attributes that the module must have, with their values.
     """
 
     name: str
     module: type[nn.Module]
     functions: tuple[Callable[..., Tensor], ...]
-    methods: tuple[str, ...]
-    forward: Callable[[Tensor], Tensor]
-    in_place: Callable[[Tensor], Tensor]
     gradient: Callable[[Tensor, Tensor], Tensor]
     from_output: bool
     exact: bool
-    kernel: str
+    methods: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
 
 
@@ -84,24 +77,17 @@ TABLE = (
         module=nn.ReLU,
         functions=(F.relu, F.relu_, torch.relu, torch.relu_),
         methods=("relu", "relu_"),
-        forward=F.relu,
-        in_place=torch.relu_,
         gradient=lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0),
         from_output=True,
         exact=True,
-        kernel="RELU",
     ),
     Activation(
         name="relu6",
         module=nn.ReLU6,
         functions=(F.relu6,),
-        methods=(),
-        forward=F.relu6,
-        in_place=partial(F.relu6, inplace=True),
         gradient=lambda grad, y: torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0),
         from_output=True,
         exact=True,
-        kernel="RELU6",
         # A ReLU6 is a Hardtanh, whose bounds can be changed.
         settings=(("min_val", 0.0), ("max_val", 6.0)),
     ),
@@ -109,39 +95,33 @@ TABLE = (
         name="silu",
         module=nn.SiLU,
         functions=(F.silu,),
-        methods=(),
-        forward=F.silu,
-        in_place=partial(F.silu, inplace=True),
         gradient=_silu_gradient,
         from_output=False,
         exact=False,
-        kernel="SILU",
     ),
     Activation(
         name="hardswish",
         module=nn.Hardswish,
         functions=(F.hardswish,),
-        methods=(),
-        forward=F.hardswish,
-        in_place=partial(F.hardswish, inplace=True),
         gradient=lambda grad, z: torch.ops.aten.hardswish_backward(grad, z),
         from_output=False,
         exact=False,
-        kernel="HARDSWISH",
     ),
 )
 
 # Derived from the table, for quick access by name. None means no activation.
-ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda z: z,
-    **{each.name: each.forward for each in TABLE},
+ACTIVATIONS: dict[str | None, Callable[..., Tensor]] = {
+    None: lambda z, inplace=False: z,
+    **{each.name: each.functions[0] for each in TABLE},
 }
-IN_PLACE = {each.name: each.in_place for each in TABLE}
 GRADIENTS = {each.name: each.gradient for each in TABLE}
 FROM_OUTPUT = frozenset(each.name for each in TABLE if each.from_output)
 FROM_INPUT = frozenset(each.name for each in TABLE if not each.from_output)
 EXACT = frozenset({None, *(each.name for each in TABLE if each.exact)})
-KERNEL_NAMES: dict[str | None, str] = {None: "NONE", **{each.name: each.kernel for each in TABLE}}
+KERNEL_NAMES: dict[str | None, str] = {
+    None: "NONE",
+    **{each.name: each.name.upper() for each in TABLE},
+}
 
 # What calls an activation in the graph of a traced model: functions, and methods of a tensor.
 ACTIVATION_FUNCTIONS: dict[Any, str] = {f: each.name for each in TABLE for f in each.functions}

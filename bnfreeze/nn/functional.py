@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from bnfreeze.nn import reference
-from bnfreeze.nn.activations import ACTIVATIONS, EXACT, FROM_INPUT
+from bnfreeze.nn.activations import ACTIVATIONS, FROM_INPUT
 from bnfreeze.nn.cuda.build import KernelError
-from bnfreeze.nn.cuda.launch import Launcher
 from bnfreeze.nn.cuda.load import kernel as _kernel
 from bnfreeze.nn.eager import TRACING, backward_needs_formula, why_formula
 from bnfreeze.nn.reference import Norm
@@ -122,47 +121,25 @@ def backend(
 
 
 class _FrozenBatchNormAlone(torch.autograd.Function):
-    """A norm layer alone, with frozen weight and bias: by far the most frequent case.
-
-    It saves nothing, and takes an eighth less time on the host than `_FrozenBatchNorm` would.
-    """
+    """A norm layer alone, with frozen weight and bias: the most frequent case. It saves nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        (y, _), on_kernel = _computed(x, norm, None, None, None)
         _, var, weight, _, _ = norm
-        launcher, y = _launcher_for(x), None
-        if launcher is not None:
-            try:
-                y = launcher.alone(x, norm)
-            except KernelError as error:
-                _kernel.give_up(error)
-        if y is None:
-            launcher = None
-            _check_shapes(x, norm, None)
-            y = reference.normalised(x, norm)
         # Autograd would check the versions of saved tensors itself, in twice the time.
-        ctx.how = norm, launcher, var._version, 0 if weight is None else weight._version
+        ctx.how = norm, on_kernel, var._version, weight is not None and weight._version
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        norm, launcher, var_version, weight_version = ctx.how
+        norm, on_kernel, version, weight_version = ctx.how
         _, var, weight, _, _ = norm
-        if var._version != var_version or (
-            weight is not None and weight._version != weight_version
-        ):
-            raise RuntimeError(
-                "running_var or weight of a frozen norm layer has been modified by an inplace "
-                "operation between forward and backward."
-            )
-        if backward_needs_formula(grad):
-            return reference.scaled(grad, norm), None
-        if launcher is not None:
-            try:
-                return launcher.scaled(grad, norm), None
-            except KernelError as error:
-                _kernel.give_up(error)
-        return reference.scaled(grad, norm, eager=True), None
+        if var._version != version or (weight is not None and weight._version != weight_version):
+            raise RuntimeError(_MODIFIED)
+        eager = not backward_needs_formula(grad)
+        out = _kernel.run("alone", grad, norm, None, "backward") if eager and on_kernel else None
+        return reference.scaled(grad, norm, eager) if out is None else out, None
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
@@ -173,62 +150,50 @@ class _FrozenBatchNorm(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor | None,
+        weight: Tensor | None,  # of the norm layer, if it is trained; the same for bias
         bias: Tensor | None,
-        how: tuple[Norm, Norm | None, str | None],
+        norm: Norm,
+        branch: Norm | None,
+        activation: str | None,
     ) -> Any:
-        norm, branch, activation = how
-        mean, var, *_ = norm
         # With a residual, x alone does not give the sum. The sum becomes a second output, so that
         # double backward can go through it.
-        from_input = activation in FROM_INPUT
-        keeps_sum = from_input and residual is not None
-        y, total, launcher = _computed(x, norm, residual, branch, activation, keeps_sum)
-        ctx.how = norm, branch, activation, launcher
+        alone, from_input = residual is None, activation in FROM_INPUT
+        keep_sum = from_input and not alone
+        (y, total), on_kernel = _computed(x, norm, residual, branch, activation, keep_sum)
         kept = None
         if activation is not None:
-            kept = y if not from_input else total if keeps_sum else x
-        ctx.kept_is_input = kept is x
-        needs_x = x if ctx.needs_input_grad[2] else None
-        # Backward reads the parameters from ctx.how. They are saved as well so that autograd
-        # raises an error if one of them was changed in between.
-        read = (var, weight) if branch is None else (var, weight, *branch[1:3])
-        if kept is x or needs_x is not None:
-            ctx.save_for_backward(kept, needs_x, *read, mean, bias)
-        else:
-            ctx.save_for_backward(kept, needs_x, *read)
-        if not keeps_sum:
+            kept = y if not from_input else x if alone else total
+        needs_x = None if weight is None else x
+        saves = kept is not None or needs_x is not None
+        if saves:
+            ctx.save_for_backward(kept, needs_x)
+        # Mean and bias are read in backward only if x is.
+        read = norm[:4] if kept is x or needs_x is not None else norm[1:3]
+        read = read if branch is None else (*read, *branch[1:3])
+        versions = [each._version for each in read if each is not None]
+        ctx.how = norm, branch, activation, alone, saves, on_kernel, read, versions
+        if not keep_sum:
             return y
         ctx.set_materialize_grads(False)
         return y, total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None = None) -> Any:
-        kept, x, *_ = ctx.saved_tensors
-        norm, branch, activation, launcher = ctx.how
-        needs = ctx.needs_input_grad[:4]
-        rest = (norm, branch, activation, kept, ctx.kept_is_input, x, needs)
-        if grad_sum is not None:
-            # Only a double backward gives the sum a gradient of its own.
-            total = reference.backward(grad_sum, norm, branch, None, None, False, x, needs)
-            if grad is None:
-                return (*total, None)
-            more = reference.backward(grad, *rest)
-            return (*(_plus(a, b) for a, b in zip(total, more, strict=True)), None)
-        if grad is None:
-            return None, None, None, None, None
-        if backward_needs_formula(grad):
-            return *reference.backward(grad, *rest), None
-        if launcher is not None:
-            try:
-                return *launcher.backward(grad, *rest), None
-            except KernelError as error:
-                _kernel.give_up(error)
-        return *reference.backward(grad, *rest, eager=True), None
-
-
-def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return other if one is None else one if other is None else one + other
+        norm, branch, activation, alone, saves, on_kernel, read, versions = ctx.how
+        if [each._version for each in read if each is not None] != versions:
+            raise RuntimeError(_MODIFIED)
+        kept, x = ctx.saved_tensors if saves else (None, None)
+        if grad is None:  # only the sum has a gradient, in a double backward
+            if grad_sum is None:
+                return (None,) * 7
+            grad = torch.zeros_like(grad_sum)
+        arguments = grad, norm, branch, activation, kept, alone, x, ctx.needs_input_grad[:4]
+        eager = grad_sum is None and not backward_needs_formula(grad)
+        grads = _kernel.run("backward", *arguments) if eager and on_kernel else None
+        if grads is None:
+            grads = reference.backward(*arguments, grad_sum=grad_sum, eager=eager)
+        return *grads, None, None, None
 
 
 def _apply(
@@ -250,18 +215,19 @@ def _apply(
             raise TypeError(f"The input must be of a floating dtype; it is {x.dtype}.")
         return reference.forward(x, norm, residual, branch, activation)[0]
     if not torch.is_grad_enabled():
-        return _computed(x, norm, residual, branch, activation)[0]
+        return _computed(x, norm, residual, branch, activation)[0][0]
     _, _, weight, bias, _ = norm
-    trained = (weight is not None and weight.requires_grad) or (
-        bias is not None and bias.requires_grad
-    )
+    # Autograd takes a microsecond for each tensor, so it gets only those that are trained.
+    weight = weight if weight is not None and weight.requires_grad else None
+    bias = bias if bias is not None and bias.requires_grad else None
+    trained = weight is not None or bias is not None
     if not trained and activation is None and residual is None:
         if x.requires_grad:
             return _FrozenBatchNormAlone.apply(x, norm)  # type: ignore[no-any-return]
     elif trained or x.requires_grad or (residual is not None and residual.requires_grad):
-        out: Any = _FrozenBatchNorm.apply(x, residual, weight, bias, (norm, branch, activation))
+        out: Any = _FrozenBatchNorm.apply(x, residual, weight, bias, norm, branch, activation)
         return out[0] if type(out) is tuple else out  # type: ignore[no-any-return]
-    return _computed(x, norm, residual, branch, activation)[0]
+    return _computed(x, norm, residual, branch, activation)[0][0]
 
 
 def _computed(
@@ -271,29 +237,19 @@ def _computed(
     branch: Norm | None,
     activation: str | None,
     keep_sum: bool = False,
-) -> tuple[Tensor, Tensor | None, Launcher | None]:
-    """Compute `reference.forward`, with the kernel if it supports the tensors.
-
-    Returns the output, the sum, and the launcher if the kernel ran.
-    """
-    launcher = _launcher_for(x)
+) -> tuple[tuple[Tensor, Tensor | None], bool]:
+    """Return the results of `reference.forward`, and whether the kernel computed them."""
+    launcher = (_kernel.launcher or _kernel.load()) if _on_cuda(x) else None
     if launcher is not None:
-        try:
+        try:  # as `Kernel.run`, without the time of a call
             done = launcher.forward(x, norm, residual, branch, activation, keep_sum)
             if done is not None:
-                return *done, launcher
+                return done, True
         except KernelError as error:
             _kernel.give_up(error)
     _check_shapes(x, norm, residual)
-    if residual is None and activation in EXACT:
-        return reference.normalised(x, norm, activation), None, None
     done = reference.forward(x, norm, residual, branch, activation, keep_sum=keep_sum, eager=True)
-    return *done, None
-
-
-def _launcher_for(x: Tensor) -> Launcher | None:
-    """The kernel's launcher, loaded at the first tensor on a CUDA device."""
-    return (_kernel.launcher or _kernel.load()) if _on_cuda(x) else None
+    return done, False
 
 
 def _check_shapes(x: Tensor, norm: Norm, residual: Tensor | None) -> None:
@@ -316,16 +272,14 @@ def _why_aten(x: Tensor, norm: Norm, residual: Tensor | None) -> str:
     if not _on_cuda(x):
         return "The input is not on a CUDA device."
     launcher = _kernel.launcher or _kernel.load()
-    if launcher is None:
-        return _kernel.trouble
-    why = launcher.refusal(x, norm, residual, None)
-    if not why:
-        try:
-            launcher.forward(x[:1].detach(), norm)
-        except KernelError as error:
-            _kernel.give_up(error)
-            why = _kernel.trouble
+    why = launcher.refusal(x, norm, residual, None) if launcher else _kernel.trouble
+    if not why and _kernel.run("forward", x[:1].detach(), norm) is None:
+        why = _kernel.trouble
     return why
 
 
 _on_cuda = attrgetter("is_cuda")
+_MODIFIED = (
+    "A statistic, weight or bias of a frozen norm layer has been modified by an inplace operation "
+    "between forward and backward."
+)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bnfreeze.errors import PolicyError
 from bnfreeze.nn.functional import _apply
 from bnfreeze.nn.reference import Norm
+from bnfreeze.norm_layers import AFFINE, STATISTICS
 from bnfreeze.torch_private import _BatchNorm
 
 __all__ = ["FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3d"]
@@ -102,17 +103,17 @@ class _FrozenBatchNormNd(nn.Module):
                     f"{kind} has a forward of its own, which would be lost. "
                     f"Use freeze(model, 'eval+affine') for it."
                 )
-        weight, bias = getattr(bn, "weight", None), getattr(bn, "bias", None)
+        weight = getattr(bn, "weight", None)
         eps = cast(float, bn.eps)
         layer = cls(mean.numel(), eps, weight is not None, mean.device, mean.dtype)
         with torch.no_grad():
-            layer.weight = None if weight is None else weight.detach().clone()
-            layer.bias = None if bias is None else bias.detach().clone()
-            layer.running_mean.copy_(mean)
-            layer.running_var.copy_(var)
-            count = getattr(bn, "num_batches_tracked", None)
-            if layer.num_batches_tracked is not None and count is not None:
-                layer.num_batches_tracked.copy_(count)
+            for name in AFFINE:
+                value = getattr(bn, name, None)
+                setattr(layer, name, None if value is None else value.detach().clone())
+            for name in STATISTICS:
+                value = getattr(bn, name, None)
+                if value is not None:
+                    getattr(layer, name).copy_(value)
         return layer
 
     def forward(
@@ -184,11 +185,11 @@ class _FrozenBatchNormNd(nn.Module):
         if self.num_batches_tracked is not None and key not in state_dict:
             state_dict[key] = self.num_batches_tracked
         if local_metadata.get("assign_to_params_buffers"):
-            for name in ("running_mean", "running_var"):
+            for name in STATISTICS[:2]:
                 value = state_dict.get(prefix + name)
                 if isinstance(value, Tensor) and value.dtype.itemsize < 4:
                     state_dict[prefix + name] = value.float()
-            for name in ("weight", "bias"):
+            for name in AFFINE:
                 value = state_dict.get(prefix + name)
                 if name in self._buffers and isinstance(value, Tensor):
                     # An assigned Parameter would take the place of the buffer, and train.

@@ -17,12 +17,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from bnfreeze.nn.activations import ACTIVATIONS, FROM_OUTPUT, GRADIENTS, IN_PLACE
+from bnfreeze.nn.activations import ACTIVATIONS, EXACT, FROM_OUTPUT, GRADIENTS
 
-__all__ = ["Norm", "backward", "forward", "normalised", "scaled"]
+__all__ = ["Norm", "backward", "forward", "scaled"]
 
 # Up to this many elements, the time of an operation is the time of calling it.
 _TINY = 2**11
+
+_zeros = lru_cache(torch.zeros)
 
 # Mean, var, weight, bias and eps of one frozen norm layer; each tensor has the shape (C,). A plain
 # tuple, because making a named one takes a twentieth of a call's time on the host.
@@ -54,13 +56,19 @@ def forward(
     Both results have the dtype of ``x``, and are rounded once from fp32 (fp64 for fp64).
     """
     math = _math_dtype(x.dtype)
+    # batch_norm reads a half and rounds the result, without a copy in fp32. That is enough where
+    # nothing follows, or an activation that gives the same if its input is rounded first.
+    if eager and residual is None and activation in EXACT and _takes_halves(x):
+        z = _normalise(x, norm, math)
+        return z if activation is None else ACTIVATIONS[activation](z, inplace=True), None
     z = _normalise(_cast(x, math), norm, math)
     if residual is not None:
         other = _cast(residual, math)
         other = other if branch is None else _normalise(other, branch, math)
         z = z.add_(other) if eager else z + other
     total = _cast(z, x.dtype) if keep_sum else None
-    return _cast(_activated(z, activation, eager and z is not total), x.dtype), total
+    y = ACTIVATIONS[activation](z, inplace=eager and z is not total)
+    return _cast(y, x.dtype), total
 
 
 def backward(
@@ -69,10 +77,11 @@ def backward(
     branch: Norm | None,
     activation: str | None,
     kept: Tensor | None,
-    kept_is_input: bool,
+    alone: bool,
     x: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
     *,
+    grad_sum: Tensor | None = None,
     eager: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, residual, weight and bias; None where ``needs`` says so.
@@ -83,11 +92,12 @@ def backward(
         branch: as in `forward`.
         activation: as in `forward`.
         kept: what the backward of the activation needs. It is the output for an activation in
-            `FROM_OUTPUT`. For the others it is the input of the activation or, with
-            ``kept_is_input``, ``x``, from which that is computed again.
-        kept_is_input: whether ``kept`` is ``x``.
+            `FROM_OUTPUT`. For the others it is the sum or, without a residual, ``x``, from which
+            the input of the activation is computed again.
+        alone: whether there is no residual.
         x: the input; only the gradient of weight needs it.
         needs: which of the four gradients are wanted.
+        grad_sum: the gradient of the sum that `forward` returned, if it has one of its own.
         eager: as in `forward`.
 
     All operations are differentiable, so that double backward works.
@@ -99,11 +109,12 @@ def backward(
             grad = GRADIENTS[activation](grad, kept)
         else:
             z = kept.to(math)
-            z = _normalise(z, norm, math) if kept_is_input else z
-            grad = GRADIENTS[activation](grad.to(math), z)
+            grad = GRADIENTS[activation](grad.to(math), _normalise(z, norm, math) if alone else z)
+    if grad_sum is not None:
+        grad = grad + grad_sum
     grad_residual = None
     if needs[1]:
-        grad_residual = _cast(grad if branch is None else scaled(grad, branch, eager=eager), dtype)
+        grad_residual = _cast(grad if branch is None else scaled(grad, branch, eager), dtype)
     grad_weight = grad_bias = None
     mean, var, weight, bias, eps = norm
     if needs[2] and weight is not None:
@@ -118,46 +129,31 @@ def backward(
     if needs[0]:
         # After an activation `grad` is a new tensor, which may be changed in place unless it is
         # the residual's gradient too.
-        own = activation is not None and grad_residual is not grad
-        if eager and own and grad.dtype is math:
-            grad_x = _cast(grad.mul_(_over(_scale(norm, math), grad)), dtype)
-        else:
-            grad_x = _cast(scaled(grad, norm, eager=eager), dtype)
+        own = eager and activation is not None and grad_residual is not grad
+        grad_x = _cast(scaled(grad, norm, eager, in_place=own), dtype)
     return grad_x, grad_residual, grad_weight, grad_bias
 
 
-def normalised(x: Tensor, norm: Norm, activation: str | None = None) -> Tensor:
-    """Return what `forward` returns with ``eager``, for a norm layer without a residual.
-
-    The activation must be in `bnfreeze.nn.activations.EXACT`: a half input is then normalised
-    without a copy in fp32, and rounded before the activation.
-    """
-    math = _math_dtype(x.dtype)
-    if _mixes(x):
-        z = _normalise(x, norm, math)
-    else:
-        z = _cast(_normalise(_cast(x, math), norm, math), x.dtype)
-    return _activated(z, activation, True)
-
-
-def scaled(grad: Tensor, norm: Norm, *, eager: bool = False) -> Tensor:
-    """Return ``grad`` times the scale of each channel, in its dtype.
-
-    This is the gradient of x where nothing follows the norm. A half is computed in fp32.
-    ``eager`` is as in `forward`.
-    """
+def scaled(grad: Tensor, norm: Norm, eager: bool, in_place: bool = False) -> Tensor:
+    """Return ``grad`` times the scale of each channel, in its dtype. A half is computed in fp32."""
+    _, var, weight, _, eps = norm
     math = _math_dtype(grad.dtype)
     half, tiny = grad.dtype is not math, math is torch.float32 and grad.numel() <= _TINY
-    if eager and (half or tiny) and _mixes(grad):
+    if eager and (half or tiny) and _takes_halves(grad):
         # A norm layer with zero mean and no bias computes this product. For halves that is one
         # pass without an fp32 copy, three times as fast on a CPU as type promotion. For a tiny
         # tensor it is one operation where the formula takes five. For a large fp32 tensor it can
         # take twice as long.
-        _, var, weight, _, eps = norm
         # Cached on the CPU only: memory made while a CUDA graph is captured belongs to the graph.
-        zeros = _zeros(var.numel()) if var.is_cpu else torch.zeros_like(var)
+        zeros = (
+            _zeros(var.numel(), device="cpu", dtype=torch.float32)
+            if var.is_cpu
+            else torch.zeros_like(var)
+        )
         return _normalise(grad, (zeros, var, weight, None, eps), math)
-    return _cast(grad * _over(_scale(norm, math), grad), grad.dtype)
+    scale = (_cast(var, math) + eps).rsqrt()
+    scale = _over(scale if weight is None else scale * _cast(weight, math), grad)
+    return grad.mul_(scale) if in_place and not half else _cast(grad * scale, grad.dtype)
 
 
 def _math_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -169,21 +165,9 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def _mixes(x: Tensor) -> bool:
+def _takes_halves(x: Tensor) -> bool:
     """Whether batch_norm on this device takes a half input with fp32 statistics."""
     return x.is_cpu or x.is_cuda
-
-
-@lru_cache
-def _zeros(channels: int) -> Tensor:
-    return torch.zeros(channels, device="cpu", dtype=torch.float32)
-
-
-def _scale(norm: Norm, dtype: torch.dtype) -> Tensor:
-    """``weight / sqrt(var + eps)`` in ``dtype``, of shape (C,)."""
-    _, var, weight, _, eps = norm
-    scale = (_cast(var, dtype) + eps).rsqrt()
-    return scale if weight is None else scale * _cast(weight, dtype)
 
 
 def _normalise(x: Tensor, norm: Norm, math: torch.dtype) -> Tensor:
@@ -194,12 +178,6 @@ def _normalise(x: Tensor, norm: Norm, math: torch.dtype) -> Tensor:
     # Not F.batch_norm: some versions of torch refuse an eps of 0 there, in evaluation too.
     enabled = x.is_cuda and torch.backends.cudnn.enabled  # asking takes a tenth of the call
     return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, enabled)
-
-
-def _activated(z: Tensor, activation: str | None, in_place: bool) -> Tensor:
-    if activation is None or not in_place:
-        return ACTIVATIONS[activation](z)
-    return IN_PLACE[activation](z)
 
 
 def _over(per_channel: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from bnfreeze.policies.class_swap import FrozenLayer
 from bnfreeze.policies.record import record_of, set_record
 from bnfreeze.policies.stats import OnCopies
 
-__all__ = ["ForceEval", "ForceEvalInstance"]
+__all__ = ["ForceEval", "ForceEvalInstance", "ForceEvalOnCopies"]
 
 
 class ForceEval(FrozenLayer):
@@ -35,7 +35,13 @@ class ForceEval(FrozenLayer):
             set_record(self, replace(record, training=mode))
 
 
-class ForceEvalInstance(OnCopies, ForceEval):
+class ForceEvalOnCopies(OnCopies, ForceEval):
+    """As `ForceEval`, for a forward that may write to the statistics in eval mode, too."""
+
+    prefix: ClassVar[str] = "Eval"
+
+
+class ForceEvalInstance(ForceEvalOnCopies):
     """As `ForceEval`, for instance norm.
 
     Instance norm uses its running statistics only if ``track_running_stats`` is true. Some

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bnfreeze.nn.activations import activation_of
 from bnfreeze.nn.modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
-from bnfreeze.norm_layers import is_lookalike
+from bnfreeze.norm_layers import forward_owner, is_lookalike
 from bnfreeze.policies.class_swap import FrozenLayer, make_class
 from bnfreeze.policies.eval import ForceEval
 from bnfreeze.policies.record import layer_class
@@ -116,6 +116,10 @@ _EXACT: dict[type[nn.Module], type[FrozenLayer]] = {
     nn.BatchNorm2d: _Fused2d,
     nn.BatchNorm3d: _Fused3d,
     nn.SyncBatchNorm: _FusedSync,
+    # Layers that the user built frozen. They compute the same already; now they can fuse more.
+    FrozenBatchNorm1d: _Fused1d,
+    FrozenBatchNorm2d: _Fused2d,
+    FrozenBatchNorm3d: _Fused3d,
 }
 # The plain ones: FrozenBatchNorm2d and DetrFrozenBatchNorm2d, not timm's FrozenBatchNormAct2d.
 _PLAIN_LOOKALIKE = re.compile(r"\w*FrozenBatchNorm2d", re.ASCII)
@@ -135,8 +139,8 @@ def fused_class(
     if "forward" in module.__dict__:
         return None, "its forward is overridden on the instance"
     behaviour = _EXACT.get(base)
-    if is_lookalike(module, base):
-        behaviour = _FusedLookalike if _is_plain(base) else None
+    if behaviour is None and is_lookalike(module, base) and _is_plain(base):
+        behaviour = _FusedLookalike
     if activations and _is_timms(base):
         act, drop = type(module.act), type(module.drop)
         if drop is not nn.Identity:
@@ -153,15 +157,13 @@ def fused_class(
 
 def _is_timms(base: type[nn.Module]) -> bool:
     """Whether a layer's forward is that of timm's BatchNormAct2d."""
-    owner = next(kind for kind in base.__mro__ if "forward" in vars(kind))
+    owner = forward_owner(base)
     return owner.__name__ == "BatchNormAct2d" and owner.__module__.partition(".")[0] == "timm"
 
 
 def _is_plain(base: type[nn.Module]) -> bool:
     """Whether a look-alike's forward is its library's, and nothing but batch norm."""
-    if issubclass(base, FrozenBatchNorm1d | FrozenBatchNorm2d | FrozenBatchNorm3d):
-        return False  # it is fused already
-    owner = next(kind for kind in base.__mro__ if "forward" in vars(kind))
+    owner = forward_owner(base)
     return (
         owner.__module__.split(".")[0] in _LIBRARIES
         and _PLAIN_LOOKALIKE.fullmatch(owner.__name__) is not None

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from bnfreeze.norm_layers import AFFINE, STATISTICS, computed_affine, is_lookalike, is_norm
+from bnfreeze.norm_layers import (
+    AFFINE,
+    NamedModule,
+    affine_parameters,
+    is_lookalike,
+    is_norm,
+    statistics_in,
+)
 from bnfreeze.policies.policy import Policy
 
 __all__ = [
@@ -15,12 +23,13 @@ __all__ = [
     "class_changed_since",
     "frozen_by",
     "frozen_names",
-    "frozen_parameters",
     "is_left_alone",
     "layer_class",
     "mark_left_alone",
+    "original_flags",
     "policy_name",
     "record_of",
+    "recorded",
     "set_record",
     "was_lookalike",
 ]
@@ -53,10 +62,7 @@ def record_of(module: nn.Module) -> FreezeRecord | None:
 
 def set_record(module: nn.Module, record: FreezeRecord | None) -> None:
     """Put a record on the module, or take it off."""
-    if record is None:
-        module.__dict__.pop(_RECORD, None)
-    else:
-        module.__dict__[_RECORD] = record
+    _put(module, _RECORD, record)
 
 
 def is_left_alone(module: nn.Module) -> bool:
@@ -66,10 +72,14 @@ def is_left_alone(module: nn.Module) -> bool:
 
 def mark_left_alone(module: nn.Module, alone: bool) -> None:
     """Note whether the rule for the module was ``none``."""
-    if alone:
-        module.__dict__[_LEFT_ALONE] = True
+    _put(module, _LEFT_ALONE, alone or None)
+
+
+def _put(module: nn.Module, key: str, value: object) -> None:
+    if value is None:
+        module.__dict__.pop(key, None)
     else:
-        module.__dict__.pop(_LEFT_ALONE, None)
+        module.__dict__[key] = value
 
 
 def layer_class(module: nn.Module) -> type[nn.Module]:
@@ -89,7 +99,7 @@ def frozen_names(module: nn.Module) -> tuple[str, ...]:
     policy = record.policy if record else Policy.NONE
     names: list[str] = []
     if is_norm(module) and (policy.freezes_statistics or was_lookalike(module)):
-        names += STATISTICS
+        names += [name for _, name in statistics_in(module)]
     if was_lookalike(module):
         names += [name for name in AFFINE if name in module._buffers]
     names += record.requires_grad if record else ()
@@ -98,20 +108,32 @@ def frozen_names(module: nn.Module) -> tuple[str, ...]:
     )
 
 
-def frozen_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The module's own parameters that freezing froze: they required a gradient before."""
+def recorded(module: nn.Module) -> list[tuple[str, nn.Parameter, bool]]:
+    """The module's own parameters that its policy freezes, each with the flag that it had."""
     record = record_of(module)
     return [
-        parameter
+        (name, parameter, flag)
         for name, flag in (record.requires_grad.items() if record else ())
-        if flag and (parameter := module._parameters.get(name)) is not None
+        if (parameter := module._parameters.get(name)) is not None
     ]
+
+
+def original_flags(modules: Iterable[NamedModule]) -> dict[nn.Parameter, bool]:
+    """The requires_grad that each frozen parameter had before any freezing.
+
+    A tied parameter has several records. If its layers were frozen one after another, the later
+    record saw it frozen already; so it required a gradient if any record says so.
+    """
+    flags: dict[nn.Parameter, bool] = {}
+    for entry in modules:
+        for _, parameter, flag in recorded(entry.module):
+            flags[parameter] = flag or flags.get(parameter, False)
+    return flags
 
 
 def policy_name(module: nn.Module) -> str:
     """The module's policy; ``"frozen"`` for another library's frozen layer, else ``"none"``."""
-    record = record_of(module)
-    if record is not None:
+    if record := record_of(module):
         return str(record.policy)
     return "frozen" if is_lookalike(module) else "none"
 
@@ -131,10 +153,8 @@ def frozen_by(module: nn.Module) -> Literal["bnfreeze", "class", "requires_grad"
         return "class"
     if not is_norm(module):
         return None
-    own = [p for name in AFFINE if (p := module._parameters.get(name)) is not None]
-    parameters = list(module.parameters()) if computed_affine(module) else own
-    by_hand = bool(parameters) and not any(p.requires_grad for p in parameters)
-    return "requires_grad" if by_hand else None
+    parameters = affine_parameters(module).values()
+    return "requires_grad" if parameters and not any(p.requires_grad for p in parameters) else None
 
 
 def was_lookalike(module: nn.Module) -> bool:

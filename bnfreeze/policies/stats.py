@@ -7,11 +7,11 @@ from typing import Any, ClassVar, NoReturn
 from torch import Tensor, nn
 
 from bnfreeze.errors import PolicyError
-from bnfreeze.norm_layers import STATISTICS
+from bnfreeze.norm_layers import statistics_in
 from bnfreeze.policies.class_swap import FrozenLayer
-from bnfreeze.torch_private import _BatchNorm, _InstanceNorm
+from bnfreeze.torch_private import _BatchNorm
 
-__all__ = ["BatchOnly", "KeepStatistics", "OnCopies"]
+__all__ = ["BatchOnly", "OnCopies"]
 
 
 class BatchOnly(FrozenLayer, _BatchNorm):
@@ -33,8 +33,8 @@ class BatchOnly(FrozenLayer, _BatchNorm):
 class OnCopies(FrozenLayer):
     """Runs the layer's own forward on copies of its statistics.
 
-    So they stay as they are whatever that forward does: write in place, assign, or ignore
-    ``track_running_stats``. Do not run the same layer in several threads at once.
+    So they stay as they are whatever that forward does: write in place, assign, or ignore its
+    mode and ``track_running_stats``. Do not run the same layer in several threads at once.
     """
 
     prefix: ClassVar[str] = "FixedStats"
@@ -52,25 +52,11 @@ class OnCopies(FrozenLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As before, but the forward sees copies of the statistics."""
-        kept = {}
-        for name in STATISTICS:
-            buffer = self._buffers.get(name)
-            if buffer is not None:
-                kept[name] = buffer
+        kept = [(holder, name, holder[name]) for holder, name in statistics_in(self)]
         try:
-            for name, buffer in kept.items():
-                self._buffers[name] = buffer.clone()
+            for holder, name, tensor in kept:
+                holder[name] = tensor.detach().clone()
             return super().forward(*args, **kwargs)
         finally:
-            for name, buffer in kept.items():
-                self._buffers[name] = buffer
-
-
-class KeepStatistics(OnCopies):
-    """Normalises with the batch in train mode, as before, and leaves the statistics alone."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As before. In eval mode only an instance norm writes to its statistics."""
-        if self.training or isinstance(self, _InstanceNorm):
-            return super().forward(*args, **kwargs)
-        return super(OnCopies, self).forward(*args, **kwargs)
+            for holder, name, tensor in kept:
+                holder[name] = tensor

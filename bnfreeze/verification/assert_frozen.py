@@ -9,7 +9,7 @@ from torch import nn
 
 from bnfreeze.errors import NotFrozenError, PolicyError
 from bnfreeze.inspection.live import inspect_model
-from bnfreeze.norm_layers import check_model, is_norm, keeps_unknown_statistics, named_modules
+from bnfreeze.norm_layers import check_model, is_norm, named_modules
 from bnfreeze.patterns import Pattern
 from bnfreeze.policies.record import class_changed_since, is_left_alone, policy_name, record_of
 from bnfreeze.verification.snapshot import Snapshot
@@ -62,9 +62,8 @@ def assert_frozen(
     patterns = [Pattern.parse(text) for text in texts]
     chosen = []
     for entry in modules:
-        module, names = entry.module, (*entry.plain_names, *entry.names)
-        matched = any(pattern.matches(name) for pattern in patterns for name in names)
-        if record_of(module) or is_norm(module) or keeps_unknown_statistics(module):
+        matched = any(pattern.matches(*entry.all_names) for pattern in patterns)
+        if record_of(entry.module) or is_norm(entry.module):
             chosen += [entry] if select is None or matched else []
     if select is not None and not chosen:
         raise PolicyError(
@@ -87,11 +86,8 @@ def assert_frozen(
 def _reasons(module: nn.Module, facts: LiveLayer | None, strict: bool) -> Iterator[str]:
     """Why the module is not frozen as it should be."""
     record, policy = record_of(module), policy_name(module)
-    if record is None and not is_left_alone(module):
-        if facts is None:
-            yield f"{type(module).__name__} keeps running statistics, and is not frozen"
-        elif facts.updates_statistics:
-            yield f"it is not frozen, and its statistics update{_why(facts, 'statistics')}"
+    if record is None and not is_left_alone(module) and facts and facts.updates_statistics:
+        yield f"it is not frozen, and its statistics update{_why(facts, 'statistics')}"
     if record is not None:
         if class_changed_since(module):
             yield f"it was frozen by {policy!r}, and something changed its class since"
@@ -107,7 +103,8 @@ def _reasons(module: nn.Module, facts: LiveLayer | None, strict: bool) -> Iterat
                 yield f"{name} has a .grad, which the next optimizer step applies"
     if strict and facts is not None:
         if facts.normalizes_with != "running":
-            yield f"it does not use its running statistics{_why(facts, 'normalizes_with')}"
+            uses = "does not use" if facts.normalizes_with == "batch" else "may not use"
+            yield f"it {uses} its running statistics{_why(facts, 'normalizes_with')}"
         if facts.trains_affine:
             yield f"its weight or bias trains{_why(facts, 'affine')}"
 

@@ -27,9 +27,8 @@ _MOVING = ("none", "affine", "weights", "affine+weights")
 def explained(drifts: Sequence[Drift], before: State, after: State) -> tuple[Drift, ...]:
     """The drifts, each with its cause and remedy."""
     other = _other_model(drifts, before, after)
-    return tuple(
-        with_reason(d, other.get(d.kind) or _reason(_Case(d, before, after))) for d in drifts
-    )
+    cases = [_Case(drift, before, after) for drift in drifts]
+    return tuple(with_reason(c.drift, other.get(c.drift.kind) or _reason(c)) for c in cases)
 
 
 def with_reason(drift: Drift, reason: Reason) -> Drift:
@@ -82,7 +81,10 @@ def _reason(case: _Case) -> Reason:
         reason = next(filter(None, (rule(case) for rule in rules)), None)
     elif kind in ("thawed", "mode") or (kind == "replaced" and not (case.old or case.new)):
         reason = _layer_changed(case)
-    return reason or because(kind)
+    reason = reason or because(kind)
+    if case.now and case.now.remedy and reason.code in ("forward-in-training", "train-called"):
+        return reason._replace(remedy=case.now.remedy)
+    return reason
 
 
 def _other_model(drifts: Iterable[Drift], before: State, after: State) -> dict[str, Reason]:
@@ -104,7 +106,11 @@ def _statistics_moved(case: _Case) -> Reason | None:
     """A reset, a layer that was thawed, or a forward pass in training mode."""
     old, was, now = case.old, case.was, case.now
     key = case.drift.name.rpartition(".")[2]
-    is_statistic = key in _STATISTICS and old is not None and old.kind != "parameter"
+    is_statistic = old is not None and (
+        (key in _STATISTICS and old.kind != "parameter")
+        # Of a foreign norm layer, what does not train.
+        or (now is not None and now.remedy != "" and not old.requires_grad)
+    )
     if is_statistic and _was_reset(case):
         return because("reset")
     if was and now and was.policy not in ("none", now.policy):

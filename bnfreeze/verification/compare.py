@@ -18,7 +18,7 @@ from bnfreeze.verification.values import locate
 if TYPE_CHECKING:
     from bnfreeze.verification.on_device import Pair
 
-__all__ = ["DIGESTED", "compare"]
+__all__ = ["DIGESTED", "Progress", "compare"]
 
 DIGESTED = "Values were compared by SHA-256: equal up to a collision."
 _FROM_FILE = (

@@ -3,193 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
 
-from bnfreeze.checkpoints import StoredTensor, open_checkpoint, tensors_by_name
+from bnfreeze.checkpoints import StoredTensor, open_checkpoint
 from bnfreeze.errors import CheckpointError
-from bnfreeze.findings import Finding, finding
+from bnfreeze.findings import Finding, finding, worst_first
+from bnfreeze.inspection.checkpoint import Unread
 from bnfreeze.inspection.code_calls import code_findings
 from bnfreeze.inspection.inspect import selected
-from bnfreeze.inspection.origin import Found, Origin
-from bnfreeze.inspection.tree import grouped
-from bnfreeze.tables import Printable, Sheet
-from bnfreeze.verification.compare import compare
-from bnfreeze.verification.drift import Drift, Kind
+from bnfreeze.inspection.origin import Found
+from bnfreeze.verification.compare import Progress, compare
+from bnfreeze.verification.diff_report import Diff, ModelPair, TensorChange
+from bnfreeze.verification.drift import Drift
+from bnfreeze.verification.pairing import check_prefixes, common_prefix, mapped, paired
 from bnfreeze.verification.stored import state_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Diff", "TensorChange", "diff", "diff_found", "diff_stored"]
+__all__ = ["Diff", "ModelPair", "TensorChange", "diff", "diff_found"]
 
-Role = Literal["statistics", "weight", "bias", "other"]
-
-_COUNT = "num_batches_tracked"
-_STATISTICS = frozenset({"running_mean", "running_var", _COUNT})
+_STATISTICS: Final = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 # If a tensor changed in several ways, the first of these is shown.
-_ORDER = ("removed", "added", "shape", "dtype", "unverified", "value")
-
-
-@dataclass(frozen=True)
-class TensorChange:
-    """One tensor, on both sides.
-
-    Attributes:
-        name: its dotted name.
-        role: ``"statistics"``, ``"weight"``, ``"bias"`` or ``"other"``, by its name.
-        kind: ``"identical"`` (every bit), or the kind of its `Drift`: ``"value"``, ``"dtype"``,
-            ``"shape"``, ``"added"`` (only in the second), ``"removed"`` (only in the first),
-            ``"unverified"`` (no values that can be compared: sparse, quantised, saved without).
-        total: how many elements.
-        changed: how many of them differ in any bit.
-        max_abs: the largest absolute change; None if no change is a finite number.
-        cause_code: as in `Drift`; empty if it is identical.
-        cause: as in `Drift`.
-    """
-
-    name: str
-    role: Role
-    kind: Kind | Literal["identical"]
-    total: int
-    changed: int = 0
-    max_abs: float | None = None
-    cause_code: str = ""
-    cause: str = ""
-
-
-@dataclass(frozen=True)
-class Diff(Printable):
-    """Two checkpoints, state_dicts or models compared, tensor by tensor.
-
-    Attributes:
-        first: where the first was found.
-        second: where the second was found.
-        tensors: one entry for each name, in the first's order; added ones last.
-        findings: what the changes together mean.
-    """
-
-    first: Origin
-    second: Origin
-    tensors: tuple[TensorChange, ...]
-    findings: tuple[Finding, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether both have the same names and every bit is the same, and none would run code."""
-        return _same(self.tensors) and all(one.level != "error" for one in self.findings)
-
-    def __bool__(self) -> bool:
-        return self.ok
-
-    def __repr__(self) -> str:
-        changed = sum(change.kind != "identical" for change in self.tensors)
-        return f"<Diff: {changed} of {len(self.tensors)} tensors changed>"
-
-    def modules(self) -> dict[str, list[TensorChange]]:
-        """The tensors by the part of the model that they belong to."""
-        groups = grouped([change.name for change in self.tensors])
-        return {name: [self.tensors[i] for i in members] for name, members in groups.items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        """The facts as plain data with stable keys."""
-        return {
-            "schema": 2,
-            "ok": self.ok,
-            "first": asdict(self.first),
-            "second": asdict(self.second),
-            "modules": {name: _same(changes) for name, changes in self.modules().items()},
-            "tensors": [asdict(change) for change in self.tensors],
-            "findings": [finding.to_dict() for finding in self.findings],
-        }
-
-    def sheet(self) -> Sheet:
-        """The facts laid out for `bnfreeze.tables`."""
-        rows = []
-        for name, changes in self.modules().items():
-            # The count of batches is not a size.
-            sizes = [c for c in changes if c.max_abs and not c.name.endswith(_COUNT)]
-            most = max(sizes, key=lambda c: c.max_abs or 0.0, default=None)
-            roles = ("statistics", "weight", "bias", "other")
-            cells = (_summary([c for c in changes if c.role == role]) for role in roles)
-            largest = (f"{most.max_abs:.3g}", most.name) if most else ("", "")
-            rows.append((name, *cells, *largest))
-        columns = ("module", "statistics", "weights", "biases", "other", "largest", "largest, in")
-        return Sheet(
-            title=f"{_shown(self.first)} → {_shown(self.second)}",
-            columns=columns,
-            rows=rows,
-            findings=self.findings,
-            verdict=self._verdict(),
-            further=frozenset({"largest, in"}),
-            notes=tuple(
-                f"{'from' if number == 0 else 'to  '} {line}"
-                for number, origin in enumerate((self.first, self.second))
-                for line in origin.summary()[:1]
-            ),
-            findings_first=True,
-        )
-
-    def lines(self) -> list[tuple[str, ...]]:
-        """One line for each tensor, for grep: a cell for each fact."""
-        return [
-            (
-                change.kind,
-                change.name,
-                f"{change.changed}/{change.total}",
-                "-" if change.max_abs is None else f"{change.max_abs:.6g}",
-            )
-            for change in self.tensors
-        ]
-
-    def _verdict(self) -> str:
-        if _same(self.tensors):
-            end = "." if self.ok else "; loading one of them would run code."
-            return f"Bit-identical: all {len(self.tensors)} tensors{end}"
-        parts_of = self.modules()
-        kept = [name for name, changes in parts_of.items() if _same(changes)]
-        changed = [name for name in parts_of if name not in kept]
-        if {change.kind for change in self.tensors} <= {"added", "removed"}:
-            parts = ["No name is in both: these are different models, or their names differ."]
-        elif not kept:
-            parts = ["Changed in every part."]
-        elif len(changed) < len(kept):
-            parts = [f"Bit-identical except for {_listed(changed)}."]
-        else:
-            parts = [f"Bit-identical: {_listed(kept)}. Changed: {_listed(changed)}."]
-        statistics = [change for change in self.tensors if change.role == "statistics"]
-        if statistics and _same(statistics):
-            parts.append(f"All {len(statistics)} running statistics are bit-identical.")
-        return " ".join(parts)
-
-
-def _same(changes: Iterable[TensorChange]) -> bool:
-    return all(change.kind == "identical" for change in changes)
-
-
-def _shown(origin: Origin) -> str:
-    return origin.path or f"a {origin.kind}"
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _summary(changes: list[TensorChange]) -> str:
-    if not changes:
-        return ""
-    for kinds, word in (
-        ({"dtype", "shape"}, "differ"),
-        ({"added", "removed"}, "missing"),
-        ({"value"}, "moved"),
-        ({"unverified"}, "unread"),
-    ):
-        count = sum(change.kind in kinds for change in changes)
-        if count:
-            return f"{count} of {len(changes)} {word}"
-    return "identical"
+_ORDER: Final = ("removed", "added", "shape", "dtype", "unverified", "value")
+# In units of the last place: d * x + (1 - d) * x comes as far from x, for d up to 0.9999.
+_ROUNDING: Final = 4096
 
 
 def diff(
@@ -197,33 +38,38 @@ def diff(
     b: str | os.PathLike[str] | Mapping[str, Any] | nn.Module,
     *,
     select: str | Iterable[str] | None = None,
-    key: str | None = None,
+    key: str | tuple[str | None, str | None] | None = None,
+    prefixes: Mapping[str, str] | None = None,
 ) -> Diff:
     """Compare two checkpoints, state_dicts or models, bit by bit.
 
-    A model stands for its state_dict. Nothing in a file is run or imported.
+    A model stands for its state_dict. Nothing in a file is run or imported. If the names of one
+    begin with a prefix that those of the other lack, such as ``model.backbone.``, it is found.
 
     Args:
         a: the earlier one: the path of a checkpoint, a state_dict or a mapping that has one, or a
             model.
         b: the later one.
-        select: a pattern of dotted module names, or several: only these are compared. None means
-            all.
-        key: if a checkpoint has several state_dicts, the one to take, such as ``"model_ema"``; None
-            for all of them.
+        select: a pattern of dotted module names, or several: only these are compared. A name of
+            either side may match. None means all.
+        key: if a checkpoint has several models, the one to take, such as ``"model_ema"``; a pair
+            has one for `a` and one for `b`. None means all: those with the same key are compared.
+        prefixes: how the names of `a` begin in `b`, such as ``{"": "model.backbone"}``. None means
+            that it is found out.
 
     Returns:
         A `Diff`; it is true if both have the same names and every bit is the same.
 
     Raises:
         TypeError: one is none of these.
-        PolicyError: a pattern is malformed or matches nothing.
-        CheckpointError: a checkpoint cannot be read.
+        PolicyError: a pattern is malformed or matches nothing, or no name has a prefix.
+        CheckpointError: a checkpoint cannot be read, or several models or prefixes fit.
     """
+    keys = key if isinstance(key, tuple) else (key, key)
     patterns = [select] if isinstance(select, str) else list(select or ())
     with ExitStack() as stack:
-        first, second = (_found(one, key, stack) for one in (a, b))
-        return diff_found(first, second, select=patterns)
+        first, second = (_found(one, k, stack) for one, k in zip((a, b), keys, strict=True))
+        return diff_found(first, second, select=patterns, prefixes=prefixes)
 
 
 def _found(what: object, key: str | None, stack: ExitStack) -> Found:
@@ -244,110 +90,164 @@ def diff_found(
     second: Found,
     *,
     select: Sequence[str] = (),
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    prefixes: Mapping[str, str] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Diff:
     """Compare all that was found on two sides.
-
-    If each side has one model, these two are compared, whatever their keys. Other state_dicts, and
-    several models, are compared with those of the same key: their names begin with it.
 
     Args:
         first: the earlier one.
         second: the later one.
-        select: patterns of dotted module names, within each state_dict; none means all.
-        progress: is called with how many tensors are done, and of how many.
+        select: patterns of dotted module names; none means all.
+        prefixes: as in `diff`.
+        progress: is called with how many tensors of a model are done, and of how many.
 
     Raises:
-        PolicyError: a pattern is malformed or matches nothing.
-        CheckpointError: a tensor cannot be read, or it is not clear which models to compare.
+        PolicyError: a pattern is malformed or matches nothing, or no name has a prefix.
+        CheckpointError: a tensor cannot be read, or several models or prefixes fit.
     """
     sides = (first, second)
-    several = any(len(side.parts.models) > 1 for side in sides)
-    keys = [{model.key for model in side.parts.models} for side in sides]
-    if several and keys[0].isdisjoint(keys[1]):
-        shown = (", ".join(map(repr, sorted(found))) for found in keys)
-        raise CheckpointError(
-            f"Which models to compare is not clear: there are {' and '.join(shown)}. "
-            f"Choose with the key."
-        )
-    parts = [selected(side.parts.all, select) for side in sides]
-    tensors = [
-        tensors_by_name(own, plain=None if several else side.parts.models[0].key)
-        for own, side in zip(parts, sides, strict=True)
+    names = [[name for part in side.parts.all for name in part.tensors] for side in sides]
+    chosen = selected([part for side in sides for part in side.parts.all], select)
+    wanted = {name for part in chosen for name in part.tensors}
+    check_prefixes(prefixes or {}, *names)
+    pairs: list[ModelPair] = []
+    tensors: list[TensorChange] = []
+    findings = [
+        replace(one, message=f"{side.path}: {one.message}")
+        for side in sides
+        for one in code_findings(side.calls)
     ]
-    origins = (first.origin(parts[0]), second.origin(parts[1]))
-    found = diff_stored(tensors[0], tensors[1], origins, progress=progress)
-    further = code_findings(tuple(dict.fromkeys((*first.calls, *second.calls))))
-    return replace(found, findings=(*further, *found.findings))
+    unread: list[Unread] = []
+    matching = paired(first, second)
+    for before, after in matching:
+        old, new = (part.tensors if part else {} for part in (before, after))
+        keys = [part.key if part else None for part in (before, after)]
+        key = keys[0] if before else keys[1]
+        used: Mapping[str, str] = {}
+        if before and after:
+            used = common_prefix(old, new) if prefixes is None else prefixes
+        there = mapped(old, used)
+        in_both = sum(name in new for name in there.values())
+        pairs.append(ModelPair(keys[0], keys[1], tuple(used.items()), in_both))
+        # Compared under the second's names.
+        here = {name: name for name in new} | {other: name for name, other in there.items()}
+        keep = {name for name in here if name in wanted or here[name] in wanted}
+        states = (
+            {there[name]: tensor for name, tensor in old.items() if there[name] in keep},
+            {name: tensor for name, tensor in new.items() if name in keep},
+        )
+        try:
+            changes = _changes(states, sides, progress)
+        except CheckpointError as error:
+            if len(matching) == 1:
+                raise
+            # The others are compared all the same.
+            unread.append(Unread(key or "", type(error).__name__, str(error)))
+            continue
+        changes = [
+            replace(one, name=min(here[one.name], one.name, key=len), key=key or "")
+            for one in changes
+        ]
+        findings += (*_leaks(changes, key or ""), *_averages(changes, key or ""))
+        tensors += changes
+    return Diff(
+        first.origin(first.parts.all),
+        second.origin(second.parts.all),
+        tuple(pairs),
+        tuple(tensors),
+        worst_first(findings),
+        tuple(unread),
+    )
 
 
-def diff_stored(
-    first: Mapping[str, StoredTensor],
-    second: Mapping[str, StoredTensor],
-    origins: tuple[Origin, Origin],
-    *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Diff:
-    """Compare two state_dicts.
-
-    Args:
-        first: the tensors of the earlier one, by name.
-        second: those of the later one.
-        origins: where they were found.
-        progress: is called with how many tensors are done, and of how many.
+def _changes(
+    states: tuple[dict[str, StoredTensor], dict[str, StoredTensor]],
+    sides: tuple[Found, Found],
+    progress: Progress,
+) -> list[TensorChange]:
+    """What changed of each tensor of two models, in the order of the first.
 
     Raises:
         CheckpointError: a tensor cannot be read.
     """
-    states = []
-    for tensors, origin in zip((first, second), origins, strict=True):
+    first, second = states
+    facts = []
+    for tensors, side in zip(states, sides, strict=True):
         try:
-            states.append(state_of(tensors))
+            facts.append(state_of(tensors))
         except CheckpointError as error:
-            raise type(error)(f"{_shown(origin)}: {error}") from None
+            raise type(error)(f"{side.path or side.kind}: {error}") from None
     drifts: dict[str, Drift] = {}
-    for drift in compare(*states, progress=progress).drifts:
+    for drift in compare(*facts, progress=progress).drifts:
         known = drifts.setdefault(drift.name, drift)
         if _ORDER.index(drift.kind) < _ORDER.index(known.kind):
             drifts[drift.name] = drift
     names = [*first, *(name for name in second if name not in first)]
-    changes = tuple(
+    return [
         _change(name, (first.get(name) or second[name]).numel, drifts.get(name)) for name in names
-    )
-    return Diff(*origins, changes, tuple(_leaks(changes)))
+    ]
 
 
 def _change(name: str, total: int, drift: Drift | None) -> TensorChange:
     last = name.rpartition(".")[2]
-    role: Role = "statistics" if last in _STATISTICS else "other"
-    if last == "weight" or last == "bias":
-        role = last  # type: ignore[assignment]
+    role: Any = last if last in ("weight", "bias") else "other"
+    role = "statistics" if last in _STATISTICS else role
     if drift is None:
         return TensorChange(name, role, "identical", total)
+    kind: Any = "missing" if drift.kind == "removed" else drift.kind
     return TensorChange(
         name,
         role,
-        drift.kind,
+        kind,
         total,
         drift.changed or 0,
         drift.max_abs,
+        drift.max_ulps,
         drift.cause_code,
         drift.cause,
     )
 
 
-def _leaks(changes: Iterable[TensorChange]) -> Iterator[Finding]:
+def _leaks(changes: Iterable[TensorChange], key: str) -> Iterator[Finding]:
     """Norm layers whose weight and bias did not change, and whose statistics did."""
-    layers: dict[str, dict[str, str]] = {}
+    layers: dict[str, dict[str, TensorChange]] = {}
     for change in changes:
         layer, _, part = change.name.rpartition(".")
-        layers.setdefault(layer, {})[part] = change.kind
+        layers.setdefault(layer, {})[part] = change
     for layer, parts in layers.items():
-        affine = [parts[part] for part in ("weight", "bias") if part in parts]
-        moved = "value" in (parts.get("running_mean"), parts.get("running_var"))
+        affine = [parts[part].kind for part in ("weight", "bias") if part in parts]
+        moved = any(
+            parts[part].kind == "value" and not _is_rounding(parts[part])
+            for part in ("running_mean", "running_var")
+            if part in parts
+        )
         if moved and affine and all(kind == "identical" for kind in affine):
             yield finding(
                 "stats-not-frozen",
                 layer,
                 "weight and bias are bit-identical, and the running statistics moved.",
+                key=key,
             )
+
+
+def _is_rounding(change: TensorChange) -> bool:
+    """Whether it moved as in an average of equal numbers: most elements stay, the others hardly."""
+    few = 2 * change.changed <= change.total
+    return 0 < (change.max_ulps or 0) <= (_ROUNDING if few else 4)
+
+
+def _averages(changes: Iterable[TensorChange], key: str) -> Iterator[Finding]:
+    """Whether tensors differ by so little as an average of equal numbers does."""
+    moved = [change for change in changes if change.kind == "value"]
+    rounded = [change for change in moved if _is_rounding(change)]
+    if rounded:
+        most = max(change.max_ulps or 0 for change in rounded)
+        yield finding(
+            "model-averaged",
+            "",
+            f"{len(rounded)} of {len(moved)} tensors that moved differ by rounding alone, at most "
+            f"{most:,} units of the last place: they look like an average (EMA, SWA) of values "
+            f"that did not change.",
+            key=key,
+        )

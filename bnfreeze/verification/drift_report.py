@@ -8,7 +8,8 @@ from typing import Any
 
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.findings import Finding
-from bnfreeze.tables import Printable, Sheet, escaped
+from bnfreeze.tables import Printable, Sheet
+from bnfreeze.text import encodable, escaped
 from bnfreeze.verification.drift import Drift, sentence, what_changed
 
 __all__ = ["DriftError", "DriftReport"]
@@ -61,7 +62,7 @@ class DriftReport(Printable):
         if self.drifts:
             first = self.drifts[0]
             text += f" {escaped(sentence(first))} {escaped(first.cause)}".rstrip()
-        return f"<DriftReport: {text if len(text) <= 215 else text[:214] + '…'}>"
+        return encodable(f"<DriftReport: {text if len(text) <= 215 else text[:214] + '…'}>")
 
     @property
     def message(self) -> str:

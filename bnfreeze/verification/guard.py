@@ -124,9 +124,9 @@ class Guard:
         self.before = snapshot(self._model, tensors=self._tensors, optimizer=self._optimizers)
         with ExitStack() as stack:
             if self._optimizers is None:
-                stack.callback(register_optimizer_step_post_hook(self._after_step).remove)
+                stack.callback(register_optimizer_step_post_hook(self.after_step).remove)
             for one in self._optimizers or ():
-                stack.callback(one.register_step_post_hook(self._after_step).remove)
+                stack.callback(one.register_step_post_hook(self.after_step).remove)
             if self._trace:
                 self._tracer = stack.enter_context(Tracer(self.before.state, self._midway))
             self._stack = stack.pop_all()
@@ -191,7 +191,12 @@ class Guard:
         """Compare in the middle of a step; the trace has seen every write up to here."""
         return self._compare(step=self.step + 1, since=self.step, exchange=False)
 
-    def _after_step(self, *_: Any) -> None:
+    def after_step(self, *_: Any) -> None:
+        """Count an optimizer step, and compare if it is time; torch's optimizers call this.
+
+        Raises:
+            DriftError: something has changed.
+        """
         __tracebackhide__ = True
         self.step += 1
         if self.step % self._every:

@@ -16,12 +16,13 @@ from bnfreeze.inspection.behaviour import optimizers_by_id
 from bnfreeze.inspection.in_memory import TensorInMemory, shard_of
 from bnfreeze.norm_layers import (
     NamedModule,
+    foreign_remedy,
+    is_foreign,
     is_lookalike,
     is_norm,
-    keeps_unknown_statistics,
     named_modules,
 )
-from bnfreeze.patterns import Pattern, nearest
+from bnfreeze.patterns import Pattern, hint
 from bnfreeze.policies.record import frozen_names, policy_name, record_of
 from bnfreeze.verification.state import LISTED, Identity, OwnerFacts, State, TensorFacts
 
@@ -96,7 +97,7 @@ def read_state(
     return State(
         selection,
         tensors,
-        {name: _owner_facts(module) for name, module in owners.items()},
+        {name: _owner_facts(name, module) for name, module in owners.items()},
         groups=tuple(group for places in ranges.values() for group in _overlapping(places)),
         values=values,
         identities=identities,
@@ -175,7 +176,7 @@ def _chosen(modules: Iterable[NamedModule], slots: Iterable[_Slot], selection: s
     if selection == "all":
         return {slot.name for slot in slots}
     if selection == "norm":
-        return {s.name for s in slots if is_norm(s.module) or keeps_unknown_statistics(s.module)}
+        return {s.name for s in slots if is_norm(s.module)}
     if selection == "frozen":
         # By identity, so that the other names of a frozen tensor belong to it.
         frozen = [getattr(entry.module, k) for entry in modules for k in frozen_names(entry.module)]
@@ -195,9 +196,8 @@ def _nothing(selection: str, slots: Iterable[_Slot]) -> str:
         return "The model has no norm layer, so there is nothing to check. Use tensors='all'."
     if selection == "all":
         return "The model has no tensor, so there is nothing to check."
-    near = nearest(selection, ["frozen", "norm", "all", *(slot.name for slot in slots)])
-    hint = " Did you mean " + " or ".join(map(repr, near)) + "?" if near else ""
-    return f"Pattern {selection!r} matches no tensor of the model.{hint}"
+    near = hint(selection, ["frozen", "norm", "all", *(slot.name for slot in slots)])
+    return f"Pattern {selection!r} matches no tensor of the model.{near}"
 
 
 def _tensor_facts(
@@ -223,7 +223,7 @@ def _tensor_facts(
     )
 
 
-def _owner_facts(module: nn.Module) -> OwnerFacts:
+def _owner_facts(name: str, module: nn.Module) -> OwnerFacts:
     record = record_of(module)
     free = not record.policy.forces_eval if record else is_lookalike(module)
     # fully_shard gives a module a class made on the spot, derived from its own.
@@ -235,4 +235,5 @@ def _owner_facts(module: nn.Module) -> OwnerFacts:
         policy=policy_name(module),
         training=module.training,
         mode_matters=is_norm(module) and not free,
+        remedy="" if record or not is_foreign(module) else foreign_remedy(module, name),
     )

@@ -233,7 +233,7 @@ def _facts(path: Path, header: Any) -> State:
         groups = tuple(tuple(map(str, group)) for group in facts["groups"])
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise _corrupt(path, f"its facts are incomplete ({error!r:.200})") from error
-    texts = [text for owner in owners.values() for text in owner[:2]]
+    texts = [text for owner in owners.values() for text in (*owner[:2], owner.remedy)]
     for one in tensors.values():
         texts += [one.kind, one.dtype, one.device, one.owner, one.first]
         texts += [one.placement, one.unreadable]

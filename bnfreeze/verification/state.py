@@ -61,12 +61,14 @@ class OwnerFacts(NamedTuple):
         training: its training flag.
         mode_matters: whether the flag decides about the statistics. Otherwise it is free to
             change, as under the policies ``stats`` and ``affine``.
+        remedy: of a foreign norm layer that is not frozen, what would freeze it.
     """
 
     kind: str = ""
     policy: str = ""
     training: bool = False
     mode_matters: bool = False
+    remedy: str = ""
 
     @property
     def short_kind(self) -> str:

@@ -11,7 +11,7 @@ from bnfreeze.errors import CheckpointError, PolicyError
 from bnfreeze.inspection.code_calls import code_findings
 from bnfreeze.inspection.origin import Found
 from bnfreeze.patterns import Pattern
-from bnfreeze.verification.compare import DIGESTED, compare
+from bnfreeze.verification.compare import DIGESTED, Progress, compare
 from bnfreeze.verification.drift_report import DriftReport
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.state import LISTED, OwnerFacts, State, TensorFacts
@@ -53,7 +53,11 @@ def _layer(name: str) -> str:
 
 
 def snapshot_of(
-    tensors: Mapping[str, StoredTensor], *, everything: bool = False, digest: bool = False
+    tensors: Mapping[str, StoredTensor],
+    *,
+    everything: bool = False,
+    digest: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> Snapshot:
     """Make a snapshot of a checkpoint: of names, dtypes, shapes and bits.
 
@@ -61,6 +65,7 @@ def snapshot_of(
         tensors: the checkpoint's, by name.
         everything: all of them, instead of those of norm layers only.
         digest: keep SHA-256 digests instead of a copy.
+        progress: is called with how many tensors are taken, and of how many.
 
     Raises:
         PolicyError: there is nothing to take.
@@ -75,7 +80,8 @@ def snapshot_of(
     state = state_of(chosen)
     kept: dict[str, StoredTensor] = {}
     digests: dict[str, str] = {}
-    for name, tensor in state.values.items():
+    for done, (name, tensor) in enumerate(state.values.items()):
+        progress(done, len(state.values))
         with naming_file(name):
             if digest:
                 digests[name] = state.digest(name)
@@ -85,7 +91,11 @@ def snapshot_of(
 
 
 def verify_stored(
-    tensors: Mapping[str, StoredTensor], snapshot: Snapshot, *, select: Sequence[str] = ()
+    tensors: Mapping[str, StoredTensor],
+    snapshot: Snapshot,
+    *,
+    select: Sequence[str] = (),
+    progress: Progress = lambda done, total: None,
 ) -> DriftReport:
     """Compare a checkpoint with a snapshot: names, dtypes, shapes, bits.
 
@@ -93,6 +103,7 @@ def verify_stored(
         tensors: the checkpoint's, by name. Tensors that the snapshot lacks are not a drift.
         snapshot: of a live model, or of another checkpoint.
         select: patterns of module names; none means all that the snapshot has.
+        progress: is called with how many tensors are compared, and of how many.
 
     Returns:
         A `DriftReport`. What the snapshot has and no checkpoint can have, such as a
@@ -123,10 +134,16 @@ def verify_stored(
     after = replace(now, tensors={**now.tensors, **unsaved})
     # The other notes are about a live model.
     notes = (DIGESTED,) if before.digests else ()
-    return replace(compare(old, after, gathered=True), notes=notes)
+    return replace(compare(old, after, gathered=True, progress=progress), notes=notes)
 
 
-def verify_found(found: Found, snapshot: Snapshot, *, select: Sequence[str] = ()) -> DriftReport:
+def verify_found(
+    found: Found,
+    snapshot: Snapshot,
+    *,
+    select: Sequence[str] = (),
+    progress: Progress = lambda done, total: None,
+) -> DriftReport:
     """Compare all that was found in a checkpoint with a snapshot.
 
     A snapshot of a model is compared with the only model that the checkpoint has. A snapshot of a
@@ -147,5 +164,5 @@ def verify_found(found: Found, snapshot: Snapshot, *, select: Sequence[str] = ()
                 f"--key."
             )
         tensors = tensors_by_name(found.parts.all, None)
-    report = verify_stored(tensors, snapshot, select=select)
+    report = verify_stored(tensors, snapshot, select=select, progress=progress)
     return replace(report, findings=code_findings(found.calls))

@@ -25,6 +25,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import bnfreeze
 from bnfreeze import DriftError, Policy, PolicyError, unfreeze
 from bnfreeze.integrations.lightning import FreezeBatchNorm
+from tests.helpers import moved, state
 
 from .checks import (
     assert_frozen_as,
@@ -209,6 +210,68 @@ def test_only_fit_freezes(model, policy, trainer, loader):
     one.test(module, loader, verbose=False)
     assert torch.equal(torch.cat(one.predict(module, loader)), expected)
     assert bnfreeze.snapshot(model, tensors="all") == before
+
+
+# A start later in the training.
+
+
+class Watch(Callback):
+    """Keeps the bits at the start of each epoch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_epoch_start(self, trainer, module):
+        self.seen.append(state(module.net))
+
+
+def fit_late(model, policy, trainer, loader, strategy="auto"):
+    """Fit for three epochs, frozen from the second; return what must have been frozen."""
+    watch = Watch()
+    one = trainer(FreezeBatchNorm(policy, start_epoch=1), watch, max_epochs=3, strategy=strategy)
+    one.fit(Classifier(model), loader)
+    frozen = set(bnfreeze.snapshot(model).names)
+    assert frozen <= moved(watch.seen[0], model)
+    assert not frozen & moved(watch.seen[1], model)
+    assert_frozen_as(model, policy)
+    return one, frozen
+
+
+@by_policy
+def test_a_late_start_freezes_what_was_trained(model, policy, trainer, loader):
+    one, frozen = fit_late(model, policy, trainer, loader)
+    kept = one.optimizers[0].state
+    assert {name for name, p in model.named_parameters() if p not in kept} == frozen & {
+        name for name, _ in model.named_parameters()
+    }
+
+
+def test_a_late_start_may_be_a_step(model, trainer, loader):
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            policies.append({layer.policy for layer in bnfreeze.inspect(model).layers})
+
+    policies = []
+    trainer(FreezeBatchNorm("eval", start_step=3), Look()).fit(Classifier(model), loader)
+    assert policies == [{"none"}, {"none"}, {"none"}, {"eval"}]
+
+
+@pytest.mark.parametrize(
+    ("policy", "strategy"),
+    [("eval", "ddp"), ("eval+affine", "ddp_find_unused_parameters_true"), ("eval+affine", "ddp")],
+)
+def test_inside_ddp_only_statistics_may_start_late(model, policy, strategy, trainer, loader):
+    with patch.dict(os.environ):
+        try:
+            if (policy, strategy) != ("eval+affine", "ddp"):
+                fit_late(model, policy, trainer, loader, strategy)
+                return
+            before = state(model)
+            with pytest.raises(PolicyError, match="find_unused_parameters"):
+                fit_late(model, policy, trainer, loader, strategy)
+            assert not moved(before, model)  # refused before the first step
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 # Fabric: the user writes the loop.

@@ -111,6 +111,23 @@ def test_a_resumed_run_stays_frozen(model, policy, trainer, tmp_path):
     assert one.state.global_step == 8
 
 
+@pytest.mark.parametrize("start", [{"start_epoch": 1}, {"start_step": 3}])
+def test_a_late_start_freezes_what_was_trained(model, trainer, start):
+    """And the optimizer keeps no momentum for it."""
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *_, **events):
+            policies.append({layer.policy for layer in bnfreeze.inspect(model).layers})
+
+    policies = []
+    one = trainer(WithLoss(model), FreezeBatchNorm("eval+affine", **start), Look())
+    one.train()
+    late = start.get("start_step", 2)
+    assert policies == [{"none"}] * late + [{"eval+affine"}] * (4 - late)
+    assert model.bn1.weight not in one.optimizer.state
+    assert model.fc.weight in one.optimizer.state
+
+
 # Errors.
 
 

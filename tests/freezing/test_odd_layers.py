@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from timm.layers import BatchNormAct2d, EvoNorm2dB0
+from timm.layers import BatchNormAct2d
 from timm.layers import freeze_batch_norm_2d as timm_freeze
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -340,29 +340,6 @@ def test_a_name_alone_makes_no_look_alike():
         pass
 
     assert inspect(nn.Sequential(FrozenBatchNormConfig())).layers == ()
-
-
-def test_statistics_in_an_unknown_module_are_a_finding():
-    class Whitening(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("running_mean", torch.zeros(2))
-            self.register_buffer("running_var", torch.ones(2))
-
-    model = nn.Sequential(nn.BatchNorm2d(2), Whitening())
-    for findings in (inspect(model).findings, freeze(model).findings):
-        assert [(f.name, f.level) for f in findings if f.code == "layer-foreign"] == [
-            ("1", "warning")
-        ]
-
-
-def test_a_variance_alone_is_a_finding_too():
-    model = nn.Sequential(nn.BatchNorm2d(2), EvoNorm2dB0(2))
-    assert ("1", "layer-foreign") in [(f.name, f.code) for f in inspect(model).findings]
-    freeze(model, "eval+affine")
-    before = state(model)
-    step(model, torch.randn(2, 2, 4, 4))
-    assert "1.running_var" in moved(before, model)
 
 
 # What wraps a model.

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import convert_splitbn_model
 from timm.layers import freeze_batch_norm_2d as timm_freeze
 from torch import nn
 from torch.nn.utils import prune
@@ -13,10 +14,11 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from bnfreeze import FreezeReport, PolicyError, freeze, inspect, unfreeze
 from tests.conftest import Small
+from tests.freezing.test_foreign import OwnNorm, Renormalised
 from tests.helpers import state, step
 
 POLICIES = ["stats", "affine", "eval", "stats+affine", "eval+affine", "fused", "fused-act"]
-POLICIES += ["weights", "eval+weights", {"": "eval", "**.1": "none"}]
+POLICIES += ["weights", "eval+weights", {"": "eval", "**.1": "none"}, {"stem.*": "eval+affine"}]
 
 
 def by_hand(model):
@@ -66,6 +68,9 @@ FLAGS = {
     "look-alike": lambda m: m.stem.append(FrozenBatchNorm2d(4)) and m,
     "timm's": lambda m: m.stem.append(timm_freeze(timm.layers.BatchNormAct2d(4))) and m,
     "pruned": pruned,
+    "foreign": lambda model: model.stem.append(OwnNorm()) and model,
+    "own forward": lambda model: model.stem.append(Renormalised(3)) and model,
+    "split": lambda model: convert_splitbn_model(model, 2),
 }
 
 

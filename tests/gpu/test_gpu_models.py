@@ -1,6 +1,6 @@
 """Whole models frozen, trained and verified on a GPU.
 
-They run on the CPU as well, so that a failure on a GPU is bnfreeze's and not that of a test.
+Among the slow tests they run on the CPU as well. If only a GPU fails, the test is not at fault.
 """
 
 import copy
@@ -20,7 +20,9 @@ GPU = [
 ]
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.fixture(
+    params=[pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=GPU)]
+)
 def device(request):
     return request.param
 

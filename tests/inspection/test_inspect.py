@@ -108,7 +108,13 @@ def test_the_dict_is_plain_json_with_stable_keys(model):
         "kind": "BatchNorm1d",
         "policy": "eval+affine",
         "fuses": "",
-        "actions": ["force-eval", "freeze-statistics", "freeze-weight", "freeze-bias"],
+        "actions": [
+            "restore",
+            "force-eval",
+            "freeze-statistics",
+            "freeze-weight",
+            "freeze-bias",
+        ],
         "note": "",
     }
 

@@ -64,19 +64,43 @@ def test_a_new_guard_replaces_the_old_one_and_a_closed_one_is_over(model, images
     step(model, images, optimizer)
 
 
+def test_a_late_start_tries_the_policy_at_once(model):
+    late = FreezeCallback({"stem": "eval", "nowhere": "eval"}, start_epoch=1)
+    with pytest.raises(PolicyError, match="nowhere"):
+        late.prepare(model)
+    assert {layer.policy for layer in bnfreeze.inspect(model).layers} == {"none"}
+
+
+def test_a_late_start_waits_for_epoch_and_step(model, images):
+    late = FreezeCallback("eval+affine", start_epoch=1, start_step=3)
+    assert not late.prepare(model)
+    optimizer = step(model, images)
+    frozen = []
+    for epoch, steps in [(0, 0), (0, 5), (1, 2), (1, 3)]:
+        late.at_batch(model, optimizer, epoch=epoch, step=steps)
+        frozen.append(late.started)
+    assert frozen == [False, False, False, True]
+    assert model.stem[1].weight not in optimizer.state
+    step(model, images, optimizer)
+    late.close()
+    assert not late.started
+
+
 def test_nothing_imports_a_trainer_but_who_asks_for_it():
     code = (
         "import sys, importlib, bnfreeze, bnfreeze.cli, bnfreeze.integrations; bnfreeze.freeze\n"
-        "trainers = ('lightning', 'pytorch_lightning', 'transformers')\n"
+        "trainers = ('lightning', 'pytorch_lightning', 'transformers', 'ultralytics', 'mmengine',"
+        " 'fastai')\n"
         "print([name for name in trainers if name in sys.modules])\n"
         "sys.modules.update(dict.fromkeys(trainers))\n"
-        "for name in ('lightning', 'transformers'):\n"
+        "for name in ('lightning', 'transformers', 'ultralytics', 'mmengine', 'fastai'):\n"
         "    try: importlib.import_module(f'bnfreeze.integrations.{name}')\n"
-        "    except ImportError as error: print(error.name)\n"
+        "    except ImportError as error: print(error.name.partition('.')[0])\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # What is missing where a trainer is not installed is named by the usual ImportError.
-    assert ran.stdout.split("\n")[:-1] == ["[]", "pytorch_lightning", "transformers"]
+    missing = ["pytorch_lightning", "transformers", "ultralytics", "mmengine", "fastai"]
+    assert ran.stdout.split("\n")[:-1] == ["[]", *missing]
 
 
 @pytest.mark.slow

@@ -6,10 +6,10 @@ Triton.
 
 import functools
 import itertools
-import multiprocessing
 import os
 import re
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -37,7 +37,7 @@ needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC")
 
 
 def every_variant():
-    found = [Variant("finish")]
+    found = ["finish"]
     for (dtype, lanes), activation, residual in itertools.product(
         plans._LANES.items(), KERNEL_NAMES.values(), RESIDUALS
     ):
@@ -45,26 +45,14 @@ def every_variant():
         backward = f"Backward<{activation}, {residual}>"
         for width in (lanes, 1):
             head = f"<{dtype}, {width}, "
-            found += [
-                Variant(text)
-                for text in (
-                    f"planes{head}{forward}, false>",
-                    f"planes{head}{forward}, true>",
-                    f"rows{head}{forward}, false>",
-                    f"planes{head}{backward}, false>",
-                    f"planes{head}{backward}, true>",
-                    f"rows{head}{backward}, false>",
-                    f"rows{head}{backward}, true>",
-                    f"planes_trained{head}{backward}>",
-                )
-            ]
-    return found
+            for op in (forward, backward):
+                found += [f"planes{head}{op}, {wide}>" for wide in ("false", "true")]
+                found.append(f"rows{head}{op}, false>")
+            found += [f"rows{head}{backward}, true>", f"planes_trained{head}{backward}>"]
+    return [Variant(text) for text in found]
 
 
 EVERY = every_variant()
-# Each architecture compiles a different part of the 721 in every run, and the slow tests compile
-# all. 97 shares no factor with the lists that are multiplied above, so a part is a mixture.
-SHARE = 97
 
 
 def tool(name):
@@ -75,42 +63,25 @@ def tool(name):
     return path
 
 
-@functools.cache
-def compiled(arch, start, step):
-    part = EVERY[start::step]
-    return part, compile_source(program(part), arch)
+def output_of(name, *arguments):
+    """What one of the tools of Triton prints."""
+    done = subprocess.run([tool(name), *arguments], capture_output=True, check=True)
+    return done.stdout.decode(errors="replace")
 
 
-def resources_of(code, folder):
-    """What each entry point takes: registers, stack bytes, local bytes."""
-    file = folder / "all.cubin"
-    file.write_bytes(code)
-    said = subprocess.run(
-        [tool("cuobjdump"), "-res-usage", file], capture_output=True, text=True, check=True
-    ).stdout
-    pattern = r"Function (bnfreeze_\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
-    return {name: tuple(map(int, rest)) for name, *rest in re.findall(pattern, said)}
-
-
-def assembly_of(code, folder):
-    """The machine code of each entry point, as text."""
-    file = folder / "all.cubin"
-    file.write_bytes(code)
-    said = subprocess.run(
-        [tool("nvdisasm"), "-c", file], capture_output=True, check=True
-    ).stdout.decode(errors="replace")
-    sections = re.split(r"\.section\s+\.text\.(bnfreeze_\w+)", said)[1:]
-    return dict(zip(sections[::2], sections[1::2], strict=True))
-
-
-def check(variants, code, folder):
+def check(variants, arch, folder):
+    code = compile_source(program(variants), arch)
     assert code[:4] == b"\x7fELF"  # machine code, not PTX
-    resources = resources_of(code, folder)
-    assert set(resources) == {variant.name for variant in variants}
-    for name, (registers, stack, local) in resources.items():
-        assert (stack, local) == (0, 0), f"{name} spills"
-        assert registers <= 128, f"{name}: two blocks must fit"
-    for name, text in assembly_of(code, folder).items():
+    file = folder / "all.cubin"
+    file.write_bytes(code)
+    pattern = r"Function (bnfreeze_\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+    resources = re.findall(pattern, output_of("cuobjdump", "-res-usage", file))
+    assert {name for name, *_ in resources} == {variant.name for variant in variants}
+    for name, registers, stack, local in resources:
+        assert (stack, local) == ("0", "0"), f"{name} spills"
+        assert int(registers) <= 128, f"{name}: two blocks must fit"
+    sections = re.split(r"\.section\s+\.text\.(bnfreeze_\w+)", output_of("nvdisasm", "-c", file))
+    for name, text in zip(sections[1::2], sections[2::2], strict=True):
         assert not re.search(r"\b(LDL|STL)\b", text), f"{name} spills"
         wide = [bool(re.search(rf"\b{op}\.E\S*\.128\b", text)) for op in ("LDG?", "STG?")]
         vector = re.search(r"_(f32_4|f16_8|bf16_8)_", name) is not None
@@ -118,9 +89,10 @@ def check(variants, code, folder):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_variants_compile_for_every_architecture_without_spills(arch, tmp_path):
-    check(*compiled(arch, ARCHITECTURES.index(arch), SHARE), tmp_path)
+def test_some_variants_compile_without_spills(tmp_path):
+    # 181 shares no factor with the lists that are multiplied above, so these are a mixture.
+    for arch in ("sm_75", "sm_120"):
+        check(EVERY[3::181], arch, tmp_path)
 
 
 @needs_nvrtc
@@ -128,7 +100,7 @@ def test_variants_compile_for_every_architecture_without_spills(arch, tmp_path):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("start", range(8))
 def test_every_variant_compiles_for_every_architecture_without_spills(arch, start, tmp_path):
-    check(*compiled(arch, start, 8), tmp_path)
+    check(EVERY[start::8], arch, tmp_path)
 
 
 @needs_nvrtc
@@ -216,24 +188,23 @@ def test_the_cache_lies_where_caches_lie(monkeypatch):
     assert build.cache_folder() == Path("/elsewhere")
 
 
-def race(folder, barrier, results):
-    os.environ["BNFREEZE_CACHE"] = folder
-    barrier.wait()
-    results.put(cubin(Variant("finish"), "sm_90"))
+def test_two_may_race_for_the_cache(compiler, tmp_path, monkeypatch):
+    barrier, written = threading.Barrier(2), []
+    write = build._write
 
+    def at_once(path, code):
+        barrier.wait()
+        write(path, code)
 
-@needs_nvrtc
-def test_two_processes_may_race_for_the_cache(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
+    monkeypatch.setattr(build, "_write", at_once)
     racers = [
-        context.Process(target=race, args=(str(tmp_path), barrier, results)) for _ in range(2)
+        threading.Thread(target=lambda: written.append(cubin(VARIANT, "sm_90"))) for _ in "12"
     ]
     for racer in racers:
         racer.start()
-    first, second = results.get(), results.get()
     for racer in racers:
         racer.join()
-    assert first == second
-    (file,) = tmp_path.iterdir()
-    assert build._read(file) == first
+    assert len(compiler) == 2
+    assert written[0] == written[1]
+    (file,) = (tmp_path / "cache").iterdir()
+    assert build._read(file) == written[0]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import batch_norm
 
-from bnfreeze.nn.activations import ACTIVATIONS, TABLE
+from bnfreeze.nn.activations import ACTIVATIONS
 from bnfreeze.nn.functional import _frozen_batch_norm_add, backend, frozen_batch_norm
 from tests.helpers import Affine
 
@@ -43,11 +43,8 @@ def tensors(shape, dtype=torch.float32, *, grad=False, seed=0, affine=True):
 def call(x, residual, norm, branch, activation, mode):
     if mode == "affine+add":
         return _frozen_batch_norm_add(x, norm, residual, branch, activation)
-    mean, var, weight, bias, eps = norm
     residual = residual if mode == "add" else None
-    return frozen_batch_norm(
-        x, mean, var, weight, bias, eps, residual=residual, activation=activation
-    )
+    return frozen_batch_norm(x, *norm, residual=residual, activation=activation)
 
 
 def reference(x, residual, norm, branch, activation, mode):
@@ -75,13 +72,6 @@ def test_fp32_is_bit_identical_to_batchnorm_in_eval(shape, affine):
     theirs = batch_norm(x, norm.mean, norm.var, norm.weight, norm.bias, False, 0.1, norm.eps)
     assert torch.equal(ours, theirs)
     assert ours.dtype is x.dtype
-
-
-@pytest.mark.parametrize("activation", [each.name for each in TABLE])
-def test_an_activation_is_torchs_own_applied_to_the_norm(activation):
-    x, _, norm, _ = tensors((4, 3, 5, 5))
-    ours = frozen_batch_norm(x, *norm, activation=activation)
-    assert torch.equal(ours, ACTIVATIONS[activation](frozen_batch_norm(x, *norm)))
 
 
 @pytest.mark.parametrize(("activation", "mode"), COMBINATIONS)
@@ -138,13 +128,15 @@ def test_the_gradient_of_a_half_is_within_one_rounding_of_fp64(dtype, layout, ac
 
 @pytest.mark.parametrize(("activation", "mode"), COMBINATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("which", [(0,), (0, 1)])
-def test_no_argument_is_written_to(activation, mode, dtype, which):
+@pytest.mark.parametrize("both", [False, True])
+def test_no_argument_is_written_to(activation, mode, dtype, both):
     x, residual, norm, branch = tensors((4, 3, 5, 5), dtype)
     grad = torch.randn(4, 3, 5, 5).to(dtype)
     handed = (x, residual, grad, *norm[:4], *branch[:4])
     before = [tensor.clone() for tensor in handed]
-    wanted = [(x, residual)[n].requires_grad_() for n in which if mode or n == 0]
+    wanted = [x, residual] if mode and both else [x]
+    for tensor in wanted:
+        tensor.requires_grad_()
     out = call(x, residual, norm, branch, activation, mode)
     kept = out.detach().clone()
     # Twice, for what is saved must not be used up either.
@@ -159,37 +151,24 @@ def test_no_argument_is_written_to(activation, mode, dtype, which):
 @pytest.mark.parametrize("trained", [False, True])
 def test_gradcheck_and_gradgradcheck(activation, mode, trained):
     x, residual, norm, branch = tensors((2, 2), torch.float64, grad=True)
-    parameters = [p.requires_grad_(trained) for p in (norm.weight, norm.bias)]
-    norm = norm._replace(weight=None, bias=None)
 
     def function(x, residual, weight, bias):
         both = norm._replace(weight=weight, bias=bias)
         return call(x, residual, both, branch, activation, mode)
 
-    inputs = (x, residual, *parameters)
+    inputs = (x, residual, norm.weight.requires_grad_(trained), norm.bias.requires_grad_(trained))
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
-
-
-def saved_sizes(function):
-    sizes = []
-
-    def pack(tensor):
-        sizes.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = function()
-    return sizes, out
 
 
 @pytest.mark.parametrize(("activation", "mode"), COMBINATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_at_most_one_tensor_of_the_inputs_size_is_saved(activation, mode, dtype):
     x, residual, norm, branch = tensors((4, 3, 5, 5), dtype, grad=True)
-    sizes, _ = saved_sizes(lambda: call(x, residual, norm, branch, activation, mode))
-    assert sizes.count(x.numel()) == (activation is not None)
-    assert all(size in (3, x.numel()) for size in sizes)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        call(x, residual, norm, branch, activation, mode)
+    assert [each.shape for each in saved] == [x.shape] * (activation is not None)
 
 
 def test_with_relu_it_is_the_output_that_is_saved():
@@ -200,26 +179,25 @@ def test_with_relu_it_is_the_output_that_is_saved():
 
 
 @pytest.mark.parametrize("which", ["var", "weight"])
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_a_change_of_what_backward_reads_is_an_error(which, activation):
-    x, _, norm, _ = tensors((4, 3, 5, 5), grad=True)
-    out = frozen_batch_norm(x, *norm, activation=activation)
-    norm.mean.add_(1)  # backward does without
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("of_branch", [False, True])
+def test_a_change_of_what_backward_reads_is_an_error(which, activation, of_branch):
+    x, residual, norm, branch = tensors((4, 3, 5, 5), grad=True)
+    out = call(x, residual, norm, branch, activation, "affine+add" if of_branch else None)
+    changed = branch if of_branch else norm
+    if of_branch or activation != "silu":
+        changed.mean.add_(1)  # backward does not read these two
+        changed.bias.add_(1)
     out.sum().backward(retain_graph=True)
-    getattr(norm, which).mul_(2)
+    getattr(changed, which).mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 
 
-@pytest.mark.parametrize("which", ["var", "weight"])
-@pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_so_is_a_change_in_the_branch(which, activation):
-    x, residual, norm, branch = tensors((4, 3, 5, 5), grad=True)
-    out = _frozen_batch_norm_add(x, norm, residual, branch, activation)
-    branch.mean.add_(1)
-    branch.bias.add_(1)
-    out.sum().backward(retain_graph=True)
-    getattr(branch, which).mul_(2)
+def test_silus_backward_computes_its_input_again_and_so_reads_mean_and_bias():
+    x, _, norm, _ = tensors((4, 3, 5, 5), grad=True)
+    out = frozen_batch_norm(x, *norm, activation="silu")
+    norm.mean.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 
@@ -262,14 +240,7 @@ def test_odd_strides_of_input_and_gradient(make):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_nan_and_inf_pass_as_in_aten(activation, dtype):
-    values = [
-        float("nan"),
-        float("inf"),
-        -float("inf"),
-        0.0,
-        -0.0,
-        1e30 if dtype.itemsize > 2 else 6e4,
-    ]
+    values = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 6e4]
     x = torch.tensor(values, dtype=dtype).view(-1, 1, 1, 1).expand(-1, 2, 1, 1)
     mean, var = torch.zeros(2), torch.ones(2)
     weight, bias = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.5])
@@ -314,8 +285,10 @@ def test_the_wrong_rank_channels_residual_activation_or_dtype_is_named():
         frozen_batch_norm(x.long(), *norm)
 
 
-@pytest.mark.parametrize(("activation", "mode"), ROTATION)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("activation", "mode", "dtype"),
+    [("relu", "affine+add", torch.bfloat16), ("silu", "add", torch.float32)],
+)
 def test_compiles_as_a_whole_graph(activation, mode, dtype):
     x, residual, norm, branch = tensors((2, 3, 4, 4), dtype, grad=True)
 
@@ -332,23 +305,14 @@ def test_compiles_as_a_whole_graph(activation, mode, dtype):
 
 
 class Layer(nn.Module):
-    def __init__(self, norm, activation="relu"):
+    def __init__(self, norm):
         super().__init__()
         for name, value in zip(("mean", "var", "weight", "bias"), norm[:4], strict=True):
             self.register_buffer(name, value)
-        self.activation = activation
 
     def forward(self, x):
-        return frozen_batch_norm(
-            x,
-            self.mean,
-            self.var,
-            self.weight,
-            self.bias,
-            EPS,
-            residual=x,
-            activation=self.activation,
-        )
+        norm = self.mean, self.var, self.weight, self.bias, EPS
+        return frozen_batch_norm(x, *norm, residual=x, activation="relu")
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -369,7 +333,7 @@ def test_jit_trace_records_the_computation():
     assert torch.equal(traced(other), Layer(norm)(other))
 
 
-@pytest.mark.parametrize(("activation", "mode"), COMBINATIONS)
+@pytest.mark.parametrize(("activation", "mode"), ROTATION)
 def test_vmap_grad_jvp_and_batched_gradients(activation, mode):
     x, residual, norm, branch = tensors((2, 3, 4), torch.float64)
 

@@ -1,8 +1,6 @@
 """FrozenBatchNorm1d, 2d and 3d as modules."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import bnfreeze
 from bnfreeze import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, PolicyError
-from tests.helpers import saved_mib
+from tests.helpers import copied, saved_mib
 
 KINDS = [
     (FrozenBatchNorm1d, nn.BatchNorm1d, (4, 6)),
@@ -77,68 +75,43 @@ def test_from_batchnorm_refuses_what_it_would_change():
         FrozenBatchNorm2d.from_batchnorm(nn.BatchNorm2d(6, track_running_stats=False))
 
 
-@pytest.mark.parametrize(("frozen", "kind", "shape"), KINDS)
-def test_train_mode_changes_nothing(frozen, kind, shape):
-    layer = frozen.from_batchnorm(trained(kind))
-    model = nn.Sequential(layer)
-    x = torch.randn(shape)
+def test_neither_train_mode_nor_tools_for_batch_norm_change_anything():
+    layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d))
+    model, x = nn.Sequential(layer), torch.randn(4, 6, 5, 3)
     before, expected = copy.deepcopy(layer.state_dict()), layer(x)
-    model.train()
     layer.training = True
-    assert layer.training is False
-    assert vars(layer)["training"] is False
+    assert model.train()[0].training is vars(layer)["training"] is False
     assert torch.equal(model(x), expected)
-    for name, value in layer.state_dict().items():
-        assert torch.equal(value, before[name])
-
-
-def test_tools_for_batch_norm_leave_it_alone():
-    model = nn.Sequential(FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d)))
-    layer, before = model[0], copy.deepcopy(model.state_dict())
-    torch.optim.swa_utils.update_bn([torch.randn(4, 6, 3, 3)], model)
+    torch.optim.swa_utils.update_bn([x], model)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     torch.func.replace_all_batch_norm_modules_(model)
     assert model[0] is layer
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
 @pytest.mark.parametrize(("frozen", "kind", "shape"), KINDS)
 def test_the_wrong_rank_or_channels_is_a_value_error_that_names_both(frozen, kind, shape):
-    layer = frozen(6)
     with pytest.raises(ValueError, match=r"takes a .*D.* input with 6 channels; this one is 6D"):
-        layer(torch.randn(1, 6, 1, 1, 1, 1))
+        frozen(6)(torch.randn(1, 6, 1, 1, 1, 1))
     with pytest.raises(ValueError, match=rf"shape \({shape[0]}, 1.*C = 6 channels"):
-        layer(torch.randn(shape)[:, :1])
+        frozen(6)(torch.randn(shape)[:, :1])
 
 
-def test_residual_and_activation_are_applied():
-    layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d))
-    x, r = torch.randn(2, 4, 6, 3, 3)
-    assert torch.equal(layer(x, r, "relu"), (layer(x) + r).relu())
-
-
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_statistics_stay_the_same_fp32_objects_through_half(half):
+def test_statistics_stay_the_same_fp32_objects_through_half_and_follow_double_and_devices():
     layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d))
     buffers, values = dict(layer.named_buffers()), copy.deepcopy(layer.state_dict())
-    nn.Sequential(layer).to(half)
-    assert layer.weight.dtype is layer.bias.dtype is half
-    for name in ("running_mean", "running_var", "num_batches_tracked"):
-        assert getattr(layer, name) is buffers[name]
-        assert torch.equal(buffers[name], values[name])
-    assert layer(torch.randn(2, 6, 3, 3, dtype=half)).dtype is half
-
-
-def test_statistics_follow_double_and_devices():
-    layer = FrozenBatchNorm2d(6).double()
-    assert layer.running_mean.dtype is layer.running_var.dtype is torch.float64
+    for half in (torch.float16, torch.bfloat16):
+        nn.Sequential(layer).to(half)
+        assert layer.weight.dtype is layer.bias.dtype is half
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            assert getattr(layer, name) is buffers[name]
+            assert torch.equal(buffers[name], values[name])
+        assert layer(torch.randn(2, 6, 3, 3, dtype=half)).dtype is half
+    assert layer.double().running_mean.dtype is layer.running_var.dtype is torch.float64
     assert layer.half().running_var.dtype is torch.float32
-    meta = FrozenBatchNorm2d(6).to("meta", torch.bfloat16)
+    meta = FrozenBatchNorm2d(6, dtype=torch.bfloat16).to("meta")
     assert meta.running_mean.is_meta
-    assert meta.running_mean.dtype is torch.float32
-    empty = meta.to_empty(device="cpu")
-    assert empty.running_var.dtype is torch.float32
-    assert FrozenBatchNorm2d(6, dtype=torch.bfloat16).running_var.dtype is torch.float32
+    assert meta.to_empty(device="cpu").running_var.dtype is torch.float32
 
 
 def test_state_dicts_load_in_every_direction_with_and_without_the_count():
@@ -165,32 +138,27 @@ def test_state_dicts_load_in_every_direction_with_and_without_the_count():
         layer.load_state_dict({k: v for k, v in without.items() if k != "running_var"})
 
 
-def test_a_half_checkpoint_that_is_assigned_gives_fp32_statistics():
-    halves = {
-        k: v.bfloat16() if v.is_floating_point() else v
-        for k, v in trained(nn.BatchNorm2d).state_dict().items()
-    }
-    layer = FrozenBatchNorm2d(6, device="meta")
-    layer.load_state_dict(halves, assign=True)
-    assert layer.weight.dtype is torch.bfloat16
-    assert layer.running_mean.dtype is layer.running_var.dtype is torch.float32
-    assert torch.equal(layer.running_mean, halves["running_mean"].float())
+def test_an_assigned_checkpoint_gives_fp32_statistics_and_buffers():
+    live = trained(nn.BatchNorm2d).state_dict(keep_vars=True)
+    halves = {k: v.bfloat16() if v.is_floating_point() else v for k, v in live.items()}
+    for state in (live, halves):
+        layer = FrozenBatchNorm2d(6, device="meta")
+        layer.load_state_dict(state, assign=True)
+        assert layer.weight.dtype is state["weight"].dtype
+        assert torch.equal(layer.weight, state["weight"])
+        assert layer.running_mean.dtype is layer.running_var.dtype is torch.float32
+        assert torch.equal(layer.running_mean, state["running_mean"].float())
+        assert list(layer.parameters()) == []
+        assert not layer.weight.requires_grad
 
 
-def test_copies_pickles_saves_and_prints():
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
+def test_copies_pickles_saves_and_prints(how):
     layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d))
-    x = torch.randn(2, 6, 3, 3)
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    for twin in (
-        copy.deepcopy(layer),
-        pickle.loads(pickle.dumps(layer)),
-        torch.load(file, weights_only=False),
-    ):
-        assert torch.equal(twin(x), layer(x))
-        assert twin.train().training is False
-    assert repr(layer) == "FrozenBatchNorm2d(6, eps=0.001, affine=True)"
+    x, twin = torch.randn(2, 6, 3, 3), copied(layer, how)
+    assert torch.equal(twin(x), layer(x))
+    assert twin.train().training is False
+    assert repr(twin) == "FrozenBatchNorm2d(6, eps=0.001, affine=True)"
 
 
 def test_it_has_torchvisions_parameters_and_a_model_does_not_thaw_it():
@@ -211,6 +179,7 @@ def test_it_has_torchvisions_parameters_and_a_model_does_not_thaw_it():
     assert len(layers) == 20
     assert not any(layer.trains_affine or layer.updates_statistics for layer in layers)
     assert {layer.normalizes_with for layer in layers} == {"running"}
+    assert all("buffers" in layer.why["affine"] for layer in layers)
     # Five tensors a layer: all of them are frozen.
     assert bnfreeze.verify(ours, bnfreeze.snapshot(ours)).checked == 100
 
@@ -228,15 +197,6 @@ def test_a_layer_that_freeze_made_keeps_its_parameters():
     twin(x).square().sum().backward()
     assert torch.allclose(model[0].weight.grad, twin.weight.grad, rtol=1e-4)
     assert torch.allclose(model[0].bias.grad, twin.bias.grad, rtol=1e-4)
-
-
-def test_an_assigned_checkpoint_of_parameters_does_not_thaw_it():
-    layer = FrozenBatchNorm2d(6, device="meta")
-    live = trained(nn.BatchNorm2d)
-    layer.load_state_dict(live.state_dict(keep_vars=True), assign=True)
-    assert list(layer.parameters()) == []
-    assert not layer.weight.requires_grad
-    assert torch.equal(layer.weight, live.weight)
 
 
 @pytest.mark.parametrize(("frozen", "kind", "shape"), KINDS)
@@ -257,6 +217,7 @@ def test_a_live_layer_whose_class_is_swapped_works_as_it_stands(frozen, kind, sh
 def test_torch_compile_export_and_functional_call_take_the_layer():
     layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d))
     x = torch.randn(4, 6, 3, 3)
+    assert torch.equal(layer(x, x, "relu"), (layer(x) + x).relu())
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(x, x, "relu"), layer(x, x, "relu"))
@@ -275,14 +236,6 @@ def test_torch_compile_export_and_functional_call_take_the_layer():
 def test_what_a_resnet50_saves_for_backward_per_image(dtype, autocast, most):
     model = torchvision.models.resnet50(norm_layer=FrozenBatchNorm2d).to(dtype)
     assert saved_mib(model, torch.randn(1, 3, 224, 224, dtype=dtype), autocast) <= most
-
-
-def test_a_resnet_loads_the_checkpoint_of_a_live_one():
-    live = torchvision.models.resnet18().eval()
-    frozen = torchvision.models.resnet18(norm_layer=bnfreeze.FrozenBatchNorm2d)
-    frozen.load_state_dict(live.state_dict())
-    x = torch.randn(1, 3, 64, 64)
-    assert torch.equal(frozen.train()(x), live(x))
 
 
 def test_activation_checkpointing_gives_the_same_gradients():
@@ -317,12 +270,16 @@ def test_symbolic_trace_and_torchvisions_feature_extractor_take_the_layer():
     traced = torch.fx.symbolic_trace(model)
     assert torch.equal(traced(x), model(x))
     assert torch.equal(traced.double()(x.double()), model.double()(x.double()))
+    live = torchvision.models.resnet18().eval()
     resnet = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
+    resnet.load_state_dict(live.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(resnet.train()(x), live(x))
     extractor = create_feature_extractor(resnet, ["layer1"])
     assert extractor(torch.randn(1, 3, 32, 32))["layer1"].shape == (1, 64, 8, 8)
 
 
-@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("dynamo", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.filterwarnings("ignore")  # the exporters' own, of which there are many
 def test_onnx_export_computes_the_same(dynamo, tmp_path):
     onnx = pytest.importorskip("onnx")

@@ -151,14 +151,29 @@ def test_a_look_alike_with_an_activation_is_left_as_it_is():
     assert type(model[0]).__name__ == "FrozenBatchNormAct2d"
 
 
-def test_our_own_layer_is_frozen_already():
+def test_layers_that_were_built_frozen_are_adopted_fuse_more_and_are_given_back():
     model = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
-    rows = freeze(model, "fused").layers
-    assert {row.kind for row in rows} == {"FrozenBatchNorm2d"}
-    before = state(model)
-    step(model, torch.randn(2, 3, 32, 32))
-    assert {name for name in moved(before, model) if "bn" in name} == set()
+    for layer in model.modules():
+        if isinstance(layer, FrozenBatchNorm2d):
+            made(layer)
+    before, x = state(model), torch.randn(2, 3, 32, 32)
+    expected, original = model(x), copy.deepcopy(model.state_dict())
+    attributes = [set(vars(m)) for m in model.modules()]
+    kinds, fuses = [type(m) for m in model.modules()], {}
+    for policy in ("fused", "fused-act"):
+        rows = freeze(model, policy).layers
+        assert {(row.kind, row.policy) for row in rows} == {("FrozenBatchNorm2d", policy)}
+        fuses[policy] = {row.name: row.fuses for row in rows}
+        assert torch.equal(model(x), expected)
+        assert torch.equal(copied(model, "pickle")(x), expected)
+        step(model, x)
+        assert {name for name in moved(before, model) if "bn" in name} == set()
+        model.load_state_dict(original)  # the step trained the convolutions
+    assert fuses["fused-act"]["bn1"] == "relu"
+    assert fuses["fused-act"]["layer1.0.bn2"] == "add+relu"
     unfreeze(model)
+    assert [type(m) for m in model.modules()] == kinds
+    assert [set(vars(m)) for m in model.modules()] == attributes
 
 
 def test_statistics_stay_in_fp32_when_the_model_goes_to_half_precision(model, images):

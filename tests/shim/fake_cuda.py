@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from bnfreeze.nn.cuda.build import program
-from bnfreeze.nn.cuda.host import Host
+from bnfreeze.nn.cuda.launch import Host
 from bnfreeze.nn.cuda.plan import THREADS
 
 SHIM = Path(__file__).with_name("cuda_shim.h")
@@ -56,7 +56,7 @@ class Libraries(dict):
 class FakeDriver:
     """Says yes, keeps a record, and runs what is launched; `errors` is what it says instead."""
 
-    CUstream = staticmethod(lambda raw: ("stream", raw))
+    CUstream = int
 
     class CUstreamCaptureMode:
         CU_STREAM_CAPTURE_MODE_RELAXED = 2

@@ -1,24 +1,21 @@
 """Run variants of the kernel under the address and undefined-behaviour sanitizers.
 
-    python sanitized.py LIBRARY CASE...
+    python sanitized.py LIBRARY JSON
 
-A process of its own, without torch, for the address sanitizer must be loaded before all else. Each
-tensor is a block of memory of exactly its size. The sanitizers end the process at the first access
-outside it, or at a misaligned address.
+A process of its own, which imports neither torch nor bnfreeze, for the address sanitizer must be
+loaded before all else. Each tensor is a block of memory of exactly its size. The sanitizers end the
+process at the first access outside it, or at a misaligned address.
 """
 
 import ctypes
 import json
 import random
+import struct
 import sys
-
-from bnfreeze.nn.cuda import plan as plans
-from bnfreeze.nn.cuda.plan import ARGS
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.malloc.argtypes = [ctypes.c_size_t]
-libc.free.argtypes = [ctypes.c_void_p]
 
 
 def block(size, *, ones=False):
@@ -29,35 +26,23 @@ def block(size, *, ones=False):
     return pointer
 
 
-def run(library, shape, dtype, rows, aligned, direction, activation, residual):
-    plan = plans.elementwise(tuple(shape), dtype, rows, aligned, direction, activation, residual, 3)
-    size = 4 if dtype == "f32" else 2
-    channels = shape[1]
-    for length in shape[:1] + shape[1:]:
-        size *= length
-    tensors = [block(size) for _ in range(5)]
+def run(library, layout, case):
+    """Launch the plans of one case, which test_shim_catches_bugs.py has written down."""
+    channels, blocks = case["channels"], case["blocks"]
+    tensors = [block(case["bytes"]) for _ in range(5)]
     parameters = [block(4 * channels, ones=True) for _ in range(8)]
-    partial = block(8 * channels * max(plan.blocks, 1))
-    tail = (partial, 1e-5, 1e-5, 0, 0)
-    launch(library, plan, (*tensors, *parameters, *tail))
-    if plan.blocks:
-        outs = [block(4 * channels) for _ in range(2)]
-        finish = plans.finish(channels, plan.blocks)
-        launch(library, finish, (0, 0, 0, *outs, *parameters, *tail))
-        tensors += outs
-    for pointer in (*tensors, *parameters, partial):
-        libc.free(pointer)
-
-
-def launch(library, plan, values):
-    arguments = ctypes.create_string_buffer(ARGS.pack(*values, plan.geometry))
-    assert len(arguments) == ARGS.size + 1
-    address = ctypes.c_void_p(ctypes.addressof(arguments))
-    getattr(library, plan.variant.name)(address, *plan.grid, random.randrange(1000))
+    partial = block(8 * channels * max(blocks, 1))
+    for name, grid, geometry in case["launches"]:
+        if name == "bnfreeze_finish":
+            tensors = [0, 0, 0, block(4 * channels), block(4 * channels)]
+        values = (*tensors, *parameters, partial, 1e-5, 1e-5, 0, 0, bytes.fromhex(geometry))
+        arguments = ctypes.create_string_buffer(struct.pack(layout, *values))
+        address = ctypes.c_void_p(ctypes.addressof(arguments))
+        getattr(library, name)(address, *grid, random.randrange(1000))
 
 
 if __name__ == "__main__":
-    opened = ctypes.CDLL(sys.argv[1])
-    for case in json.loads(sys.argv[2]):
-        run(opened, *case)
+    opened, asked = ctypes.CDLL(sys.argv[1]), json.loads(sys.argv[2])
+    for case in asked["cases"]:
+        run(opened, asked["layout"], case)
     sys.stdout.write("clean\n")

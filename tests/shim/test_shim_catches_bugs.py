@@ -1,6 +1,7 @@
 """The sanitizers find nothing in the kernel, and the shim finds bugs that are put in."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -45,6 +46,22 @@ def sanitizer_runtime():
     return path.resolve() if path.is_absolute() and path.exists() else None
 
 
+def written(plan):
+    return plan.variant.name, plan.grid, plan.geometry.hex()
+
+
+def described(shape, dtype, *rest):
+    """What sanitized.py needs to know of a case."""
+    plan = plans.elementwise(shape, dtype, *rest, 3)
+    launches = [plan, plans.finish(shape[1], plan.blocks)] if plan.blocks else [plan]
+    return {
+        "channels": shape[1],
+        "blocks": plan.blocks,
+        "bytes": math.prod(shape) * (4 if dtype == "f32" else 2),
+        "launches": [written(each) for each in launches],
+    }
+
+
 def sanitized(cases, folder, change=None):
     """Run the cases, with one piece of the source exchanged, and return what became of it."""
     runtime = sanitizer_runtime()
@@ -61,9 +78,9 @@ def sanitized(cases, folder, change=None):
         "LD_PRELOAD": str(runtime),
         # Python itself leaks, and fibers have stacks of their own.
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    command = [sys.executable, HERE / "sanitized.py", where["bnfreeze_finish"], json.dumps(cases)]
+    asked = {"layout": plans.ARGS.format, "cases": [described(*case) for case in cases]}
+    command = [sys.executable, HERE / "sanitized.py", where["bnfreeze_finish"], json.dumps(asked)]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 

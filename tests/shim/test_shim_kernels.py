@@ -105,10 +105,7 @@ def run(x, residual, main, branch, activation, grad, *, trained):
 
     def call(x, residual, main, activation=activation):
         if branch is None:
-            mean, var, weight, bias, eps = main
-            return frozen_batch_norm(
-                x, mean, var, weight, bias, eps, residual=residual, activation=activation
-            )
+            return frozen_batch_norm(x, *main, residual=residual, activation=activation)
         return _frozen_batch_norm_add(x, main, residual, branch, activation)
 
     out = call(x, residual, main)

@@ -1,12 +1,15 @@
 """diff: of paths, state_dicts and models, in any pairing."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import bnfreeze
+from bnfreeze.cli import main
+from bnfreeze.verification.diff import ModelPair
 
 
 @pytest.fixture
@@ -27,7 +30,9 @@ def test_every_pairing_says_the_same(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "end.pt")
     pairs = [(a, b) for a in (tmp_path / "start.pt", start) for b in (tmp_path / "end.pt", model)]
     found = [bnfreeze.diff(a, b) for a, b in pairs]
-    assert all(one.tensors == found[0].tensors for one in found)
+    without_keys = [[replace(change, key="") for change in one.tensors] for one in found]
+    assert all(one == without_keys[0] for one in without_keys)
+    assert {change.key for change in found[0].tensors} == {"model"}
     changed = {c.name: (c.kind, c.changed) for c in found[0].tensors if c.kind != "identical"}
     assert changed == {"body.1.running_var": ("value", 1), "head.bias": ("value", 2)}
     assert not any(found)
@@ -38,7 +43,10 @@ def test_every_pairing_says_the_same(model, tmp_path):
     assert (data["schema"], data["ok"], data["modules"]) == (
         2,
         False,
-        {"body": False, "head": False},
+        [
+            {"key": "model", "name": "body", "identical": False},
+            {"key": "model", "name": "head", "identical": False},
+        ],
     )
 
 
@@ -66,3 +74,163 @@ def test_what_cannot_be_compared_is_not_identical(model):
         bnfreeze.diff(state, 3)
     with pytest.raises(bnfreeze.PolicyError):
         bnfreeze.diff(model, model, select="nowhere")
+
+
+# Names with a prefix more
+
+
+def fine_tuned(state, prefix="model.backbone."):
+    """The state_dict inside another model, as trainers save it, without the head."""
+    body = {f"{prefix}{name}": value.clone() for name, value in state.items() if "head" not in name}
+    return {**body, "model.neck.weight": torch.ones(2), "model.neck.bias": torch.ones(2)}
+
+
+def kinds(found):
+    return {change.name: change.kind for change in found.tensors if change.kind != "identical"}
+
+
+def test_a_prefix_is_found_applied_and_said_and_missing_is_not_added(model):
+    state = model.state_dict()
+    tuned = fine_tuned(state)
+    tuned["model.backbone.body.1.bias"][0] += 1
+    changes = {"body.1.bias": "value"}
+    head = {"head.weight", "head.bias"}
+    neck = {"model.neck.weight", "model.neck.bias"}
+    there = bnfreeze.diff(state, {"state_dict": tuned})
+    assert there.pairs == (ModelPair("", "state_dict", (("", "model.backbone."),), 7),)
+    assert kinds(there) == (changes | dict.fromkeys(head, "missing") | dict.fromkeys(neck, "added"))
+    back = bnfreeze.diff({"state_dict": tuned}, state)
+    assert back.pairs == (ModelPair("state_dict", "", (("model.backbone.", ""),), 7),)
+    assert kinds(back) == (changes | dict.fromkeys(head, "added") | dict.fromkeys(neck, "missing"))
+    shown = str(there)
+    assert "'' → 'model.backbone.'" in shown
+    assert "2 tensors missing. 2 tensors added." in " ".join(shown.split())
+    # A pattern may have the names of either.
+    for select in ("body.0", "model.backbone.body.0"):
+        assert bnfreeze.diff(state, tuned, select=select).ok
+    assert not bnfreeze.diff(state, tuned, select="body.1").ok
+
+
+def test_one_prefix_may_stand_in_the_place_of_another(model):
+    state = {f"encoder.{name}": value for name, value in model.state_dict().items()}
+    found = bnfreeze.diff(state, fine_tuned(model.state_dict()))
+    assert found.pairs[0].prefixes == (("encoder.", "model.backbone."),)
+    assert found.pairs[0].in_both == 7
+
+
+def test_where_several_prefixes_fit_they_are_listed_and_one_is_chosen(model, tmp_path):
+    state = model.state_dict()
+    twins = {f"{name}.{k}": v for name in ("student", "teacher") for k, v in state.items()}
+    with pytest.raises(bnfreeze.CheckpointError, match=r"'student\.' .* 'teacher\.'"):
+        bnfreeze.diff(state, twins)
+    found = bnfreeze.diff(state, twins, prefixes={"": "teacher"})
+    assert kinds(found) == {f"student.{name}": "added" for name in state}
+    assert kinds(bnfreeze.diff(twins, twins)) == {}
+    paths = [str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]
+    for path, content in zip(paths, (state, twins), strict=True):
+        torch.save(content, path)
+    assert main(["diff", *paths]) == 2
+    assert main(["diff", *paths, "--map", "=student"]) == 1
+    both = ["--map", "student=teacher", "--map", "teacher=student"]
+    assert main(["diff", paths[1], paths[1], *both]) == 0
+    assert main(["diff", *paths, "--map", "=stduent"]) == 2
+    with pytest.raises(SystemExit):
+        main(["diff", *paths, "--map", "student"])
+
+
+def test_names_that_have_little_in_common_are_not_matched(model):
+    other = {f"other.{name}": torch.ones(3) for name in ("a.weight", "b.weight", "c.bias")}
+    found = bnfreeze.diff(model.state_dict(), other)
+    assert found.pairs[0].prefixes == ()
+    assert {change.kind for change in found.tensors} == {"missing", "added"}
+    one = {"a.weight": torch.ones(2), "b.weight": torch.ones(2)}
+    with pytest.raises(bnfreeze.PolicyError, match="would both become"):
+        bnfreeze.diff(one, {"c.weight": torch.ones(2)}, prefixes={"a": "c", "b": "c"})
+
+
+# Several models, and keys
+
+
+def test_each_side_has_its_key(model, tmp_path):
+    state = model.state_dict()
+    moved = {name: value + 1 for name, value in state.items()}
+    end = {"model": state, "model_ema": moved}
+    assert bnfreeze.diff(state, end, key=(None, "model")).ok
+    assert not bnfreeze.diff(state, end, key=(None, "model_ema")).ok
+    assert bnfreeze.diff(end, end, key="model_ema").ok
+    torch.save(end, tmp_path / "end.pt")
+    path = str(tmp_path / "end.pt")
+    assert main(["diff", path, path, "--key-a", "model", "--key-b", "model_ema"]) == 1
+    assert main(["diff", path, path, "--key", "model_ema", "--key-a", "model_ema"]) == 0
+
+
+def test_models_are_paired_by_key_and_a_model_without_a_partner_is_said(model):
+    state = model.state_dict()
+    twins = {"model": dict(state), "gan": dict(state)}
+    found = bnfreeze.diff(twins, {"ema": dict(state), "model": dict(state)})
+    # Two are left, which fit.
+    assert [(pair.first, pair.second) for pair in found.pairs] == [
+        ("model", "model"),
+        ("gan", "ema"),
+    ]
+    assert found.ok
+    other = {f"{name}.x": value for name, value in state.items()}
+    found = bnfreeze.diff(twins, {"model": state, "other": other})
+    assert [(pair.first, pair.second) for pair in found.pairs] == [
+        ("model", "model"),
+        ("gan", None),
+        (None, "other"),
+    ]
+    assert {(change.key, change.kind) for change in found.tensors} == {
+        ("model", "identical"),
+        ("gan", "missing"),
+        ("other", "added"),
+    }
+    assert "Only the first has gan" in str(found)
+    assert "Bit-identical: model. Changed: gan, other." in " ".join(str(found).split())
+    # One file has one of the two models of the other.
+    found = bnfreeze.diff({"net": state}, {"encoder": fine_tuned(state), "decoder": other})
+    assert [(pair.first, pair.second) for pair in found.pairs] == [
+        ("net", "encoder"),
+        (None, "decoder"),
+    ]
+
+
+def test_a_model_that_cannot_be_read_does_not_hide_the_others(model, tmp_path):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    other = {**state, "body.1.running_var": torch.full((4,), 5.0)}
+    path = tmp_path / "a.pt"
+    torch.save({"netG": state, "netD": other}, path)
+    data = bytearray(path.read_bytes())
+    part = other["body.1.running_var"].numpy().tobytes()
+    assert data.count(part) == 1
+    data[data.index(part)] ^= 1
+    path.write_bytes(data)
+    found = bnfreeze.diff(path, path)
+    assert [(one.key, one.error) for one in found.unread] == [("netD", "CorruptCheckpointError")]
+    assert {(change.key, change.kind) for change in found.tensors} == {("netG", "identical")}
+    assert not found.ok
+    assert "1 of 2 models were not read" in str(found)
+    assert main(["diff", str(path), str(path)]) == 2
+
+
+# Averages
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.999, 0.9999])
+def test_the_rounding_of_an_average_is_named_and_stays_a_difference(model, decay):
+    with torch.no_grad():
+        model.body[1].running_var.uniform_(0.5, 2)
+    state = model.state_dict()
+    average = {name: value.clone() for name, value in state.items()}
+    for name, value in average.items():
+        if value.is_floating_point():
+            for _ in range(1000):
+                value.mul_(decay).add_(state[name], alpha=1 - decay)
+    found = bnfreeze.diff(state, average)
+    assert not found.ok
+    assert [(one.level, one.code) for one in found.findings] == [("note", "model-averaged")]
+    average["head.bias"] += 0.1
+    moved = {change.name for change in found.tensors if change.kind == "value"} | {"head.bias"}
+    [found] = bnfreeze.diff(state, average).findings
+    assert f"{len(moved) - 1} of {len(moved)} tensors that moved " in found.message

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from typing import Any, Literal
 
 import torch
 
 from bnfreeze.errors import BnfreezeWarning
-from bnfreeze.nn.cuda.build import KernelError
-from bnfreeze.nn.cuda.host import real_host
-from bnfreeze.nn.cuda.launch import Launcher
+from bnfreeze.nn.cuda.build import KernelError, cubin
+from bnfreeze.nn.cuda.launch import Host, Launcher
+from bnfreeze.torch_private import _cuda_getCurrentRawStream, _cuda_getDevice
 
-__all__ = ["Kernel", "kernel"]
+__all__ = ["Kernel", "kernel", "real_host"]
 
 
 class Kernel:
@@ -44,6 +45,16 @@ class Kernel:
                         self.give_up(error)
         return self.launcher
 
+    def run(self, method: Literal["forward", "backward", "alone"], *arguments: Any) -> Any:
+        """Call a method of the launcher; None if the kernel is unavailable, also from now on."""
+        launcher = self.launcher or self.load()
+        if launcher is None:
+            return None
+        try:
+            return getattr(launcher, method)(*arguments)
+        except KernelError as error:
+            self.give_up(error)
+
     def give_up(self, error: KernelError) -> None:
         """Use ATen from now on; warn the first time."""
         if self.trouble:
@@ -55,6 +66,29 @@ class Kernel:
             BnfreezeWarning,
             stacklevel=2,
         )
+
+
+def real_host() -> Host:
+    """Return the host of a CUDA build of torch. Raises `KernelError` without cuda.bindings."""
+    try:
+        from cuda.bindings import driver
+
+        driver.cuDriverGetVersion()
+    except Exception as error:
+        # cuda.bindings raises errors of its own kinds when the library is not found.
+        raise KernelError(
+            f"cuda.bindings is not installed or finds no driver ({type(error).__name__}: {error}); "
+            f"install it with `pip install cuda-bindings`"
+        ) from error
+    return Host(
+        driver=driver,
+        cubin=cubin,
+        current_device=_cuda_getDevice,  # there are CUDA tensors, so CUDA is initialized
+        on_device=torch.cuda.device,
+        stream=_cuda_getCurrentRawStream,
+        capability=torch.cuda.get_device_capability,
+        processors=lambda device: torch.cuda.get_device_properties(device).multi_processor_count,
+    )
 
 
 kernel = Kernel()

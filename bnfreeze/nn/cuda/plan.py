@@ -5,6 +5,7 @@ The names are those of ``frozen_bn.cu``, which says what each mapping does.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -158,10 +159,8 @@ def fast_division(divisor: int) -> tuple[int, int]:
 
 
 def _sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    plane = 1
-    for length in shape[2:]:
-        plane *= length
-    return shape[1], plane, shape[0] * shape[1] * plane
+    """The number of channels, the elements of a plane, and those of the tensor."""
+    return shape[1], math.prod(shape[2:]), math.prod(shape)
 
 
 def _ceil(value: int, divisor: int) -> int:

@@ -1,10 +1,12 @@
 """Trees of names and little pictures of values: exact."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnfreeze.inspection.tree import Scale, grouped, outline
+from bnfreeze.tree import Scale, grouped, outline
 
 
 def test_names_that_begin_alike_stand_under_a_heading():
@@ -53,11 +55,15 @@ def test_a_spread_is_drawn_on_the_scale_of_all():
     low, high = [float(10**-3)] * 11, [10.0] * 11
     even = [10 ** (-3 + 4 * i / 10) for i in range(11)]
     scale = Scale([low, high], positive=True)
-    assert scale.draw(low, 8) == "█       "
-    assert scale.draw(high, 8) == "       █"
-    assert scale.draw(even, 10) == "██████████"
+    assert str(scale.draw(low, 8)) == " █       "
+    assert str(scale.draw(high, 8)) == "        █"
+    assert str(scale.draw(even, 10)) == " ██████████"
     assert scale.draw(None, 8) == ""
-    assert scale.ends(12) == "0.001     10"
+    assert scale.ends(12) == " 0.001     10"
+    # The axis leaves out each layer's outermost tenths, unless others reach as far.
+    narrow = Scale([[-9.0, *[0.0] * 4, 0.5, *[1.0] * 4, 3.0]], positive=False)
+    assert narrow.draw([-9.0, *[1.0] * 10], 8).below
+    assert narrow.draw([*[0.0] * 10, 3.0], 8).above
 
 
 @given(
@@ -73,6 +79,7 @@ def test_a_spread_is_drawn_on_the_scale_of_all():
 def test_any_values_can_be_drawn(spreads, positive):
     scale = Scale(spreads, positive=positive)
     for deciles in spreads:
-        assert len(scale.draw(deciles, 8)) == 8
-        assert scale.draw(deciles, 8).strip()
+        drawn = scale.draw(deciles, 8)
+        assert (len(drawn.shares), len(drawn.edges), max(drawn.heights())) == (8, 9, 8)
+        assert not any(map(math.isnan, drawn.edges))
     assert scale.ends(12)

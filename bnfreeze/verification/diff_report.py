@@ -1,0 +1,241 @@
+"""What `diff` found, as data that prints as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from bnfreeze.findings import Finding
+from bnfreeze.inspection.checkpoint import Unread
+from bnfreeze.inspection.origin import Origin
+from bnfreeze.tables import Printable, Sheet
+from bnfreeze.tree import grouped
+
+__all__ = ["Diff", "ModelPair", "TensorChange"]
+
+_COUNT = "num_batches_tracked"
+_ROLES = ("statistics", "weight", "bias", "other")
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """One tensor, on both sides.
+
+    Attributes:
+        name: its dotted name; the shorter one, if it differs between the two.
+        role: ``"statistics"``, ``"weight"``, ``"bias"`` or ``"other"``, by its name.
+        kind: ``"identical"`` (every bit), ``"value"``, ``"dtype"``, ``"shape"``, ``"added"`` (only
+            in the second), ``"missing"`` (only in the first) or ``"unverified"`` (no values that
+            can be compared: sparse, quantised, saved without).
+        total: how many elements.
+        changed: how many of them differ in any bit.
+        max_abs: the largest absolute change; None if no change is a finite number.
+        max_ulps: the same in units of the last place, for floating point numbers of one sign.
+        cause_code: as in `Drift`; empty if it is identical.
+        cause: as in `Drift`.
+        key: the dotted key of its model in the first (if it is only in the second, there); empty
+            at the top.
+    """
+
+    name: str
+    role: Literal["statistics", "weight", "bias", "other"]
+    kind: Literal["identical", "value", "dtype", "shape", "added", "missing", "unverified"]
+    total: int
+    changed: int = 0
+    max_abs: float | None = None
+    max_ulps: int | None = None
+    cause_code: str = ""
+    cause: str = ""
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """Two models that were compared.
+
+    Attributes:
+        first: the dotted key of the one in the first; None if the second's has no partner.
+        second: the same of the other.
+        prefixes: how the names of the first were changed to those of the second: each old prefix
+            and its new one.
+        in_both: how many tensors have their name in both.
+    """
+
+    first: str | None
+    second: str | None
+    prefixes: tuple[tuple[str, str], ...]
+    in_both: int
+
+
+@dataclass(frozen=True)
+class Diff(Printable):
+    """Two checkpoints, state_dicts or models compared, tensor by tensor.
+
+    Attributes:
+        first: where the first was found.
+        second: where the second was found.
+        pairs: which model was compared with which.
+        tensors: one entry for each name, model by model in the first's order; added ones last.
+        findings: what the changes together mean, and what loading one of the files would run.
+        unread: the models that could not be read, if others could.
+    """
+
+    first: Origin
+    second: Origin
+    pairs: tuple[ModelPair, ...]
+    tensors: tuple[TensorChange, ...]
+    findings: tuple[Finding, ...]
+    unread: tuple[Unread, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether both have the same names and bits, all was read, and loading runs no code."""
+        return (
+            _same(self.tensors)
+            and not self.unread
+            and all(one.level != "error" for one in self.findings)
+        )
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def modules(self) -> dict[tuple[str, str], list[TensorChange]]:
+        """The tensors by the key of their model and the part of it that they belong to."""
+        by_key: dict[str, list[TensorChange]] = {}
+        for change in self.tensors:
+            by_key.setdefault(change.key, []).append(change)
+        return {
+            (key, name): [changes[index] for index in members]
+            for key, changes in by_key.items()
+            for name, members in grouped([change.name for change in changes]).items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as plain data with stable keys."""
+        return {
+            "schema": 2,
+            "ok": self.ok,
+            "first": asdict(self.first),
+            "second": asdict(self.second),
+            "pairs": [asdict(pair) for pair in self.pairs],
+            "unread": [asdict(one) for one in self.unread],
+            "modules": [
+                {"key": key, "name": name, "identical": _same(changes)}
+                for (key, name), changes in self.modules().items()
+            ],
+            "tensors": [asdict(change) for change in self.tensors],
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+    def sheet(self) -> Sheet:
+        """The facts laid out for `bnfreeze.tables`."""
+        columns = ("module", "statistics", "weights", "biases", "other", "largest", "largest, in")
+        rows: list[tuple[str, ...]] = []
+        shown = None
+        for (key, name), changes in self.modules().items():
+            if len(self.pairs) > 1 and key != shown:
+                shown = key
+                rows.append((f"{key or '(top)'}:", *[""] * (len(columns) - 1)))
+            # The count of batches is not a size.
+            sizes = [c for c in changes if c.max_abs and not c.name.endswith(_COUNT)]
+            most = max(sizes, key=lambda c: c.max_abs or 0.0, default=None)
+            cells = (_summary([c for c in changes if c.role == role]) for role in _ROLES)
+            largest = (f"{most.max_abs:.3g}", most.name) if most else ("", "")
+            rows.append((name, *cells, *largest))
+        return Sheet(
+            title=f"{_shown(self.first)} → {_shown(self.second)}",
+            columns=columns,
+            rows=rows,
+            findings=self.findings,
+            verdict=self._verdict(),
+            further=frozenset({"largest, in"}),
+            notes=(
+                *(f"from {line}" for line in self.first.summary()),
+                *(f"to   {line}" for line in self.second.summary()),
+                *filter(None, map(self._note, self.pairs)),
+                *(f"{one.key or '(top)'} was not read: {one.message}" for one in self.unread),
+            ),
+            findings_first=True,
+        )
+
+    def _note(self, pair: ModelPair) -> str:
+        """What a person must know of a pair; empty if there is nothing to say."""
+        if pair.first is None or pair.second is None:
+            key, side = (pair.first, "first") if pair.second is None else (pair.second, "second")
+            return f"Only the {side} has {key or '(top)'}: it was compared with nothing."
+        names = ", ".join(f"{old!r} → {new!r}" for old, new in pair.prefixes)
+        return f"Names matched: {names}; {pair.in_both} tensors are in both." if names else ""
+
+    def lines(self) -> list[tuple[str, ...]]:
+        """One line for each tensor, for grep: a cell for each fact."""
+        return [
+            (
+                *([change.key or "(top)"] if len(self.pairs) > 1 else []),
+                change.kind,
+                change.name,
+                f"{change.changed}/{change.total}",
+                "-" if change.max_abs is None else f"{change.max_abs:.6g}",
+            )
+            for change in self.tensors
+        ]
+
+    def _verdict(self) -> str:
+        kinds = {change.kind for change in self.tensors}
+        parts_of: dict[str, list[TensorChange]] = {}
+        for (key, name), changes in self.modules().items():
+            parts_of.setdefault(key or "(top)" if len(self.pairs) > 1 else name, []).extend(changes)
+        kept = [name for name, changes in parts_of.items() if _same(changes)]
+        changed = [name for name in parts_of if name not in kept]
+        if self.unread:
+            parts = [f"{len(self.unread)} of {len(self.pairs)} models were not read."]
+        elif not changed:
+            parts = [f"Bit-identical: all {len(self.tensors)} tensors."]
+        elif kinds <= {"added", "missing"}:
+            parts = ["No name is in both: these are different models, or --map OLD=NEW is needed."]
+        elif not kept:
+            parts = ["Changed in every part."]
+        elif len(changed) < len(kept):
+            parts = [f"Bit-identical except for {_listed(changed)}."]
+        else:
+            parts = [f"Bit-identical: {_listed(kept)}. Changed: {_listed(changed)}."]
+        for kind in ("missing", "added"):
+            count = sum(change.kind == kind for change in self.tensors)
+            parts += [f"{count} tensor{'s' if count > 1 else ''} {kind}."] if count else []
+        statistics = [change for change in self.tensors if change.role == "statistics"]
+        if changed and statistics and _same(statistics):
+            parts.append(f"All {len(statistics)} running statistics are bit-identical.")
+        if any(one.level == "error" for one in self.findings):
+            parts.append("Loading one of the files would run code.")
+        return " ".join(parts)
+
+
+def _same(changes: Iterable[TensorChange]) -> bool:
+    return all(change.kind == "identical" for change in changes)
+
+
+def _shown(origin: Origin) -> str:
+    return origin.path or f"a {origin.kind}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _summary(changes: Sequence[TensorChange]) -> str:
+    """A cell: how many tensors are missing and added, and how many of the others changed."""
+    if not changes:
+        return ""
+    in_both = [change for change in changes if change.kind not in ("added", "missing")]
+    parts = []
+    for kinds, word in (
+        ({"missing"}, "missing"),
+        ({"added"}, "added"),
+        ({"dtype", "shape"}, "differ"),
+        ({"value"}, "moved"),
+        ({"unverified"}, "unread"),
+    ):
+        count = sum(change.kind in kinds for change in changes)
+        total = f" of {len(in_both)}" if word in ("differ", "moved", "unread") else ""
+        parts += [f"{count}{total} {word}"] if count else []
+    return ", ".join(parts) or "identical"

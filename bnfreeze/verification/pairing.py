@@ -1,0 +1,208 @@
+"""Which models of two checkpoints belong together, and which of their names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+from bnfreeze.checkpoints import StateDict, StoredTensor
+from bnfreeze.errors import CheckpointError, PolicyError
+from bnfreeze.inspection.origin import Found
+from bnfreeze.patterns import hint
+
+__all__ = ["check_prefixes", "common_prefix", "mapped", "paired"]
+
+Tensors = Mapping[str, StoredTensor]
+
+# Prefixes of more segments are not looked for.
+_DEEPEST: Final = 8
+# An ending that more names have, such as `0.conv1.weight`, says nothing about the prefix.
+_COMMONEST: Final = 16
+# So many of the likeliest prefixes are counted exactly.
+_COUNTED: Final = 12
+# Names beyond these are not looked at for a prefix or a suggestion, nor more pairs of models than
+# these: a hostile file could have any number.
+_MOST_NAMES: Final = 20_000
+_MOST_PAIRS: Final = 64
+_SHOWN: Final = 8
+
+
+def paired(first: Found, second: Found) -> list[tuple[StateDict | None, StateDict | None]]:
+    """Which model is compared with which.
+
+    Those with the same key are; one that is left on a side, with the one on the other that fits.
+
+    Raises:
+        CheckpointError: none or several fit, so that no model has a partner.
+    """
+    left = {part.key: part for part in second.parts.all}
+    pairs: list[tuple[StateDict | None, StateDict | None]] = [
+        (part, left.pop(part.key, None)) for part in first.parts.all
+    ]
+    ours = _models(one for one, other in pairs if one and not other)
+    theirs = _models(left.values())
+    is_clear = any(one and other and one.has_norm_layers for one, other in pairs)
+    if ours and theirs:
+        fitting = [
+            (one, other)
+            for one in ours
+            for other in theirs
+            if len(ours) * len(theirs) <= _MOST_PAIRS
+            and ((len(ours) == len(theirs) == 1 and not is_clear) or _fit(one, other))
+        ]
+        if len(fitting) == 1:
+            [(one, other)] = fitting
+            pairs[[ours for ours, _ in pairs].index(one)] = (one, left.pop(other.key))
+        elif not is_clear:
+            there = "; ".join(
+                f"{side.path or side.kind} has "
+                + ", ".join(repr(part.key) for part in parts[:_SHOWN])
+                for side, parts in ((first, ours), (second, theirs))
+            )
+            raise CheckpointError(
+                f"It is not clear which models to compare: {there}. Choose with --key-a and "
+                f"--key-b (in Python: key=({ours[0].key!r}, {theirs[0].key!r}))."
+            )
+    return [*pairs, *((None, part) for part in left.values())]
+
+
+def _models(parts: Iterable[StateDict]) -> list[StateDict]:
+    parts = list(parts)
+    return [part for part in parts if part.has_norm_layers] or parts
+
+
+def _fit(one: StateDict, other: StateDict) -> bool:
+    return bool(_prefixes(one.tensors, other.tensors))
+
+
+def common_prefix(first: Tensors, second: Tensors) -> dict[str, str]:
+    """The prefix of the first's names that stands for another in the second's.
+
+    Returns:
+        the old and the new prefix; nothing if the names are alike, or nothing makes them so.
+
+    Raises:
+        CheckpointError: several fit, as those of a student and a teacher do.
+    """
+    found = _prefixes(first, second)
+    if len(found) > 1:
+        ways = ", ".join(f"{one.old!r} → {one.new!r} ({one.matched} tensors)" for one in found)
+        raise CheckpointError(
+            f"The names fit in several ways: {ways}. Choose one with "
+            f"--map {found[0].old[:-1]}={found[0].new[:-1]} "
+            f"(in Python: prefixes={{{found[0].old!r}: {found[0].new!r}}})."
+        )
+    return {one.old: one.new for one in found if one.old != one.new}
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """Two prefixes, each empty or with a dot at its end, and how many tensors then are alike."""
+
+    old: str
+    new: str
+    matched: int
+
+
+def _prefixes(first: Tensors, second: Tensors) -> list[_Prefix]:
+    """The prefixes that fit best, and all that fit half as well; that of names that are alike."""
+    smaller = min(len(first), len(second))
+    # Less than a quarter in common is chance: many models have a `conv1.weight`.
+    enough = max(smaller / 4, 1)
+    alike = _matched("", "", first, second)
+    votes = Counter() if 2 * alike >= smaller else _votes(first, second)
+    found = [
+        _Prefix(old, new, _matched(old, new, first, second))
+        for (old, new), _ in votes.most_common(_COUNTED)
+    ]
+    found.sort(key=lambda one: -one.matched)
+    best = found[0].matched if found else 0
+    if alike >= enough and 2 * alike >= best:
+        return [_Prefix("", "", alike)]
+    return [one for one in found if one.matched >= max(enough, best / 2)]
+
+
+def _matched(old: str, new: str, first: Tensors, second: Tensors) -> int:
+    """How many tensors have the same name and shape."""
+    return sum(
+        other.shape == tensor.shape
+        for name, tensor in first.items()
+        if name.startswith(old) and (other := second.get(new + name[len(old) :]))
+    )
+
+
+def _votes(first: Iterable[str], second: Iterable[str]) -> Counter[tuple[str, str]]:
+    """How many names end alike after two prefixes, for each two prefixes."""
+    prefixes: dict[str, list[str]] = {}
+    for name in islice(second, _MOST_NAMES):
+        for prefix, ending in _splits(name):
+            prefixes.setdefault(ending, []).append(prefix)
+    votes: Counter[tuple[str, str]] = Counter()
+    for name in islice(first, _MOST_NAMES):
+        for old, ending in _splits(name):
+            found = prefixes.get(ending, ())
+            if len(found) > _COMMONEST:
+                break
+            for new in found:
+                # Prefixes that end alike belong to a longer ending.
+                if old.split(".")[-2:-1] != new.split(".")[-2:-1]:
+                    votes[old, new] += 1
+    return votes
+
+
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    """Each way to divide a name into a prefix and an ending, the longest ending first.
+
+    An ending has two segments: to share `weight` alone is no likeness.
+    """
+    last, position = name.rfind("."), 0
+    for _ in range(_DEEPEST):
+        if position > last:
+            return
+        yield name[:position], name[position:]
+        position = name.find(".", position) + 1
+
+
+def check_prefixes(
+    prefixes: Mapping[str, str], first: Sequence[str], second: Sequence[str]
+) -> None:
+    """Refuse an old prefix that no name of the first has, or a new one that none of the second has.
+
+    Raises:
+        PolicyError: names the nearest.
+    """
+    for wanted, names in ((prefixes, first), (prefixes.values(), second)):
+        for prefix in map(_dotted, wanted):
+            if not any(name.startswith(prefix) for name in names):
+                begins = (begin for name in names[:_MOST_NAMES] for begin, _ in _splits(name))
+                near = hint(prefix[:-1], dict.fromkeys(begin[:-1] for begin in begins))
+                raise PolicyError(f"No name begins with {prefix[:-1]!r}.{near}")
+
+
+def mapped(names: Iterable[str], prefixes: Mapping[str, str]) -> dict[str, str]:
+    """The name that each name of the first has in the second.
+
+    Args:
+        names: those of the first.
+        prefixes: the old and the new prefixes, with a dot at the end or without. The longest old
+            one decides; names without any stay.
+
+    Raises:
+        PolicyError: two names would become one.
+    """
+    whole = {_dotted(old): _dotted(new) for old, new in prefixes.items()}
+    longest = sorted(whole, key=len, reverse=True)
+    taken: dict[str, str] = {}
+    for name in names:
+        old = next((old for old in longest if name.startswith(old)), None)
+        other = name if old is None else whole[old] + name[len(old) :]
+        if taken.setdefault(other, name) != name:
+            raise PolicyError(f"{taken[other]} and {name} would both become {other}.")
+    return {name: other for other, name in taken.items()}
+
+
+def _dotted(prefix: str) -> str:
+    return f"{prefix}." if prefix and not prefix.endswith(".") else prefix
