@@ -187,15 +187,7 @@ def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
 
 def _state_dict(key: str, holder: Any, model: Model | None) -> StateDict | None:
     """What a dict or a model holds by name; None where that is no tensor."""
-    tensors: dict[str, StoredTensor] = {}
-    if model:
-        tensors |= model.tensors
-    else:
-        for name, child in _named(holder).items():
-            tensor = tensor_in(child)
-            if tensor is not None:
-                check_limit(len(name), MAX_NAME_LENGTH, "characters of a tensor's name")
-                tensors[name] = tensor
+    tensors = dict(model.tensors) if model else _tensors_of(holder)
     if not tensors:
         return None
     names, stripped = _plain_names(list(tensors))
@@ -209,18 +201,25 @@ def _state_dict(key: str, holder: Any, model: Model | None) -> StateDict | None:
     return StateDict(key, dict(zip(names, tensors.values(), strict=True)), layers, stripped)
 
 
-def _named(holder: Any) -> dict[str, Any]:
-    """What has a name in a dict; of lists, and where keys are numbers, the number is the name."""
-    if isinstance(holder, Opaque):
-        pairs: Iterable[tuple[object, Any]] = holder.pairs
-    elif isinstance(holder, (Pairs, dict, list, tuple)):
-        pairs = children_of(holder)
-    else:
-        return {}
-    found = [*pairs]
-    texts = {key: value for key, value in found if type(key) is str}
-    numbers = {str(key): value for key, value in found if is_size(key)}
-    return {f"{key}'" if key in texts else key: value for key, value in numbers.items()} | texts
+def _tensors_of(holder: Any) -> dict[str, StoredTensor]:
+    """The tensors in a dict by name; in lists, and where keys are numbers, the number is the name.
+
+    Raises:
+        UnsafeCheckpointError: a name is too long.
+    """
+    named: dict[str, StoredTensor] = {}
+    numbered: dict[str, StoredTensor] = {}
+    for key, value in holder.pairs if isinstance(holder, Opaque) else children_of(holder):
+        tensor = tensor_in(value)
+        if type(key) is str:
+            # The last of a name counts, as in Python.
+            named.pop(key, None)
+            if tensor is not None:
+                check_limit(len(key), MAX_NAME_LENGTH, "characters of a tensor's name")
+                named[key] = tensor
+        elif tensor is not None and is_size(key):
+            numbered[str(key)] = tensor
+    return {f"{key}'" if key in named else key: value for key, value in numbered.items()} | named
 
 
 _HOLDERS: Final = (Pairs, Opaque, Stateful, dict, list, tuple)

@@ -859,9 +859,7 @@ def a_meta_tensor_of_no_dtype(folder):
 
 @hostile(2, r"do not make sense")
 def a_size_of_ten_thousand_digits(folder):
-    huge = 10**9_999
-    digits = huge.to_bytes(huge.bit_length() // 8 + 1, "little", signed=True)
-    size = b"\x8b" + struct.pack("<i", len(digits)) + digits
+    size = p.number(10**9_999)
     hooks = p.name("collections", "OrderedDict") + b")R"
     body = p.name("torch._utils", "_rebuild_tensor_v2") + b"(" + p.storage("0", 4)
     body += b"K\0(" + size + b"t(K\1t\x89" + hooks + b"tR"
@@ -870,10 +868,8 @@ def a_size_of_ten_thousand_digits(folder):
 
 @hostile(2, r"a storage without kind, key or size")
 def a_storage_of_ten_thousand_digits(folder):
-    huge = 10**9_999
-    digits = huge.to_bytes(huge.bit_length() // 8 + 1, "little", signed=True)
     where = b"(" + p.text("storage") + p.name("torch", "FloatStorage") + p.text("0")
-    where += p.text("cpu") + b"\x8b" + struct.pack("<i", len(digits)) + digits + b"tQ"
+    where += p.text("cpu") + p.number(10**9_999) + b"tQ"
     pairs = [("x", p.tensor(where, [4], [1]))]
     return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", FOUR)])
 
@@ -1192,31 +1188,35 @@ def a_storage_in_a_pickle_that_is_loaded_again_and_again(folder):
     return written(folder, b"\x80\x03" + body + pieces_of(b"h\0h\1R", 100_000) + b"t.", "a.pkl")
 
 
+def numpy_dtype(text):
+    return p.name("numpy", "dtype") + b"(" + p.text(text) + b"\x89\x88tR"
+
+
+def numpy_array(dtype, shape, data, order=b"\x89"):
+    """An array in the way in which NumPy itself writes it; `dtype` and `data` are pickled."""
+    made = p.name("numpy._core.multiarray", "_reconstruct") + b"("
+    made += p.name("numpy", "ndarray") + b"(K\0tC\x01btR"
+    return made + b"(K\1" + p.numbers(shape) + dtype + order + data + b"tb"
+
+
 @hostile(2, r"a number of another size|arguments that it does not take")
 def a_number_of_a_megabyte(folder):
-    dtype = p.name("numpy", "dtype") + b"(" + p.text("f8") + b"\x89\x88tR"
-    body = p.name("numpy._core.multiarray", "scalar") + b"(" + dtype
+    body = p.name("numpy._core.multiarray", "scalar") + b"(" + numpy_dtype("f8")
     body += b"B" + struct.pack("<I", 2**20) + bytes(2**20) + b"tR"
     return beside_a_batch_norm(folder, body)
 
 
 @hostile(2, r"changes something after it was made")
 def a_dtype_that_changes_after_an_array_was_made_of_it(folder):
-    dtype = p.name("numpy", "dtype") + b"(" + p.text("f4") + b"\x89\x88tRq\0"
-    array = p.name("numpy._core.multiarray", "_reconstruct") + b"("
-    array += p.name("numpy", "ndarray") + b"(K\0tC\x01btR"
-    state = b"(K\1(K\1t" + dtype + b"\x89C\x04" + bytes(4) + b"t"
+    array = numpy_array(numpy_dtype("f4") + b"q\0", [1], b"C\x04" + bytes(4))
     order = b"(K\3" + p.text(">") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0t"
-    return beside_a_batch_norm(folder, b"(" + array + state + b"b" + b"h\0" + order + b"bt")
+    return beside_a_batch_norm(folder, b"(" + array + b"h\0" + order + b"bt")
 
 
 @hostile(2, r"said to lie in")
 def an_array_of_a_claimed_size(folder):
-    dtype = p.name("numpy", "dtype") + b"(" + p.text("f4") + b"\x89\x88tR"
-    array = p.name("numpy._core.multiarray", "_reconstruct") + b"("
-    array += p.name("numpy", "ndarray") + b"(K\0tC\x01btR"
-    state = b"(K\1(" + p.number(2**40) + b"t" + dtype + b"\x89C\x04" + bytes(4) + b"t"
-    return beside_a_batch_norm(folder, array + state + b"b")
+    array = numpy_array(numpy_dtype("f4"), [2**40], b"C\x04" + bytes(4))
+    return beside_a_batch_norm(folder, array)
 
 
 @hostile(2, r"bytes follow after its pickle")
@@ -1241,17 +1241,10 @@ def an_array_whose_header_is_code(folder):
 # What was read otherwise than it is loaded, or not at all.
 
 
-def numpy_dtype(text):
-    return p.name("numpy", "dtype") + b"(" + p.text(text) + b"\x89\x88tR"
-
-
 def negative_array(dtype, order=b"\x89"):
-    """Four variances, of which the last is negative; NumPy's own way to write them."""
+    """Four variances, of which the last is negative."""
     data = np.array([1, 1, 1, -1], dtype).tobytes()
-    array = p.name("numpy._core.multiarray", "_reconstruct") + b"("
-    array += p.name("numpy", "ndarray") + b"(K\0tC\x01btR"
-    state = b"(K\1(K\2K\2t" + numpy_dtype(dtype) + order + b"C" + bytes([len(data)]) + data
-    return array + state + b"tb"
+    return numpy_array(numpy_dtype(dtype), [2, 2], b"C" + bytes([len(data)]) + data, order)
 
 
 def pickled_variance(folder, body):
@@ -1299,17 +1292,12 @@ def a_model_under_a_key_that_is_a_tuple(folder):
 
 @hostile(1, r'"stats-nonfinite"')
 def a_model_under_a_number_of_ten_thousand_digits(folder):
-    huge = 10**9_999
-    digits = huge.to_bytes(huge.bit_length() // 8 + 1, "little", signed=True)
-    return beside_nan(folder, b"}\x8b" + struct.pack("<i", len(digits)) + digits + of_nan() + b"s")
+    return beside_nan(folder, b"}" + p.number(10**9_999) + of_nan() + b"s")
 
 
 @hostile(1, r'"stats-nonfinite"')
 def a_model_in_an_array_of_objects(folder):
-    array = p.name("numpy._core.multiarray", "_reconstruct") + b"("
-    array += p.name("numpy", "ndarray") + b"(K\0tC\x01btR"
-    state = b"(K\1(K\1t" + numpy_dtype("O8") + b"\x89](" + of_nan() + b"et"
-    return beside_nan(folder, array + state + b"b")
+    return beside_nan(folder, numpy_array(numpy_dtype("O8"), [1], b"](" + of_nan() + b"e"))
 
 
 @hostile(1, r'"stats-nonfinite"')
