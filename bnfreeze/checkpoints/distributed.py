@@ -40,24 +40,13 @@ _FILESYSTEM: Final = "torch.distributed.checkpoint.filesystem."
 _MOST_FIELDS: Final = 20
 
 # What torch itself writes into the metadata.
+_CLASSES: Final = (
+    "Metadata TensorStorageMetadata BytesStorageMetadata TensorProperties ChunkStorageMetadata "
+    "MetadataIndex StorageMeta _MEM_FORMAT_ENCODING"
+)
 _EXPECTED: Final = frozenset(
-    {
-        *(
-            f"{_METADATA}{name}"
-            for name in (
-                "Metadata",
-                "TensorStorageMetadata",
-                "BytesStorageMetadata",
-                "TensorProperties",
-                "ChunkStorageMetadata",
-                "MetadataIndex",
-                "StorageMeta",
-                "_MEM_FORMAT_ENCODING",
-            )
-        ),
-        f"{_FILESYSTEM}_StorageInfo",
-        f"{_FILESYSTEM}_StoragePrefix",
-    }
+    {f"{_METADATA}{name}" for name in _CLASSES.split()}
+    | {f"{_FILESYSTEM}_StorageInfo", f"{_FILESYSTEM}_StoragePrefix"}
 )
 
 

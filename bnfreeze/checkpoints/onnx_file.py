@@ -69,16 +69,10 @@ def read_onnx(file: OpenFile) -> Content:
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         unread += "running_mean" not in parts or "running_var" not in parts
     unread += sum(node.op_type == _NORM for one in model.functions for node in one.node)
-    remarks = (
-        [
-            f"{unread} of its {_NORM} nodes compute their statistics, or lie in functions, and "
-            f"were not read."
-        ]
-        if unread
-        else []
-    )
-    remarks += [] if layers or unread else [_FOLDED]
-    return Content(Model(tensors, layers, frozenset(), ()), remarks=tuple(remarks))
+    remarks: tuple[str, ...] = () if layers else (_FOLDED,)
+    if unread:
+        remarks = (f"{unread} of its {_NORM} nodes {_UNREAD}",)
+    return Content(Model(tensors, layers, frozenset(), ()), remarks=remarks)
 
 
 def _with_subgraphs(graph: Any) -> Iterator[Any]:
@@ -106,6 +100,7 @@ def _tensors_in(graphs: Iterable[Any]) -> Iterator[Any]:
                     yield attribute.t
 
 
+_UNREAD: Final = "compute their statistics, or lie in functions, and were not read."
 _FOLDED: Final = (
     "There is no BatchNormalization node in the graph. Exporters fold batch norm into the "
     "convolution before it."
