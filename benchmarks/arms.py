@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bnfreeze
-from benchmarks import folding, peers
+from benchmarks import peers
 from benchmarks.facts import BASE
 
 FOLLOWS = ("nothing", "relu", "add+relu")
@@ -111,10 +111,6 @@ def _policy(policy: str) -> Callable[[nn.Module], object]:
     return lambda model: bnfreeze.freeze(model, policy)
 
 
-def _folded(how: type[folding.Folded]) -> Callable[[nn.Module], None]:
-    return _frozen_then(lambda model: folding.fold(model, how))
-
-
 _PLAIN = (
     Arm("BatchNorm2d, training", lambda model: model.train(), frozen=False),
     Arm("BatchNorm2d.eval(), affine trained", lambda model: _eval(model, affine=True)),
@@ -131,6 +127,13 @@ _PLAIN = (
     Arm("bnfreeze eval+affine", _policy("eval+affine")),
     Arm("bnfreeze fused", _policy("fused")),
     Arm("bnfreeze fused-act", _policy("fused-act"), fuses=True),
+    Arm("bnfreeze folded", _policy("folded"), alone=False),
+    Arm(
+        "bnfreeze folded+weights",
+        _policy("folded+weights"),
+        alone=False,
+        needs_frozen_weights=True,
+    ),
 )
 
 _COMPILED = tuple(
@@ -144,18 +147,7 @@ _INDUCTOR = Arm(
     compiled={"efficient_conv_bn_eval_fx_passes": True},
 )
 
-_EXPERIMENTS = (
-    Arm("experiment: folded", _folded(folding.Folded), alone=False),
-    Arm("experiment: folded, epilogue", _folded(folding.FoldedEpilogue), alone=False),
-    Arm(
-        "experiment: folded once",
-        _folded(folding.FoldedOnce),
-        alone=False,
-        needs_frozen_weights=True,
-    ),
-)
-
-ARMS = (*_PLAIN, *_COMPILED, _INDUCTOR, *_EXPERIMENTS)
+ARMS = (*_PLAIN, *_COMPILED, _INDUCTOR)
 
 # If there is no time to compile all of them.
 FEW_COMPILED = tuple(

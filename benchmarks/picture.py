@@ -43,7 +43,7 @@ def draw(records: Sequence[Record], title: str, footer: str) -> str:
     """Return an SVG: a panel for each precision, and two bars for each arm, one a layout."""
     plain = [arm.name for arm in ARMS if arm.compiled is None]
     measured = {one.arm for one in records}
-    arms = [name for name in plain if name in measured and not name.startswith("experiment")]
+    arms = [name for name in plain if name in measured]
     found = {(one.arm, one.case["precision"], one.case["layout"]): one for one in records}
     most = max((one.high for one in records if one.arm in arms), default=1.0)
     most = max(1.25, math.ceil(most * 4) / 4)

@@ -23,6 +23,7 @@ TITLES = {
     "driver": "A call on eight elements, on CUDA with a driver that does nothing",
     "block": "A bottleneck block, forward and backward",
     "step": "A training step of a ResNet-50",
+    "folded": "Frozen parts of a model, in CPU time",
     "detection": "A training step of a detector's ResNet-50 with feature pyramid",
     "memory": "Memory of a ResNet-50 at 224 × 224",
     "guard": "What verifying costs",
@@ -30,7 +31,7 @@ TITLES = {
     "cold": "The first call of the CUDA kernel",
 }
 # These become columns; every other value of a case makes a table of its own.
-_COLUMNS = ("precision", "layout", "call", "file")
+_COLUMNS = ("precision", "layout", "malloc", "call", "file")
 # How the values and the names of a case are written in a title.
 _WORDS = {"nothing": "batch norm alone", "relu": "with ReLU", "add+relu": "with add and ReLU"}
 _NAMES = {"what": "", "pass": "", "weights": "convolutions"}

@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bnfreeze import functional
+    from bnfreeze.calibration.fit import LayerFit
+    from bnfreeze.calibration.measuring import CalibrationError
+    from bnfreeze.calibration.probe import probe
+    from bnfreeze.calibration.recalibrate import recalibrate
+    from bnfreeze.calibration.report import ProbeReport, RecalibrationReport
     from bnfreeze.errors import (
         BnfreezeError,
         BnfreezeWarning,
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BnfreezeError",
     "BnfreezeWarning",
+    "CalibrationError",
     "CheckpointError",
     "CheckpointInspection",
     "CorruptCheckpointError",
@@ -55,12 +61,15 @@ __all__ = [
     "FrozenBatchNorm3d",
     "Guard",
     "Inspection",
+    "LayerFit",
     "LayerRow",
     "LiveLayer",
     "ModelInspection",
     "NotFrozenError",
     "Policy",
     "PolicyError",
+    "ProbeReport",
+    "RecalibrationReport",
     "Snapshot",
     "StoredLayer",
     "TensorChange",
@@ -72,12 +81,20 @@ __all__ = [
     "functional",
     "guard",
     "inspect",
+    "probe",
+    "recalibrate",
     "snapshot",
     "unfreeze",
     "verify",
 ]
 
 _HOME = {
+    "CalibrationError": "calibration.measuring",
+    "LayerFit": "calibration.fit",
+    "ProbeReport": "calibration.report",
+    "RecalibrationReport": "calibration.report",
+    "probe": "calibration.probe",
+    "recalibrate": "calibration.recalibrate",
     "BnfreezeError": "errors",
     "BnfreezeWarning": "errors",
     "CheckpointError": "errors",

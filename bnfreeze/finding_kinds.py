@@ -11,48 +11,11 @@ beginning: ``never-trained``, ``batch-stats-in-train``, ``train-undoes-eval``. C
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
+
+from bnfreeze.finding_kind import FindingKind, Level
 
 __all__ = ["KINDS", "FindingKind", "Level"]
-
-Level = Literal["error", "warning", "note"]
-
-
-@dataclass(frozen=True)
-class FindingKind:
-    """One kind of finding, as people read about it.
-
-    Attributes:
-        code: its stable name.
-        levels: the levels that it can have; the first is the usual one.
-        title: what was found, in a few words.
-        meaning: what it means.
-        why: why it matters.
-        remedy: how to mend it, in a sentence or two; shown with each finding.
-        example: code or a command that leads to it, or that mends it.
-    """
-
-    code: str
-    levels: tuple[Level, ...]
-    title: str
-    meaning: str
-    why: str
-    remedy: str
-    example: str
-
-    def page(self) -> str:
-        """The page about this kind, in Markdown."""
-        example = "\n".join(f"    {line}".rstrip() for line in self.example.splitlines())
-        return (
-            f"# {self.code}\n\n"
-            f"**{self.title}** (level: {' or '.join(self.levels)})\n\n"
-            f"{self.meaning}\n\n"
-            f"## Why it matters\n\n{self.why}\n\n"
-            f"## How to mend it\n\n{self.remedy}\n\n"
-            f"## Example\n\n{example}\n"
-        )
-
 
 KINDS: Final[tuple[FindingKind, ...]] = (
     FindingKind(
@@ -88,6 +51,30 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "running statistics always.",
         "bn.momentum = 0                  # or bn.track_running_stats = False\n"
         "model.train()                    # still normalises with each batch",
+    ),
+    FindingKind(
+        "batch-too-small",
+        ("warning",),
+        "Batches of this size are too small to normalise with",
+        "In train mode a layer normalises with the mean of the batch. With so few samples that "
+        "mean is off by more than 0.2 standard deviations in the median layer.",
+        "The same sample gets another output in every batch, and the running statistics that are "
+        "gathered from such batches are noisy. Frozen layers do not depend on the batch.",
+        "Freeze the statistics, with freeze(model, 'eval'), once they fit the data; or use larger "
+        "batches.",
+        "report = bnfreeze.probe(model, loader)   # batches of 2\n"
+        "report.layers[0].batch_noise             # in standard deviations",
+    ),
+    FindingKind(
+        "dead-on-this-data",
+        ("note",),
+        "Channels that do not vary on this data",
+        "On this data the input of some channels is constant, although a variance is stored for "
+        "them.",
+        "Nothing can be said about such a channel. Recalibrating gives it the variance 0: a later "
+        "input that does vary is then multiplied by 1/sqrt(eps), which is about 300.",
+        "Use more, and more varied, data; or leave the layer out with select=.",
+        "bnfreeze.probe(model, loader).layers[0].dead_channels",
     ),
     FindingKind(
         "layer-eps-zero",
@@ -134,6 +121,16 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "Run one forward pass before freezing.",
         "model = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d())\n"
         "model(images)                    # now it has tensors\nfreeze(model, 'eval')",
+    ),
+    FindingKind(
+        "layer-not-reached",
+        ("note",),
+        "No data reached a norm layer",
+        "The layer was not called in any batch, so nothing is known about its statistics.",
+        "A part of the model that runs in training only, or on other inputs, is neither judged nor "
+        "recalibrated.",
+        "Run the model as you use it: pass forward=, or data that reach this layer.",
+        "bnfreeze.probe(model, loader, forward=lambda model, batch: model.both_heads(batch))",
     ),
     FindingKind(
         "layer-unregistered",
@@ -188,7 +185,8 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "Every running mean is 0, every variance is 1, and no batch was counted.",
         "With these values a frozen layer normalises nothing: it is the identity, apart from "
         "weight and bias.",
-        "Load the pretrained weights before freezing, or leave this layer out.",
+        "Load the pretrained weights before freezing, or leave this layer out. To measure whether "
+        "statistics fit your data, call bnfreeze.probe(model, loader).",
         "model = resnet50()               # no weights loaded\nfreeze(model, 'eval')",
     ),
     FindingKind(
@@ -302,9 +300,25 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "Real data never gives exactly these values. The statistics were reset after training, or "
         "they never changed (momentum 0), or the layer's input was always 0. In eval mode the "
         "layer normalises nothing.",
-        "Load the statistics of an earlier checkpoint, or run a few batches in train mode before "
-        "you freeze.",
+        "Load the statistics of an earlier checkpoint, or call bnfreeze.recalibrate(model, loader) "
+        "before you freeze. bnfreeze.probe(model, loader) says how far off they are.",
         "bn.momentum = 0                  # counts batches, and never updates the statistics",
+    ),
+    FindingKind(
+        "stats-shifted",
+        ("warning", "note"),
+        "The stored statistics do not fit this data",
+        "More than 5 % of the layer's channels have, on this data, a mean that is off by more than "
+        "0.25 standard deviations, or a variance that is off by more than a factor of 1.5, and "
+        "this is not by chance. It is a note for a layer that fits once the layers before it "
+        "normalise their inputs: the shift is carried to it.",
+        "In eval mode, and frozen, the layer normalises with values that are not this data's. "
+        "Often that alone explains bad results in eval mode.",
+        "Recalibrate before you freeze: recalibrate(model, loader, score=...) replaces the "
+        "statistics and says whether it helped.",
+        "print(bnfreeze.probe(model, loader))\n"
+        "bnfreeze.recalibrate(model, loader)\n"
+        "bnfreeze.freeze(model, 'eval+affine')",
     ),
     FindingKind(
         "stats-unpaired",
@@ -347,6 +361,15 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "Keep the statistics in float32, and eps at the value that the checkpoint was trained "
         "with.",
         "model.half()                     # such variances are 0 now",
+    ),
+    FindingKind(
+        "too-few-samples",
+        ("note",),
+        "Too few samples to say whether the statistics fit",
+        "With so few samples, differences as large as those that matter arise by chance.",
+        "Neither that the statistics fit nor that they do not is shown.",
+        "Probe with more samples. Pixels of one image do not count as samples.",
+        "bnfreeze.probe(model, loader, max_batches=64)",
     ),
     FindingKind(
         "train-undoes-eval",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -302,4 +303,6 @@ def check_model(model: object) -> nn.Module:
         hint = " It looks like a state_dict: build the model and load_state_dict() it first."
     elif model is None:
         hint = " Is there a return missing in the function that builds it?"
+    elif isinstance(model, str | os.PathLike):
+        hint = " It looks like a path: build the model and load the file into it first."
     raise TypeError(f"Expected an nn.Module, not {type(model).__name__}.{hint}")

@@ -97,10 +97,10 @@ def hint(text: str, names: Iterable[str]) -> str:
     by_leaf: dict[str, list[str]] = {}
     for name in names:
         by_leaf.setdefault(name.rpartition(".")[2], []).append(name)
-    found = difflib.get_close_matches(text, names, n=3, cutoff=0.6)
-    for leaf in difflib.get_close_matches(text.rpartition(".")[2], by_leaf, n=3, cutoff=0.6):
-        found += by_leaf[leaf]
-    near = list(dict.fromkeys(found))[:3]
+    near = difflib.get_close_matches(text, names, n=3, cutoff=0.7)
+    if not near:
+        leaves = difflib.get_close_matches(text.rpartition(".")[2], by_leaf, n=3, cutoff=0.6)
+        near = [name for leaf in leaves for name in by_leaf[leaf]][:3]
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 

@@ -21,7 +21,8 @@ def pages() -> dict[str, str]:
     index = (
         "# Findings\n\n"
         "A finding is something that you should know about a model or a checkpoint. "
-        "`inspect`, `freeze` and `diff` report them, each with a level, a code that does not "
+        "`inspect`, `freeze`, `diff` and `probe` report them, each with a level, a code that does "
+        "not "
         "change, the layer's name, and how to mend it. "
         "An `error` makes `inspection.ok` false and the command's exit code 1.\n\n"
         "`bnfreeze explain CODE` shows the same text in a terminal.\n\n"

@@ -1,13 +1,13 @@
-"""Fine-tune a small ResNet on tiny batches, with batch norm frozen in ten ways, and compare.
+"""Should I freeze? Probe a small ResNet, fine-tune it in fourteen ways, and compare.
 
-The network first learns scikit-learn's handwritten digits. Then it is fine-tuned on faded, noisy
-digits in batches of two, where batch norm works badly: once with nothing frozen, once with each of
-five recipes that people often copy, and once with each of five policies of bnfreeze. All runs start
-from the same weights and see the same batches.
+The network first learns scikit-learn's handwritten digits. Then the images change: they are faded
+and noisy, or, with `--shift inverted`, negatives. `bnfreeze.probe` says from 400 unlabelled images
+whether the stored statistics still fit. Then the network is fine-tuned in batches of two, where
+batch norm works badly: once with nothing frozen, once with each of five recipes that people often
+copy, with each of five policies of bnfreeze, and with statistics that were recalibrated first. All
+runs start from the same weights and see the same batches.
 
-The shift is mild, so the old statistics almost fit, as when a pretrained backbone sees similar
-images. Whether freezing helps is another question: `--shift inverted` turns the images into
-negatives. There the old statistics are wrong, and freezing them costs accuracy.
+Whether the advice was right is for the table to say.
 
     pip install "bnfreeze[examples]"
     python examples/finetune_digits.py [--quick] [--seed N] [--shift NAME] [--svg FILE] [--json]
@@ -58,13 +58,24 @@ POLICIES = {
     "eval+affine": STATISTICS | AFFINE | SAME,
     "eval+weights, all but the head": STATISTICS | AFFINE | SAME | {"convolutions"},
 }
+BUT_HEAD = "eval+weights, all but the head"
+# The statistics are made those of the new images first. What is trained then, if anything is?
+NOT_TRAINED = "recalibrated, not trained"
+RECALIBRATED = {
+    NOT_TRAINED: STATISTICS | AFFINE | SAME | {"convolutions", "head"},
+    "recalibrated, eval+affine": STATISTICS | AFFINE | SAME,
+    "recalibrated, all but the head": STATISTICS | AFFINE | SAME | {"convolutions"},
+}
 BASELINE = "nothing frozen"
-METHODS: dict[str, set[str]] = {BASELINE: set(), **RECIPES, **POLICIES}
+METHODS: dict[str, set[str]] = {BASELINE: set(), **RECIPES, **POLICIES, **RECALIBRATED}
 
 
-def set_up(method: str, model: ResNet) -> Iterator[nn.Parameter]:
+def set_up(method: str, model: ResNet, data: TensorDataset) -> Iterator[nn.Parameter]:
     """Freeze in the way named, and give back the parameters for the optimizer."""
-    if method == "eval+weights, all but the head":
+    if method in RECALIBRATED:
+        bnfreeze.recalibrate(model, DataLoader(data, 50))
+        method = "eval+affine" if method.endswith("eval+affine") else BUT_HEAD
+    if method == BUT_HEAD:
         bnfreeze.freeze(model, {"**": "eval+weights", "fc": "none"})
     elif method in POLICIES:
         bnfreeze.freeze(model, method)
@@ -109,6 +120,10 @@ class Experiment:
     shift: str
     clean_accuracy: float
     shifted_accuracy: float
+    layers_shifted: int  # of 9, as bnfreeze.probe judges 400 images without their labels
+    advice: str  # what it advises
+    advice_recalibrated: str  # what bnfreeze.recalibrate advises next,
+    advice_scored: str  # and what it advises if it may look at the labels of these 400 images
     outcomes: tuple[Outcome, ...]
 
 
@@ -178,10 +193,10 @@ def fine_tune(
 ) -> Outcome:
     """Fine-tune a copy of the network in one way, and compare it with what it was."""
     model = copy.deepcopy(pretrained).train()
+    optimizer = torch.optim.SGD(set_up(method, model, data), lr=0.002, momentum=0.9)
     before = tensors_by_kind(model)
-    optimizer = torch.optim.SGD(set_up(method, model), lr=0.002, momentum=0.9)
     inspection = bnfreeze.inspect(model, optimizer=optimizer)
-    for _ in range(epochs):
+    for _ in range(0 if method == NOT_TRAINED else epochs):
         train_epoch(model, optimizer, data, BATCH)
     after = tensors_by_kind(model)
     in_train, train_accuracy = evaluate(model, test, training=True)
@@ -229,13 +244,29 @@ def run(
     for _ in track(range(epochs), description="Pretraining"):
         train_epoch(model, optimizer, clean, batch_size=32)
         schedule.step()
+    loader = DataLoader(new, BATCH)
+    probed = bnfreeze.probe(model, loader)
+    advice = [
+        bnfreeze.recalibrate(copy.deepcopy(model), DataLoader(new, 50), score=score).advice
+        for score in (None, lambda other: evaluate(other, new, training=False)[1])
+    ]
     outcomes = []
     for method in track(list(METHODS), description="Fine-tuning"):
         torch.manual_seed(seed)  # the same batches each time
         outcomes.append(fine_tune(model, method, new, shifted_test, epochs=1 if quick else 2))
     _, clean_accuracy = evaluate(model, TensorDataset(*test), training=False)
     _, shifted_accuracy = evaluate(model, shifted_test, training=False)
-    return Experiment(seed, shift, clean_accuracy, shifted_accuracy, tuple(outcomes))
+    return Experiment(
+        seed=seed,
+        shift=shift,
+        clean_accuracy=clean_accuracy,
+        shifted_accuracy=shifted_accuracy,
+        layers_shifted=sum(layer.verdict == "shifted" for layer in probed.layers),
+        advice=probed.advice,
+        advice_recalibrated=advice[0],
+        advice_scored=advice[1],
+        outcomes=tuple(outcomes),
+    )
 
 
 def conclusion(experiment: Experiment) -> str:
@@ -246,17 +277,39 @@ def conclusion(experiment: Experiment) -> str:
     moving = sum("statistics" in o.broken for o in broken)
     kept = sum(not o.broken for o in policies)
     same = sum("train = eval" in o.unchanged for o in policies)
-    ranked = sorted(experiment.outcomes, key=lambda o: o.eval_accuracy)
-    plain = next(o for o in ranked if o.method == BASELINE)
+    accuracy = {o.method: o.eval_accuracy for o in experiment.outcomes}
+    best = max(accuracy, key=accuracy.__getitem__)
+    frozen = max((p for p in POLICIES if "statistics" in POLICIES[p]), key=accuracy.__getitem__)
+    then = max(list(RECALIBRATED)[1:], key=accuracy.__getitem__)
+    plain = accuracy[BASELINE]
     return (
         f"{len(broken)} of {len(recipes)} popular recipes do not freeze: with {moving} the running "
         f"statistics move, with {len(broken) - moving} they stay but the output in eval mode "
         f"differs from train mode. {kept} of {len(policies)} policies keep their promise bit for "
-        f"bit, and with {same} of them both modes give the same output. In eval mode, "
-        f"“{ranked[-1].method}” does best here ({ranked[-1].eval_accuracy:.1%}) and "
-        f"“{ranked[0].method}” worst ({ranked[0].eval_accuracy:.1%}). With {plain.method} it is "
-        f"{plain.eval_accuracy:.1%}."
+        f"bit, and with {same} of them both modes give the same output. Does freezing help here, "
+        f"in eval mode? With the old statistics, {_against(accuracy[frozen], plain)}: at best "
+        f"{accuracy[frozen]:.1%} (“{frozen}”), and {plain:.1%} with {BASELINE}. Recalibrated "
+        f"first, {_against(accuracy[then], plain)}: {accuracy[then]:.1%} (“{then}”), and "
+        f"{accuracy[NOT_TRAINED]:.1%} with nothing trained. Best of all: “{best}” "
+        f"({accuracy[best]:.1%})."
     )
+
+
+def _against(accuracy: float, plain: float) -> str:
+    if abs(accuracy - plain) < 0.005:
+        return "it makes no difference"
+    return "it helps" if accuracy > plain else "it harms"
+
+
+def verdict(experiment: Experiment) -> Table:
+    """What bnfreeze said before anything was trained."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(style="cyan")
+    table.add_row("probe", experiment.advice)
+    table.add_row("recalibrate", experiment.advice_recalibrated)
+    table.add_row("with score=", experiment.advice_scored)
+    return table
 
 
 def picture(experiment: Experiment, width: int = 100) -> Group:
@@ -284,22 +337,30 @@ def picture(experiment: Experiment, width: int = 100) -> Group:
         if header not in least:
             text = header in ("", "\nway to freeze", "inspect said:\nnorm, stats")
             table.add_column(header, justify="left" if text else "right", no_wrap=True)
-    headings = {next(iter(RECIPES)): "popular recipes", next(iter(POLICIES)): "bnfreeze policies"}
+    headings = {
+        next(iter(RECIPES)): "popular recipes",
+        next(iter(POLICIES)): "bnfreeze policies",
+        NOT_TRAINED: "bnfreeze, recalibrated first",
+    }
     for outcome in experiment.outcomes:
         if outcome.method in headings:
             table.add_section()
             table.add_row("", Text(headings[outcome.method], style="bold"))
         cells = zip(headers, _cells(outcome), strict=True)
         table.add_row(*(cell for header, cell in cells if header not in least))
-    return Group(table, Padding(Text(conclusion(experiment)), (1, 0)))
+    return Group(
+        Padding(verdict(experiment), (0, 0, 1, 0)),
+        table,
+        Padding(Text(conclusion(experiment)), (1, 0)),
+    )
 
 
 def _cells(outcome: Outcome) -> Iterator[Text]:
     mark = Text("✗", "bold red") if outcome.broken else Text("✓", "bold green")
     yield mark if METHODS[outcome.method] else Text()
     yield Text(outcome.method)
-    yield Text(f"{outcome.train_accuracy:.1%}")
-    yield Text(f"{outcome.eval_accuracy:.1%}")
+    for accuracy in (outcome.train_accuracy, outcome.eval_accuracy):
+        yield Text(f"{accuracy:.1%}".replace("100.0", "100"))
     for kind, form in (("statistics", ".2f"), ("count", "+.0f"), ("affine", ".3f")):
         unchanged = kind in outcome.unchanged
         text = "same" if unchanged else format(outcome.moved[kind], form)

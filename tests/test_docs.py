@@ -130,7 +130,7 @@ def test_the_readme_has_the_two_commands_on_one_line_each():
 def test_the_policy_table_says_what_the_policies_do(page):
     rows = re.findall(r"^\| `([a-z-]+)` \| (\S.*?) \| (\S.*?) \| (\S.*?) \|$", PAGES[page], re.M)
     names = [name for name, *_ in rows]
-    assert names == ["stats", "affine", "eval", "fused", "fused-act", "weights", "none"]
+    assert names == ["stats", "affine", "eval", "fused", "fused-act", "folded", "weights", "none"]
     for name, statistics, normalises, affine in rows:
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
         if name != "none":

@@ -81,6 +81,24 @@ def test_every_policy_keeps_its_promise_bit_for_bit(example, outcomes):
     assert {"affine", "convolutions"} <= set(outcomes["eval+weights, all but the head"].unchanged)
 
 
+def test_recalibrated_layers_are_frozen_like_any_others(example, outcomes):
+    for name in example.RECALIBRATED:
+        assert outcomes[name].broken == ()
+        assert outcomes[name].train_accuracy == outcomes[name].eval_accuracy
+    assert "head" in outcomes[example.NOT_TRAINED].unchanged
+    assert outcomes[example.NOT_TRAINED].moved["statistics"] == 0  # since it was recalibrated
+
+
+def test_the_advice_is_not_contradicted_by_the_table(example, experiment, outcomes):
+    """On faded images; docs/should-i-freeze.md has the whole runs, for both shifts."""
+    assert experiment.layers_shifted > 0
+    assert "recalibrate(model" in experiment.advice
+    recalibrated = outcomes[example.NOT_TRAINED].eval_accuracy
+    assert recalibrated > experiment.shifted_accuracy
+    assert "rose" in experiment.advice_scored
+    assert recalibrated >= max(outcomes[name].eval_accuracy for name in EVAL_POLICIES)
+
+
 def test_policies_freeze_nothing_more_than_they_promise(outcomes):
     assert outcomes["stats"].unchanged == ("count", "statistics")
     assert outcomes["affine"].unchanged == ("affine",)

@@ -65,8 +65,8 @@ def freeze(
         optimizer: the optimizer, or several. Frozen parameters that are in it are then listed, and
             an optimizer that has none of the model's parameters is a finding.
         traceable: classes of your own, or names of packages, whose forward torch.fx may trace for
-            the policy ``fused-act``, besides those of known libraries. Their forwards must do
-            nothing that a trace misses.
+            ``fused-act`` and ``folded``, besides those of known libraries. Their forwards must
+            do nothing that a trace misses.
         dry_run: return the report, and change nothing. The model is frozen, looked at and put
             back, so the report is exactly that of a real call; all errors are the same, too. With
             ``fused-act`` the blocks are traced as in a real call, so `LayerRow.fuses` is exact.

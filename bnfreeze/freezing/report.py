@@ -26,7 +26,8 @@ class LayerRow:
             for a frozen batch norm of another library.
         fuses: what runs in the layer's kernel under ``fused-act``: an activation (``"relu"``),
             ``"add"``, ``"add+relu"``, or ``"affine+add+relu"`` if the sum's other side is a norm
-            layer too; that other layer says ``"fused"``. Empty if nothing.
+            layer too; that other layer says ``"fused"``. Under ``folded`` what runs in or behind
+            its convolution: ``"conv"``, ``"conv+add+relu"``. Empty if nothing.
         actions: what was changed; empty if nothing had to be:
 
             * ``freeze-statistics``: the running statistics cannot change any more;

@@ -49,7 +49,7 @@ def parse_rules(policy: object) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def policies_for(modules: Sequence[NamedModule], rules: Iterable[Rule]) -> dict[int, Policy]:
+def policies_for(modules: Sequence[NamedModule], rules: Sequence[Rule]) -> dict[int, Policy]:
     """By index in `modules`, the policy of the last rule that matches any of the module's names.
 
     Raises:
@@ -67,6 +67,13 @@ def policies_for(modules: Sequence[NamedModule], rules: Iterable[Rule]) -> dict[
         if not any(not p or eligible(modules[index].module, p) for index, p in reached.items()):
             raise PolicyError(_nothing_found(modules, rule))
         chosen |= reached
+    wanted = [rule.pattern.text for rule in rules if rule.policy]
+    if wanted and not any(p and eligible(modules[i].module, p) for i, p in chosen.items()):
+        raise PolicyError(
+            f"Nothing would be frozen: a later rule 'none' also matches all that "
+            f"{' and '.join(map(repr, wanted))} matches. The last rule that matches wins, so put "
+            f"the general rules first."
+        )
     return chosen
 
 

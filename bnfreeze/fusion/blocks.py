@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bnfreeze.fusion.generated import Generated
-from bnfreeze.fusion.survey import Fusion, is_fused_act, survey
+from bnfreeze.fusion.survey import Fusion, fuses_more, survey
 from bnfreeze.fusion.tracing import names_of
 from bnfreeze.nn.eager import observer
 from bnfreeze.norm_layers import NamedModule
@@ -56,10 +56,8 @@ class _FusedBlock(Swapped):
             # It comes out of a file. If modules refer to each other, one of them is not complete
             # yet; then the block's own forward runs.
             with contextlib.suppress(Exception):
-                found = {
-                    id(block): forwards for block, forwards in survey(self, _named(self)).blocks
-                }
-                self.__dict__[GENERATED] = found.get(id(self))
+                blocks, _ = survey(self, _named(self))
+                self.__dict__[GENERATED] = {id(b): made for b, made in blocks}.get(id(self))
 
 
 def _choose(block: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any] | None:
@@ -81,7 +79,7 @@ def fuse_blocks(
             known libraries. The layers remember it.
 
     Returns:
-        By identity of each norm layer under the policy ``fused-act`` what it fuses.
+        By identity of each norm layer under ``fused-act`` or ``folded`` what it fuses.
 
     Raises:
         TypeError: something in `traceable` is neither a class of modules nor a name.
@@ -89,13 +87,13 @@ def fuse_blocks(
     given, model = names_of(traceable), modules[0].module
     for entry in modules if given else ():
         record = record_of(entry.module)
-        if record is not None and is_fused_act(entry.module):
+        if record is not None and fuses_more(entry.module):
             set_record(entry.module, replace(record, traceable=given))
-    found = survey(model, _named(model))
-    for block, generated in found.blocks:
+    blocks, layers = survey(model, _named(model))
+    for block, generated in blocks:
         block.__class__ = make_class(layer_class(block), _FusedBlock)
         block.__dict__[GENERATED] = generated
-    return found.layers
+    return layers
 
 
 def _named(model: nn.Module) -> tuple[str, ...]:

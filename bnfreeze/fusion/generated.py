@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import enum
-import itertools
 import types
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from bnfreeze.fusion.sums import is_drop
-from bnfreeze.fusion.tracing import Trace, UntraceableError
+from bnfreeze.fusion.tracing import UntraceableError
 from bnfreeze.policies.fused import has_hooks
 from bnfreeze.policies.record import layer_class
 
@@ -43,7 +42,6 @@ class _Holder:
         forward: of its class.
         children: names and submodules, in their order.
         own: its attributes that are plain values.
-        of_class: those that its class has.
     """
 
     module: nn.Module | None
@@ -51,7 +49,6 @@ class _Holder:
     forward: Any
     children: list[tuple[str, nn.Module | None]]
     own: list[tuple[str, Any]]
-    of_class: list[tuple[str, Any]]
 
     def has_changed(self, block: nn.Module) -> bool:
         module = block if self.module is None else self.module
@@ -68,7 +65,7 @@ class _Holder:
             found = now.get(name, _MISSING)
             if found is not value and not (type(found) is type(value) and found == value):
                 return True
-        return any(getattr(module, name, _MISSING) is not value for name, value in self.of_class)
+        return False
 
 
 @dataclass(frozen=True)
@@ -114,11 +111,7 @@ class Generated:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Who reads the file generates them again, with the versions that are installed there.
-        return (_nothing, ())
-
-
-def _nothing() -> None:
-    return None
+        return (type(None), ())
 
 
 def compiled(graph: fx.Graph, name: str) -> Forward:
@@ -130,13 +123,6 @@ def compiled(graph: fx.Graph, name: str) -> Forward:
     except SyntaxError as error:
         raise UntraceableError("torch.fx cannot write its forward as code") from error
     return namespace["forward"]  # type: ignore[no-any-return]
-
-
-def keys(traced: Trace, training: bool, kind: type) -> Iterable[Key]:
-    """The modes and types of arguments that a trace stands for."""
-    for kinds in itertools.product((Tensor, list), repeat=traced.arguments):
-        if all(kinds[index] is kind for index in traced.asked):
-            yield training, kinds
 
 
 def generate(
@@ -153,47 +139,30 @@ def generate(
         looked_into: the modules that the forwards look into, the block among them.
         passed: the modules that are not called any more, or in another way.
     """
-    unique = {id(module): module for module in passed}
+    unique = {id(module): module for module in passed}.values()
     # Of these it matters which children they have, and what a ReLU6's bounds are.
-    more = [m for m in unique.values() if m._modules or isinstance(m, nn.ReLU6)]
+    more = [m for m in unique if m._modules or isinstance(m, nn.ReLU6)]
+    holders = [(module, True) for module in looked_into] + [(module, False) for module in more]
     return Generated(
         forwards,
-        (
-            *(_holder(module, block, True) for module in looked_into),
-            *(_holder(module, block, False) for module in more),
+        tuple(
+            _Holder(
+                None if module is block else module,
+                in_mode,
+                layer_class(module).forward,
+                [*module._modules.items()],
+                [item for item in vars(module).items() if _is_setting(*item)],
+            )
+            for module, in_mode in holders
         ),
-        tuple((module, type(module)) for module in unique.values()),
-        tuple(module for module in unique.values() if is_drop(module)),
+        tuple((module, type(module)) for module in unique),
+        tuple(filter(is_drop, unique)),
     )
 
 
-def _holder(module: nn.Module, block: nn.Module, in_mode: bool) -> _Holder:
-    kind = layer_class(module)
-    own = {
-        name: value
-        for name, value in module.__dict__.items()
-        if name not in _OF_EVERY_MODULE and not name.startswith("_bnfreeze") and _is_plain(value)
-    }
-    of_class = {
-        name: getattr(module, name)
-        for base in kind.__mro__
-        if base not in (nn.Module, object)
-        for name, value in vars(base).items()
-        if name not in own and not name.startswith("__") and isinstance(value, _PLAIN[:-2])
-    }
-    return _Holder(
-        None if module is block else module,
-        in_mode,
-        kind.forward,
-        [*module._modules.items()],
-        [*copy.deepcopy(own).items()],
-        [*of_class.items()],
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    if type(value) in (list, tuple, set, frozenset):
-        return all(map(_is_plain, value))
-    if type(value) is dict:
-        return all(map(_is_plain, [*value.keys(), *value.values()]))
-    return isinstance(value, _PLAIN)
+def _is_setting(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is a plain value that its forward may read."""
+    if type(value) is tuple:
+        return all(isinstance(each, _PLAIN) for each in value)
+    mine = name in _OF_EVERY_MODULE or name.startswith("_bnfreeze")
+    return not mine and isinstance(value, _PLAIN)

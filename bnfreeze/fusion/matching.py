@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from bnfreeze.fusion.folded import conv_norm_add, why_not_folded
 from bnfreeze.fusion.sums import is_drop, norm_add
 from bnfreeze.fusion.tracing import IN_PLACE_ADD
 from bnfreeze.nn.activations import (
@@ -20,8 +21,9 @@ from bnfreeze.nn.activations import (
     FROM_OUTPUT,
     activation_of,
 )
-from bnfreeze.policies.fused import has_hooks
-from bnfreeze.policies.record import layer_class
+from bnfreeze.policies.fused import has_hooks, own_activation
+from bnfreeze.policies.policy import Policy
+from bnfreeze.policies.record import layer_class, record_of
 
 __all__ = ["FusedCall", "fuse_calls"]
 
@@ -37,8 +39,8 @@ class FusedCall:
 
     Attributes:
         layer: the norm layer.
-        fuses: what runs in its kernel, in the words of `Fusion.fuses`.
-        note: why it fuses nothing, as a sentence's end.
+        fuses: what runs in its kernel or convolution, in the words of `Fusion.fuses`.
+        note: why it fuses nothing, or is not folded, as a sentence's end.
         last: whether its output is the block's output, so that something may follow outside.
         passed: the modules on which this rests: they are no longer called, or called in another
             way, or must go on making new tensors.
@@ -69,18 +71,19 @@ def fuse_calls(
     chains = {node: _Chain(view, node) for node in view.modules if node in view.norms}
     calls = {node: chain.call for node, chain in chains.items()}
     # Two norm layers may meet in one sum, which only one of them computes: the one that can take
-    # the other's place too, or else the left one.
+    # the other's place too or is folded, or else the left one.
     sums: dict[fx.Node, list[_Chain]] = {}
     for chain in chains.values():
         if chain.total is not None and chain.call.fuses:
             sums.setdefault(chain.total, []).append(chain)
     for total, rivals in sums.items():
-        first = min(rivals, key=lambda c: (c.branch is None, c.before is not total.args[0]))
+        first = min(
+            rivals,
+            key=lambda c: (c.branch is None, c.conv is None, c.before is not total.args[0]),
+        )
         for other in rivals:
             if other is not first:
-                calls[other.norm] = FusedCall(
-                    other.call.layer, note="the other summand fuses the add"
-                )
+                calls[other.norm] = other.without_sum()
         if first.branch is not None:
             branch = view.modules[first.branch]
             calls[first.branch] = FusedCall(branch, "fused", passed=first.call.passed)
@@ -102,6 +105,22 @@ class _View:
             if node.op == "call_module"
         }
         self.norms = {node for node, module in self.modules.items() if id(module) in layers}
+        # The convolution that each norm layer can be folded into, or why it cannot be.
+        self.before = {node: self.convolution(node) for node in self.norms}
+
+    def convolution(self, norm: fx.Node) -> fx.Node | str:
+        record = record_of(self.modules[norm])
+        if record is None or Policy.FOLDED not in record.policy:
+            return ""
+        node = norm.args[0] if len(norm.args) == 1 and not norm.kwargs else None
+        if not isinstance(node, fx.Node) or node not in self.modules:
+            return "not folded: no convolution comes before it"
+        module = self.modules[node]
+        if why := why_not_folded(module, self.modules[norm]):
+            return f"not folded: {why}"
+        if len(node.users) > 1 or len(node.args) != 1 or node.kwargs:
+            return "not folded: the convolution's output is used elsewhere too"
+        return node
 
     def refuse_hooks(self, node: fx.Node) -> None:
         if node in self.modules and any(map(has_hooks, self.modules[node].modules())):
@@ -144,20 +163,52 @@ class _Chain:
         self.before = norm  # the summand that is the norm layer's output
         self.branch: fx.Node | None = None
         self.activation: str | None = None
-        layer = view.modules[norm]
+        self.conv: fx.Node | None = None
+        self.own = own_activation(view.modules[norm])
+        last, fuses, note = False, "", ""
         try:
+            note = self._fold()
             fuses = self._follow()
         except _End as end:
-            self.call = FusedCall(layer, note=str(end), last=end.last)
-        else:
-            replaced = [view.modules[node] for node in self.nodes if node in view.modules]
-            rests_on = [m for module in (*replaced, *self.makers) for m in module.modules()]
-            self.call = FusedCall(layer, fuses, passed=tuple(rests_on))
+            last, note = end.last, note or str(end)
+        self.call = self._called(fuses, note, last)
 
-    def _follow(self) -> str:
+    def _called(self, fuses: str, note: str = "", last: bool = False) -> FusedCall:
+        """What the chain comes to."""
+        modules = self.view.modules
+        if self.conv is not None:
+            kind = "linear" if type(modules[self.conv]) is nn.Linear else "conv"
+            fuses, note = "+".join(filter(None, (kind, self.own, fuses))), ""
+        replaced = [modules[node] for node in self.nodes if node in modules] if fuses else []
+        rests_on = [m for module in (*replaced, *self.makers) for m in module.modules()]
+        return FusedCall(modules[self.norm], fuses, note, last, tuple(rests_on))
+
+    def without_sum(self) -> FusedCall:
+        """Leave the sum to the other summand's chain."""
+        self.total = self.activation = None
+        self.nodes = [self.norm] if self.conv is None else [self.conv, self.norm]
+        self.call = self._called("", "the other summand fuses the add")
+        return self.call
+
+    def _fold(self) -> str:
+        """Take the convolution in; return why that cannot be done."""
         if len(self.norm.args) != 1 or self.norm.kwargs:
             raise _End("it is called with more than its input")
         self.view.refuse_hooks(self.norm)
+        conv = self.view.before[self.norm]
+        if isinstance(conv, str):
+            return conv
+        try:
+            self._check_later(conv, self.norm)
+        except _End as end:
+            return f"not folded: {end}"
+        self.conv = conv
+        self.nodes.append(conv)
+        return ""
+
+    def _follow(self) -> str:
+        if self.own:
+            raise _End("its own activation follows")
         node = self._through(self.norm)
         user = _sole_user(node)
         if self._take_activation(user, node):
@@ -204,7 +255,7 @@ class _Chain:
             raise _End("it is added to itself")
         if _is_in_place(node) and left is not before:
             raise _End("it is added in place onto another tensor")
-        self._check_later(self.norm, node)
+        self._check_later(self.conv or self.norm, node)
         self.total, self.before = node, before
         self.nodes.append(node)
         self._take_branch()
@@ -217,6 +268,8 @@ class _Chain:
             passed.append(node)
             (node,) = node.all_input_nodes
         if node not in self.view.norms or len(node.users) != 1:
+            return
+        if self.conv is not None or isinstance(self.view.before[node], fx.Node):
             return
         if len(node.args) != 1 or node.kwargs:
             return
@@ -237,16 +290,19 @@ class _Chain:
         assert isinstance(other, fx.Node)
         return other
 
-    def _check_later(self, norm: fx.Node, total: fx.Node) -> None:
-        """Refuse to compute a norm layer at its sum if its input may change until then."""
+    def _check_later(self, early: fx.Node, late: fx.Node) -> None:
+        """Refuse to compute a layer at a later place if its input may change until then."""
         view = self.view
-        start, end = view.order[norm], view.order[total]
+        start, end = view.order[early], view.order[late]
         for node, place in view.order.items():
-            harmless = node in view.norms or node.op == "get_attr" or view.is_identity(node)
-            if start < place < end and not harmless:
-                if self._is_own(norm.all_input_nodes[0]):
+            if not start < place < end or node.op == "get_attr":
+                continue
+            if readers := _ends(view.modules.get(node), 0):
+                self.makers += readers
+            elif node not in view.norms and not view.is_identity(node):
+                if self._is_own(early.all_input_nodes[0]):
                     break
-                raise _End("its input may be changed before the sum is computed")
+                raise _End("its input may be changed before it is computed")
 
     def _check_backward(self, node: fx.Node, activation: str) -> None:
         """Refuse to keep for backward a tensor that may be changed in place until then."""
@@ -257,19 +313,15 @@ class _Chain:
             read = all(_is_maker(self.view.modules.get(user)) for user in node.users)
             if activation == "relu6" and not (inplace or read):
                 raise _End("the output of relu6, from which it goes backward, may be changed")
-        elif self.total is None and not self._is_own(self.norm.all_input_nodes[0]):
+        elif self.total is self.conv is None and not self._is_own(self.norm.all_input_nodes[0]):
             raise _End(f"its input, from which {activation} goes backward, may be changed")
 
     def _is_own(self, node: fx.Node) -> bool:
         """Whether the value is a new tensor that nobody but its one user has."""
-        module = self.view.modules.get(node)
-        while isinstance(module, nn.Sequential) and _is_plain(module) and len(module):
-            self.makers.append(module)
-            module = module[-1]
-        if len(node.users) != 1 or not (node.target is torch.cat or _is_maker(module)):
+        makers = _ends(self.view.modules.get(node), -1)
+        if len(node.users) != 1 or not (makers or node.target is torch.cat):
             return False
-        if module is not None:
-            self.makers.append(module)
+        self.makers += makers
         return True
 
     def rewrite(self, graph: fx.Graph) -> None:
@@ -277,19 +329,24 @@ class _Chain:
         nodes = sorted(self.nodes, key=self.view.order.__getitem__)
         # Where the sum was, and not where the activation is: what is added may change in between.
         with graph.inserting_before(self.total or self.norm):
-            x = self.norm.args[0]
-            if self.total is None:
+            x = (self.conv or self.norm).args[0]
+            if self.conv is None and self.total is None:
                 new = graph.call_module(str(self.norm.target), (x, None, self.activation))
             else:
-                layer, branch = (
+                conv, layer, branch = (
                     node and graph.create_node("get_attr", node.target)
-                    for node in (self.norm, self.branch)
+                    for node in (self.conv, self.norm, self.branch)
                 )
-                residual = self._other() if self.branch is None else self.branch.args[0]
-                in_place = _is_in_place(self.total)
-                swapped = self.total.args[0] is not self.before
+                residual, in_place, swapped = None, False, False
+                if self.total is not None:
+                    residual = self._other() if self.branch is None else self.branch.args[0]
+                    in_place = _is_in_place(self.total)
+                    swapped = self.total.args[0] is not self.before
                 args = (layer, x, residual, self.activation, branch, in_place, swapped)
-                new = graph.call_function(norm_add, args)
+                if conv is None:
+                    new = graph.call_function(norm_add, args)
+                else:
+                    new = graph.call_function(conv_norm_add, (conv, *args))
         nodes[-1].replace_all_uses_with(new)
         for node in reversed(nodes):
             graph.erase_node(node)
@@ -298,6 +355,15 @@ class _Chain:
 def _is_maker(module: nn.Module | None) -> bool:
     """Whether the module only reads its input, and its output is a new tensor."""
     return isinstance(module, _MAKERS) and _is_plain(module)
+
+
+def _ends(module: nn.Module | None, place: int) -> list[nn.Module]:
+    """The module and what is in it first (0) or last (-1), if that is a maker; else nothing."""
+    found = [module] if module is not None else []
+    while isinstance(module, nn.Sequential) and _is_plain(module) and len(module):
+        module = module[place]
+        found.append(module)
+    return found if _is_maker(module) else []
 
 
 def _is_plain(module: nn.Module) -> bool:

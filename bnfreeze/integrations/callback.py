@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from bnfreeze.errors import PolicyError
+from bnfreeze.calibration.probe import probe
+from bnfreeze.calibration.recalibrate import recalibrate
+from bnfreeze.calibration.report import ProbeReport, RecalibrationReport
+from bnfreeze.errors import BnfreezeWarning, PolicyError
 from bnfreeze.freezing.freeze import freeze
 from bnfreeze.freezing.report import FreezeReport
 from bnfreeze.freezing.rules import parse_rules
@@ -21,6 +25,8 @@ from bnfreeze.verification.drift_report import DriftError
 from bnfreeze.verification.guard import Guard, guard
 
 __all__ = ["FreezeCallback", "frozen_pairs"]
+
+_PROBED = 32  # batches
 
 
 class FreezeCallback:
@@ -40,10 +46,20 @@ class FreezeCallback:
             both are reached.
         guard: whether to guard the model; `every`, `tensors` and `trace` are as in
             `bnfreeze.guard`.
+        recalibrate: data for `bnfreeze.recalibrate`, which is called once, before anything is
+            frozen.
+        probe: True calls `bnfreeze.probe` when training begins, on the first 32 batches of the
+            training data (Lightning and Transformers only); or pass data for it. If the statistics
+            do not fit, a `BnfreezeWarning` gives the advice.
+        forward: how to run the model on a batch, for both, as in `bnfreeze.probe`.
+
+    With several processes, `recalibrate` and `probe` pool over all of them.
 
     Attributes:
         report: what was frozen, and how; None before that.
         started: whether the training that is running has reached the moment to freeze.
+        recalibrated: the report of `recalibrate`; None without one.
+        probed: the report of `probe`; None without one.
 
     Raises:
         PolicyError: an unknown policy.
@@ -59,6 +75,9 @@ class FreezeCallback:
         every: int = 1,
         tensors: str = "frozen",
         trace: bool = False,
+        recalibrate: Iterable[Any] | None = None,
+        probe: bool | Iterable[Any] = False,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         super().__init__()
         parse_rules(policy)  # a typo is an error now, not hours later in a queue
@@ -67,12 +86,16 @@ class FreezeCallback:
         self._policy, self._guarded = policy, guard
         self._start_epoch, self._start_step = start_epoch, start_step
         self._options: dict[str, Any] = {"every": every, "tensors": tensors, "trace": trace}
+        self.recalibrated: RecalibrationReport | None = None
+        self.probed: ProbeReport | None = None
+        self._data, self._probe, self._forward = recalibrate, probe, forward
         self._frozen = 0
         self._guard: Guard | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A trainer may be pickled to be sent to other processes; the report and the guard cannot.
-        return self.__dict__ | {"report": None, "started": False, "_guard": None}
+        # A trainer may be pickled to be sent to other processes; reports and the guard cannot.
+        gone = {"report": None, "recalibrated": None, "started": False, "_guard": None}
+        return self.__dict__ | gone
 
     @property
     def starts_late(self) -> bool:
@@ -90,6 +113,7 @@ class FreezeCallback:
 
         Raises:
             PolicyError: the policy is impossible here, or the model has no norm layer.
+            CalibrationError: the data to recalibrate with cannot be used.
         """
         if self.starts_late:
             freeze(model, self._policy, dry_run=True)
@@ -139,12 +163,39 @@ class FreezeCallback:
 
     def freeze(self, model: nn.Module) -> bool:
         """Freeze the model, or freeze again what something else has thawed; as `prepare`."""
+        if self._data is not None:
+            self.recalibrated = recalibrate(
+                model, self._data, forward=self._forward, process_group=_world()
+            )
+            self._data = None
         report = freeze(model, self._policy)
         self._frozen = _frozen(model)
         changed = any(row.actions for row in report.layers)
         if changed or self.report is None:
             self.report = report
         return changed
+
+    def look(self, model: nn.Module, training_data: Iterable[Any] | None) -> None:
+        """Probe the model, if that was asked for, and warn if its statistics do not fit.
+
+        Raises:
+            PolicyError: ``probe=True`` with a trainer whose batches are not the model's input.
+            TypeError: nothing in a batch looks like the model's input.
+            CalibrationError: the data cannot be used.
+        """
+        if self._probe is False:
+            return
+        data, most = (training_data, _PROBED) if self._probe is True else (self._probe, None)
+        if data is None:
+            raise PolicyError(
+                "probe=True: what this trainer loads is not known to be the model's input. Pass "
+                "data, as probe=loader, with forward= if the model is not called on it directly."
+            )
+        self.probed = probe(
+            model, data, forward=self._forward, max_batches=most, process_group=_world()
+        )
+        if any(finding.code == "stats-shifted" for finding in self.probed.findings):
+            warnings.warn(self.probed.advice, BnfreezeWarning, stacklevel=2)
 
     def looks_live(self, model: nn.Module) -> bool:
         """Whether a tool that looks for torch's batch norm would find a frozen layer."""
@@ -234,3 +285,9 @@ def _drop_state(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
             # fastai keeps settings there too, which stay.
             if settings := {key: flag for key, flag in state.items() if isinstance(flag, bool)}:
                 one.state[parameter] = settings
+
+
+def _world() -> distributed.ProcessGroup | None:
+    """All processes, if there are several."""
+    several = distributed.is_available() and distributed.is_initialized()
+    return distributed.group.WORLD if several else None

@@ -35,6 +35,7 @@ class FreezeBatchNorm(FreezeCallback, Callback):
         if self.learn.opt is not None:  # so not for validate() and predict() of a new learner
             self.reset()
             self.prepare(self.learn.model)
+            self.look(self.learn.model, None)
 
     def before_train(self) -> None:
         self.check(self.learn.model)

@@ -51,6 +51,7 @@ class FreezeBatchNorm(FreezeCallback, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.reset()
         self.prepare(pl_module)  # again: the strategy has wrapped it
+        self.look(pl_module, trainer.train_dataloader)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         now = {"epoch": trainer.current_epoch, "step": trainer.global_step}

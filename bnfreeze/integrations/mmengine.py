@@ -38,6 +38,7 @@ class FreezeBatchNormHook(FreezeCallback, Hook):
     def before_train(self, runner: Runner) -> None:
         self.reset()
         self.prepare(runner.model)
+        self.look(runner.model, None)
 
     def before_train_epoch(self, runner: Runner) -> None:
         self.check(runner.model)

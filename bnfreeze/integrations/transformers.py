@@ -35,6 +35,7 @@ class FreezeBatchNorm(FreezeCallback, TrainerCallback):
                 "several devices: pass FreezeBatchNorm to the Trainer when you build it, or call "
                 "bnfreeze.freeze at the end of model_init."
             )
+        self.look(model, events.get("train_dataloader"))
 
     def on_epoch_begin(
         self, _: Any, state: Any, *args: Any, model: nn.Module, **events: Any

@@ -66,6 +66,7 @@ class FreezeBatchNorm(FreezeCallback):
         self.reset()
         self._average = trainer.ema  # a copy of the model, made before it was frozen
         self.prepare(trainer.model)
+        self.look(trainer.model, None)
 
     def on_train_epoch_start(self, trainer: BaseTrainer) -> None:
         if trainer.ema is not self._average:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import re
 
 from bnfreeze.errors import PolicyError
 
@@ -20,25 +21,28 @@ class Policy(enum.Flag):
     # The one table. A policy's name is its member's, in lower case; its bits are those of the
     # policies that it implies, and one of its own. A combination is written in this order.
 
-    NONE = 0b000000
+    NONE = 0b0000000
     """Leave alone: an exception in a mapping."""
 
-    STATS = 0b000001
+    STATS = 0b0000001
     """The running statistics are frozen. Train mode normalises with the batch, as before."""
 
-    EVAL = 0b000011
+    EVAL = 0b0000011
     """The layer always normalises with its running statistics, which are frozen."""
 
-    FUSED = 0b001111
+    FUSED = 0b0001111
     """As ``eval+affine``, and the layer becomes a `FrozenBatchNorm1d/2d/3d`, in place."""
 
-    FUSED_ACT = 0b011111
+    FUSED_ACT = 0b0011111
     """As ``fused``, and the activation and the addition that follow run in the same kernel."""
 
-    AFFINE = 0b000100
+    FOLDED = 0b1011111
+    """As ``fused-act``, and the layer is folded into the convolution before it, at each call."""
+
+    AFFINE = 0b0000100
     """Weight and bias are frozen."""
 
-    WEIGHTS = 0b100100
+    WEIGHTS = 0b0100100
     """Every parameter of the selected modules is frozen, those of convolutions too."""
 
     @classmethod
@@ -52,8 +56,9 @@ class Policy(enum.Flag):
             return text
         if not isinstance(text, str):
             raise PolicyError(
-                f"A policy is a string such as 'eval+affine' or a bnfreeze.Policy, "
-                f"not {type(text).__name__}: {text!r:.80}."
+                f"A policy is a string such as 'eval+affine' or a bnfreeze.Policy, not "
+                f"{type(text).__name__}: {text!r:.80}. To freeze a part of a model, pass a "
+                f"mapping such as {{'layer1': 'eval'}}."
             )
         words = [word.strip().lower().replace("_", "-") for word in text.split("+")]
         if "none" in words and len(words) > 1:
@@ -63,10 +68,14 @@ class Policy(enum.Flag):
         policy = cls.NONE
         for word in words:
             if word not in _BY_NAME:
+                parts = re.split(r"\W+", word)
                 near = difflib.get_close_matches(word, _BY_NAME, n=1)
+                if len(parts) > 1 and all(part in _BY_NAME for part in parts):
+                    near = ["+".join(parts)]
                 hint = f"Did you mean {near[0]!r}? " if near else ""
+                inside = f" (in {text!r})" if text != word else ""
                 raise PolicyError(
-                    f"Policy {text!r}: there is no policy {word!r}. {hint}"
+                    f"There is no policy {word!r}{inside}. {hint}"
                     f"There are: {', '.join(_BY_NAME)}; join several with '+'."
                 )
             policy |= _BY_NAME[word]

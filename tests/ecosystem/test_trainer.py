@@ -212,3 +212,18 @@ def test_freezing_at_the_start_of_training_is_refused_inside_ddp(model):
 def test_a_rule_that_matches_nothing_is_refused_before_training(trainer, model):
     with pytest.raises(PolicyError, match="backbone"):
         trainer(WithLoss(model), FreezeBatchNorm({"backbone": "eval"}))
+
+
+def test_it_recalibrates_before_freezing_and_probes_at_the_start(model, trainer):
+    before = model.bn1.running_mean.clone()
+    callback = FreezeBatchNorm(
+        "eval+affine",
+        recalibrate=torch.utils.data.DataLoader(DATA, 4),
+        probe=True,
+        forward=lambda model, batch: model(**batch),
+    )
+    trainer(WithLoss(model), callback).train()
+    assert "net.bn1" in callback.recalibrated.recalibrated
+    assert not torch.equal(model.bn1.running_mean, before)
+    assert callback.probed.samples == len(DATA)
+    assert all(layer.mean_shift.largest < 0.5 for layer in callback.probed.layers)

@@ -461,3 +461,14 @@ def test_a_layer_fused_while_the_model_went_to_half_precision_works_when_given_b
     unfreeze(model)
     assert torch.equal(model.eval()(images.to(half)), plain.eval()(images.to(half)))
     assert {name: id(buffer) for name, buffer in model.named_buffers()} == buffers
+
+
+def test_a_rule_that_a_later_one_overrides_everywhere_is_an_error(model):
+    with pytest.raises(PolicyError, match="last rule"):
+        freeze(model, {"stem": "eval", "**": "none"})
+    assert type(model.stem[1]) is nn.BatchNorm2d
+
+
+def test_a_list_in_place_of_a_policy_is_answered_with_a_mapping(model):
+    with pytest.raises(PolicyError, match=r"\{'layer1': 'eval'\}"):
+        freeze(model, ["stem"])

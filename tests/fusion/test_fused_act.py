@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - its customary name
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-from bnfreeze import PolicyError, freeze, guard, unfreeze
+from bnfreeze import PolicyError, freeze, unfreeze
 from bnfreeze.nn import functional, modules
 from tests.fusion.fusions import fused, lively, same_as_fused
 from tests.helpers import copied, moved, state
@@ -182,14 +182,6 @@ def test_what_follows_is_found_outside_of_the_modules_that_contain_the_norm_laye
     # Only the block around the sum is changed.
     assert type(model) is type(model[0].body) is nn.Sequential
     assert type(model[0]).__name__ == "FusedOuter"
-
-
-def test_several_sums_in_a_row_are_fused_each_by_its_own_layer(x):
-    model = block(
-        lambda self, x: self.bn1(self.conv1(x)) + self.branch(x) + self.bn2(self.conv2(x))
-    )
-    assert alike(model, x)
-    assert fuse(model) == {"bn1": "affine+add", "branch.1": "fused", "bn2": "add"}
 
 
 @pytest.mark.parametrize("drop", [StochasticDepth(0.5, "row"), timm.layers.DropPath(0.5)])
@@ -382,15 +374,15 @@ LATER = {
     "a hook on an activation": lambda m: hook(m.act),
     "a hook on the branch": lambda m: hook(m.branch),
     "a hook inside the branch": lambda m: hook(m.branch[1]),
-    "a convolution is not one any more": lambda m: m.conv2.__setattr__("__class__", nn.Identity),
+    "a convolution is not one any more": lambda m: m.branch[0].__setattr__(
+        "__class__", nn.Identity
+    ),
     "a forward on an instance": lambda m: m.act.__dict__.update(forward=torch.tanh),
     "another activation": lambda m: setattr(m, "act", nn.Tanh()),
     "another child of the branch": lambda m: m.branch.__setitem__(1, nn.Identity()),
     "one more child of the branch": lambda m: m.branch.append(nn.Tanh()),
     "a flag": lambda m: setattr(m, "wide", True),
-    "a setting in a list": lambda m: m.settings["scale"].__setitem__(0, 3.0),
-    "an attribute of the class": lambda m: setattr(type(m), "scale", 3.0),
-    "the same, on the instance": lambda m: setattr(m, "scale", 3.0),
+    "a number": lambda m: setattr(m, "scale", 3.0),
     "the bounds of a ReLU6": lambda m: setattr(m.act6, "max_val", 0.1),
     "the rate of a module that is not called": lambda m: setattr(m.drop, "p", 1.0),
     "the class's forward": lambda m: setattr(type(m), "forward", lambda self, x: self.bn1(x)),
@@ -400,14 +392,14 @@ LATER = {
 
 def reads(self, x):
     out = self.act(self.bn2(self.conv2(x)) + self.branch(x))
-    out = self.act6(self.bn1(self.conv1(out))) * self.settings["scale"][0] * self.scale
+    out = self.act6(self.bn1(self.conv1(out))) * self.scale
     return F.dropout(torch.tanh(out) if self.wide else out, self.drop.p, self.training)
 
 
 @pytest.mark.parametrize("name", LATER)
 def test_a_later_change_takes_effect(name, x, calls):
-    model = block(reads, nn.ReLU6(inplace=True), wide=False, settings={"scale": [1.0]})
-    model.act6, model.drop, type(model).scale = nn.ReLU6(inplace=True), nn.Dropout(0.0), 1.0
+    model = block(reads, nn.ReLU6(inplace=True), wide=False, scale=1.0)
+    model.act6, model.drop = nn.ReLU6(inplace=True), nn.Dropout(0.0)
     twin = copy.deepcopy(model)
     freeze(twin, "fused")
     assert fuse(model) == {"bn1": "relu6", "bn2": "affine+add+relu6", "branch.1": "fused"}
@@ -493,42 +485,6 @@ def test_a_summand_that_must_be_broadcast_or_promoted_is_added_as_before(x, call
     assert [call for call in calls if call] == ["+relu"]
 
 
-def with_mode(model):
-    def run(x):
-        with torch.overrides.BaseTorchFunctionMode():
-            return model(x)
-
-    return run
-
-
-@pytest.mark.parametrize(
-    "how", ["compile", "export", "trace", "fx", "functional_call", "vmap", "mode"]
-)
-def test_blocks_work_with_the_tools_of_torch(model, x, how, calls):
-    fuse(model)
-    expected = model.train()(x)
-    del calls[:]
-    if how == "compile":
-        other = torch.compile(model, backend="eager", fullgraph=True)
-    elif how == "export":
-        other = torch.export.export(model, (x,)).module()
-    elif how == "trace":
-        other = torch.jit.trace(model, x, check_trace=False)
-    elif how == "fx":
-        other = torch.fx.symbolic_trace(model)
-        assert any("act" in str(node.target) for node in other.graph.nodes)
-    elif how == "functional_call":
-        values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        other = lambda x: torch.func.functional_call(model, values, (x,))  # noqa: E731
-    elif how == "vmap":
-        other = lambda x: torch.vmap(model)(x[None])[0]  # noqa: E731
-    else:
-        other = with_mode(model)
-    assert torch.allclose(other(x), expected, atol=1e-5)
-    if how not in ("functional_call", "compile"):
-        assert set(calls) <= {""}
-
-
 # Values and gradients.
 
 
@@ -563,16 +519,6 @@ def test_a_tensor_that_is_changed_in_place_later_does_not_break_the_backward_pas
         return x
 
     assert alike(block(forward), x)
-
-
-def test_random_numbers_are_drawn_in_the_same_order(x):
-    def forward(self, x):
-        out = self.act(self.bn1(self.conv1(x)))
-        return F.relu(out + self.other(self.conv2(x)))
-
-    model = block(forward, nn.Dropout(0.5))
-    model.other = nn.Dropout(0.5)
-    assert alike(model, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -638,14 +584,6 @@ def test_only_what_is_selected_is_changed_or_fuses(model, x):
     }
 
 
-def test_a_layer_unfrozen_by_itself_is_computed_as_it_is(model, x):
-    fuse(model)
-    unfreeze(model[0].bn2)
-    twin = copy.deepcopy(model)
-    unfreeze(twin)
-    assert torch.equal(model.eval()(x), twin.eval()(x))
-
-
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
 def test_a_copy_fuses_too_and_is_independent(model, x, how, calls):
     before = [type(module) for module in model.modules()]
@@ -664,17 +602,6 @@ def test_a_copy_fuses_too_and_is_independent(model, x, how, calls):
     assert calls == ALL
     unfreeze(twin)
     assert [type(module) for module in twin.modules()] == before
-
-
-def test_a_shallow_copy_fuses_too(model, x, calls):
-    fuse(model)
-    twin = copy.copy(model[0])
-    assert torch.equal(twin(x), model[0](x))
-    assert calls == ["relu", "*relu"] * 2
-    twin.__dict__["_modules"] = dict(twin._modules)
-    twin.act = nn.Tanh()
-    assert not torch.equal(twin(x), model[0](x))
-    assert calls[4:] == ["", "", "", "relu", "*relu"]
 
 
 def test_a_frozen_model_is_freed_as_soon_as_nobody_has_it(x):
@@ -725,15 +652,6 @@ def test_a_class_that_lists_its_subclasses_sees_none_of_ours(x):
     assert fuse(model) == {"bn1": "relu"}
     model(x)
     assert not listed
-
-
-def test_the_guard_passes_for_fused_blocks(model, x):
-    fuse(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
-    with guard(model, optimizer=optimizer):
-        for _ in range(2):
-            model.train()(x).sum().backward()
-            optimizer.step()
 
 
 # timm's layer with an activation inside.

@@ -1,14 +1,16 @@
 """What the trainers' callbacks share, without any trainer; theirs are in tests/ecosystem."""
 
+import pickle
 import subprocess
 import sys
 
 import pytest
+import torch
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 import bnfreeze
-from bnfreeze import DriftError, PolicyError
+from bnfreeze import BnfreezeWarning, DriftError, PolicyError
 from bnfreeze.integrations.callback import FreezeCallback
 from tests.helpers import step
 
@@ -62,6 +64,37 @@ def test_a_new_guard_replaces_the_old_one_and_a_closed_one_is_over(model, images
     callback.close()
     model.stem[1].running_mean += 1
     step(model, images, optimizer)
+
+
+def test_statistics_are_recalibrated_once_before_freezing(model, images):
+    data = [images + 3, images - 1]
+    callback = FreezeCallback("eval+affine", recalibrate=data)
+    before = model.stem[1].running_mean.clone()
+    callback.freeze(model)
+    after = model.stem[1].running_mean.clone()
+    assert "stem.1" in callback.recalibrated.recalibrated
+    assert not torch.equal(before, after)
+    callback.freeze(model)
+    assert torch.equal(model.stem[1].running_mean, after)
+    assert pickle.loads(pickle.dumps(callback)).recalibrated is None
+
+
+def test_a_probe_warns_if_the_statistics_do_not_fit(model, images):
+    callback = FreezeCallback("eval", probe=True)
+    callback.freeze(model)
+    model.stem[1].running_mean += 10
+    with pytest.warns(BnfreezeWarning, match="do not fit"):
+        callback.look(model, [(images, None)] * 3)
+    assert callback.probed.layers[0].verdict == "shifted"
+    other = FreezeCallback("eval", probe=[images, images])
+    with pytest.warns(BnfreezeWarning):
+        other.look(model, None)
+    assert other.probed.batches == 2
+    with pytest.raises(PolicyError, match="probe=loader"):
+        callback.look(model, None)
+    quiet = FreezeCallback("eval")
+    quiet.look(model, [images])
+    assert quiet.probed is None
 
 
 def test_a_late_start_tries_the_policy_at_once(model):

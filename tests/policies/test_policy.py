@@ -12,7 +12,7 @@ import bnfreeze
 from bnfreeze import Policy, PolicyError
 from bnfreeze.policies.record import frozen_by
 
-NAMES = ["stats", "eval", "fused", "fused-act", "affine", "weights"]
+NAMES = ["stats", "eval", "fused", "fused-act", "folded", "affine", "weights"]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,7 @@ def test_every_combination_survives_str_parse_and_pickle(names):
         ("affine+eval", "eval+affine"),
         ("eval+affine+fused", "fused"),
         ("weights+fused-act+stats", "fused-act+weights"),
+        ("weights+folded+fused", "folded+weights"),
         ("weights+affine+eval", "eval+weights"),
         ("none", "none"),
     ],
@@ -66,6 +67,7 @@ def test_the_name_is_the_shortest_in_one_order(text, shortest):
         ("eval+affine", True, True, True),
         ("fused", True, True, True),
         ("fused-act", True, True, True),
+        ("folded", True, True, True),
         ("weights", False, True, False),
         ("none", False, False, False),
     ],
@@ -75,16 +77,16 @@ def test_each_policy_freezes_what_the_table_says(text, statistics, affine, eval_
     assert (Policy.STATS in policy) is policy.freezes_statistics is statistics
     assert (Policy.AFFINE in policy) is policy.freezes_affine is affine
     assert (Policy.EVAL in policy) is policy.forces_eval is eval_mode
-    assert (Policy.FUSED in policy) is text.startswith("fused")
+    assert (Policy.FUSED in policy) is text.startswith(("fused", "folded"))
 
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
         ("evall", "Did you mean 'eval'?"),
-        ("eval+affin", "there is no policy 'affin'"),
-        ("", "there is no policy ''"),
-        ("eval+", "there is no policy ''"),
+        ("eval+affin", "There is no policy 'affin'"),
+        ("", "There is no policy ''"),
+        ("eval+", "There is no policy ''"),
         ("none+eval", "'none' means leave alone"),
         (None, "not NoneType"),
         (["eval"], "not list"),
@@ -127,3 +129,9 @@ def test_what_freeze_froze_is_frozen_by_bnfreeze(policy):
     assert frozen_by(layer) == "bnfreeze"
     bnfreeze.unfreeze(layer)
     assert frozen_by(layer) == "requires_grad"
+
+
+@pytest.mark.parametrize("text", ["eval-affine", "eval, affine", "eval affine", "eval/affine"])
+def test_names_joined_in_another_way_are_understood_in_the_error(text):
+    with pytest.raises(PolicyError, match=r"'eval\+affine'"):
+        Policy.parse(text)

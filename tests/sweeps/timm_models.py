@@ -21,7 +21,7 @@ import torch
 from bnfreeze import freeze
 from tests.sweeps import torchvision_models
 
-POLICIES = ["eval+affine", "fused", "fused-act"]
+POLICIES = ["eval+affine", "fused", "fused-act", "folded"]
 LARGEST = 30e6  # parameters; larger ones are made of the same blocks
 SIDES = (64, 96, 128, 160, 192, 224, 256)
 

@@ -1,15 +1,8 @@
-"""An experiment: the norm layer's scale folded into the convolution's weight, at each step.
+"""For the first run on a GPU: a norm layer folded into cuDNN's convolution, with its epilogue.
 
-A frozen norm layer is linear, and a linear map after a convolution is a convolution::
-
-    s · conv(x, w) + (b − m·s) = conv(x, s·w, b − m·s)        s = weight / sqrt(var + eps)
-
-so that no pass over the feature map is left of it. The weight still trains: its gradient is that of
-``s·w``, times ``s``. (You and others 2023, arXiv:2305.11624; MMEngine and Inductor have it.) On top
-of that, the bias, the residual and the ReLU can go into the epilogue of cuDNN's convolution, which
-has no derivative of its own and is given one here.
-
-This is the benchmark's own, not a part of bnfreeze, and knows only torchvision's ResNets.
+cuDNN computes ``relu(conv(x, w) + bias + residual)`` in one kernel, which has no derivative of its
+own and is given one here. It is measured beside bnfreeze's kernel, to see which of them is to stay.
+This knows only torchvision's ResNets and is no part of bnfreeze.
 """
 
 from __future__ import annotations
@@ -22,47 +15,24 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from torchvision.models import resnet
 
 
-class Folded(nn.Module):
-    """A convolution without bias and the frozen norm layer behind it, as one convolution."""
+class FoldedEpilogue(nn.Module):
+    """A convolution without bias, and behind it a frozen norm layer, a residual and a ReLU."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         super().__init__()
         self.conv, self.norm = conv, norm
 
-    def weight_and_bias(self) -> tuple[Tensor, Tensor]:
-        norm = self.norm
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        return self.conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv._conv_forward(x, *self.weight_and_bias())
-
-
-class FoldedOnce(Folded):
-    """The same for a weight that does not train: folded when made, and stale if it ever changes."""
-
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-        super().__init__(conv, norm)
-        with torch.no_grad():
-            for name, tensor in zip(("folded", "shift"), self.weight_and_bias(), strict=True):
-                self.register_buffer(name, tensor.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv._conv_forward(x, self.folded, self.shift)
-
-
-class FoldedEpilogue(Folded):
-    """`Folded`, with the residual and the ReLU in the convolution's own epilogue."""
-
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        norm, conv = self.norm, self.conv
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight = conv.weight * scale.view(-1, 1, 1, 1)
+        bias = norm.bias - norm.running_mean * scale
         if not relu:
-            return super().forward(x)
-        weight, bias = self.weight_and_bias()
+            return conv._conv_forward(x, weight, bias)
         if torch.is_autocast_enabled(x.device.type):
             half = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(half), weight.to(half), bias.to(half)
             residual = None if residual is None else residual.to(half)
-        conv = self.conv
         how = conv.stride, conv.padding, conv.dilation, conv.groups
         return _ConvolutionReLU.apply(x, weight, bias, residual, how)
 
@@ -99,7 +69,7 @@ class _ConvolutionReLU(torch.autograd.Function):
         return grad_x, grad_weight, None, grad if ctx.needs_input_grad[3] else None, None
 
 
-def fold(model: nn.Module, folded: type[Folded] = Folded) -> None:
+def fold(model: nn.Module) -> None:
     """Fold each norm layer of a ResNet into the convolution before it."""
     for module in list(model.modules()):
         names = dict(module.named_children())
@@ -108,9 +78,9 @@ def fold(model: nn.Module, folded: type[Folded] = Folded) -> None:
             pairs = [("0", "1")]  # the downsample branch
         for conv, norm in pairs:
             if isinstance(names.get(norm), nn.BatchNorm2d):
-                setattr(module, conv, folded(names[conv], names[norm]))
+                setattr(module, conv, FoldedEpilogue(names[conv], names[norm]))
                 setattr(module, norm, nn.Identity())
-        if folded is FoldedEpilogue and isinstance(module, resnet.Bottleneck):
+        if isinstance(module, resnet.Bottleneck):
             module.__class__ = _FoldedBottleneck
 
 

@@ -1,0 +1,282 @@
+"""The first hour on a GPU: its tests, and which kernel is to stay, in one command of 8 minutes.
+
+From a checkout, with PYTHONPATH set to it; nothing is installed and no network is needed::
+
+    python -m benchmarks.first_gpu --seconds 480
+
+It prints one table, and writes ``first_gpu.json`` into the folder ``$OUT``, or here, after each
+part: if the time runs out, the parts before it are there. ``--tiny`` tries it on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks import cuda, cudnn, runs
+from benchmarks.arms import ARMS, Arm
+from benchmarks.facts import BASE, quartiles
+from benchmarks.measure import Effort, in_turns, repeated, repeats, seconds
+from benchmarks.setting import LAYOUTS, Setting, activations
+from benchmarks.work_layer import trained_norm
+from benchmarks.work_model import Step, calibrated, resnet50
+
+# What a kernel must read and write, in tensors of the input's size.
+TRAFFIC = {"nothing": (2, 2), "relu": (2, 3), "add+relu": (3, 4)}
+COMPILED = (f"compile: {BASE}", "compile: bnfreeze fused")
+Row = dict[str, Any]
+
+
+class Session:
+    """The rows measured so far, and the time that is left."""
+
+    def __init__(self, device: torch.device, limit: float, tiny: bool) -> None:
+        self.end = time.monotonic() + limit
+        self.setting = Setting(device, "tiny" if tiny else "full")
+        self.rows: list[Row] = []
+        folder = Path(os.environ.get("OUT") or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "first_gpu.json"
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def add(self, part: str, case: str, arm: str, **figures: float | str) -> None:
+        row = {"part": part, "case": case, "arm": arm, **figures}
+        self.rows.append(row)
+        print(f"{self.left():5.0f} s left  " + "  ".join(map(str, row.values())), flush=True)
+
+    def save(self) -> None:
+        facts = {
+            "device": runs.device_facts(self.setting.device),
+            "versions": runs.versions()[0],
+            "commit": runs.commit(),
+            "notes": self.setting.notes,
+            "rows": self.rows,
+        }
+        self.path.write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def main() -> int:
+    """Run all parts as far as the time allows; return 1 if one failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.first_gpu")
+    parser.add_argument("--seconds", type=float, default=480.0, help="time for everything")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="toy shapes, to try it on a CPU")
+    options = parser.parse_args()
+    session = Session(torch.device(options.device), options.seconds, options.tiny)
+    failed = False
+    for part, least in ((tests, 60), (kernels, 60), (steps, 60), (memory, 20), (compiled, 100)):
+        if session.left() < least and not options.tiny:
+            session.setting.notes.append(f"{part.__name__}: left out, the time is over")
+            continue
+        try:
+            part(session)
+        except Exception as error:  # the parts after it are worth having
+            session.setting.notes.append(f"{part.__name__} failed: {type(error).__name__}: {error}")
+            failed = True
+        session.save()
+    show(session)
+    return int(failed)
+
+
+def tests(session: Session) -> None:
+    """Run the tests marked `gpu`, in at most 150 seconds."""
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "--tb=short"]
+    if session.setting.size == "tiny":
+        command.append("--collect-only")
+    begin = time.monotonic()
+    done = subprocess.run(
+        ["timeout", "150", *command, "-p", "no:cacheprovider"],
+        cwd=runs.HERE.parent,
+        capture_output=True,
+        text=True,
+    )
+    (session.path.parent / "gpu_tests.txt").write_text(done.stdout + done.stderr)
+    last = (done.stdout.strip() or done.stderr.strip()).rpartition("\n")[2]
+    session.add("tests", "tests/gpu", last, s=round(time.monotonic() - begin), rc=done.returncode)
+
+
+def arms(session: Session) -> Iterator[Arm]:
+    """The ways to freeze that are compared, all of them eager."""
+    names = (BASE, "torchvision FrozenBatchNorm2d", "bnfreeze fused", "bnfreeze fused-act")
+    yield from (arm for arm in ARMS if arm.name in names)
+    yield Arm("experiment: cuDNN epilogue", _frozen(cudnn.fold), alone=False)
+    if session.setting.on_gpu:
+        from benchmarks import triton_arm
+
+        yield Arm("experiment: Triton", _frozen(triton_arm.replace), alone=False)
+
+
+def _frozen(then: Callable[[nn.Module], object]) -> Callable[[nn.Module], None]:
+    def freeze(model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval().requires_grad_(False)
+        then(model)
+
+    return freeze
+
+
+def kernels(session: Session) -> None:
+    """Measure the share of the copy bandwidth that each kernel reaches, on one large shape."""
+    setting = session.setting
+    device = setting.device
+    rate = cuda.copy_rate(device) if setting.on_gpu else 1e10
+    session.add("kernels", "copy", "torch", gb_s=round(rate / 1e9))
+    shape = setting.pick(tiny=(2, 16, 8, 8), quick=(), full=(64, 256, 56, 56))
+    live = trained_norm(shape[1])
+    for layout in LAYOUTS:
+        x, residual = (activations(shape, "bf16", layout, device) for _ in range(2))
+        x.requires_grad_()
+        residual.requires_grad_()
+        grad = torch.randn_like(x)
+        for follow, traffic in TRAFFIC.items():
+            for name, layer in _layers(session, live, follow):
+                works = {
+                    "forward": partial(_run, layer, x, residual),
+                    "both": partial(_both, layer, x, residual, grad, follow == "add+relu"),
+                }
+                times = {
+                    way: min(seconds(works[way], device) for _ in range(20))
+                    for way in setting.prepared(works, f"{name}, {follow}")
+                }
+                if len(times) == 2:
+                    size = x.numel() * x.element_size()
+                    session.add(
+                        "kernels", f"{layout}, {follow}", name,
+                        forward=round(traffic[0] * size / times["forward"] / rate, 3),
+                        both=round(sum(traffic) * size / times["both"] / rate, 3),
+                    )  # fmt: skip
+
+
+def _layers(session: Session, live: nn.BatchNorm2d, follow: str) -> Iterator[tuple[str, nn.Module]]:
+    for arm in ARMS:
+        if arm.name in (BASE, "bnfreeze fused-act"):
+            yield arm.name, arm.layer(live, follow).to(session.setting.device)
+    if session.setting.on_gpu:
+        from benchmarks.triton_arm import TritonNorm
+
+        norm = TritonNorm(live)
+        yield (
+            "experiment: Triton",
+            _Called(lambda x, r: norm(x, r if "add" in follow else None, follow != "nothing")),
+        )
+
+
+class _Called(nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.function(x, residual)
+
+
+@torch.no_grad()
+def _run(layer: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    return layer(x, residual)
+
+
+def _both(layer: nn.Module, x: Tensor, residual: Tensor, grad: Tensor, adds: bool) -> None:
+    torch.autograd.grad(layer(x, residual), [x, residual] if adds else [x], grad)
+
+
+def _cases(session: Session) -> list[tuple[str, str, int]]:
+    batch = session.setting.pick(tiny=2, quick=64, full=64)
+    found = [(p, layout, batch) for p in ("bf16", "autocast") for layout in LAYOUTS]
+    return found[::3] if session.setting.size == "tiny" else found
+
+
+def _works(session: Session, chosen: list[Arm], precision: str, layout: str, batch: int) -> Any:
+    device, height = session.setting.device, session.setting.pick(tiny=64, quick=224, full=224)
+    live = calibrated(resnet50(session.setting), (2, 3, 64, 64))
+    images = torch.randn(batch, 3, height, height, device=device)
+    images = images.contiguous(memory_format=LAYOUTS[layout])
+    labels = torch.randint(1000, (batch,), device=device)
+    return {
+        arm.name: lambda arm=arm: partial(
+            Step(arm, live, precision, layout, device), images, labels
+        )
+        for arm in chosen
+    }
+
+
+def steps(session: Session) -> None:
+    """Measure training steps of a ResNet-50, eager and as CUDA graphs, as ratios to eval."""
+    for precision, layout, batch in _cases(session):
+        makers = _works(session, list(arms(session)), precision, layout, batch)
+        _compare(session, makers, f"{precision}, {layout}, batch {batch}")
+
+
+def compiled(session: Session) -> None:
+    """Measure the compiled step in the case that most people train in."""
+    if session.setting.size == "tiny":
+        return
+    chosen = [arm for arm in ARMS if arm.name in (BASE, *COMPILED)]
+    makers = _works(session, chosen, "autocast", "channels_last", 64)
+    _compare(session, makers, "autocast, channels_last, batch 64, compiled")
+
+
+def _compare(session: Session, makers: dict[str, Callable[[], Any]], case: str) -> None:
+    setting = session.setting
+    works = setting.prepared(makers, case)
+    effort = setting.pick(
+        tiny=Effort(1, 0.0, least=1, sample=0.0), quick=Effort(8, 4.0), full=Effort(8, 4.0)
+    )
+    for way in ("eager", "graph") if setting.on_gpu and "compiled" not in case else ("eager",):
+        if way == "graph":
+            pool = torch.cuda.graph_pool_handle()
+            captures = {arm: partial(cuda.graph, work, pool) for arm, work in works.items()}
+            works = setting.prepared(captures, f"{case}, in a CUDA graph")
+        ran = setting.prepared(works, case)
+        works = {arm: works[arm] for arm in ran}
+        count = repeats(works[BASE], setting.device, effort)
+        samplers = {arm: repeated(work, count, setting.device) for arm, work in works.items()}
+        times = in_turns(samplers, effort)
+        for arm, column in times.items():
+            pairs = [one / other for one, other in zip(column, times[BASE], strict=True)]
+            low, middle, high = (round(value, 3) for value in quartiles(pairs))
+            ms = round(1e3 * min(column), 2)
+            session.add("step", f"{case}, {way}", arm, ratio=middle, low=low, high=high, ms=ms)
+
+
+def memory(session: Session) -> None:
+    """Measure the peak memory of a training step."""
+    if not session.setting.on_gpu:
+        return
+    makers = _works(session, list(arms(session)), "autocast", "channels_last", 64)
+    for arm, make in makers.items():
+        peak = round(cuda.peak_mib(make, session.setting.device))
+        session.add("memory", "autocast, channels_last, batch 64", arm, mib=peak)
+
+
+def show(session: Session) -> None:
+    """Print the table, and what went wrong."""
+    table = Table("part", "case", "arm", "figures")
+    for row in session.rows:
+        part, case, arm, *figures = row.values()
+        names = list(row)[3:]
+        cells = ", ".join(f"{name} {value}" for name, value in zip(names, figures, strict=True))
+        table.add_row(part, case, arm, cells)
+    console = Console(width=140)
+    console.print(table)
+    for note in session.setting.notes:
+        console.print(note, markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

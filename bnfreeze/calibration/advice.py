@@ -1,0 +1,237 @@
+"""What the numbers support: findings, and a sentence of advice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+from bnfreeze.calibration.fit import LayerFit, Thresholds
+from bnfreeze.findings import Finding, finding, worst_first
+from bnfreeze.policies.policy import Policy
+
+__all__ = ["advice_after", "advice_before", "probe_findings"]
+
+_CHECK = (
+    "Unlabelled data cannot show whether the features suit: compare the accuracy before and after"
+)
+
+
+def probe_findings(layers: Sequence[LayerFit], thresholds: Thresholds) -> tuple[Finding, ...]:
+    """What a person should know about the fit of the layers, the worst first."""
+    return worst_first(_findings(layers, thresholds))
+
+
+def _findings(layers: Sequence[LayerFit], thresholds: Thresholds) -> Iterator[Finding]:
+    reached = [layer for layer in layers if layer.verdict != "not reached"]
+    for layer in layers:
+        if layer.verdict == "not reached":
+            yield finding("layer-not-reached", layer.name, "no batch reached this layer.")
+        elif layer.origin == "carried":
+            yield finding(
+                "stats-shifted",
+                layer.name,
+                "this layer fits once the layers before it normalise their inputs.",
+                level="note",
+            )
+        elif layer.verdict == "shifted":
+            yield finding(
+                "stats-shifted",
+                layer.name,
+                f"{layer.shifted_channels} of {layer.channels} channels are off for sure; the "
+                f"median channel's mean by {layer.mean_shift.median:.2f} σ, its variance is "
+                f"{layer.variance_ratio.median:.2f} times the stored one.",
+            )
+        if layer.dead_channels:
+            yield finding(
+                "dead-on-this-data",
+                layer.name,
+                f"{layer.dead_channels} of {layer.channels} channels do not vary on this data.",
+            )
+    batch, noises = _noises(reached)
+    if noises and median(noises) > thresholds.noise:
+        yield finding(
+            "batch-too-small",
+            "",
+            f"with batches of {batch}, the mean that a layer normalises with in train mode is off "
+            f"by {median(noises):.2f} σ (median of {len(noises)} layers), up to "
+            f"{max(noises):.2f} σ.",
+        )
+    if short := _short_of_samples(reached):
+        needed = max(layer.samples_needed for layer in short)
+        yield finding(
+            "too-few-samples",
+            "",
+            f"{len(short)} of {len(reached)} layers are uncertain with {_samples(short)}."
+            + (f" About {_rounded(needed)} would tell." if needed else ""),
+        )
+
+
+def _noises(layers: Sequence[LayerFit]) -> tuple[int, list[float]]:
+    """The size of a batch, and its noise in each layer that normalises with it in train mode."""
+    live = [layer for layer in layers if not _policy(layer).forces_eval]
+    noises = [layer.batch_noise for layer in live if math.isfinite(layer.batch_noise)]
+    return (live[0].batch_size if live else 0), noises
+
+
+def _policy(layer: LayerFit) -> Policy:
+    # Another library's frozen layer keeps everything.
+    return Policy.parse("fused" if layer.policy == "frozen" else layer.policy)
+
+
+def _short_of_samples(layers: Sequence[LayerFit]) -> list[LayerFit]:
+    """Those that are uncertain, where more samples would help."""
+    return [
+        layer
+        for layer in layers
+        if layer.verdict == "uncertain" and not 0 < layer.samples_needed <= layer.samples
+    ]
+
+
+def _samples(layers: Sequence[LayerFit]) -> str:
+    count = min(layer.samples for layer in layers)
+    return f"{count:,} sample{'' if count == 1 else 's'}"
+
+
+def _rounded(count: int) -> str:
+    digits = max(len(str(count)) - 2, 0)
+    return f"{math.ceil(count / 10**digits) * 10**digits:,}"
+
+
+def advice_before(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
+    """What to do with a model whose layers fit like this."""
+    reached = [layer for layer in layers if layer.verdict != "not reached"]
+    if not reached:
+        return "No norm layer was reached, so nothing is known: run the model as you use it."
+    shifted = [layer for layer in reached if layer.verdict == "shifted"]
+    unsure = [layer for layer in reached if layer.verdict == "uncertain"]
+    sure = f"{thresholds.confidence:.0%} sure in each layer"
+    if shifted:
+        start = (
+            f"The stored statistics do not fit this data in {len(shifted)} of {len(reached)} "
+            f"layers ({sure}). "
+        )
+        select = ""
+        if all(_policy(layer).freezes_statistics for layer in shifted):
+            select = ", select='**'"
+        call = f"recalibrate(model, batches, score=...{select})"
+        own = [layer for layer in shifted if layer.origin == "own"]
+        if not own:
+            return start + (
+                f"Worst: {_worst(shifted, thresholds)}. Do not freeze them like this: {call} "
+                f"first. {_CHECK}."
+            )
+        if _is_most(own, reached):
+            return start + (
+                f"In {len(own)} layers that remains even when all layers before are normalised, so "
+                f"new statistics alone are unlikely to be enough: fine-tune without freezing, or "
+                f"see what {call} says."
+            )
+        rest = len(shifted) - len(own)
+        return start + (
+            f"The shift starts in {_names(own)} ({_worst(own, thresholds)})"
+            + (f"; the other {rest} seem to follow from it" if rest else "")
+            + f". Do not freeze them like this: {call} is likely to mend it; then freeze. {_CHECK}."
+        )
+    if not unsure:
+        batch, noises = _noises(reached)
+        noisy = noises and median(noises) > thresholds.noise
+        if all(_policy(layer).forces_eval for layer in reached):
+            then = "keep them frozen"
+        else:
+            then = "freeze(model, 'eval+affine') keeps them"
+            then += f", and ends the noise of batches of {batch}" if noisy else ""
+        return (
+            f"The stored statistics fit this data in all {len(reached)} layers ({sure}): {then}. "
+            f"{_CHECK.partition(':')[0]}."
+        )
+    if short := _short_of_samples(unsure):
+        needed = max(layer.samples_needed for layer in short)
+        more = f" Probe again with about {_rounded(needed)}." if needed else " Probe with more."
+        return (
+            f"Nothing shows a misfit, and {len(unsure)} of {len(reached)} layers are uncertain: "
+            f"{_samples(short)} are too few.{more}"
+        )
+    return (
+        f"Nothing shows a clear misfit; in {len(unsure)} of {len(reached)} layers the difference "
+        f"lies near the threshold ({thresholds.mean} σ, a factor of {thresholds.ratio}). Freezing "
+        f"is likely to do no harm; recalibrating first costs little. {_CHECK}."
+    )
+
+
+def _worst(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
+    def size(layer: LayerFit) -> tuple[float, float]:
+        return (
+            layer.mean_shift.median / thresholds.mean,
+            abs(math.log(layer.variance_ratio.median)) / math.log(thresholds.ratio),
+        )
+
+    layer = max(layers, key=lambda one: max(size(one)))
+    by_mean, by_variance = size(layer)
+    if by_mean > by_variance:
+        how = f"means are off by {layer.mean_shift.median:.2f} σ"
+    else:
+        how = f"variances are {layer.variance_ratio.median:.2f} times the stored ones"
+    return f"{layer.name or 'the model'}, where {how}" if len(layers) > 1 else how
+
+
+def _is_most(own: Sequence[LayerFit], reached: Sequence[LayerFit]) -> bool:
+    """Whether the inputs of most layers have changed, and not only their scale."""
+    return len(reached) > 2 and 2 * len(own) > len(reached)
+
+
+def _names(layers: Sequence[LayerFit]) -> str:
+    named = [layer.name or "the model" for layer in layers]
+    return ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
+
+
+def advice_after(
+    before: Sequence[LayerFit],
+    after: Sequence[LayerFit],
+    mode: str,
+    scores: tuple[float, float] | None,
+) -> str:
+    """What to do with a model that was recalibrated.
+
+    Args:
+        before: the layers' fit before.
+        after: and with the new statistics.
+        mode: how it was recalibrated.
+        scores: before and after, where there are any; more is better.
+    """
+    if mode == "keep-function":
+        return (
+            "The model computes what it did before, and its statistics are those of this data: "
+            "fine-tune it. Freezing alone changes nothing for the better."
+        )
+    reached = [layer for layer in before if layer.verdict != "not reached"]
+    own = [layer for layer in reached if layer.origin == "own"]
+    are = sum(layer.verdict == "shifted" for layer in after)
+    left = f" {are} of {len(reached)} layers still do not fit: try exact=True." if are else ""
+    if scores is None:
+        if _is_most(own, reached):
+            return (
+                f"The statistics are those of this data now.{left} But {len(own)} of "
+                f"{len(reached)} layers were off even with normalised inputs, so the features are "
+                f"unlikely to suit this data: measure the accuracy, or pass score=, before you "
+                f"freeze; fine-tune without freezing if it is low."
+            )
+        return (
+            f"The statistics are those of this data now.{left} Freeze the model once the accuracy "
+            f"on labelled data has shown that it is no worse than before."
+        )
+    first, then = scores
+    figures = f"({first:.4g} before, {then:.4g} after)"
+    if math.isnan(first) or math.isnan(then):
+        return f"The score says nothing {figures}.{left}"
+    if then > first:
+        return (
+            f"The score rose {figures}.{left} If it is good enough, freeze the model; if not, "
+            f"fine-tune without freezing: the features do not suit this data."
+        )
+    if then == first:
+        return f"The score is the same {figures}.{left} Recalibrating brought nothing."
+    return (
+        f"The score fell {figures}: take it back with report.undo(), and fine-tune without "
+        f"freezing.{left}"
+    )

@@ -1,0 +1,193 @@
+"""How well one layer's stored statistics fit the data: numbers, and a verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnfreeze.calibration.intervals import student_quantile
+from bnfreeze.calibration.measuring import running_statistics
+from bnfreeze.calibration.moments import Moments
+from bnfreeze.norm_layers import NamedModule, eps_of
+from bnfreeze.policies.record import layer_class, policy_name
+from bnfreeze.torch_private import _InstanceNorm
+
+__all__ = ["THRESHOLDS", "LayerFit", "Origin", "PerChannel", "Thresholds", "Verdict", "layer_fit"]
+
+Verdict = Literal["fits", "shifted", "uncertain", "not reached"]
+Origin = Literal["", "own", "carried", "unclear"]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts as a misfit of a layer.
+
+    A layer is ``shifted`` if more than `share` of its channels lie beyond `mean` or `ratio` for
+    sure, and ``fits`` if at most `share` of them may do so. Sure is what holds for all channels at
+    once with the probability `confidence`.
+
+    Attributes:
+        mean: of a channel's mean, in the layer's standard deviations.
+        ratio: of a channel's variance, as a factor: as much more, or as much less.
+        share: of the channels; at least one channel.
+        confidence: of the intervals, over all channels of a layer.
+        noise: of a batch's mean, in standard deviations, from which on a batch is too small.
+    """
+
+    mean: float
+    ratio: float
+    share: float = 0.05
+    confidence: float = 0.95
+    noise: float = 0.2
+
+
+# From benchmarks/calibration_study.py. On its small networks 0.15 and 1.35, the smallest of its
+# grid with few false alarms, would do as well. These are wider because statistics of networks that
+# are less settled are noisier; the study judges these.
+THRESHOLDS: Final = Thresholds(mean=0.25, ratio=1.5)
+
+# A channel whose variance is below this share of the stored one gives no signal on this data.
+_DEAD = 1e-6
+# Broken statistics must not end in NaN, which nothing is beyond of.
+_TINY = 1e-30
+
+
+class PerChannel(NamedTuple):
+    """A number that each channel has, in short: the median channel, and the one farthest off."""
+
+    median: float
+    largest: float
+
+
+_NO_SHIFT, _SAME_VARIANCE = PerChannel(0.0, 0.0), PerChannel(1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How well the stored statistics of one layer fit the data.
+
+    Lengths are in the layer's stored standard deviations σ = √(running_var + eps).
+
+    Attributes:
+        name: the dotted name; of a shared layer the first.
+        kind: the class, as it was before freezing.
+        policy: the layer's policy; ``"none"`` if it is not frozen.
+        channels: how many channels it has.
+        samples: how many samples it was given, by the first dimension of its input and over all its
+            calls. They count as independent of each other; pixels of one image do not.
+        batch_size: how many of them at once, at most.
+        mean_shift: the distance of the data's mean from the running mean, in σ.
+        variance_ratio: variance of the data / running variance, eps added to both. The largest is
+            the one farthest from 1 as a factor.
+        batch_noise: by how much the mean of a batch of `batch_size` scatters about the mean of the
+            data: the standard deviation of the samples' means / √batch_size, in σ, of the median
+            channel. Noise that the layers before add in train mode is not in it.
+        standard_error: of the data's mean, for this many samples, in σ, of the median channel.
+        margin: the half-width of the intervals that hold for all channels at once, in σ, of the
+            median channel. So large may a shift be by the choice of the samples alone.
+        shifted_channels: how many channels lie beyond the thresholds for sure.
+        doubtful_channels: how many more may do so.
+        dead_channels: how many had no signal on this data, and have a stored variance.
+        samples_needed: with about so many samples, margins would be half the thresholds; 0 if
+            one sample is all there is to judge by.
+        verdict: ``"fits"``, ``"shifted"``, ``"uncertain"`` or ``"not reached"``.
+        origin: of a shifted layer, whether it still does not fit while all layers normalise with
+            each batch: ``"own"`` if so, ``"carried"`` if it fits then, so that the shift comes
+            from a layer before it, ``"unclear"`` if that is uncertain; empty if not looked at.
+        shifts: the deciles over channels of the shift with its sign, in σ; empty if not reached.
+    """
+
+    name: str
+    kind: str
+    policy: str
+    channels: int
+    samples: int = 0
+    batch_size: int = 0
+    mean_shift: PerChannel = _NO_SHIFT
+    variance_ratio: PerChannel = _SAME_VARIANCE
+    batch_noise: float = 0.0
+    standard_error: float = 0.0
+    margin: float = 0.0
+    shifted_channels: int = 0
+    doubtful_channels: int = 0
+    dead_channels: int = 0
+    samples_needed: int = 0
+    verdict: Verdict = "not reached"
+    origin: Origin = ""
+    shifts: tuple[float, ...] = ()
+
+
+def layer_fit(
+    entry: NamedModule, moments: Moments, batch_size: int, thresholds: Thresholds = THRESHOLDS
+) -> LayerFit:
+    """Compare a layer's stored statistics with what was measured.
+
+    Args:
+        entry: the layer.
+        moments: of its input.
+        batch_size: how many samples it was given at once.
+        thresholds: what counts as a misfit.
+    """
+    layer = entry.module
+    mean, var = _double(layer.running_mean, moments), _double(layer.running_var, moments)
+    head = (entry.name, layer_class(layer).__name__, policy_name(layer), len(mean))
+    if not moments.samples:
+        return LayerFit(*head)
+    data_mean, data_var = running_statistics(layer, moments)
+    if moments.elements < 2:
+        data_var = torch.zeros_like(data_var)
+    eps = eps_of(layer) or 0.0
+    square = (var + eps).clamp(min=_TINY)
+    sigma = square.sqrt()
+    shift = (data_mean - mean) / sigma
+    ratio = ((data_var + eps).clamp(min=_TINY) / square).log()
+    instance = isinstance(layer, _InstanceNorm)
+    var_error = moments.sample_variance_error if instance else moments.variance_error
+    error, ratio_error = moments.mean_error / sigma, var_error / (data_var + eps).clamp(min=_TINY)
+
+    tail = (1 - thresholds.confidence) / (4 * len(mean))  # two intervals, each with two ends
+    t = student_quantile(tail, max(moments.samples - 1, 1))
+    limit = torch.tensor(thresholds.ratio, dtype=torch.float64).log()
+    beyond, within = torch.zeros(len(mean), dtype=torch.bool), torch.ones(len(mean)).bool()
+    needed = 0.0
+    for value, its_error, bound in (
+        (shift.cpu(), error.cpu(), torch.tensor(thresholds.mean, dtype=torch.float64)),
+        (ratio.cpu(), ratio_error.cpu(), limit),
+    ):
+        beyond |= value.abs() - t * its_error > bound
+        within &= value.abs() + t * its_error < bound
+        if moments.samples > 1:
+            usual = float((t * its_error).quantile(1 - thresholds.share))
+            needed = max(needed, moments.samples * (2 * usual / float(bound)) ** 2)
+    allowed = thresholds.share * len(mean)
+    certain, possible = int(beyond.sum()), int((~within).sum())
+    verdict: Verdict = (
+        "shifted" if certain > allowed else "fits" if possible <= allowed else "uncertain"
+    )
+    noise = (moments.scatter / sigma).median() / max(batch_size, 1) ** 0.5
+    return LayerFit(
+        *head,
+        samples=moments.samples,
+        batch_size=batch_size,
+        mean_shift=PerChannel(float(shift.abs().median()), float(shift.abs().max())),
+        variance_ratio=PerChannel(
+            float(ratio.median().exp()), float(ratio[ratio.abs().argmax()].exp())
+        ),
+        batch_noise=float(noise) if moments.samples > 1 else float("nan"),
+        standard_error=float(error.median()),
+        margin=t * float(error.median()),
+        shifted_channels=certain,
+        doubtful_channels=possible - certain,
+        dead_channels=int(((data_var <= _DEAD * var) & (var > 0)).sum()),
+        samples_needed=round(min(needed, 1e9)),
+        verdict=verdict,
+        shifts=tuple(shift.cpu().quantile(torch.linspace(0, 1, 11, dtype=torch.float64)).tolist()),
+    )
+
+
+def _double(stored: object, moments: Moments) -> Tensor:
+    assert isinstance(stored, Tensor)
+    return stored.detach().to(moments.mean.device).double()

@@ -1,0 +1,249 @@
+"""probe: what it says of data that fit, of data that do not, and of too few."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import bnfreeze
+from bnfreeze import PolicyError, probe
+from bnfreeze.calibration.fit import THRESHOLDS
+
+C = 16
+
+
+def layer(mean=0.0, var=1.0, **options):
+    """A layer whose stored statistics fit standard normal data, if nothing else is said."""
+    norm = nn.BatchNorm2d(C, **options)
+    norm.running_mean.fill_(mean)
+    norm.running_var.fill_(var)
+    norm.num_batches_tracked.fill_(100)
+    return norm
+
+
+def samples(count, seed=0, level=0.5):
+    """Samples whose level differs, as images' do: their means scatter by `level` σ."""
+    make = torch.Generator().manual_seed(seed)
+    levels = level * torch.randn(count, C, 1, 1, generator=make)
+    pixels = torch.randn(count, C, 4, 4, generator=make) * (1 - level**2) ** 0.5
+    return list((levels + pixels).split(32))
+
+
+def verdict(norm, data):
+    return probe(norm, data).layers[0].verdict
+
+
+def test_verdicts():
+    many, few = samples(2048), samples(8)
+    assert verdict(layer(), many) == "fits"
+    assert verdict(layer(mean=0.5), many) == "shifted"
+    assert verdict(layer(mean=-0.5), many) == "shifted"
+    assert verdict(layer(var=0.4), many) == "shifted"
+    assert verdict(layer(var=3.0), many) == "shifted"
+    assert verdict(layer(), few) == "uncertain"
+    assert verdict(layer(mean=5.0), samples(32)) == "shifted"
+    assert verdict(layer(mean=THRESHOLDS.mean), many) == "uncertain"
+
+
+def test_one_odd_channel_in_many_makes_no_shift_and_two_do():
+    norm = layer()
+    norm.running_mean[3] = 2.0
+    report = probe(norm, samples(2048))
+    assert report.layers[0].shifted_channels == 1
+    assert report.layers[0].verdict == "shifted"  # 1 of 16 is more than 5 %
+    wide = nn.BatchNorm2d(40)
+    wide.running_mean[3] = 2.0
+    data = [x.repeat(1, 3, 1, 1)[:, :40] for x in samples(2048)]
+    assert verdict(wide, data) == "fits"  # 1 of 40, and the intervals are narrow
+    wide.running_mean[4:7] = 2.0
+    assert verdict(wide, data) == "shifted"
+
+
+def test_the_numbers_of_a_layer():
+    report = probe(layer(mean=1.0, var=4.0), samples(2048, level=0.6))
+    fit = report.layers[0]
+    assert (fit.name, fit.kind, fit.policy, fit.channels) == ("", "BatchNorm2d", "none", C)
+    assert (fit.samples, fit.batch_size, report.batches) == (2048, 32, 64)
+    assert fit.mean_shift.median == pytest.approx(0.5, abs=0.02)
+    assert fit.mean_shift.largest == pytest.approx(0.5, abs=0.05)
+    assert fit.variance_ratio.median == pytest.approx(0.25, abs=0.02)
+    # The samples' own means scatter by √(0.36 + 0.64/16) of the data's σ, half the stored one.
+    scatter = (0.36 + 0.64 / 16) ** 0.5 / 2
+    assert fit.batch_noise == pytest.approx(scatter / 32**0.5, rel=0.1)
+    assert fit.standard_error == pytest.approx(scatter / 2048**0.5, rel=0.1)
+    assert 3 < fit.margin / fit.standard_error < 4
+    assert len(fit.shifts) == 11
+    assert fit.shifts[0] <= fit.shifts[5] <= fit.shifts[10] < 0
+
+
+def codes(report):
+    return {finding.code for finding in report.findings}
+
+
+def test_findings():
+    assert codes(probe(layer(), samples(2048, level=0.1))) == set()
+    assert codes(probe(layer(mean=1.0), samples(2048))) == {"stats-shifted"}
+    assert "too-few-samples" in codes(probe(layer(), samples(8)))
+    assert "too-few-samples" in codes(probe(layer(), [torch.randn(1, C, 4, 4)]))
+    small = [part for x in samples(512) for part in x.split(2)]
+    assert codes(probe(layer(), small)) == {"batch-too-small"}
+    for policy, noisy in (("affine", True), ("stats", True), ("eval", False), ("fused", False)):
+        frozen = layer()
+        bnfreeze.freeze(frozen, policy)
+        assert ("batch-too-small" in codes(probe(frozen, small))) is noisy
+    dead = [x * (torch.arange(C) != 2).view(C, 1, 1) for x in samples(256)]
+    report = probe(layer(), dead)
+    assert "dead-on-this-data" in codes(report)
+    assert report.layers[0].dead_channels == 1
+
+
+def test_more_samples_as_advised_are_enough():
+    report = probe(layer(), samples(24))
+    needed = report.layers[0].samples_needed
+    assert report.layers[0].verdict == "uncertain"
+    assert 100 < needed < 2000
+    assert verdict(layer(), samples(needed, seed=1)) == "fits"
+
+
+def test_advice_names_the_call():
+    assert "freeze(model, 'eval+affine')" in probe(layer(), samples(2048)).advice
+    kept = layer()
+    bnfreeze.freeze(kept, "eval")
+    assert "keep them frozen" in probe(kept, samples(2048)).advice
+    advice = probe(layer(mean=1.0), samples(2048)).advice
+    assert "recalibrate(model" in advice
+    assert "likely to mend it" in advice
+    frozen = layer(mean=1.0)
+    bnfreeze.freeze(frozen, "eval")
+    assert "select='**'" in probe(frozen, samples(2048)).advice
+    assert "too few" in probe(layer(), samples(8)).advice
+    assert probe(layer(), samples(2048))
+
+
+class Tower(nn.Module):
+    """Four layers, each with its own mixing of the channels before it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = nn.ModuleList(nn.Conv2d(C, C, 1) for _ in range(4))
+        self.bn = nn.ModuleList(nn.BatchNorm2d(C) for _ in range(4))
+
+    def forward(self, x):
+        for mix, bn in zip(self.mix, self.bn, strict=True):
+            x = bn(mix(x)).relu()
+        return x
+
+
+def test_where_a_shift_starts():
+    data = samples(512)
+    model = Tower()
+    bnfreeze.recalibrate(model, data, exact=True)
+    assert probe(model, data).ok
+    # Contrast that is lost is mended by the first layer; channels in another order are not.
+    faded = probe(model, [x * 0.4 for x in data])
+    assert {fit.verdict for fit in faded.layers} == {"shifted"}
+    assert [fit.origin for fit in faded.layers] == ["own", *["carried"] * 3]
+    assert [f.level for f in faded.findings] == ["warning", *["note"] * 3]
+    assert "starts in bn.0" in faded.advice
+    once = probe(model, iter([x * 0.4 for x in data]))
+    assert {fit.origin for fit in once.layers} == {""}
+    assert "recalibrate(model" in once.advice
+    for layer in model.mix:  # as if the features were others
+        nn.init.normal_(layer.weight)
+    other = probe(model, data)
+    assert [fit.origin for fit in other.layers] == ["own"] * 4
+    assert "unlikely to be enough" in other.advice
+    # A selection is judged with all layers normalising.
+    part = probe(model, data, select="bn.3")
+    assert [fit.origin for fit in part.layers] == ["own"]
+
+
+def test_reports_print_at_80_columns_and_give_json_html_and_svg(tmp_path):
+    model = nn.ModuleDict({f"block{i}": nn.ModuleDict({"bn": layer(i)}) for i in range(5)})
+    model["unused"] = layer()
+
+    def forward(m, x):
+        for i in range(5):
+            m[f"block{i}"]["bn"](x)
+
+    report = probe(model, samples(64), forward=forward)
+    text = str(report)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "not reached" in text
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert [x["verdict"] for x in data["layers"]] == [
+        "uncertain", *["shifted"] * 4, "not reached",
+    ]  # fmt: skip
+    assert data["layers"][1]["mean_shift"]["median"] == pytest.approx(1.0, abs=0.2)
+    report.save_svg(tmp_path / "probe.svg")
+    assert "<svg" in (tmp_path / "probe.svg").read_text()
+    assert "shifted" in report._repr_html_()
+    one = probe(layer(), [torch.randn(1, C, 4, 4)])
+    json.dumps(one.to_dict(), allow_nan=False)
+    str(one)
+
+
+class Taking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        assert isinstance(x, torch.Tensor)
+        return self.bn(x)
+
+
+def test_batches_as_data_loaders_give_them():
+    x, labels = torch.randn(6, 3), torch.zeros(6)
+    for batch in (
+        x,
+        (x, labels),
+        [x, labels],
+        {"labels": labels, "pixel_values": x},
+        {"image": x},
+        {"inputs": x},
+    ):
+        assert probe(Taking(), [batch]).samples == 6
+    report = probe(Taking(), [SimpleNamespace(x=x)], forward=lambda m, b: m(b.x))
+    assert report.samples == 6
+    with pytest.raises(TypeError, match="'tokens'"):
+        probe(Taking(), [{"tokens": x}])
+    with pytest.raises(TypeError, match=r"pass \[batch\]"):
+        probe(Taking(), x)
+    with pytest.raises(TypeError, match="iterable"):
+        probe(Taking(), 3)
+
+
+def test_one_shot_iterators_serve_one_pass_only():
+    data = [torch.randn(4, 3) for _ in range(5)]
+    assert probe(Taking(), iter(data)).batches == 5
+    with pytest.raises(TypeError, match="only once"):
+        bnfreeze.recalibrate(Taking(), iter(data))
+
+
+def test_max_batches_and_progress():
+    data, told = [torch.randn(4, 3) for _ in range(5)], []
+    report = probe(Taking(), data, max_batches=3, progress=lambda *x: told.append(x))
+    assert report.batches == 3
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    told.clear()
+    bnfreeze.recalibrate(Taking(), data, progress=lambda *x: told.append(x), exact=True)
+    assert told[-1] == (15, 15)
+    probe(Taking(), data, progress=True)  # no terminal, so nothing is shown
+    with pytest.raises(ValueError, match="max_batches"):
+        probe(Taking(), data, max_batches=0)
+    with pytest.raises(bnfreeze.CalibrationError, match="there are none"):
+        probe(Taking(), [])
+
+
+def test_what_cannot_be_probed_is_refused():
+    with pytest.raises(PolicyError, match="No norm layer"):
+        probe(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)), [])
+    with pytest.raises(PolicyError, match="Did you mean 'bn'"):
+        probe(Taking(), [torch.randn(2, 3)], select="bnn")
+    assert len(probe(Taking(), [torch.randn(2, 3)], select="bn").layers) == 1
+    with pytest.raises(TypeError, match=r"nn\.Module"):
+        probe({}, [])
