@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -152,21 +153,29 @@ def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
     # The key under which each object was met first.
     seen = {id(root): ""}
     yielded: set[str] = set()
+    alike: Counter[str] = Counter()
     work = Work()
     while level:
         below: list[tuple[str, Any, bool]] = []
         for key, holder, in_optimizer in level:
             model = holder if isinstance(holder, Model) else None
             model = model_of(holder, work) if is_module(holder) else model
-            found = _state_dict(key, holder, model)
-            if found and (found.has_norm_layers or not in_optimizer):
+            parts = [_state_dict(key, holder, model)]
+            if model and isinstance(holder, Opaque):
+                # Its class may be one of dicts as well.
+                parts.append(_state_dict(key, holder, None))
+            for found in parts:
+                if found is None or (in_optimizer and not found.has_norm_layers):
+                    continue
                 count += 1
                 check_limit(count, MAX_DICTS, "dicts of tensors")
-                # 0 and "0" are two keys, and look alike.
-                while found.key in yielded:
-                    found = replace(found, key=f"{found.key}'")
-                yielded.add(found.key)
-                yield found
+                # 0 and "0" are two keys, and look alike; as long keys do, which are cut.
+                unique = found.key
+                while unique in yielded:
+                    alike[found.key] += 1
+                    unique = f"{found.key}'{alike[found.key]}"
+                yielded.add(unique)
+                yield replace(found, key=unique)
             if model:
                 seen |= {module: key for module in model.visited if module not in seen}
             for part, child in model.besides if model else children_of(holder):

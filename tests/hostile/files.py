@@ -1306,6 +1306,20 @@ def a_model_in_a_module_that_is_a_dict_as_well(folder):
     return beside_nan(folder, body + p.mapping(MODULE_PARTS) + b"b")
 
 
+@hostile(1, r'"stats-nonfinite"')
+def statistics_in_a_module_that_is_a_dict_as_well(folder):
+    items = b"(" + of_nan()[2:]
+    body = p.name("config", "Net") + b")\x81" + items
+    return beside_nan(folder, body + p.mapping(MODULE_PARTS) + b"b")
+
+
+@hostile(0, r'"name": "bn"')
+def fifteen_thousand_models_whose_keys_look_alike(folder):
+    one = p.tensor(p.storage("0", 4), [1], [1]) + b"q\0" + p.text("w") + b"q\1"
+    pairs = b"".join(b"K\0M" + struct.pack("<H", i) + b"\x86}h\1h\0s" for i in range(15_000))
+    return beside_a_batch_norm(folder, b"(" + one + b"}(" + pairs + b"ut")
+
+
 @hostile(2, r"levels of nesting")
 def a_frozen_layer_made_by_another_without_end(folder):
     one, other = (
