@@ -6,13 +6,13 @@ bytes that are there, and its values when they are asked for. What is neither a 
 a text nor a container of these becomes a placeholder with a name. torch is neither used nor
 imported; its own loaders never see the file.
 
-`kinds` has the table of formats, and each has a reader: `torch_zip`, `torch_legacy`,
-`torch_script`, `torch_export`, `plain_pickle`, `npz`, `safetensors_file`, `shards`, `onnx_file`,
-`distributed`. The pickles in them are read as data (`opcodes`, `pickles`, `pickled`), with the
-names of torch (`torch_tensors`) and of NumPy (`numpy_arrays`). `state_dicts` finds the models in
-what was saved, and `modules` those that were saved whole. `placeholders` says what was not
-interpreted, and what loading the file would call; the names that are harmless stand in
-`code_names`. `remote` reads URLs by ranges.
+`kinds` has the table of formats; their readers are in `torch_zip`, `torch_legacy`,
+`torch_export`, `npz`, `safetensors_file`, `shards`, `onnx_file` and `distributed`. The pickles in
+them are read as data (`opcodes`, `pickles`, `pickled`), with the names of torch (`torch_tensors`,
+`torch_calls`) and of NumPy (`numpy_arrays`). `state_dicts` finds the models in what was saved, and
+`modules` those that were saved whole. `placeholders` says what was not interpreted, and what
+loading the file would call; the names that are harmless stand in `code_names`. `remote` reads URLs
+by ranges.
 """
 
 from bnfreeze.checkpoints.modules import LayerSettings

@@ -31,7 +31,7 @@ VALUES: Final[frozenset[str]] = (
     | _each("builtins", "range object")
     | _each("collections", "OrderedDict defaultdict Counter deque")
     | _each("datetime", "date datetime time timedelta timezone")
-    | _each("numpy", "dtype ndarray")
+    | _each("numpy", "dtype")
     # The scalar types, as a checkpoint names them beside arrays and generators.
     | _each("numpy", "bool bool_ float16 float32 float64 int8 int16 int32 int64 uint8 uint16")
     | _each("numpy", "uint32 uint64 complex64 complex128 str_ bytes_")
@@ -74,6 +74,8 @@ _BYSTANDERS: Final[frozenset[str]] = frozenset(
     | _each("omegaconf.base", "ContainerMetadata Metadata")
     | _each("omegaconf.nodes", "AnyNode StringNode IntegerNode FloatNode BooleanNode")
     | _each("typing", "Any")
+    # Given to what makes an array. Called by itself it is an array that is not read here.
+    | _each("numpy", "ndarray")
     | _each("lightning.fabric.utilities.data", "AttributeDict")
     | _each("lightning_fabric.utilities.data", "AttributeDict")
     | _each("pytorch_lightning.utilities.parsing", "AttributeDict")
@@ -119,8 +121,10 @@ def level_of(name: str, *, at_run_time: bool, is_module: bool) -> Level | None:
     if is_ordinary(name):
         return None
     known = name.partition(".")[0] in _KNOWN_PACKAGES
-    # The parts of a module are no excuse: a payload could have them too.
-    if is_module and (not known or name.startswith(_MODEL_PACKAGES)):
+    # The parts of a module are no excuse: a payload could have them too, and a long name could
+    # lead through a module of layers to a function elsewhere.
+    is_class = name.rpartition(".")[2].lstrip("_")[:1].isupper()
+    if is_module and (not known or (is_class and name.startswith(_MODEL_PACKAGES))):
         return "note"
     return "error" if known else "warning"
 

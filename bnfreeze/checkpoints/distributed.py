@@ -26,7 +26,7 @@ from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs
 from bnfreeze.checkpoints.pickles import read_pickle
 from bnfreeze.checkpoints.reading import Content, OpenFile
 from bnfreeze.checkpoints.shards import beside
-from bnfreeze.checkpoints.source import FilePath, Source, opened
+from bnfreeze.checkpoints.source import FilePath, Reopened, Source, opened
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES, StoredTensor, Words
 from bnfreeze.checkpoints.torch_names import DTYPES
 from bnfreeze.checkpoints.torch_zip import read_archive
@@ -40,24 +40,13 @@ _FILESYSTEM: Final = "torch.distributed.checkpoint.filesystem."
 _MOST_FIELDS: Final = 20
 
 # What torch itself writes into the metadata.
+_CLASSES: Final = (
+    "Metadata TensorStorageMetadata BytesStorageMetadata TensorProperties ChunkStorageMetadata "
+    "MetadataIndex StorageMeta _MEM_FORMAT_ENCODING"
+)
 _EXPECTED: Final = frozenset(
-    {
-        *(
-            f"{_METADATA}{name}"
-            for name in (
-                "Metadata",
-                "TensorStorageMetadata",
-                "BytesStorageMetadata",
-                "TensorProperties",
-                "ChunkStorageMetadata",
-                "MetadataIndex",
-                "StorageMeta",
-                "_MEM_FORMAT_ENCODING",
-            )
-        ),
-        f"{_FILESYSTEM}_StorageInfo",
-        f"{_FILESYSTEM}_StoragePrefix",
-    }
+    {f"{_METADATA}{name}" for name in _CLASSES.split()}
+    | {f"{_FILESYSTEM}_StorageInfo", f"{_FILESYSTEM}_StoragePrefix"}
 )
 
 
@@ -75,15 +64,15 @@ def read_distributed(folder: FilePath) -> Content:
     with opened(folder / ".metadata") as source:
         check_limit(source.size, MAX_PICKLE_BYTES, "bytes of a pickle")
         described = read_pickle(Source.of(source.read(0, source.size)))
-    made = tuple(made for made in described.made if made.name not in _EXPECTED)
+    made = [made for made in described.made if made.name not in _EXPECTED]
     try:
-        return Content(_tree(described.root, folder), made)
+        return Content(_tree(described.root, folder, made), tuple(made))
     except CheckpointError as error:
         raise type(error)(f"{error}{would_call(made)}") from None
 
 
-def _tree(root: Any, folder: FilePath) -> dict[str, Any]:
-    """The tensors that the metadata describe, in nested dicts."""
+def _tree(root: Any, folder: FilePath, made: list[Opaque]) -> dict[str, Any]:
+    """What the metadata describe, in nested dicts; `made` gets what the objects in it make."""
     metadata = _fields(root, f"{_METADATA}Metadata")
     tensors = _pairs(metadata.get("state_dict_metadata"))
     check_limit(len(tensors.pairs), MAX_TENSORS, "tensors")
@@ -91,9 +80,16 @@ def _tree(root: Any, folder: FilePath) -> dict[str, Any]:
     paths = planner.named() if isinstance(planner, Pairs) else {}
     places = dict(_places(_pairs(metadata.get("storage_data")), folder))
     tree: dict[str, Any] = {}
-    pieces = 0
+    pieces = pickled = 0
     for name, entry in tensors.named().items():
         if isinstance(entry, Opaque) and entry.name == f"{_METADATA}BytesStorageMetadata":
+            # An object that is no tensor, which torch unpickles without `weights_only`.
+            path, start, length = _place_of(places, name, None)
+            described = read_archive(OpenFile(Source(Reopened(path), start, length), path))
+            pickled += described.end
+            check_limit(pickled, MAX_PICKLE_BYTES, "bytes of pickles")
+            made += described.made
+            _put(tree, paths.get(name), name, described.root)
             continue
         tensor = _tensor(name, entry, places)
         pieces += tensor.pieces_count
@@ -129,11 +125,12 @@ def _numbers(value: object) -> tuple[int, ...]:
 
 
 _Place = tuple[FilePath, int, int]
+_Places = dict[tuple[str, tuple[int, ...] | None], _Place]
 
 
 def _places(
     storage: Pairs, folder: FilePath
-) -> Iterator[tuple[tuple[str, tuple[int, ...]], _Place]]:
+) -> Iterator[tuple[tuple[str, tuple[int, ...] | None], _Place]]:
     """For each piece of a tensor, by name and offset: the file, and where in it."""
     sizes: dict[str, int] = {}
     used: dict[str, int] = {}
@@ -161,14 +158,19 @@ def _places(
         used[file] = used.get(file, 0) + length
         if used[file] > sizes[file]:
             raise CorruptCheckpointError(f"Damaged: pieces overlap in {file:.80}.")
-        if offset is not None:
-            yield (name, _numbers(offset)), (path, start, length)
+        yield (name, None if offset is None else _numbers(offset)), (path, start, length)
+
+
+def _place_of(places: _Places, name: str, offsets: tuple[int, ...] | None) -> _Place:
+    if (name, offsets) not in places:
+        raise CorruptCheckpointError(f"Damaged: a piece of {name!r:.200} is missing.")
+    return places[name, offsets]
 
 
 def _tensor(
     name: str,
     entry: object,
-    places: dict[tuple[str, tuple[int, ...]], _Place],
+    places: _Places,
 ) -> _PiecedTensor:
     fields = _fields(entry, f"{_METADATA}TensorStorageMetadata")
     properties, chunks = fields.get("properties"), fields.get("chunks")
@@ -182,9 +184,7 @@ def _tensor(
     for chunk in chunks:
         parts = _fields(chunk, f"{_METADATA}ChunkStorageMetadata")
         offsets, sizes = _numbers(parts.get("offsets")), _numbers(parts.get("sizes"))
-        place = places.get((name, offsets))
-        if place is None:
-            raise CorruptCheckpointError(f"Damaged: a piece of {name!r:.200} is missing.")
+        place = _place_of(places, name, offsets)
         if (
             not len(offsets) == len(sizes) == len(shape)
             or any(o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True))
@@ -248,8 +248,8 @@ class _PiecedTensor(StoredTensor):
             return piece.words()
 
 
-def _put(tree: dict[str, Any], path: object, name: str, tensor: StoredTensor) -> None:
-    """Put a tensor where it was in the nested dicts, as far as the metadata say."""
+def _put(tree: dict[str, Any], path: object, name: str, value: Any) -> None:
+    """Put something where it was in the nested dicts, as far as the metadata say."""
     keys = [name]
     if type(path) is tuple and path:
         check_limit(len(path), MAX_NESTING, "levels of nesting")
@@ -263,4 +263,4 @@ def _put(tree: dict[str, Any], path: object, name: str, tensor: StoredTensor) ->
         tree = below
     if keys[-1] in tree:
         raise CorruptCheckpointError(f"Ambiguous: {name!r:.200} is there twice.")
-    tree[keys[-1]] = tensor
+    tree[keys[-1]] = value

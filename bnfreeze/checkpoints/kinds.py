@@ -60,7 +60,7 @@ def _is_export(file: OpenFile) -> bool:
 _FORMATS: Final = (
     _Format("safetensors", "safetensors_file.read_safetensors", _is_safetensors),
     _Format(
-        "TorchScript", "torch_script.read_torchscript", lambda file: "constants.pkl" in file.names
+        "TorchScript", "torch_zip.read_torchscript", lambda file: "constants.pkl" in file.names
     ),
     _Format(
         "torch zip",
@@ -78,7 +78,7 @@ _FORMATS: Final = (
         "torch_legacy.read_torch_legacy",
         lambda file: _is_pickle(file) and _LEGACY in file.head[:24],
     ),
-    _Format("pickle", "plain_pickle.read_plain_pickle", _is_pickle),
+    _Format("pickle", "torch_legacy.read_plain_pickle", _is_pickle),
     _Format("shard index", "shards.read_shards", lambda file: file.head.lstrip()[:1] == b"{"),
     _Format("ONNX", "onnx_file.read_onnx", lambda file: bool(_ONNX.match(file.head))),
 )

@@ -19,12 +19,21 @@ from bnfreeze.checkpoints.limits import (
     check_limit,
 )
 from bnfreeze.checkpoints.numpy_arrays import PickledArray
-from bnfreeze.checkpoints.pickled import Opaque, Pairs
+from bnfreeze.checkpoints.pickled import Opaque, Pairs, Stateful, key_text
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 
-__all__ = ["LayerSettings", "Model", "Work", "is_module", "model_of", "tensor_in"]
+__all__ = [
+    "LayerSettings",
+    "Model",
+    "Work",
+    "is_module",
+    "model_of",
+    "plain_number",
+    "tensor_in",
+]
 
 _PARTS: Final = ("_parameters", "_buffers", "_modules")
+_UNSAVED: Final = "_non_persistent_buffers_set"
 _STATISTICS: Final = frozenset({"running_mean", "running_var"})
 _SCRIPT: Final = "__torch__."
 # What TorchScript puts between the parts of a name to keep names apart.
@@ -132,7 +141,8 @@ def model_of(root: Opaque | Pairs, work: Work) -> Model:
         is_new = id(module) not in visited
         visited.add(id(module))
         attributes = _attributes(module)
-        work.add(1 + len(attributes) + sum(_length(attributes.get(part)) for part in _PARTS))
+        parts = (*_PARTS, _UNSAVED)
+        work.add(1 + len(attributes) + sum(_length(attributes.get(part)) for part in parts))
         own = dict(_own_tensors(module, attributes))
         prefix = f"{name}." if name else ""
         tensors |= {f"{prefix}{part}": tensor for part, tensor in own.items()}
@@ -144,7 +154,10 @@ def model_of(root: Opaque | Pairs, work: Work) -> Model:
         ]
         waiting += reversed(children)
         if is_new:
-            besides += [(f"{prefix}{part}", value) for part, value in _besides(module, attributes)]
+            besides += [
+                (f"{prefix}{part}" if part else name, value)
+                for part, value in _besides(module, attributes)
+            ]
     return Model(tensors, layers, frozenset(visited), tuple(besides))
 
 
@@ -153,7 +166,8 @@ def _attributes(module: Opaque | Pairs) -> Mapping[str, Any]:
 
 
 def _length(holder: object) -> int:
-    return len(holder.pairs) if isinstance(holder, (Pairs, Opaque)) else 0
+    content = holder.pairs if isinstance(holder, (Pairs, Opaque)) else holder
+    return len(content) if isinstance(content, (list, tuple)) else 0
 
 
 def _items(holder: object) -> dict[str, Any]:
@@ -172,8 +186,8 @@ def _own_tensors(
     if _is_script(module):
         found = dict(attributes)
     else:
-        unsaved = attributes.get("_non_persistent_buffers_set")
-        unsaved = unsaved if type(unsaved) is list else []
+        given = attributes.get(_UNSAVED)
+        unsaved = {name for name in given if type(name) is str} if type(given) is list else set()
         found = {
             **_items(attributes.get("_parameters")),
             **{
@@ -199,14 +213,17 @@ def _children(
 
 def _besides(module: Opaque | Pairs, attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """What could hold another model: a list of modules that are kept out of `_modules`, say."""
-    for name, value in attributes.items():
-        if name in _PARTS or (_is_script(module) and is_module(value)):
-            continue
-        if (
-            isinstance(value, Opaque)
-            or (isinstance(value, (list, tuple)) and value)
-            or (isinstance(value, Pairs) and value.pairs)
-        ):
+    found = [
+        (name, value)
+        for name, value in attributes.items()
+        if name not in _PARTS and not (_is_script(module) and is_module(value))
+    ]
+    if isinstance(module, Opaque):
+        # Its class may be one of dicts or lists as well.
+        found += [("", module.arguments), ("", module.items)]
+        found += [(key_text(key), value) for key, value in module.pairs]
+    for name, value in found:
+        if isinstance(value, (Opaque, Stateful)) or _length(value):
             yield name, value
 
 
@@ -215,14 +232,14 @@ def _settings(module: Opaque | Pairs, attributes: Mapping[str, Any]) -> LayerSet
     training = attributes.get("training")
     return LayerSettings(
         class_name=_MANGLED.sub("", name.removeprefix(_SCRIPT)),
-        eps=_number(attributes.get("eps")),
-        momentum=_number(attributes.get("momentum")),
+        eps=plain_number(attributes.get("eps")),
+        momentum=plain_number(attributes.get("momentum")),
         training=training if type(training) is bool else None,
         frozen_by="bnfreeze" if attributes.get(_RECORD) is not None else "",
     )
 
 
-def _number(value: object) -> float | None:
-    return (
-        float(value) if type(value) is float or (type(value) is int and abs(value) < 1e9) else None
-    )
+def plain_number(value: Any) -> float | None:
+    """A setting, as far as it is a number that can be shown."""
+    # JSON has neither infinity nor NaN, and no number of thousands of digits.
+    return float(value) if type(value) in {int, float} and abs(value) < 1e9 else None

@@ -9,8 +9,7 @@ from typing import Final
 from bnfreeze.checkpoints.limits import MAX_TENSORS, check_limit
 from bnfreeze.checkpoints.numpy_arrays import numpy_dtype, strided_array
 from bnfreeze.checkpoints.reading import Content, OpenFile
-from bnfreeze.checkpoints.stored_tensor import Record, StoredTensor
-from bnfreeze.checkpoints.torch_tensors import DescribedTensor
+from bnfreeze.checkpoints.stored_tensor import DescribedTensor, Record, StoredTensor
 from bnfreeze.checkpoints.zips import Entry
 from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError
 

@@ -8,11 +8,11 @@ from typing import Any, Final
 import numpy as np
 
 from bnfreeze.checkpoints.limits import MAX_DIMENSIONS, check_limit, is_shape
-from bnfreeze.checkpoints.pickled import Opaque
-from bnfreeze.checkpoints.pickles import Stateful
+from bnfreeze.checkpoints.pickled import Opaque, Stateful
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import (
     ITEM_SIZES,
+    NUMPY_DTYPES,
     Record,
     StoredTensor,
     StridedTensor,
@@ -23,32 +23,26 @@ from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 __all__ = ["NUMPY_BUILDERS", "PickledArray", "numpy_dtype", "strided_array"]
 
 _LONGEST_TEXT: Final = 1 << 12
-# NumPy's short names, and torch's.
-_DTYPES: Final = {
-    "f8": "float64",
-    "f4": "float32",
-    "f2": "float16",
-    "c16": "complex128",
-    "c8": "complex64",
-    "i8": "int64",
-    "i4": "int32",
-    "i2": "int16",
-    "i1": "int8",
-    "u8": "uint64",
-    "u4": "uint32",
-    "u2": "uint16",
-    "u1": "uint8",
-    "b1": "bool",
-}
+# NumPy's short names, such as `f4`, and torch's.
+_DTYPES: Final = {f"{name[0]}{ITEM_SIZES[name]}": name for name in NUMPY_DTYPES}
+# Objects, bytes, texts, records, dates and times; in an archive, records begin with a bracket.
+_NO_NUMBERS: Final = tuple("OSaUVMm[")
 
 
 def numpy_dtype(text: str) -> tuple[str, bool] | None:
     """Torch's name of a NumPy dtype such as ``"<f4"``, and whether it is big-endian.
 
     None for a dtype that is no number: objects, texts, dates, records.
+
+    Raises:
+        UnsupportedFormatError: another, such as a long double; nothing is said of its values.
     """
-    dtype = _DTYPES.get(text.lstrip("<>|="))
-    return None if dtype is None else (dtype, text.startswith(">"))
+    plain = text.lstrip("<>|=")
+    if plain[:1] in _NO_NUMBERS:
+        return None
+    if plain not in _DTYPES:
+        raise UnsupportedFormatError(f"An array of dtype {text!r:.40}, which is not known here.")
+    return _DTYPES[plain], text.startswith(">")
 
 
 def strided_array(
@@ -102,11 +96,19 @@ class PickledArray(StoredTensor, Stateful):
         if type(state) is not tuple or len(state) not in (4, 5):
             raise CorruptCheckpointError("Damaged: an array's state is none.")
         shape, described, fortran, data = state[-4:]
-        dtype = _dtype_of(described)
+        try:
+            dtype = _dtype_of(described)
+        except UnsupportedFormatError:
+            self.is_number, self.why = True, "its dtype is not known here"
+            self.shape = shape if type(shape) is tuple and is_shape(shape) else (0,)
+            return
         if dtype is None:
             self.why = "its elements are not numbers"
+            self.held = data if type(data) is list else ()
             return
-        self._filled = filled = strided_array(_bytes_of(data), dtype, shape, fortran is True)
+        if fortran not in (False, True):
+            raise CorruptCheckpointError("Damaged: an array's order is none.")
+        self._filled = filled = strided_array(_bytes_of(data), dtype, shape, bool(fortran))
         self.dtype, self.shape = filled.dtype, filled.shape
         self.is_number = self.has_values = True
         self.why = ""
@@ -133,10 +135,10 @@ def _dtype_of(described: object) -> tuple[str, bool] | None:
     # Where it changed later, the array would be another.
     described.given = True
     text = described.arguments[0] if described.arguments else None
-    order = described.state[1] if type(described.state) is tuple and described.state[1:] else "="
+    order = described.state[1] if type(described.state) is tuple and described.state[1:] else ""
     if type(text) is not str or type(order) is not str:
-        return None
-    return numpy_dtype(order[:1] + text.lstrip("<>|="))
+        raise UnsupportedFormatError("An array of a dtype that is not known here.")
+    return numpy_dtype(order[:1] + text.lstrip("<>|=") if order else text)
 
 
 def _bytes_of(data: object) -> Source | bytes:
@@ -154,6 +156,8 @@ def _reconstruct(_: tuple[Any, ...]) -> PickledArray:
 
 def _from_buffer(arguments: tuple[Any, ...]) -> object:
     data, described, shape, order = arguments
+    if order not in ("C", "F"):
+        raise ValueError
     dtype = _dtype_of(described)
     if dtype is None:
         return PickledArray()
@@ -162,8 +166,8 @@ def _from_buffer(arguments: tuple[Any, ...]) -> object:
 
 def _scalar(arguments: tuple[Any, ...]) -> object:
     """A number, as Python has it; None where it is of another kind."""
-    dtype = _dtype_of(arguments[0])
-    if dtype is None or len(arguments) < 2:
+    dtype = None if len(arguments) < 2 else _dtype_of(arguments[0])
+    if dtype is None:
         return None
     data = _bytes_of(arguments[1])
     name, swapped = dtype

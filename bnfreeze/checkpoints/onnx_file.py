@@ -6,13 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, MAX_TENSORS, check_limit
-from bnfreeze.checkpoints.modules import LayerSettings, Model
+from bnfreeze.checkpoints.modules import LayerSettings, Model, plain_number
 from bnfreeze.checkpoints.numpy_arrays import strided_array
 from bnfreeze.checkpoints.reading import Content, OpenFile
 from bnfreeze.checkpoints.shards import beside
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.checkpoints.stored_tensor import StoredTensor
-from bnfreeze.checkpoints.torch_tensors import DescribedTensor
+from bnfreeze.checkpoints.stored_tensor import DescribedTensor, StoredTensor, numbered
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
 __all__ = ["read_onnx"]
@@ -20,24 +19,11 @@ __all__ = ["read_onnx"]
 # What protobuf itself can hold; larger models keep their tensors in files beside.
 _MOST_BYTES: Final = 2**31
 # ONNX's numbers for dtypes.
-_DTYPES: Final = {
-    1: "float32",
-    2: "uint8",
-    3: "int8",
-    4: "uint16",
-    5: "int16",
-    6: "int32",
-    7: "int64",
-    9: "bool",
-    10: "float16",
-    11: "float64",
-    12: "uint32",
-    13: "uint64",
-    14: "complex64",
-    15: "complex128",
-    16: "bfloat16",
-}
+_DTYPES: Final = numbered("float32 uint8 int8 uint16 int16 int32 int64", first=1) | numbered(
+    "bool float16 float64 uint32 uint64 complex64 complex128 bfloat16", first=9
+)
 _EXTERNAL: Final = 1
+_NORM: Final = "BatchNormalization"
 # What a BatchNormalization node is given, after its input.
 _PARTS: Final = ("weight", "bias", "running_mean", "running_var")
 
@@ -60,24 +46,32 @@ def read_onnx(file: OpenFile) -> Content:
         ) from None
     check_limit(file.source.size, _MOST_BYTES, "bytes of an ONNX model")
     try:
-        graph = onnx.ModelProto.FromString(file.source.read(0, file.source.size)).graph
+        model = onnx.ModelProto.FromString(file.source.read(0, file.source.size))
     except DecodeError:
         raise CorruptCheckpointError("Damaged: it begins as ONNX, and is none.") from None
     tensors: dict[str, StoredTensor] = {}
     layers: dict[str, LayerSettings] = {}
-    graphs = list(_with_subgraphs(graph))
+    graphs = list(_with_subgraphs(model.graph))
     for proto in _tensors_in(graphs):
         check_limit(len(proto.name), MAX_NAME_LENGTH, "characters of a tensor's name")
-        if proto.name in tensors and len(graphs) == 1:
-            raise CorruptCheckpointError(f"Ambiguous: {proto.name!r:.200} is there twice.")
+        if proto.name in tensors:
+            if len(graphs) == 1:
+                raise CorruptCheckpointError(f"Ambiguous: {proto.name!r:.200} is there twice.")
+            tensors[proto.name] = DescribedTensor("uint8", (0,), "several branches have the name")
+            continue
         tensors[proto.name] = _tensor(proto, file)
         check_limit(len(tensors), MAX_TENSORS, "tensors")
+    unread = 0
     for name, node, parts, settings in _norm_nodes(graphs, tensors):
         if name in layers:
             name = node
         layers[name] = settings
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-    remarks = () if layers else (_FOLDED,)
+        unread += "running_mean" not in parts or "running_var" not in parts
+    unread += sum(node.op_type == _NORM for one in model.functions for node in one.node)
+    remarks: tuple[str, ...] = () if layers else (_FOLDED,)
+    if unread:
+        remarks = (f"{unread} of its {_NORM} nodes {_UNREAD}",)
     return Content(Model(tensors, layers, frozenset(), ()), remarks=remarks)
 
 
@@ -106,6 +100,7 @@ def _tensors_in(graphs: Iterable[Any]) -> Iterator[Any]:
                     yield attribute.t
 
 
+_UNREAD: Final = "compute their statistics, or lie in functions, and were not read."
 _FOLDED: Final = (
     "There is no BatchNormalization node in the graph. Exporters fold batch norm into the "
     "convolution before it."
@@ -117,16 +112,20 @@ def _norm_nodes(
 ) -> Iterator[tuple[str, str, dict[str, StoredTensor], LayerSettings]]:
     """The name of each norm layer, that of its node, its tensors, and its settings."""
     nodes = [node for graph in graphs for node in graph.node]
-    same = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Identity"}
+    same = {
+        node.output[0]: node.input[0]
+        for node in nodes
+        if node.op_type == "Identity" and node.output and node.input
+    }
     for number, node in enumerate(nodes):
-        if node.op_type != "BatchNormalization" or len(node.input) < 5:
+        if node.op_type != _NORM or len(node.input) < 5:
             continue
         # An exporter writes equal tensors once.
         given = dict(zip(_PARTS, (same.get(name, name) for name in node.input[1:5]), strict=True))
         parts = {part: tensors[name] for part, name in given.items() if name in tensors}
         own = [name.rpartition(".")[0] for part, name in given.items() if name.endswith(f".{part}")]
         asked = [name for name in node.input[1:5] if name.endswith(".running_mean")]
-        node_name = f"{node.name or 'BatchNormalization'}:{number}"
+        node_name = f"{node.name or _NORM}:{number}"
         name = asked[0].rpartition(".")[0] if asked else own[0] if own else node_name
         values = {attribute.name: attribute for attribute in node.attribute}
         # ONNX keeps this share of the old value; torch takes the rest from the new one.
@@ -136,9 +135,9 @@ def _norm_nodes(
             node_name,
             parts,
             LayerSettings(
-                class_name="BatchNormalization",
-                eps=values["epsilon"].f if "epsilon" in values else 1e-5,
-                momentum=round(1 - kept, 6),
+                class_name=_NORM,
+                eps=plain_number(values["epsilon"].f if "epsilon" in values else 1e-5),
+                momentum=plain_number(round(1 - kept, 6)),
                 training=bool(values["training_mode"].i) if "training_mode" in values else False,
             ),
         )

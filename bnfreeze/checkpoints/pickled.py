@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, Final
 
-from bnfreeze.checkpoints.limits import MAX_NESTING, check_limit
+from bnfreeze.checkpoints.limits import MAX_NESTING, check_limit, is_size
 
-__all__ = ["Global", "Opaque", "Pairs", "check_nesting", "parts_of"]
+__all__ = ["Global", "Opaque", "Pairs", "Stateful", "check_nesting", "children_of", "key_text"]
 
 
 class Global:
@@ -78,38 +79,64 @@ class Pairs:
         return self._named[1]
 
 
+class Stateful:
+    """What a builder gives for an object whose content comes later, as its state.
+
+    Attributes:
+        held: the objects in it, of which nothing is known.
+    """
+
+    held: tuple[Any, ...] | list[Any] = ()
+
+    def set_state(self, state: object) -> None:
+        """Take the content.
+
+        Raises:
+            CorruptCheckpointError: it is not of that kind, or the second.
+        """
+        raise NotImplementedError
+
+
+_HOLDERS: Final = (list, tuple, Pairs, Opaque, Stateful)
+
+
 def check_nesting(root: object) -> None:
     """Refuse what is nested too deep, level by level and each object once.
 
     Raises:
         UnsafeCheckpointError: deeper than the limit.
     """
-    level, depth, seen = [root], 0, {id(root)}
+    level: list[object] = [root]
+    depth, seen = 0, {id(root)}
     while level:
         check_limit(depth, MAX_NESTING, "levels of nesting")
-        below = []
+        below: list[object] = []
         for holder in level:
-            for item in parts_of(holder):
-                if type(item) in _HOLDERS and id(item) not in seen:
+            for item in chain.from_iterable(children_of(holder)):
+                if isinstance(item, _HOLDERS) and id(item) not in seen:
                     seen.add(id(item))
                     below.append(item)
         level, depth = below, depth + 1
 
 
-_HOLDERS: Final = frozenset({list, tuple, Pairs, Opaque})
+def children_of(holder: object) -> Iterator[tuple[object, Any]]:
+    """What an object holds directly, by key; the key is empty for the parts of an object itself."""
+    if isinstance(holder, Opaque):
+        # Each part as a whole: many objects may have the same.
+        yield from (("", part) for part in (holder.arguments, holder.state, holder.items))
+    if isinstance(holder, (Pairs, Opaque)):
+        yield from holder.pairs
+    elif isinstance(holder, dict):
+        yield from holder.items()
+    elif isinstance(holder, (list, tuple)):
+        yield from enumerate(holder)
+    elif isinstance(holder, Stateful):
+        yield "", holder.held
 
 
-def parts_of(holder: Any) -> Iterator[Any]:
-    """Everything that an object holds directly, dict keys included."""
-    if isinstance(holder, (list, tuple)):
-        yield from holder
-    elif isinstance(holder, Pairs):
-        for pair in holder.pairs:
-            yield from pair
-    elif isinstance(holder, Opaque):
-        # Not what is in the arguments: many objects may have the same.
-        yield holder.arguments
-        yield holder.state
-        yield holder.items
-        for pair in holder.pairs:
-            yield from pair
+def key_text(key: object) -> str:
+    """A key of a dict, to be shown. Of what is neither a text nor a number, nothing is shown."""
+    if isinstance(key, str):
+        return key
+    # A number of thousands of digits cannot be written.
+    return str(key) if is_size(key) else "…"

@@ -16,11 +16,11 @@ from typing import Any, Final, NoReturn
 from bnfreeze.checkpoints.code_names import would_call
 from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, MAX_OPCODES, check_limit
 from bnfreeze.checkpoints.opcodes import CODES, Opcodes
-from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs, check_nesting
+from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs, Stateful, check_nesting
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.errors import CheckpointError, CorruptCheckpointError
 
-__all__ = ["Described", "Stateful", "read_pickle"]
+__all__ = ["Described", "check_new", "read_pickle"]
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,6 @@ class Described:
     root: Any
     end: int
     made: tuple[Opaque, ...]
-
-
-class Stateful:
-    """What a builder gives for an object whose content comes later, as its state."""
-
-    def set_state(self, state: object) -> None:
-        """Take the content.
-
-        Raises:
-            CorruptCheckpointError: it is not of that kind, or the second.
-        """
-        raise NotImplementedError
 
 
 # What puts its own argument on the stack.
@@ -157,7 +145,7 @@ class _Machine:
             "GLOBAL": lambda argument: push(self.name(*argument)),
             "STACK_GLOBAL": lambda _: push(self.name(*self.popped(2))),
             "REDUCE": lambda _: self.make(*self.popped(2)),
-            "NEWOBJ": lambda _: self.make(*self.popped(2)),
+            "NEWOBJ": lambda _: self.make_new(*self.popped(2)),
             "NEWOBJ_EX": self.make_with_keywords,
             "INST": self.make_by_name,
             "OBJ": self.make_of_marked,
@@ -207,6 +195,11 @@ class _Machine:
             _refuse_change(holder)
         self.made.append(Opaque(f"{holder.name}.{method}", arguments))
 
+    def make_new(self, kind: object, arguments: object) -> None:
+        if isinstance(kind, Global) and type(arguments) is tuple:
+            check_new(kind.name, arguments)
+        self.make(kind, arguments)
+
     def make(self, function: object, arguments: object) -> None:
         if type(arguments) is not tuple:
             raise CorruptCheckpointError("Damaged: its pickle calls what is no function.")
@@ -226,7 +219,7 @@ class _Machine:
         kind, arguments, keywords = self.popped(3)
         if type(arguments) is not tuple or not isinstance(keywords, Pairs):
             raise CorruptCheckpointError("Damaged: its pickle calls what is no function.")
-        self.make(kind, (arguments, keywords) if keywords.pairs else arguments)
+        self.make_new(kind, (arguments, keywords) if keywords.pairs else arguments)
 
     def make_by_name(self, names: tuple[str, str]) -> None:
         self.make(self.name(*names), tuple(self.marked()))
@@ -286,6 +279,25 @@ class _Machine:
         items = self.stack[mark:]
         del self.stack[mark:]
         return items
+
+
+# Their `__new__` makes them empty, whatever it is given; what they are given is for `__init__`.
+_MADE_EMPTY: Final = frozenset(
+    {f"collections.{name}" for name in ("OrderedDict", "Counter", "defaultdict", "deque")}
+    | {f"builtins.{name}" for name in ("list", "set", "dict", "bytearray")}
+)
+
+
+def check_new(name: str, arguments: tuple[Any, ...]) -> None:
+    """Refuse a container that is made by its `__new__` out of others.
+
+    Raises:
+        CorruptCheckpointError: its content would be read, and not be there after loading.
+    """
+    if arguments and name in _MADE_EMPTY:
+        raise CorruptCheckpointError(
+            f"Ambiguous: its pickle makes a {name} of something and leaves it empty."
+        )
 
 
 def _check_changeable(holder: Pairs | Opaque) -> None:

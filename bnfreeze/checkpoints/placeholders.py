@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 from bnfreeze.checkpoints.code_names import VALUES, level_of
 from bnfreeze.checkpoints.modules import is_module
-from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs
+from bnfreeze.checkpoints.pickled import (
+    Global,
+    Opaque,
+    Pairs,
+    Stateful,
+    children_of,
+    key_text,
+)
 from bnfreeze.checkpoints.reading import Content
 from bnfreeze.findings import Level
 
@@ -102,10 +108,12 @@ def _walk(root: Any) -> tuple[dict[int, _Place], tuple[Uninterpreted, ...]]:
                     is_inside = True
                     if value.name not in found and len(found) < _ENOUGH:
                         found[value.name] = Uninterpreted(value.name, place.path())
-            for key, child in _children(value):
+            for key, child in children_of(value):
                 if isinstance(child, _HOLDERS) and id(child) not in seen:
                     seen.add(id(child))
-                    below.append((_Place(place, key) if key else place, child, is_inside))
+                    text = key_text(key)
+                    inside = place if text in _PARTS else _Place(place, text)
+                    below.append((inside, child, is_inside))
         level = below
     return places, tuple(found.values())
 
@@ -114,25 +122,6 @@ def _is_interpreted(value: Opaque | Global) -> bool:
     return value.name in VALUES or is_module(value) or value.name.startswith(_SCRIPT)
 
 
-_HOLDERS: Final = (Opaque, Global, Pairs, dict, list, tuple)
+_HOLDERS: Final = (Opaque, Global, Pairs, Stateful, dict, list, tuple)
 # The parts of a module, which are no keys of their own.
-_PARTS: Final = frozenset({"_modules", "_parameters", "_buffers"})
-
-
-def _children(value: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds, by key; an empty key stands for the object itself."""
-    if isinstance(value, Opaque):
-        # Each part as a whole: many objects may have the same.
-        yield from (("", part) for part in (value.arguments, value.state, value.items))
-    if isinstance(value, (Opaque, Pairs)):
-        yield from ((_key(key), part) for key, part in value.pairs)
-    elif isinstance(value, dict):
-        yield from ((_key(key), part) for key, part in value.items())
-    elif isinstance(value, (list, tuple)):
-        yield from ((str(index), part) for index, part in enumerate(value))
-
-
-def _key(key: object) -> str:
-    if type(key) is str:
-        return "" if key in _PARTS else key
-    return str(key)[:40] if type(key) is int else "…"
+_PARTS: Final = frozenset({"", "_modules", "_parameters", "_buffers"})

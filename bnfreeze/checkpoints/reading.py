@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,9 +11,9 @@ from typing import Any
 from bnfreeze.checkpoints.pickled import Opaque
 from bnfreeze.checkpoints.source import FilePath, Source
 from bnfreeze.checkpoints.zips import Entry, read_directory
-from bnfreeze.errors import CorruptCheckpointError
+from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError
 
-__all__ = ["Content", "OpenFile", "entry_of"]
+__all__ = ["Content", "OpenFile", "entry_of", "read_json"]
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,32 @@ def entry_of(file: OpenFile, name: str) -> Entry:
     if name not in file.entries:
         raise CorruptCheckpointError(f"Damaged: '{name:.80}' is missing in it.")
     return file.entries[name]
+
+
+def read_json(data: bytes, what: str) -> dict[str, Any]:
+    """The object that `data` holds.
+
+    Raises:
+        CorruptCheckpointError: no JSON, no object, or one with a name twice.
+        UnsafeCheckpointError: nested too deep.
+    """
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=lambda pairs: _unique(pairs, what))
+    except RecursionError:
+        raise UnsafeCheckpointError(f"Refused: {what} is nested too deep.") from None
+    except ValueError as error:
+        raise CorruptCheckpointError(f"Damaged: {what} is no JSON ({error}).") from None
+    if type(value) is not dict:
+        raise CorruptCheckpointError(f"Damaged: {what} is no JSON object.")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise CorruptCheckpointError(f"Ambiguous: {what} has the name {key!r:.200} twice.")
+            seen.add(key)
+    return found

@@ -80,7 +80,9 @@ class RemotePath:
 
     def is_dir(self) -> bool:
         """Whether it is a folder; a page of a web server is none."""
-        return not self.url.startswith(("http:", "https:")) and self._info["type"] == "directory"
+        return (
+            not self.url.startswith(("http:", "https:")) and self._info.get("type") == "directory"
+        )
 
     def exists(self) -> bool:
         """Whether there is something."""

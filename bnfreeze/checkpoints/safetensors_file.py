@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
-from bnfreeze.checkpoints.json_objects import read_json
 from bnfreeze.checkpoints.limits import (
     MAX_DIMENSIONS,
     MAX_HEADER_BYTES,
@@ -14,33 +13,31 @@ from bnfreeze.checkpoints.limits import (
     is_shape,
     is_size,
 )
-from bnfreeze.checkpoints.reading import Content, OpenFile
+from bnfreeze.checkpoints.reading import Content, OpenFile, read_json
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES, Record, StoredTensor, StridedTensor
+from bnfreeze.checkpoints.stored_tensor import (
+    ITEM_SIZES,
+    NUMPY_DTYPES,
+    Record,
+    StoredTensor,
+    StridedTensor,
+)
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
 __all__ = ["read_safetensors"]
 
+# Safetensors' names: of most, the first letter and the bits.
 _DTYPES: Final = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
+    f"{name[0].upper()}{8 * ITEM_SIZES[name]}": name
+    for name in NUMPY_DTYPES - {"bool", "complex128"}
+} | {
+    "BOOL": "bool",
     "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2": "float8_e5m2",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
-    "C64": "complex64",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
 }
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath, PureWindowsPath
 
-from bnfreeze.checkpoints.json_objects import read_json
 from bnfreeze.checkpoints.kinds import read_file
 from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_limit
 from bnfreeze.checkpoints.pickled import Opaque, Pairs
-from bnfreeze.checkpoints.reading import Content, OpenFile
+from bnfreeze.checkpoints.reading import Content, OpenFile, read_json
 from bnfreeze.checkpoints.source import FilePath
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.errors import (
@@ -56,7 +55,13 @@ def read_shards(file: OpenFile) -> Content:
             raise CorruptCheckpointError(
                 f"Shard {place}: {name!r:.200} is said to be in it, and is not."
             )
-    return Content({name: shards[place][name] for name, place in places.items()}, tuple(made))
+    found = {name: shards[place][name] for name, place in places.items()}
+    for tensors in shards.values():
+        for name, tensor in tensors.items():
+            # What the index leaves out is loaded with its shard all the same.
+            if found.setdefault(name, tensor) is not tensor:
+                raise CorruptCheckpointError(f"Ambiguous: {name!r:.200} is in two shards.")
+    return Content(found, tuple(made))
 
 
 def _tensors_of(shard: OpenFile) -> tuple[dict[str, StoredTensor], tuple[Opaque, ...]]:

@@ -8,14 +8,32 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from bnfreeze.checkpoints.remote import RangedFile, RemotePath
 from bnfreeze.errors import CheckpointError, CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["FilePath", "Source", "opened"]
+__all__ = ["FilePath", "Reopened", "Source", "opened"]
 
 FilePath = Path | RemotePath
+
+
+class Reopened:
+    """A file that is opened anew for each read: of some there are thousands."""
+
+    def __init__(self, path: FilePath) -> None:
+        """Take its path."""
+        self._path = path
+        self._at = 0
+
+    def seek(self, position: int) -> None:
+        """Go to a position."""
+        self._at = position
+
+    def read(self, length: int) -> bytes:
+        """The next bytes, of which there must be so many."""
+        with opened(self._path) as source:
+            return source.read(self._at, length)
 
 
 class Source:
@@ -26,7 +44,7 @@ class Source:
     """
 
     def __init__(
-        self, file: BinaryIO | RangedFile, start: int | Callable[[], int], size: int
+        self, file: BinaryIO | RangedFile | Reopened, start: int | Callable[[], int], size: int
     ) -> None:
         """Take `size` bytes of an open file from `start`, which may be found out when needed."""
         self._file = file
@@ -74,7 +92,7 @@ class Source:
         """The same for the same file, whatever name it was opened under."""
         if isinstance(self._file, RangedFile):
             return self._file.identity
-        status = os.fstat(self._file.fileno())
+        status = os.fstat(cast("BinaryIO", self._file).fileno())
         return status.st_dev, status.st_ino
 
     def head(self, length: int) -> bytes:

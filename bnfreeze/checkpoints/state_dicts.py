@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from bnfreeze.checkpoints.limits import MAX_DICTS, MAX_NAME_LENGTH, check_limit
+from bnfreeze.checkpoints.limits import MAX_DICTS, MAX_NAME_LENGTH, check_limit, is_size
 from bnfreeze.checkpoints.modules import LayerSettings, Model, Work, is_module, model_of, tensor_in
-from bnfreeze.checkpoints.pickled import Opaque, Pairs
+from bnfreeze.checkpoints.pickled import Opaque, Pairs, Stateful, children_of, key_text
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
@@ -16,8 +17,6 @@ __all__ = ["StateDict", "StateDicts", "find_state_dicts", "tensors_by_name"]
 
 # Below these, tensors are no model's, unless there are norm layers.
 _OPTIMIZERS: Final = ("optim", "lr_sched", "scaler")
-# What stands beside a model at the top of a file: a counter, a loss.
-_FEW: Final = 4
 # Of a key that is shown: what is longer is shown by its end.
 _KEY_LENGTH: Final = 400
 _HIDDEN_SEGMENT: Final = "_orig_mod"
@@ -141,11 +140,10 @@ def _is_empty(holder: object) -> bool:
 
 
 def _is_counter(one: StateDict) -> bool:
-    """Whether these are counters, losses or class weights that stand beside a model."""
+    """Whether these are counters or losses that stand beside a model."""
     if one.has_norm_layers:
         return False
-    few = not one.key and len(one.tensors) <= _FEW
-    return few or all(tensor.numel <= 1 for tensor in one.tensors.values())
+    return all(tensor.numel <= 1 for tensor in one.tensors.values())
 
 
 def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
@@ -155,30 +153,39 @@ def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
     # The key under which each object was met first.
     seen = {id(root): ""}
     yielded: set[str] = set()
+    alike: Counter[str] = Counter()
     work = Work()
     while level:
         below: list[tuple[str, Any, bool]] = []
         for key, holder, in_optimizer in level:
             model = holder if isinstance(holder, Model) else None
             model = model_of(holder, work) if is_module(holder) else model
-            found = _state_dict(key, holder, model)
-            if found and (found.has_norm_layers or not in_optimizer):
+            parts = [_state_dict(key, holder, model)]
+            if model and isinstance(holder, Opaque):
+                # Its class may be one of dicts as well.
+                parts.append(_state_dict(key, holder, None))
+            for found in parts:
+                if found is None or (in_optimizer and not found.has_norm_layers):
+                    continue
                 count += 1
                 check_limit(count, MAX_DICTS, "dicts of tensors")
-                # 0 and "0" are two keys, and look alike.
-                while found.key in yielded:
-                    found = replace(found, key=f"{found.key}'")
-                yielded.add(found.key)
-                yield found
+                # 0 and "0" are two keys, and look alike; as long keys do, which are cut.
+                unique = found.key
+                while unique in yielded:
+                    alike[found.key] += 1
+                    unique = f"{found.key}'{alike[found.key]}"
+                yielded.add(unique)
+                yield replace(found, key=unique)
             if model:
                 seen |= {module: key for module in model.visited if module not in seen}
-            for name, child in model.besides if model else _children(holder):
-                if not isinstance(child, (Pairs, dict, list, tuple, Opaque)) or _is_empty(child):
+            for part, child in model.besides if model else children_of(holder):
+                if not isinstance(child, _HOLDERS) or _is_empty(child):
                     continue
+                name = key_text(part)
                 path = _joined(key, name)
                 if id(child) not in seen:
                     seen[id(child)] = path
-                    optimizer = in_optimizer or str(name).startswith(_OPTIMIZERS)
+                    optimizer = in_optimizer or name.startswith(_OPTIMIZERS)
                     below.append((path, child, optimizer))
                 elif seen[id(child)] != path and len(aliases) < MAX_DICTS:
                     aliases[path] = seen[id(child)]
@@ -189,15 +196,7 @@ def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
 
 def _state_dict(key: str, holder: Any, model: Model | None) -> StateDict | None:
     """What a dict or a model holds by name; None where that is no tensor."""
-    tensors: dict[str, StoredTensor] = {}
-    if model:
-        tensors |= model.tensors
-    else:
-        for name, child in _named(holder).items():
-            tensor = tensor_in(child)
-            if tensor is not None:
-                check_limit(len(name), MAX_NAME_LENGTH, "characters of a tensor's name")
-                tensors[name] = tensor
+    tensors = dict(model.tensors) if model else _tensors_of(holder)
     if not tensors:
         return None
     names, stripped = _plain_names(list(tensors))
@@ -206,38 +205,39 @@ def _state_dict(key: str, holder: Any, model: Model | None) -> StateDict | None:
     layers = {
         plain[parts[layer]].rpartition(".")[0]: settings
         for layer, settings in (model.layers.items() if model else ())
+        if layer in parts
     }
     return StateDict(key, dict(zip(names, tensors.values(), strict=True)), layers, stripped)
 
 
-def _named(holder: Any) -> dict[str, Any]:
-    if isinstance(holder, (Pairs, Opaque)):
-        return {name: value for name, value in holder.pairs if type(name) is str}
-    if isinstance(holder, dict):
-        return {name: value for name, value in holder.items() if type(name) is str}
-    return {}
+def _tensors_of(holder: Any) -> dict[str, StoredTensor]:
+    """The tensors in a dict by name; in lists, and where keys are numbers, the number is the name.
+
+    Raises:
+        UnsafeCheckpointError: a name is too long.
+    """
+    named: dict[str, StoredTensor] = {}
+    numbered: dict[str, StoredTensor] = {}
+    for key, value in holder.pairs if isinstance(holder, Opaque) else children_of(holder):
+        tensor = tensor_in(value)
+        if type(key) is str:
+            # The last of a name counts, as in Python.
+            named.pop(key, None)
+            if tensor is not None:
+                check_limit(len(key), MAX_NAME_LENGTH, "characters of a tensor's name")
+                named[key] = tensor
+        elif tensor is not None and is_size(key):
+            numbered[str(key)] = tensor
+    return {f"{key}'" if key in named else key: value for key, value in numbered.items()} | named
 
 
-def _children(holder: Any) -> Iterator[tuple[str | int, Any]]:
-    """What an object holds, by key; an empty key for the parts of an object itself."""
-    if isinstance(holder, Opaque):
-        # Each part as a whole: many objects may have the same.
-        yield from (("", part) for part in (holder.arguments, holder.state, holder.items))
-    if isinstance(holder, (Pairs, Opaque)):
-        for key, value in holder.pairs:
-            if isinstance(key, (str, int)):
-                yield key, value
-    elif isinstance(holder, dict):
-        yield from holder.items()
-    elif isinstance(holder, (list, tuple)):
-        yield from enumerate(holder)
+_HOLDERS: Final = (Pairs, Opaque, Stateful, dict, list, tuple)
 
 
-def _joined(key: str, name: str | int) -> str:
-    name = f"{name:.200}" if isinstance(name, str) else str(name)[:200]
+def _joined(key: str, name: str) -> str:
     if not name:
         return key
-    return f"{key}.{name}"[-_KEY_LENGTH:] if key else name
+    return f"{key}.{name:.200}"[-_KEY_LENGTH:] if key else name[:200]
 
 
 def _plain_names(names: list[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -250,8 +250,10 @@ def _plain_names(names: list[str]) -> tuple[list[str], tuple[str, ...]]:
     for prefix in ("module.", f"{_HIDDEN_SEGMENT}.") * 3:
         # AveragedModel keeps its counter beside the model.
         models = [name for name in names if name != "n_averaged"]
-        if models and all(name.startswith(prefix) for name in models):
-            names = [name.removeprefix(prefix) for name in names]
+        plain = [name.removeprefix(prefix) for name in names]
+        together = all(name.startswith(prefix) for name in models)
+        if models and together and len(set(plain)) == len(names):
+            names = plain
             stripped.append(prefix)
     plain = [
         ".".join(part for part in name.split(".") if part != _HIDDEN_SEGMENT) for name in names

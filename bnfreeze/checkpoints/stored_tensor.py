@@ -18,12 +18,15 @@ from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError, Unsup
 
 __all__ = [
     "ITEM_SIZES",
+    "NUMPY_DTYPES",
+    "DescribedTensor",
     "Record",
     "StoredTensor",
     "StridedTensor",
     "Words",
     "check_claims",
     "decoded",
+    "numbered",
     "shown",
 ]
 
@@ -34,43 +37,35 @@ Words = NDArray[Any]
 # Elements to a piece: a weight of any size is compared with this much of it in memory.
 _PIECE: Final = 1 << 20
 
+# The bytes of an element, by torch's name of the dtype.
 ITEM_SIZES: Final[dict[str, int]] = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e4m3fnuz": 1,
-    "float8_e5m2": 1,
-    "float8_e5m2fnuz": 1,
-    "float8_e8m0fnu": 1,
-    "complex128": 16,
-    "complex64": 8,
-    "complex32": 4,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint64": 8,
-    "uint32": 4,
-    "uint16": 2,
-    "uint8": 1,
-    "bool": 1,
-    "quint8": 1,
-    "qint8": 1,
-    "qint32": 4,
+    dtype: size
+    for size, dtypes in {
+        16: "complex128",
+        8: "float64 int64 uint64 complex64",
+        4: "float32 int32 uint32 complex32 qint32",
+        2: "float16 bfloat16 int16 uint16",
+        1: "int8 uint8 bool qint8 quint8 float8_e4m3fn float8_e4m3fnuz float8_e5m2 "
+        "float8_e5m2fnuz float8_e8m0fnu",
+    }.items()
+    for dtype in dtypes.split()
 }
 
-_DECODABLE: Final = frozenset(
+NUMPY_DTYPES: Final = frozenset(
     name for name in ITEM_SIZES if not name.startswith(("float8", "complex32", "q", "bfloat16"))
 )
+
+
+def numbered(dtypes: str, first: int) -> dict[int, str]:
+    """A format's numbers for dtypes, which follow one another from the first."""
+    return dict(enumerate(dtypes.split(), first))
 
 
 def decoded(words: Words, dtype: str) -> NDArray[Any] | None:
     """The values that words of a dtype stand for; None where numpy has no such dtype."""
     if dtype == "bfloat16":
         return (words.astype(np.uint32) << 16).view(np.float32)
-    if dtype not in _DECODABLE:
+    if dtype not in NUMPY_DTYPES:
         return None
     # Any byte but 0 is true, as torch has it.
     values: NDArray[Any] = (
@@ -126,6 +121,29 @@ class StoredTensor(ABC):
         """The value of a tensor with one element; None of any other."""
         values = self.values() if self.numel == 1 and self.has_values else None
         return None if values is None or values.dtype.kind == "c" else values.item()
+
+
+class DescribedTensor(StoredTensor):
+    """A tensor of which the description is read, and not the values."""
+
+    has_values = False
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], why: str) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self.why = why
+
+    def storage(self) -> tuple[object, int]:
+        """Nothing, of no bytes."""
+        return self, 0
+
+    def words(self) -> Words:
+        """There are none.
+
+        Raises:
+            UnsupportedFormatError: always.
+        """
+        raise UnsupportedFormatError(f"A tensor cannot be read: {self.why}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,40 +4,30 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from bnfreeze.checkpoints.json_objects import read_json
 from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_limit
-from bnfreeze.checkpoints.reading import Content, OpenFile, entry_of
-from bnfreeze.checkpoints.stored_tensor import Record, StoredTensor, StridedTensor
-from bnfreeze.checkpoints.torch_tensors import DescribedTensor
+from bnfreeze.checkpoints.reading import Content, OpenFile, entry_of, read_json
+from bnfreeze.checkpoints.stored_tensor import (
+    DescribedTensor,
+    Record,
+    StoredTensor,
+    StridedTensor,
+    numbered,
+)
+from bnfreeze.checkpoints.torch_calls import checked_shape
 from bnfreeze.checkpoints.torch_zip import read_torch_zip
 from bnfreeze.errors import CorruptCheckpointError
 
 __all__ = ["read_export"]
 
 # The numbers that torch.export writes for dtypes.
-_DTYPES: Final = {
-    1: "uint8",
-    2: "int8",
-    3: "int16",
-    4: "int32",
-    5: "int64",
-    6: "float16",
-    7: "float32",
-    8: "float64",
-    9: "complex32",
-    10: "complex64",
-    11: "complex128",
-    12: "bool",
-    13: "bfloat16",
-    28: "uint16",
-    29: "float8_e4m3fn",
-    30: "float8_e5m2",
-    31: "float8_e4m3fnuz",
-    32: "float8_e5m2fnuz",
-    33: "float8_e8m0fnu",
-    34: "uint32",
-    35: "uint64",
-}
+_DTYPES: Final = numbered(
+    "uint8 int8 int16 int32 int64 float16 float32 float64 complex32 complex64 complex128 bool "
+    "bfloat16",
+    first=1,
+) | numbered(
+    "uint16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu uint32 uint64",
+    first=28,
+)
 _OLD: Final = "serialized_state_dict.pt"
 _CONFIG: Final = "_weights_config.json"
 
@@ -54,6 +44,11 @@ def read_export(file: OpenFile) -> Content:
     configs = [
         name for name in file.entries if name.startswith("data/weights/") and name.endswith(_CONFIG)
     ]
+    check_limit(
+        sum(file.entries[name].size for name in configs),
+        MAX_HEADER_BYTES,
+        "bytes of lists of weights",
+    )
     models = {
         name.removeprefix("data/weights/").removesuffix(_CONFIG): _weights(file, name)
         for name in configs
@@ -63,7 +58,6 @@ def read_export(file: OpenFile) -> Content:
 
 def _weights(file: OpenFile, config: str) -> dict[str, StoredTensor]:
     entry = entry_of(file, config)
-    check_limit(entry.size, MAX_HEADER_BYTES, "bytes of a list of weights")
     weights = read_json(entry.read(), "the list of weights").get("config")
     if type(weights) is not dict:
         raise CorruptCheckpointError("Damaged: the list of weights has no config.")
@@ -79,7 +73,9 @@ def _tensor(file: OpenFile, weight: Any, records: dict[str, Record]) -> StoredTe
         stride = tuple(step["as_int"] for step in meta["strides"])
         dtype = _DTYPES[meta["dtype"]]
         if weight["use_pickle"]:
-            return DescribedTensor(dtype, shape, "its class keeps its values in its own way")
+            return DescribedTensor(
+                dtype, checked_shape(shape), "its class keeps its values in its own way"
+            )
         if name not in records:
             entry = entry_of(file, f"data/weights/{name}")
             records[name] = Record(entry.source, checksum=entry.checksum)

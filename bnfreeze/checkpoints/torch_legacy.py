@@ -1,5 +1,7 @@
 """Files of torch.save as it wrote them before torch 1.6: pickles, one after the other, then bytes.
 
+A plain pickle, as of `pickle.dump`, may have such a file inside for each storage.
+
 In order: a magic number, a protocol version, the machine's sizes, what was saved, the storages'
 keys, and for each key a count and that many elements.
 """
@@ -20,7 +22,7 @@ from bnfreeze.checkpoints.stored_tensor import Record
 from bnfreeze.checkpoints.torch_tensors import read_torch_pickle
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["read_storage", "read_torch_legacy"]
+__all__ = ["read_plain_pickle", "read_torch_legacy"]
 
 _MAGIC: Final = 0x1950A86A20F9469CFC6C
 _VERSION: Final = 1001
@@ -32,11 +34,26 @@ def read_torch_legacy(file: OpenFile) -> Content:
     Raises:
         CheckpointError: refused or damaged.
     """
-    described = read_storage(file.source)
+    described = _read_storage(file.source)
     return Content(described.root, described.made)
 
 
-def read_storage(source: Source) -> Described:
+def read_plain_pickle(file: OpenFile) -> Content:
+    """What was saved, with a `StoredTensor` for each array and each tensor.
+
+    Raises:
+        CheckpointError: refused or damaged.
+    """
+    described = read_torch_pickle(file.source, None, nested=_read_storage)
+    if described.end != file.source.size:
+        # A second pickle would not be read, and nothing be said of it.
+        raise CorruptCheckpointError(
+            f"Damaged: {file.source.size - described.end:,} bytes follow after its pickle."
+        )
+    return Content(described.root, described.made)
+
+
+def _read_storage(source: Source) -> Described:
     """What was saved; a single storage, where the file stands for one inside a plain pickle.
 
     Raises:

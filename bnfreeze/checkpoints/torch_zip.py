@@ -1,4 +1,4 @@
-"""Files of torch.save as it writes them since torch 1.6: a zip file with a pickle in it."""
+"""Files of torch.save since torch 1.6, and of torch.jit.save: a zip file with a pickle in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bnfreeze.checkpoints.stored_tensor import Record
 from bnfreeze.checkpoints.torch_tensors import read_torch_pickle
 from bnfreeze.errors import CorruptCheckpointError
 
-__all__ = ["read_archive", "read_torch_zip"]
+__all__ = ["read_archive", "read_torch_zip", "read_torchscript"]
 
 
 def read_torch_zip(file: OpenFile) -> Content:
@@ -21,6 +21,23 @@ def read_torch_zip(file: OpenFile) -> Content:
     """
     described = read_archive(file)
     return Content(described.root, described.made)
+
+
+def read_torchscript(file: OpenFile) -> Content:
+    """The module that was saved, as a placeholder with its tensors.
+
+    Its code entries are compressed; they are never read. What its pickle names are classes of that
+    code, and not of Python: loading it calls nothing by these names.
+
+    Raises:
+        CheckpointError: refused or damaged.
+    """
+    described = read_archive(file)
+    return Content(
+        described.root,
+        tuple(made for made in described.made if not made.name.startswith("__torch__.")),
+        ("TorchScript: its code was not looked at. Calling the model runs that code.",),
+    )
 
 
 def read_archive(file: OpenFile) -> Described:

@@ -343,6 +343,19 @@ def test_an_onnx_model_that_is_damaged_or_refers_elsewhere_is_refused(tmp_path):
             facts(tmp_path / "c.onnx")
 
 
+def test_an_onnx_model_that_computes_its_statistics_says_so(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    node = onnx.helper.make_node("BatchNormalization", ["x", "a", "b", "c", "d"], ["y"])
+    odd = onnx.helper.make_node("Identity", [], [])
+    graph = onnx.helper.make_graph([node, odd], "g", [], [])
+    graph.initializer.append(onnx.numpy_helper.from_array(np.ones(4, "f4"), "w"))
+    model = onnx.helper.make_model(graph, producer_name="pytorch")
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    found = facts(tmp_path / "a.onnx")
+    assert not found.layers[""]
+    assert found.remarks[0].startswith("1 of its BatchNormalization nodes")
+
+
 def test_an_onnx_model_without_the_package_says_what_to_install(monkeypatch, tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch" + bytes(20))
     monkeypatch.setitem(sys.modules, "onnx", None)
@@ -474,6 +487,44 @@ def test_a_key_chooses_a_model_by_its_path_or_its_last_part(tmp_path):
         )
         with pytest.raises(UnsupportedFormatError, match="'copy'"):
             checkpoint.chosen("nothing")
+
+
+def test_tensors_in_lists_and_under_numbers_are_not_forgotten(tmp_path):
+    ones = torch.ones(3)
+    saved = {"net": batch_norm(1), "shadow": [ones, ones * 2], "queue": {7: ones * 3}, "w": ones}
+    torch.save(saved, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        found = {one.key: list(one.tensors) for one in checkpoint.state_dicts.all}
+    del found["net"]
+    assert found == {"": ["w"], "shadow": ["0", "1"], "queue": ["7"]}
+
+
+def test_a_name_that_would_be_there_twice_keeps_its_prefix(tmp_path):
+    state = {"n_averaged": torch.ones(2), "module.n_averaged": torch.zeros(2)}
+    torch.save({**state, "module.running_mean": torch.ones(2)}, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        assert len(checkpoint.models[0].tensors) == 3
+
+
+def test_what_numpy_would_read_is_read(tmp_path):
+    from tests.hostile.files import negative_array, numpy_dtype, p
+
+    state = {
+        "big-endian": negative_array(">f4"),
+        "fortran": negative_array("f4", order=b"K\1"),
+        "buffer": p.name("numpy._core.numeric", "_frombuffer")
+        + b"(C\x08"
+        + bytes(range(8))
+        + numpy_dtype(">i4")
+        + b"K\2\x85"
+        + p.text("C")
+        + b"tR",
+    }
+    (tmp_path / "a.pkl").write_bytes(p.whole(p.mapping(state.items())))
+    arrays = pickle.loads((tmp_path / "a.pkl").read_bytes())
+    with open_checkpoint(tmp_path / "a.pkl") as checkpoint:
+        for name, tensor in checkpoint.models[0].tensors.items():
+            assert tensor.values().tolist() == arrays[name].reshape(-1).tolist()
 
 
 # What is named for what it is.

@@ -30,7 +30,7 @@ from . import pickling as p
 # name → (maker, exit code, a regular expression that what is printed must have)
 HOSTILE = {}
 # Those that take seconds, and show what others show in less.
-SLOW = {"a_quarter_million_tensors", "a_memo_of_millions"}
+SLOW = {"a_quarter_million_tensors", "a_memo_of_millions", "a_pickle_of_five_million_opcodes"}
 MARKER = "executed"
 
 
@@ -859,9 +859,7 @@ def a_meta_tensor_of_no_dtype(folder):
 
 @hostile(2, r"do not make sense")
 def a_size_of_ten_thousand_digits(folder):
-    huge = 10**9_999
-    digits = huge.to_bytes(huge.bit_length() // 8 + 1, "little", signed=True)
-    size = b"\x8b" + struct.pack("<i", len(digits)) + digits
+    size = p.number(10**9_999)
     hooks = p.name("collections", "OrderedDict") + b")R"
     body = p.name("torch._utils", "_rebuild_tensor_v2") + b"(" + p.storage("0", 4)
     body += b"K\0(" + size + b"t(K\1t\x89" + hooks + b"tR"
@@ -870,10 +868,8 @@ def a_size_of_ten_thousand_digits(folder):
 
 @hostile(2, r"a storage without kind, key or size")
 def a_storage_of_ten_thousand_digits(folder):
-    huge = 10**9_999
-    digits = huge.to_bytes(huge.bit_length() // 8 + 1, "little", signed=True)
     where = b"(" + p.text("storage") + p.name("torch", "FloatStorage") + p.text("0")
-    where += p.text("cpu") + b"\x8b" + struct.pack("<i", len(digits)) + digits + b"tQ"
+    where += p.text("cpu") + p.number(10**9_999) + b"tQ"
     pairs = [("x", p.tensor(where, [4], [1]))]
     return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), [("0", FOUR)])
 
@@ -1192,31 +1188,35 @@ def a_storage_in_a_pickle_that_is_loaded_again_and_again(folder):
     return written(folder, b"\x80\x03" + body + pieces_of(b"h\0h\1R", 100_000) + b"t.", "a.pkl")
 
 
+def numpy_dtype(text):
+    return p.name("numpy", "dtype") + b"(" + p.text(text) + b"\x89\x88tR"
+
+
+def numpy_array(dtype, shape, data, order=b"\x89"):
+    """An array in the way in which NumPy itself writes it; `dtype` and `data` are pickled."""
+    made = p.name("numpy._core.multiarray", "_reconstruct") + b"("
+    made += p.name("numpy", "ndarray") + b"(K\0tC\x01btR"
+    return made + b"(K\1" + p.numbers(shape) + dtype + order + data + b"tb"
+
+
 @hostile(2, r"a number of another size|arguments that it does not take")
 def a_number_of_a_megabyte(folder):
-    dtype = p.name("numpy", "dtype") + b"(" + p.text("f8") + b"\x89\x88tR"
-    body = p.name("numpy._core.multiarray", "scalar") + b"(" + dtype
+    body = p.name("numpy._core.multiarray", "scalar") + b"(" + numpy_dtype("f8")
     body += b"B" + struct.pack("<I", 2**20) + bytes(2**20) + b"tR"
     return beside_a_batch_norm(folder, body)
 
 
 @hostile(2, r"changes something after it was made")
 def a_dtype_that_changes_after_an_array_was_made_of_it(folder):
-    dtype = p.name("numpy", "dtype") + b"(" + p.text("f4") + b"\x89\x88tRq\0"
-    array = p.name("numpy._core.multiarray", "_reconstruct") + b"("
-    array += p.name("numpy", "ndarray") + b"(K\0tC\x01btR"
-    state = b"(K\1(K\1t" + dtype + b"\x89C\x04" + bytes(4) + b"t"
+    array = numpy_array(numpy_dtype("f4") + b"q\0", [1], b"C\x04" + bytes(4))
     order = b"(K\3" + p.text(">") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0t"
-    return beside_a_batch_norm(folder, b"(" + array + state + b"b" + b"h\0" + order + b"bt")
+    return beside_a_batch_norm(folder, b"(" + array + b"h\0" + order + b"bt")
 
 
 @hostile(2, r"said to lie in")
 def an_array_of_a_claimed_size(folder):
-    dtype = p.name("numpy", "dtype") + b"(" + p.text("f4") + b"\x89\x88tR"
-    array = p.name("numpy._core.multiarray", "_reconstruct") + b"("
-    array += p.name("numpy", "ndarray") + b"(K\0tC\x01btR"
-    state = b"(K\1(" + p.number(2**40) + b"t" + dtype + b"\x89C\x04" + bytes(4) + b"t"
-    return beside_a_batch_norm(folder, array + state + b"b")
+    array = numpy_array(numpy_dtype("f4"), [2**40], b"C\x04" + bytes(4))
+    return beside_a_batch_norm(folder, array)
 
 
 @hostile(2, r"bytes follow after its pickle")
@@ -1236,3 +1236,146 @@ def an_array_whose_header_is_code(folder):
     header = b"{'descr': __import__('os').system('true'), 'shape': (4,)}\n"
     data = b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + bytes(16)
     return zip_file(folder / "a.npz", [("bn.running_mean.npy", data)])
+
+
+# What was read otherwise than it is loaded, or not at all.
+
+
+def negative_array(dtype, order=b"\x89"):
+    """Four variances, of which the last is negative."""
+    data = np.array([1, 1, 1, -1], dtype).tobytes()
+    return numpy_array(numpy_dtype(dtype), [2, 2], b"C" + bytes([len(data)]) + data, order)
+
+
+def pickled_variance(folder, body):
+    """A plain pickle of a batch norm whose variance is made in a way of its own."""
+    mean = negative_array("f4")
+    return written(
+        folder,
+        p.whole(p.mapping([("bn.running_mean", mean), ("bn.running_var", body)])),
+        "a.pkl",
+    )
+
+
+@hostile(2, r"Ambiguous: .*OrderedDict of something and leaves it empty")
+def a_dict_that_loses_what_it_is_made_of(folder):
+    body = p.name("collections", "OrderedDict") + p.mapping(p.batch_norm()) + b"\x85\x81"
+    return beside_a_batch_norm(folder, body)
+
+
+@hostile(0, r"stats-un(read|paired)")
+def an_array_of_an_unusual_name_of_a_dtype(folder):
+    return pickled_variance(folder, negative_array("float32"))
+
+
+@hostile(0, r"numpy\.ndarray")
+def an_array_made_by_its_class(folder):
+    array = p.name("numpy", "ndarray") + b"((K\4t" + numpy_dtype("f4") + b"C\x10" + FOUR + b"tR"
+    return beside_a_batch_norm(folder, array)
+
+
+def of_nan(key="1"):
+    return p.mapping(p.batch_norm(key=key))
+
+
+def beside_nan(folder, body):
+    """A good batch norm, and another whose statistics are not numbers."""
+    pairs = [("state_dict", p.mapping(p.batch_norm())), ("x", body)]
+    records = [("0", FOUR), ("1", struct.pack("<4f", *[float("nan")] * 4))]
+    return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), records)
+
+
+@hostile(1, r'"stats-nonfinite"')
+def a_model_under_a_key_that_is_a_tuple(folder):
+    return beside_nan(folder, b"})" + of_nan() + b"s")
+
+
+@hostile(1, r'"stats-nonfinite"')
+def a_model_under_a_number_of_ten_thousand_digits(folder):
+    return beside_nan(folder, b"}" + p.number(10**9_999) + of_nan() + b"s")
+
+
+@hostile(1, r'"stats-nonfinite"')
+def a_model_in_an_array_of_objects(folder):
+    return beside_nan(folder, numpy_array(numpy_dtype("O8"), [1], b"](" + of_nan() + b"e"))
+
+
+@hostile(1, r'"stats-nonfinite"')
+def a_model_in_a_module_that_is_a_dict_as_well(folder):
+    body = p.name("config", "Net") + b")\x81" + p.text("a") + of_nan() + b"s"
+    return beside_nan(folder, body + p.mapping(MODULE_PARTS) + b"b")
+
+
+@hostile(1, r'"stats-nonfinite"')
+def statistics_in_a_module_that_is_a_dict_as_well(folder):
+    items = b"(" + of_nan()[2:]
+    body = p.name("config", "Net") + b")\x81" + items
+    return beside_nan(folder, body + p.mapping(MODULE_PARTS) + b"b")
+
+
+@hostile(0, r'"name": "bn"')
+def fifteen_thousand_models_whose_keys_look_alike(folder):
+    one = p.tensor(p.storage("0", 4), [1], [1]) + b"q\0" + p.text("w") + b"q\1"
+    pairs = b"".join(b"K\0M" + struct.pack("<H", i) + b"\x86}h\1h\0s" for i in range(15_000))
+    return beside_a_batch_norm(folder, b"(" + one + b"}(" + pairs + b"ut")
+
+
+@hostile(2, r"levels of nesting")
+def a_frozen_layer_made_by_another_without_end(folder):
+    one, other = (
+        p.name("bnfreeze.policies.a", "_rebuild"),
+        p.name("bnfreeze.policies.b", "_rebuild"),
+    )
+    body = b"(" + one + b"q\1" + other + b"q\2" + p.name("torch.nn", "BatchNorm2d") + b"q\3"
+    body += b"(h\3tq\4"
+    for number in range(3_000):
+        body += b"0(h\3h\1h" + bytes([1 + number % 2]) + b"h\4tq\4"
+    return beside_a_batch_norm(folder, body + b"h\1h\4Rt")
+
+
+@hostile(1, r'"name": "bn"')
+def a_module_whose_many_buffers_are_all_looked_for_in_a_long_list(folder):
+    names = b"".join(p.text(f"b{i}") + b"N" for i in range(60_000))
+    unsaved = b"".join(p.text(f"c{i}") for i in range(60_000))
+    parts = p.mapping([*MODULE_PARTS[::2], ("_buffers", b"}(" + names + b"u")])
+    parts += p.text("_non_persistent_buffers_set") + b"](" + unsaved + b"es"
+    return beside_a_batch_norm(folder, p.name("torch.nn", "Module") + b")\x81" + parts + b"b")
+
+
+@hostile(1, r"runs-code[^}]*os\.abort")
+def a_function_behind_a_module_of_layers(folder):
+    body = b"\x8c\x17torch.nn.modules.module\x8c\x11warnings.os.abort\x93"
+    return beside_a_batch_norm(folder, body + b")R" + p.mapping(MODULE_PARTS) + b"b")
+
+
+@hostile(0, r'"eps": null')
+def a_layer_whose_eps_is_no_number(folder):
+    torch.save(torch.nn.BatchNorm2d(4, eps=float("nan")), folder / "a.pt")
+    return folder / "a.pt"
+
+
+@hostile(2, r"a weight's description is none")
+def a_weight_of_torch_export_whose_sizes_are_texts(folder):
+    meta = {"dtype": 7, "sizes": [{"as_int": "x"}], "strides": []}
+    weight = {"tensor_meta": meta, "path_name": "w", "use_pickle": True}
+    config = json.dumps({"config": {"a": weight}}).encode()
+    return zip_file(folder / "a.pt2", [("a/data/weights/m_weights_config.json", config)])
+
+
+@hostile(1, r"runs-code[^}]*posix\.system")
+def os_system_in_an_object_of_a_distributed_checkpoint(folder):
+    """torch loads it without `weights_only`."""
+    content = {**state(), "hyperparameters": payload(folder)}
+    return save_distributed(content, folder / "dcp")
+
+
+@hostile(2, r"is in two shards")
+def a_tensor_in_two_shards(folder):
+    path = index(folder, lambda places: None)
+    places = json.loads(path.read_text())["weight_map"]
+    first, second = sorted({*places.values()})[:2]
+    (path.parent / second).write_bytes((path.parent / first).read_bytes())
+    name = next(name for name, place in places.items() if place == first)
+    left = {name: place for name, place in places.items() if place != second}
+    path.write_text(json.dumps({"weight_map": left | {name: second}}))
+    return path

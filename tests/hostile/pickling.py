@@ -12,7 +12,8 @@ def number(value):
     if 0 <= value < 2**31:
         return b"J" + struct.pack("<i", value)
     size = value.bit_length() // 8 + 1
-    return b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)
+    head = b"\x8a" + bytes([size]) if size < 256 else b"\x8b" + struct.pack("<i", size)
+    return head + value.to_bytes(size, "little", signed=True)
 
 
 def numbers(values):

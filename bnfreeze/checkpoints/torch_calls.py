@@ -1,0 +1,205 @@
+"""What single calls of torch's functions describe, and those that stand for other calls."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+from bnfreeze.checkpoints.limits import MAX_DIMENSIONS, MAX_NAME_LENGTH, check_limit, is_shape
+from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs
+from bnfreeze.checkpoints.pickles import check_new
+from bnfreeze.checkpoints.stored_tensor import (
+    DescribedTensor,
+    Record,
+    StoredTensor,
+    StridedTensor,
+)
+from bnfreeze.checkpoints.torch_names import DTYPES
+
+__all__ = [
+    "TORCH_BUILDERS",
+    "Storage",
+    "attribute",
+    "check_attributes",
+    "checked_shape",
+    "object_of",
+]
+
+
+class Storage:
+    """A storage that the pickle refers to, and the dtype that it says it has."""
+
+    __slots__ = ("dtype", "record")
+
+    def __init__(self, record: Record, dtype: str) -> None:
+        self.record = record
+        self.dtype = dtype
+
+
+# What makes a layer that bnfreeze froze: of its class, of how it behaves, and of how it was made.
+_FEW: Final = 16
+_PLAIN: Final = frozenset({"copyreg.__newobj__", "copyreg._reconstructor"})
+_REBUILD: Final = re.compile(r"bnfreeze\.policies\.\w+\._rebuild")
+
+
+def object_of(call: Opaque) -> Opaque | None:
+    """What a call of another function makes, as if the class itself were called.
+
+    None where the call is none of these, or could do anything else.
+    """
+    if not 1 <= len(call.arguments) <= _FEW or not isinstance(call.arguments[0], Global):
+        return None
+    kind, *rest = call.arguments
+    if call.name == "copyreg.__newobj__":
+        check_new(kind.name, tuple(rest))
+        return Opaque(kind.name, tuple(rest))
+    if call.name == "copyreg._reconstructor":
+        is_plain = len(rest) == 2 and isinstance(rest[0], Global) and rest[1] is None
+        return Opaque(kind.name, ()) if is_plain and rest[0].name == "builtins.object" else None
+    if _REBUILD.fullmatch(call.name):
+        behaviour, make, given = rest if len(rest) == 3 else (None, None, None)
+        if isinstance(behaviour, Global) and isinstance(make, Global) and type(given) is tuple:
+            made = object_of(Opaque(make.name, given)) if make.name in _PLAIN else None
+            if made and made.name == kind.name and not made.arguments:
+                return made if behaviour.name.startswith("bnfreeze.policies.") else None
+    return None
+
+
+# Attributes of a tensor that stand for its values: to set one is to write others.
+_VALUES: Final = frozenset({"data", "real", "imag"})
+
+
+def check_attributes(state: object) -> None:
+    """Refuse attributes that would give a tensor other values than its storage has.
+
+    Raises:
+        ValueError: they do, or are no attributes.
+    """
+    for part in state if type(state) is tuple else (state,):
+        if part is not None and (
+            not isinstance(part, Pairs) or not _VALUES.isdisjoint(part.named())
+        ):
+            raise ValueError
+
+
+def attribute(arguments: tuple[Any, ...]) -> Global | None:
+    """An attribute of something that is named, as a method of a class: a longer name.
+
+    None of anything else, which stays a call.
+    """
+    if len(arguments) != 2 or not isinstance(arguments[0], Global) or type(arguments[1]) is not str:
+        return None
+    name = f"{arguments[0].name}.{arguments[1]}"
+    check_limit(len(name), MAX_NAME_LENGTH, "characters of a name")
+    return Global(name)
+
+
+def _view(arguments: tuple[Any, ...]) -> tuple[Storage, Any, Any, Any]:
+    """The storage, offset, shape and stride of a tensor."""
+    storage, offset, shape, stride = arguments[:4]
+    if not isinstance(storage, Storage):
+        raise TypeError
+    return storage, offset, shape, stride
+
+
+def _flagged(tensor: StoredTensor, flags: tuple[Any, ...]) -> StoredTensor:
+    """The tensor; of a conjugated or negated view, whose stored values are others, no values."""
+    flag = flags[0] if flags else None
+    if flag is None or (isinstance(flag, Pairs) and not flag.pairs):
+        return tensor
+    return DescribedTensor(tensor.dtype, tensor.shape, "it is a conjugated or negated view")
+
+
+def _parameter(arguments: tuple[Any, ...]) -> StoredTensor:
+    """The tensor of a parameter."""
+    tensor: object = arguments[0]
+    if not isinstance(tensor, StoredTensor):
+        raise TypeError
+    # Of _rebuild_parameter_with_state; the others have no fourth.
+    check_attributes(arguments[3] if len(arguments) > 3 else None)
+    return tensor
+
+
+def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    # Not a list: what is put into that later would change the size.
+    if type(arguments[0]) is not tuple:
+        raise TypeError
+    return arguments[0]
+
+
+def _meta(arguments: tuple[Any, ...]) -> DescribedTensor:
+    return _described(arguments[0], arguments[1], "it was saved without values")
+
+
+def _wrapper(arguments: tuple[Any, ...]) -> DescribedTensor:
+    return _described(arguments[1], arguments[2], "its class keeps its values in a way of its own")
+
+
+def _elsewhere(arguments: tuple[Any, ...]) -> DescribedTensor:
+    return _described(arguments[1], arguments[0].shape, "it lay on a device of another kind")
+
+
+def _sparse(arguments: tuple[Any, ...]) -> DescribedTensor:
+    check_limit(len(arguments[1]), _FEW, "parts of a sparse tensor")
+    indices_and_values = [part for part in arguments[1] if isinstance(part, StoredTensor)]
+    shapes = [part for part in arguments[1] if type(part) is tuple]
+    return DescribedTensor(indices_and_values[-1].dtype, checked_shape(shapes[0]), "it is sparse")
+
+
+def _constructed(_: tuple[Any, ...]) -> object:
+    """A tensor of a list or of nothing, which torch never writes."""
+    raise ValueError
+
+
+def _described(dtype: Any, shape: Any, why: str) -> DescribedTensor:
+    return DescribedTensor(DTYPES[dtype.name], checked_shape(shape), why)
+
+
+def checked_shape(shape: Any) -> tuple[int, ...]:
+    """The shape of a tensor that is only described.
+
+    Raises:
+        UnsafeCheckpointError: too many dimensions.
+        ValueError: it is none.
+    """
+    check_limit(len(shape), MAX_DIMENSIONS, "dimensions of a tensor")
+    if not is_shape(shape):
+        raise ValueError
+    return tuple(shape)
+
+
+def _tensor(arguments: tuple[Any, ...]) -> StoredTensor:
+    storage, offset, shape, stride = _view(arguments)
+    tensor = StridedTensor(storage.dtype, tuple(shape), tuple(stride), storage.record, offset)
+    return _flagged(tensor, arguments[6:7])
+
+
+def _tensor_v3(arguments: tuple[Any, ...]) -> StoredTensor:
+    storage, offset, shape, stride = _view(arguments)
+    dtype = DTYPES[arguments[6].name]
+    tensor = StridedTensor(dtype, tuple(shape), tuple(stride), storage.record, offset)
+    return _flagged(tensor, arguments[7:8])
+
+
+def _quantised(arguments: tuple[Any, ...]) -> StoredTensor:
+    tensor = _tensor(arguments[:4])
+    return DescribedTensor(tensor.dtype, tensor.shape, "it is quantised")
+
+
+TORCH_BUILDERS: Final[dict[str, Callable[[tuple[Any, ...]], object]]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._utils._rebuild_meta_tensor_no_storage": _meta,
+    "torch._utils._rebuild_qtensor": _quantised,
+    "torch._utils._rebuild_sparse_tensor": _sparse,
+    "torch._utils._rebuild_wrapper_subclass": _wrapper,
+    "torch._utils._rebuild_device_tensor_from_numpy": _elsewhere,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _elsewhere,
+    "torch.nn.parameter.Parameter": _parameter,
+    "torch.Tensor": _constructed,
+    "torch.Size": _size,
+}
