@@ -180,7 +180,7 @@ def test_the_tools_have_the_same_versions_everywhere():
     hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     workflows = ROOT / ".github" / "workflows"
     assert f"rev: v{re.search(r'ruff~=([0-9.]+)', project)[1]}\n" in hooks
-    for needed in re.findall(r'"(mkdocs[^"]*)"', project):
+    for needed in re.findall(r'"(mkdocs[^"]*~=[^"]*)"', project):
         assert f"'{needed}'" in (workflows / "docs.yml").read_text(encoding="utf-8")
     tests = (workflows / "tests.yml").read_text(encoding="utf-8")
     for package in ("torch", "torchvision"):

@@ -441,7 +441,7 @@ def test_frozen_whole_no_graph_is_built(model, x, calls):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "autocast"])
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
 def test_it_is_as_exact_as_eval_mode(name, precision):
     """Against fp64 at most twice the error of the output, and thrice that of the gradients."""
     live = lively(fusions.build(name))

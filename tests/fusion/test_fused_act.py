@@ -307,7 +307,7 @@ REFUSED = {
     ),
     "relu6's output may change before backward": (
         lambda self, x: F.relu6(self.bn1(x)),
-        "the output of relu6, from which it goes backward, may be changed",
+        "the output of relu6, kept for backward, may be changed",
     ),
     "an autograd mode": (no_grad, "an autograd or autocast mode of its own"),
     "random numbers": (lambda self, x: F.relu(self.bn1(x + torch.rand(1))), "computes tensors"),

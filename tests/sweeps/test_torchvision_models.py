@@ -6,7 +6,17 @@ from bnfreeze import FreezeReport, LayerRow, freeze
 from tests.sweeps import torchvision_models
 
 
-@pytest.mark.parametrize("name", torchvision_models.QUICK)
+# The largest of the quick subset.
+LARGE = {"densenet121", "fasterrcnn_mobilenet_v3_large_320_fpn", "inception_v3", "r2plus1d_18"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in LARGE else ())
+        for name in torchvision_models.QUICK
+    ],
+)
 def test_a_torchvision_model_keeps_every_promise(name):
     count, _, wrong = torchvision_models.sweep(name)
     assert count > 0

@@ -86,7 +86,7 @@ def acts_alike_in_both_modes(model, inputs):
 def counts(model, policy):
     """By policy, how many norm layers it freezes then; and how many fuse something."""
     report = freeze(copy.deepcopy(model), policy)
-    rows = [row for row in report.layers if row.name in report.norm_names]
+    rows = [row for row in report.layers if row.name in report.facts]
     return Counter(row.policy for row in rows), sum(bool(row.fuses) for row in rows)
 
 
