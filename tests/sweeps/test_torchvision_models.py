@@ -5,7 +5,6 @@ import pytest
 from bnfreeze import FreezeReport, LayerRow, freeze
 from tests.sweeps import torchvision_models
 
-
 # The largest of the quick subset.
 LARGE = {"densenet121", "fasterrcnn_mobilenet_v3_large_320_fpn", "inception_v3", "r2plus1d_18"}
 
