@@ -76,6 +76,8 @@ def _identities(case: _Case, name: str) -> tuple[Identity, Identity] | None:
 
 def _reason(case: _Case) -> Reason:
     kind, reason = case.drift.kind, None
+    if kind == "value" and case.old is None:
+        return because("eps")  # the only value that is no tensor
     if kind == "value":
         rules = (_statistics_moved, _replaced, _optimized, _averaged, _written)
         reason = next(filter(None, (rule(case) for rule in rules)), None)

@@ -70,6 +70,7 @@ def compare(
     # In the model's order, a layer after its tensors.
     last = {facts.owner: places[name] for name, facts in before.tensors.items()}
     # Values come before what else is known of a tensor.
+    last |= {f"{owner}.eps": place for owner, place in last.items()}
     drifts.sort(key=lambda d: (places.get(d.name, last.get(d.name, 0)), d.kind != "value"))
     notes = [_INSTANTS]
     if before.digests or after.digests:
@@ -220,3 +221,6 @@ def _layer(name: str, was: OwnerFacts, now: OwnerFacts, *, exact: bool) -> Itera
     elif now.woken_since(was):
         kind = "mode" if never_frozen else "thawed"
         yield Drift(name, kind, before="eval mode", after="train mode")
+    if was.eps is not None and now.eps is not None and was.eps != now.eps:
+        eps = f"{name}.eps" if name else "eps"
+        yield Drift(eps, "value", 1, 1, (), was.eps, now.eps, abs(now.eps - was.eps))

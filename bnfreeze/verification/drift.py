@@ -66,7 +66,7 @@ class Drift:
             ``mode`` the layer's.
         kind: what changed:
 
-            * ``value``: bits of the elements.
+            * ``value``: bits of the elements; or the eps of a norm layer, as ``bn1.eps``.
             * ``dtype``, ``shape``, ``device``.
             * ``added``, ``removed``: the name itself.
             * ``aliasing``: which names share memory.

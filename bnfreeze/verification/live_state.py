@@ -233,10 +233,12 @@ def _owner_facts(name: str, module: nn.Module) -> OwnerFacts:
     kind = type(module)
     if any(base.__name__ == "FSDPModule" for base in kind.__bases__):
         kind = kind.__bases__[-1]
+    eps = getattr(module, "eps", None) if is_norm(module) else None
     return OwnerFacts(
         kind=f"{kind.__module__}.{kind.__qualname__}",
         policy=policy_name(module),
         training=module.training,
         mode_matters=is_norm(module) and not free,
         remedy="" if record or not is_foreign(module) else foreign_remedy(module, name),
+        eps=float(eps) if isinstance(eps, int | float) else None,
     )

@@ -69,6 +69,10 @@ _REASONS = {
         "kernel that does not report its writes.",
         TRACE,
     ),
+    "eps": (
+        "Something set the layer's eps. No tensor changed, but the layer's output does.",
+        "Set eps first, then freeze.",
+    ),
     "unknown": ("The two states do not show the cause.", TRACE),
     # Tensors.
     "dtype": (

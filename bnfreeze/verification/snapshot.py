@@ -239,6 +239,8 @@ def _facts(path: Path, header: Any) -> State:
         texts += [one.placement, one.unreadable]
     if not all(isinstance(text, str) for text in texts):
         raise _corrupt(path, "a name in its facts is not text")
+    if not all(isinstance(owner.eps, float | int | None) for owner in owners.values()):
+        raise _corrupt(path, "an eps in its facts is not a number")
     known = all(one.first in tensors and one.owner in owners for one in tensors.values())
     if not (tensors and known and tensors.keys() >= {name for group in groups for name in group}):
         raise _corrupt(path, "the names in its facts do not fit together")

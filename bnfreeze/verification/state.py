@@ -62,6 +62,7 @@ class OwnerFacts(NamedTuple):
         mode_matters: whether the flag decides about the statistics. Otherwise it is free to
             change, as under the policies ``stats`` and ``affine``.
         remedy: of a foreign norm layer that is not frozen, what would freeze it.
+        eps: of a norm layer, what it adds to the variance: no tensor, but its output depends on it.
     """
 
     kind: str = ""
@@ -69,6 +70,7 @@ class OwnerFacts(NamedTuple):
     training: bool = False
     mode_matters: bool = False
     remedy: str = ""
+    eps: float | None = None
 
     @property
     def short_kind(self) -> str:

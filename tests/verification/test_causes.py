@@ -264,3 +264,16 @@ def test_a_change_of_values_is_named_before_a_change_of_flags():
         ("bias", "requires-grad"),
     ]
     assert report.message.startswith("bias drifted: 1 of 4 elements differs")
+
+
+def test_an_eps_that_was_set_is_a_drift(model, tmp_path):
+    bnfreeze.freeze(model, "eval")
+    before = bnfreeze.snapshot(model)
+    before.save(tmp_path / "before.safetensors")
+    model.stem[1].eps = 1e-3
+    for snap in (before, bnfreeze.Snapshot.load(tmp_path / "before.safetensors")):
+        (drift,) = bnfreeze.verify(model, snap).drifts
+        assert (drift.name, drift.kind, drift.cause_code) == ("stem.1.eps", "value", "eps")
+        assert (drift.before, drift.after) == (1e-5, 1e-3)
+    model.stem[1].eps = 1e-5
+    assert bnfreeze.verify(model, before)
