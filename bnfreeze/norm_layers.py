@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ __all__ = [
     "foreign_remedy",
     "forward_owner",
     "has_known_forward",
+    "has_replaced_forward",
     "is_foreign",
     "is_in_graph",
     "is_lazy",
@@ -202,9 +204,28 @@ def has_known_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
         module: a norm layer.
         kind: the class that it had before freezing.
     """
-    library = forward_owner(kind).__module__.partition(".")[0]
+    owner = forward_owner(kind)
+    # The function says where it was written; the class may have been patched with another's:
+    # nn.BatchNorm2d.forward = mine.
+    home = getattr(vars(owner)["forward"], "__module__", None) or owner.__module__
+    library = home.partition(".")[0]
     known = is_lookalike(module, kind) or library in KNOWN
     return known and not is_foreign(module)
+
+
+def has_replaced_forward(module: nn.Module) -> bool:
+    """Whether a forward is set on the instance that is not its class's own.
+
+    The class's own, bound to the module, is as good as none; so is a function that wraps it and
+    says so by `functools.wraps`, as Accelerate's hooks do.
+    """
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return False
+    inner = inspect.unwrap(forward)
+    owns = [vars(base).get("forward") for base in type(module).__mro__]
+    bound_to = getattr(inner, "__self__", module)
+    return bound_to is not module or getattr(inner, "__func__", inner) not in owns
 
 
 def is_in_graph(module: nn.Module) -> bool:

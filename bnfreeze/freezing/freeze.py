@@ -29,6 +29,7 @@ from bnfreeze.policies.record import (
     mark_left_alone,
     policy_name,
     record_of,
+    recorded,
     was_lookalike,
 )
 
@@ -155,6 +156,7 @@ def _rows(
 ) -> tuple[LayerRow, ...]:
     """A row for each norm layer, and for each other module that was changed."""
     rows = []
+    by_policy = {id(parameter) for e in modules for _, parameter, _ in recorded(e.module)}
     for entry in modules:
         module = entry.module
         actions, note = done.get(id(module), ((), ""))
@@ -168,22 +170,30 @@ def _rows(
                 policy_name(module),
                 found.fuses,
                 actions,
-                "; ".join(filter(None, [note, found.note, _frozen_by_hand(module)])),
+                "; ".join(filter(None, [note, found.note, _frozen_elsewhere(module, by_policy)])),
             )
         )
     return tuple(rows)
 
 
-def _frozen_by_hand(module: nn.Module) -> str:
-    """A note on a norm layer whose weight or bias does not train, although no policy says so."""
+def _frozen_elsewhere(module: nn.Module, by_policy: set[int]) -> str:
+    """A note on a norm layer whose weight or bias does not train, although its policy allows it.
+
+    Args:
+        module: any module.
+        by_policy: the ids of all parameters in the model that a policy froze.
+    """
     if not is_norm(module) or was_lookalike(module):
         return ""
     record = record_of(module)
-    names = [
-        name
-        for name, parameter in affine_parameters(module).items()
-        if not parameter.requires_grad
-        and name in AFFINE
-        and not (record and name in record.requires_grad)
-    ]
-    return f"{' and '.join(names)} frozen by you (requires_grad=False)" if names else ""
+    notes: dict[str, list[str]] = {}
+    for name, parameter in affine_parameters(module).items():
+        if (
+            not parameter.requires_grad
+            and name in AFFINE
+            and not (record and name in record.requires_grad)
+        ):
+            shared = id(parameter) in by_policy
+            who = "with the layer that shares it" if shared else "by you (requires_grad=False)"
+            notes.setdefault(who, []).append(name)
+    return "; ".join(f"{' and '.join(names)} frozen {who}" for who, names in notes.items())

@@ -16,6 +16,7 @@ from bnfreeze.norm_layers import (
     affine_parameters,
     computed_affine,
     has_known_forward,
+    has_replaced_forward,
     is_in_graph,
     is_lazy,
     is_norm,
@@ -178,6 +179,13 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
             raise PolicyError(
                 f"{name} belongs to a graph that was exported or traced, and the graph writes to "
                 f"its statistics: freeze the original model, then export that."
+            )
+        if has_replaced_forward(module):
+            raise PolicyError(
+                f"{name}: its forward is set on the instance and is not that of its class, so "
+                f"policy '{policy}' cannot keep it from its statistics. Delete it first (del "
+                f"layer.forward), or leave the layer out"
+                + (f" with the rule {{{entry.name!r}: 'none'}}." if entry.name else ".")
             )
         known = has_known_forward(module, layer_class(module))
         if "forward" in module.__dict__ and not (known and policy.forces_eval):

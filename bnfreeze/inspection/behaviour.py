@@ -17,6 +17,7 @@ from bnfreeze.norm_layers import (
     affine_parameters,
     eps_of,
     has_known_forward,
+    has_replaced_forward,
     is_foreign,
     is_lazy,
     is_lookalike,
@@ -161,7 +162,7 @@ def _why_unknown(layer: nn.Module) -> str:
 
 
 def _normalizes_with(layer: nn.Module, training: bool) -> tuple[NormalizesWith, str]:
-    if is_lookalike(layer):
+    if is_lookalike(layer) and not has_replaced_forward(layer):
         return "running", _why_eval(layer)
     if unknown := _why_unknown(layer):
         return "unknown", unknown
@@ -174,11 +175,18 @@ def _normalizes_with(layer: nn.Module, training: bool) -> tuple[NormalizesWith, 
 
 def _updates_statistics(layer: nn.Module, training: bool) -> tuple[bool, str]:
     record = record_of(layer)
-    if is_lookalike(layer):
-        return False, _why_eval(layer)
     if not keeps_statistics(layer) and not is_lazy(layer):
         return False, "there are none"
+    if has_replaced_forward(layer):
+        # It may write to them whatever the class and the mode are: the careful answer.
+        return True, _why_unknown(layer)
+    if is_lookalike(layer):
+        return False, _why_eval(layer)
+    kind = layer_class(layer)
     if record and record.policy.freezes_statistics:
+        if type(layer).forward is kind.forward and not has_known_forward(layer, kind):
+            # Freezing found a forward that it knows; the class was given another one since.
+            return True, _why_unknown(layer)
         return False, f"frozen by policy {record.policy}"
     if unknown := _why_unknown(layer):
         # The careful answer, in eval mode too.

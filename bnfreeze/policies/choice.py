@@ -24,5 +24,6 @@ def frozen_class(module: nn.Module, policy: Policy) -> type[nn.Module]:
         if issubclass(base, _InstanceNorm):
             behaviour = ForceEvalInstance
     elif policy.freezes_statistics:
-        behaviour = BatchOnly if base.forward is _BatchNorm.forward else OnCopies
+        torchs = base.forward is _BatchNorm.forward and has_known_forward(module, base)
+        behaviour = BatchOnly if torchs else OnCopies
     return make_class(base, behaviour)

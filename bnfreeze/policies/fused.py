@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bnfreeze.nn.activations import activation_of
 from bnfreeze.nn.modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
-from bnfreeze.norm_layers import forward_owner, is_lookalike
+from bnfreeze.norm_layers import forward_owner, has_known_forward, is_lookalike
 from bnfreeze.policies.class_swap import FrozenLayer, make_class
 from bnfreeze.policies.eval import ForceEval
 from bnfreeze.policies.record import layer_class
@@ -138,6 +138,8 @@ def fused_class(
     base = layer_class(module)
     if "forward" in module.__dict__:
         return None, "its forward is overridden on the instance"
+    if base in _EXACT and not has_known_forward(module, base):
+        return None, f"the forward of {base.__name__} was replaced on the class"
     behaviour = _EXACT.get(base)
     if behaviour is None and is_lookalike(module, base) and _is_plain(base):
         behaviour = _FusedLookalike

@@ -1,6 +1,7 @@
 """Norm layers that are no torch class, forwards of the user's own, and layers in odd places."""
 
 import copy
+import functools
 import pickle
 import types
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from timm.layers import EvoNorm2dB0, convert_splitbn_model
 from torch import nn
+from torch.nn import functional as F  # noqa: N812 - its customary name
 
 from bnfreeze import (
     DriftError,
@@ -253,7 +255,107 @@ def test_a_forward_set_on_the_instance_is_refused_where_it_could_write(policy):
         assert bool(moved(before, model)) is (policy == "affine")
 
 
+def batch_statistics(layer):
+    """As once-for-all's set_running_statistics sets it, and it writes."""
+    return lambda x: F.batch_norm(
+        x, layer.running_mean, layer.running_var, layer.weight, layer.bias, training=True
+    )
+
+
+def hooked(layer):
+    """As Accelerate's add_hook_to_module sets it."""
+    old = layer.forward
+    return functools.update_wrapper(functools.partial(lambda module, x: old(x), layer), old)
+
+
+@pytest.mark.parametrize("policy", ["stats", "eval", "eval+affine", "fused"])
+def test_a_replaced_forward_is_refused_and_after_freezing_no_claim_is_made(policy):
+    model = model_with(nn.BatchNorm2d(3))
+    model[1].forward = batch_statistics(model[1])
+    with pytest.raises(PolicyError, match="not that of its class"):
+        freeze(model, policy)
+    del model[1].forward
+    freeze(model, policy)
+    model[1].forward = batch_statistics(model[1])
+    before = state(model)
+    model.train()(X)
+    assert moved(before, model) == {"1.running_mean", "1.running_var"}
+    (facts,) = inspect(model).layers
+    assert (facts.normalizes_with, facts.updates_statistics) == ("unknown", True)
+    with pytest.raises(NotFrozenError, match="its statistics update"):
+        assert_frozen(model)
+
+
+def mixed_with_the_batch(layer, x):
+    """As in test-time adaptation (MEMO), which sets it on the class; and it writes."""
+    layer.running_mean.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+    mean, var = layer.running_mean, layer.running_var
+    return F.batch_norm(x, mean, var, layer.weight, layer.bias)
+
+
+@pytest.mark.parametrize("policy", ["stats", "eval", "eval+affine", "fused"])
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.modules.batchnorm._BatchNorm])
+def test_a_forward_replaced_on_the_class_is_kept_and_on_copies(policy, kind, monkeypatch):
+    monkeypatch.setattr(kind, "forward", mixed_with_the_batch, raising=False)
+    model = model_with(nn.BatchNorm2d(3))
+    expected = copy.deepcopy(model).eval()(X)
+    (row,) = freeze(model, policy).layers
+    before = state(model)
+    assert torch.equal(model.train()(X), expected)
+    assert moved(before, model) == set()
+    (facts,) = inspect(model).layers
+    assert (facts.normalizes_with, facts.updates_statistics) == ("unknown", False)
+    assert ("replaced on the class" in row.note) is (policy == "fused")
+
+
+@pytest.mark.parametrize("policy", ["stats", "eval", "fused"])
+def test_a_forward_replaced_on_the_class_after_freezing_is_seen(policy, monkeypatch):
+    model = model_with(nn.BatchNorm2d(3))
+    freeze(model, policy)
+    before = state(model)
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", mixed_with_the_batch, raising=False)
+    model.train()(X)
+    (facts,) = inspect(model).layers
+    assert facts.updates_statistics is bool(moved(before, model)) is (policy == "eval")
+    freeze(model, policy)
+    before = state(model)
+    model.train()(X)
+    assert moved(before, model) == set()
+    assert not inspect(model).layers[0].updates_statistics
+
+
+@pytest.mark.parametrize("policy", ["stats", "eval", "fused"])
+def test_a_forward_that_wraps_the_layers_own_is_trusted(policy):
+    model = model_with(nn.BatchNorm2d(3))
+    freeze(model, policy)
+    model[1].forward = hooked(model[1])
+    for each in (model, copy.deepcopy(model)):
+        before = state(each)
+        each.train()(X)
+        assert moved(before, each) == set()
+        (facts,) = inspect(each).layers
+        assert facts.normalizes_with == ("running" if policy == "fused" else "unknown")
+        assert not facts.updates_statistics
+        assert_frozen(each)
+
+
+def test_a_weight_that_another_frozen_layer_shares_is_not_said_to_be_frozen_by_hand():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    model[1].weight = model[0].weight
+    model[1].bias.requires_grad_(False)
+    _, row = freeze(model, {"0": "eval+affine"}).layers
+    assert row.note == (
+        "weight frozen with the layer that shares it; bias frozen by you (requires_grad=False)"
+    )
+
+
 # Layers in odd places.
+
+
+def test_the_compiled_form_of_a_traced_module_is_not_called_unregistered():
+    traced = torch.jit.trace(model_with(nn.BatchNorm2d(3)).eval(), X)
+    findings = inspect(nn.Sequential(traced)).findings
+    assert {finding.code for finding in findings} == {"layer-foreign", "never-trained"}
 
 
 def test_norm_layers_that_are_not_registered_are_findings_with_their_path():

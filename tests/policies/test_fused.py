@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import types
 
 import pytest
 import timm
@@ -117,7 +118,7 @@ class WithGelu(nn.BatchNorm2d):
 
 def patched():
     layer = nn.BatchNorm2d(4)
-    layer.forward = lambda x: x * 2
+    layer.forward = types.MethodType(nn.BatchNorm2d.forward, layer)
     return layer
 
 
