@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from statistics import median
 
 from bnfreeze.calibration.fit import LayerFit, Thresholds
@@ -112,7 +112,7 @@ def advice_before(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
             f"layers ({sure}). "
         )
         select = ""
-        if all(_policy(layer).freezes_statistics for layer in shifted):
+        if any(_policy(layer).freezes_statistics for layer in shifted):
             select = ", select='**'"
         call = f"recalibrate(model, batches, score=...{select})"
         own = [layer for layer in shifted if layer.origin == "own"]
@@ -128,9 +128,11 @@ def advice_before(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
                 f"see what {call} says."
             )
         rest = len(shifted) - len(own)
+        carried = sum(layer.origin == "carried" for layer in shifted)
+        others = f"the other {rest}" if carried == rest else f"{carried} of the other {rest}"
         return start + (
             f"The shift starts in {_names(own)} ({_worst(own, thresholds)})"
-            + (f"; the other {rest} seem to follow from it" if rest else "")
+            + (f"; {others} seem to follow from it" if carried else "")
             + f". Do not freeze them like this: {call} is likely to mend it; then freeze. {_CHECK}."
         )
     if not unsure:
@@ -154,8 +156,8 @@ def advice_before(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
         )
     return (
         f"Nothing shows a clear misfit; in {len(unsure)} of {len(reached)} layers the difference "
-        f"lies near the threshold ({thresholds.mean} σ, a factor of {thresholds.ratio}). Freezing "
-        f"is likely to do no harm; recalibrating first costs little. {_CHECK}."
+        f"lies near the threshold ({thresholds.mean} σ, a factor of {thresholds.ratio}). Try "
+        f"recalibrate(model, batches, score=...) before you freeze. {_CHECK}."
     )
 
 
@@ -188,16 +190,20 @@ def _names(layers: Sequence[LayerFit]) -> str:
 def advice_after(
     before: Sequence[LayerFit],
     after: Sequence[LayerFit],
+    recalibrated: Collection[str],
     mode: str,
-    scores: tuple[float, float] | None,
+    exact: bool,
+    scores: Sequence[float],
 ) -> str:
     """What to do with a model that was recalibrated.
 
     Args:
         before: the layers' fit before.
         after: and with the new statistics.
-        mode: how it was recalibrated.
-        scores: before and after, where there are any; more is better.
+        recalibrated: the names of the layers that were.
+        mode: how.
+        exact: likewise.
+        scores: before and after, or none; more is better.
     """
     if mode == "keep-function":
         return (
@@ -206,9 +212,14 @@ def advice_after(
         )
     reached = [layer for layer in before if layer.verdict != "not reached"]
     own = [layer for layer in reached if layer.origin == "own"]
-    are = sum(layer.verdict == "shifted" for layer in after)
-    left = f" {are} of {len(reached)} layers still do not fit: try exact=True." if are else ""
-    if scores is None:
+    shifted = [layer.name for layer in after if layer.verdict == "shifted"]
+    left = f" {len(shifted)} of {len(reached)} layers still do not fit" if shifted else ""
+    if untouched := [name for name in shifted if name not in recalibrated]:
+        left += f", {len(untouched)} of them left as they were"
+    elif left and not exact:
+        left += ": try exact=True"
+    left += "." if left else ""
+    if not scores:
         if _is_most(own, reached):
             return (
                 f"The statistics are those of this data now.{left} But {len(own)} of "
@@ -227,11 +238,10 @@ def advice_after(
     if then > first:
         return (
             f"The score rose {figures}.{left} If it is good enough, freeze the model; if not, "
-            f"fine-tune without freezing: the features do not suit this data."
+            f"fine-tune without freezing."
         )
     if then == first:
         return f"The score is the same {figures}.{left} Recalibrating brought nothing."
-    return (
-        f"The score fell {figures}: take it back with report.undo(), and fine-tune without "
-        f"freezing.{left}"
-    )
+    misfit = any(layer.verdict == "shifted" for layer in before)
+    then_train = ", and fine-tune without freezing" if misfit else ""
+    return f"The score fell {figures}: take it back with report.undo(){then_train}.{left}"

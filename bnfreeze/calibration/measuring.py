@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ __all__ = [
 
 _MEAN, _VAR = STATISTICS[:2]
 # What runs a model in a way of its own: DDP's forward sends buffers to other ranks, which may have
-# fewer batches; compiled code does not call hooks.
+# fewer batches.
 _RUNNERS = {
     "DataParallel": "module",
     "DistributedDataParallel": "module",
@@ -64,18 +64,24 @@ class Measured:
 
 
 @contextmanager
-def as_in_evaluation(model: nn.Module) -> Iterator[nn.Module]:
+def as_in_evaluation(model: nn.Module, group: ProcessGroup | None = None) -> Iterator[nn.Module]:
     """Run what is inside in eval mode and without gradients; then put everything back.
 
     Training flags, buffers and the random state of torch, NumPy and Python are afterwards what they
-    were, bit for bit.
+    were, bit for bit. Inside, all ranks of `group` have the statistics of its first: each rank's
+    last training step has left others, as DDP sends buffers before a step and not after it.
 
     Yields:
         the model to call: without what would synchronise ranks, or skip hooks.
     """
     modules = list(model.modules())
     flags = [(module, module.training, record_of(module)) for module in modules]
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    buffers = [
+        (module._buffers, name, b, None if b.is_meta else b.detach().clone())
+        for module in modules
+        for name, b in module._buffers.items()
+        if b is not None
+    ]
     numpy = sys.modules.get("numpy.random")
     state = random.getstate(), numpy.get_state() if numpy is not None else None
     devices = list({t.device for t in model.parameters() if t.device.type == "cuda"})
@@ -83,7 +89,12 @@ def as_in_evaluation(model: nn.Module) -> Iterator[nn.Module]:
     while type(inner).__name__ in _RUNNERS:
         inner = getattr(inner, _RUNNERS[type(inner).__name__])
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad(), _hooks_called(modules):
+            if group is not None:
+                stored = [
+                    b for _, name, b, old in buffers if name in STATISTICS and old is not None
+                ]
+                _take_from_first_rank(stored, group)
             model.eval()
             yield inner
     finally:
@@ -93,13 +104,29 @@ def as_in_evaluation(model: nn.Module) -> Iterator[nn.Module]:
             if record_of(module) is not record:
                 set_record(module, record)
         with torch.no_grad():
-            for buffer, before in buffers:
-                # Some layers write to their buffers in eval mode too.
-                if not torch.equal(_bytes(buffer), _bytes(before)):
+            for owner, name, buffer, before in buffers:
+                # Some layers write to their buffers in eval mode too, or put others in their place.
+                if owner.get(name) is not buffer:
+                    owner[name] = buffer
+                if before is not None and not torch.equal(_bytes(buffer), _bytes(before)):
                     buffer.copy_(before)
         random.setstate(state[0])
         if numpy is not None:
             numpy.set_state(state[1])
+
+
+def _hooks_called(modules: Sequence[nn.Module]) -> AbstractContextManager[object]:
+    """Compiled code calls no hooks that came later, so what is compiled runs as it was written."""
+    compiled = any(m._compiled_call_impl or type(m).__name__ == "OptimizedModule" for m in modules)
+    eager: AbstractContextManager[object] = nullcontext()
+    return torch.compiler.set_stance("force_eager") if compiled else eager
+
+
+def _take_from_first_rank(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+    sent: list[Any] = [[tensor.cpu() for tensor in tensors]]
+    dist.broadcast_object_list(sent, src=dist.get_global_rank(group, 0), group=group)
+    for tensor, value in zip(tensors, sent[0], strict=True):
+        tensor.copy_(value)
 
 
 def measure(
@@ -117,7 +144,7 @@ def measure(
     Call it inside `as_in_evaluation`.
 
     Args:
-        model: in eval mode.
+        model: what to run; in eval mode, whatever a `score` has left.
         layers: the norm layers to measure.
         batches: what to run.
         forward: how to call the model on a batch, where it is not ``model(inputs)``.
@@ -160,6 +187,7 @@ def measure(
         module._buffers.update(stored.pop(id(module), {}))
 
     hooks: list[Any] = []
+    model.eval()
     try:
         for entry in layers:
             hooks.append(entry.module.register_forward_pre_hook(before, with_kwargs=True))
@@ -175,7 +203,7 @@ def measure(
                     raise CalibrationError(
                         f"batch {place}: the input of {name or 'the model'} has NaN or infinity "
                         f"in it. Nothing was changed. Look at this batch (counted from 0), and "
-                        f"at the parameters of the layers before."
+                        f"at the parameters and statistics of the layers before it."
                     )
             place += 1
             if progress is not None:

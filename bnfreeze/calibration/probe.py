@@ -21,7 +21,7 @@ from bnfreeze.patterns import Pattern, hint
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["probe", "probe_report", "selected_layers"]
+__all__ = ["layer_fits", "probe", "probe_report", "selected_layers"]
 
 
 def probe(
@@ -77,7 +77,10 @@ def probe(
     layers = selected_layers(model, select)
     source = Batches(batches, max_batches, passes=1 if process_group is None else 2)
     apart = None
-    with Steps(progress, source, passes=1) as steps, as_in_evaluation(model) as inner:
+    with (
+        Steps(progress, source, passes=1) as steps,
+        as_in_evaluation(model, process_group) as inner,
+    ):
 
         def measured(which: Sequence[NamedModule], with_batch: Sequence[NamedModule]) -> Measured:
             def run() -> Measured:
@@ -93,29 +96,31 @@ def probe(
             return pooled_over_ranks(run, which, process_group)
 
         whole = measured(layers, ())
-        if not isinstance(batches, Iterator) and any(
-            fit.verdict == "shifted" for fit in _fits(layers, whole)
-        ):
+        fits = layer_fits(layers, whole)
+        if not isinstance(batches, Iterator) and any(fit.verdict == "shifted" for fit in fits):
             steps.more_passes(1)
             every = selected_layers(model, None)
             apart = measured(every, every)
-    return probe_report(layers, whole, apart)
+        return probe_report(layers, fits, whole, apart)
 
 
 def probe_report(
-    layers: Sequence[NamedModule], measured: Measured, apart: Measured | None = None
+    layers: Sequence[NamedModule],
+    fits: tuple[LayerFit, ...],
+    measured: Measured,
+    apart: Measured | None = None,
 ) -> ProbeReport:
-    """Judge the layers' statistics, as they are now.
+    """Judge the layers' statistics.
 
     Args:
         layers: the layers.
+        fits: what `layer_fits` says of them.
         measured: what they were given in eval mode.
         apart: what some of them were given while they normalised with each batch.
     """
-    fits = _fits(layers, measured)
     if apart is not None:
         known = [entry for entry in layers if id(entry.module) in apart.moments]
-        alone = {fit.name: fit.verdict for fit in _fits(known, apart)}
+        alone = {fit.name: fit.verdict for fit in layer_fits(known, apart)}
         fits = tuple(
             replace(fit, origin=_ORIGINS[alone[fit.name]])
             if fit.verdict == "shifted" and fit.name in alone
@@ -141,7 +146,8 @@ _ORIGINS: dict[Verdict, Origin] = {
 }
 
 
-def _fits(layers: Sequence[NamedModule], measured: Measured) -> tuple[LayerFit, ...]:
+def layer_fits(layers: Sequence[NamedModule], measured: Measured) -> tuple[LayerFit, ...]:
+    """Compare each layer's statistics, as they are now, with what was measured."""
     return tuple(
         layer_fit(entry, measured.moments[id(entry.module)], measured.sizes[id(entry.module)])
         for entry in layers

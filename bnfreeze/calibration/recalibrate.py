@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -18,13 +19,13 @@ from bnfreeze.calibration.measuring import (
     pooled_over_ranks,
     running_statistics,
 )
-from bnfreeze.calibration.probe import probe_report, selected_layers
+from bnfreeze.calibration.probe import layer_fits, probe_report, selected_layers
 from bnfreeze.calibration.progress import Progress, Steps
 from bnfreeze.calibration.report import Mode, RecalibrationReport
 from bnfreeze.errors import PolicyError
-from bnfreeze.findings import worst_first
 from bnfreeze.norm_layers import AFFINE, STATISTICS, NamedModule, check_model, eps_of
 from bnfreeze.policies.record import frozen_names
+from bnfreeze.torch_private import _InstanceNorm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -82,7 +83,7 @@ def recalibrate(
         progress: as for `probe`.
 
     Returns:
-        a report; on every rank the same, except for the scores.
+        a report; on every rank the same, except for the scores and what is advised from them.
 
     Raises:
         TypeError: as `probe`; or `batches` can be read only once.
@@ -99,25 +100,30 @@ def recalibrate(
     if keep and exact:
         raise ValueError("exact=True: the mode 'keep-function' is exact, in a single pass.")
     layers = selected_layers(model, None)
-    chosen = _chosen(layers, selected_layers(model, select), by_name=select is not None)
+    chosen = _chosen(layers, selected_layers(model, select), keep=keep, by_name=select is not None)
     if keep:
-        _check_affine(chosen)
+        _check_affine(model, chosen)
     source = Batches(batches, max_batches, passes=2 if keep else 3)
 
+    scores: list[float] = []
     with Steps(progress, source, passes=2 if keep else 3) as steps:
 
-        def measured(model: nn.Module, which: Sequence[NamedModule], **options: Any) -> Measured:
+        def measured(
+            inner: nn.Module, which: Sequence[NamedModule], scored: bool = False, **options: Any
+        ) -> Measured:
             def run() -> Measured:
+                if scored and score is not None:  # here, so that its errors reach all ranks
+                    scores.append(float(score(model)))
                 return measure(
-                    model, which, source, forward=forward, progress=steps.advance, **options
+                    inner, which, source, forward=forward, progress=steps.advance, **options
                 )
 
             return pooled_over_ranks(run, which, process_group)
 
         passes = 2  # before and after
-        with as_in_evaluation(model) as inner:
-            first = None if score is None else float(score(model))
-            now = measured(inner, layers, exact=keep)
+        with as_in_evaluation(model, process_group) as inner:
+            now = measured(inner, layers, scored=True, exact=keep)
+            fits = layer_fits(layers, now)
             apart = None
             reached = _reached(chosen, now)
             if keep:
@@ -135,8 +141,9 @@ def recalibrate(
                 passes += 1
                 apart = measured(inner, reached, normalize_with_batch=reached, exact=True)
                 writes = [w for entry in reached for w in _replacing(entry, apart)]
+            before = probe_report(layers, fits, now, apart)
+            _check_range(writes, reached)
 
-        before = probe_report(layers, now, apart)  # the buffers are the old ones again
         old = [(tensor, tensor.detach().clone()) for tensor, _ in writes]
 
         def undo() -> None:
@@ -144,38 +151,40 @@ def recalibrate(
 
         try:
             _write(writes)
-            with as_in_evaluation(model) as inner:
-                after = probe_report(layers, measured(inner, layers))
-                then = None if score is None else float(score(model))
+            with as_in_evaluation(model, process_group) as inner:
+                then = measured(inner, layers, scored=True)
+                after = probe_report(layers, layer_fits(layers, then), then)
         except BaseException:
             undo()
             raise
-    scores = None if first is None or then is None else (first, then)
+    first, last = scores or (None, None)
+    names = tuple(entry.name for entry in reached)
     return RecalibrationReport(
         mode=mode,
         exact=exact,
-        recalibrated=tuple(entry.name for entry in reached),
+        recalibrated=names,
         before=before,
         after=after,
         score_before=first,
-        score_after=then,
+        score_after=last,
         passes=passes,
-        findings=worst_first(after.findings),
-        advice=advice_after(before.layers, after.layers, mode, scores),
+        findings=after.findings,
+        advice=advice_after(before.layers, after.layers, names, mode, exact, scores),
         undo=undo,
     )
 
 
 def _chosen(
-    layers: Sequence[NamedModule], matched: Sequence[NamedModule], *, by_name: bool
+    layers: Sequence[NamedModule], matched: Sequence[NamedModule], *, keep: bool, by_name: bool
 ) -> list[NamedModule]:
     """What to recalibrate: frozen layers only if they were named."""
     if by_name:
         return list(matched)
-    free = [entry for entry in layers if _MEAN not in frozen_names(entry.module)]
+    written = {_MEAN, *(AFFINE if keep else ())}
+    free = [entry for entry in layers if written.isdisjoint(frozen_names(entry.module))]
     if not free:
         raise PolicyError(
-            f"The statistics of all {len(layers)} norm layers are frozen, and frozen layers are "
+            f"All {len(layers)} norm layers are frozen, and frozen layers are "
             f"recalibrated only if they are named: pass select='**' to change them all the same."
         )
     return free
@@ -195,10 +204,13 @@ def _reached(chosen: Sequence[NamedModule], measured: Measured) -> list[NamedMod
             "Pass forward=, if the model has to be called in another way."
         )
     for entry in reached:
-        if measured.moments[id(entry.module)].elements < 2:
+        moments = measured.moments[id(entry.module)]
+        instance = isinstance(entry.module, _InstanceNorm)
+        if moments.elements == (moments.samples if instance else 1):
             raise CalibrationError(
-                f"{entry.name or 'the model'}: a single value per channel was measured, and one "
-                f"value has no variance. Nothing was changed. Use more data."
+                f"{entry.name or 'the model'}: a single value per channel was measured"
+                f"{' in each sample' if instance else ''}, and one value has no variance. "
+                f"Nothing was changed."
             )
     return reached
 
@@ -227,7 +239,8 @@ def _keeping_function(entry: NamedModule, measured: Measured) -> _Writes:
     return [*writes, (weight, new_weight), (bias, new_bias)]
 
 
-def _check_affine(chosen: Sequence[NamedModule]) -> None:
+def _check_affine(model: nn.Module, chosen: Sequence[NamedModule]) -> None:
+    holders = Counter(id(tensor) for module in model.modules() for tensor in _own(module))
     for entry in chosen:
         own = {**entry.module._parameters, **entry.module._buffers}
         if any(not isinstance(own.get(name), Tensor) for name in AFFINE):
@@ -235,12 +248,25 @@ def _check_affine(chosen: Sequence[NamedModule]) -> None:
                 f"{entry.name or 'the model'}: mode='keep-function' changes weight and bias, and "
                 f"this layer has none of its own. Leave it out by select=, or use mode='replace'."
             )
-    tensors = [own for entry in chosen for own in entry.module.parameters(recurse=False)]
-    if len({id(tensor) for tensor in tensors}) < len(tensors):
-        raise PolicyError(
-            "mode='keep-function' changes weight and bias, and here norm layers share them: what "
-            "keeps the function of one would change another. Use mode='replace'."
-        )
+        if any(holders[id(own[name])] > 1 for name in AFFINE):
+            raise PolicyError(
+                f"{entry.name or 'the model'}: mode='keep-function' changes weight and bias, and "
+                f"another module shares them, whose function would change. Use mode='replace'."
+            )
+
+
+def _check_range(writes: _Writes, reached: Sequence[NamedModule]) -> None:
+    for tensor, value in writes:
+        if not bool(torch.isfinite(value.to(tensor.dtype)).all()):
+            owner = next(e.name for e in reached if any(t is tensor for t in _own(e.module)))
+            raise CalibrationError(
+                f"{owner or 'the model'}: a new value is beyond the range of {tensor.dtype}. "
+                f"Nothing was changed. Use the model in float32."
+            )
+
+
+def _own(module: nn.Module) -> list[Tensor | None]:
+    return [*module._parameters.values(), *module._buffers.values()]
 
 
 def _buffer(layer: nn.Module, name: str) -> Tensor:
