@@ -6,8 +6,8 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from statistics import median
 
-from bnfreeze.calibration.fit import LayerFit, Thresholds
-from bnfreeze.findings import Finding, finding, worst_first
+from bnfreeze.calibration.fit import THRESHOLDS, LayerFit
+from bnfreeze.findings import Finding, finding
 from bnfreeze.policies.policy import Policy
 
 __all__ = ["advice_after", "advice_before", "probe_findings"]
@@ -17,12 +17,8 @@ _CHECK = (
 )
 
 
-def probe_findings(layers: Sequence[LayerFit], thresholds: Thresholds) -> tuple[Finding, ...]:
-    """What a person should know about the fit of the layers, the worst first."""
-    return worst_first(_findings(layers, thresholds))
-
-
-def _findings(layers: Sequence[LayerFit], thresholds: Thresholds) -> Iterator[Finding]:
+def probe_findings(layers: Sequence[LayerFit]) -> Iterator[Finding]:
+    """What a person should know about the fit of the layers."""
     reached = [layer for layer in layers if layer.verdict != "not reached"]
     for layer in layers:
         if layer.verdict == "not reached":
@@ -49,7 +45,7 @@ def _findings(layers: Sequence[LayerFit], thresholds: Thresholds) -> Iterator[Fi
                 f"{layer.dead_channels} of {layer.channels} channels do not vary on this data.",
             )
     batch, noises = _noises(reached)
-    if noises and median(noises) > thresholds.noise:
+    if noises and median(noises) > THRESHOLDS.noise:
         yield finding(
             "batch-too-small",
             "",
@@ -98,14 +94,14 @@ def _rounded(count: int) -> str:
     return f"{math.ceil(count / 10**digits) * 10**digits:,}"
 
 
-def advice_before(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
+def advice_before(layers: Sequence[LayerFit]) -> str:
     """What to do with a model whose layers fit like this."""
     reached = [layer for layer in layers if layer.verdict != "not reached"]
     if not reached:
         return "No norm layer was reached, so nothing is known: run the model as you use it."
     shifted = [layer for layer in reached if layer.verdict == "shifted"]
     unsure = [layer for layer in reached if layer.verdict == "uncertain"]
-    sure = f"{thresholds.confidence:.0%} sure in each layer"
+    sure = f"{THRESHOLDS.confidence:.0%} sure in each layer"
     if shifted:
         start = (
             f"The stored statistics do not fit this data in {len(shifted)} of {len(reached)} "
@@ -118,8 +114,7 @@ def advice_before(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
         own = [layer for layer in shifted if layer.origin == "own"]
         if not own:
             return start + (
-                f"Worst: {_worst(shifted, thresholds)}. Do not freeze them like this: {call} "
-                f"first. {_CHECK}."
+                f"Worst: {_worst(shifted)}. Do not freeze them like this: {call} first. {_CHECK}."
             )
         if _is_most(own, reached):
             return start + (
@@ -131,13 +126,13 @@ def advice_before(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
         carried = sum(layer.origin == "carried" for layer in shifted)
         others = f"the other {rest}" if carried == rest else f"{carried} of the other {rest}"
         return start + (
-            f"The shift starts in {_names(own)} ({_worst(own, thresholds)})"
+            f"The shift starts in {_names(own)} ({_worst(own)})"
             + (f"; {others} seem to follow from it" if carried else "")
             + f". Do not freeze them like this: {call} is likely to mend it; then freeze. {_CHECK}."
         )
     if not unsure:
         batch, noises = _noises(reached)
-        noisy = noises and median(noises) > thresholds.noise
+        noisy = noises and median(noises) > THRESHOLDS.noise
         if all(_policy(layer).forces_eval for layer in reached):
             then = "keep them frozen"
         else:
@@ -156,16 +151,16 @@ def advice_before(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
         )
     return (
         f"Nothing shows a clear misfit; in {len(unsure)} of {len(reached)} layers the difference "
-        f"lies near the threshold ({thresholds.mean} σ, a factor of {thresholds.ratio}). Try "
+        f"lies near the threshold ({THRESHOLDS.mean} σ, a factor of {THRESHOLDS.ratio}). Try "
         f"recalibrate(model, batches, score=...) before you freeze. {_CHECK}."
     )
 
 
-def _worst(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
+def _worst(layers: Sequence[LayerFit]) -> str:
     def size(layer: LayerFit) -> tuple[float, float]:
         return (
-            layer.mean_shift.median / thresholds.mean,
-            abs(math.log(layer.variance_ratio.median)) / math.log(thresholds.ratio),
+            layer.mean_shift.median / THRESHOLDS.mean,
+            abs(math.log(layer.variance_ratio.median)) / math.log(THRESHOLDS.ratio),
         )
 
     layer = max(layers, key=lambda one: max(size(one)))

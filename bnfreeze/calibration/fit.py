@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from bnfreeze.calibration.intervals import student_quantile
 from bnfreeze.calibration.measuring import running_statistics
 from bnfreeze.calibration.moments import Moments
-from bnfreeze.norm_layers import NamedModule, eps_of
+from bnfreeze.norm_layers import STATISTICS, NamedModule, eps_of
 from bnfreeze.policies.record import layer_class, policy_name
 from bnfreeze.torch_private import _InstanceNorm
 
@@ -134,7 +133,9 @@ def layer_fit(
         thresholds: what counts as a misfit.
     """
     layer = entry.module
-    mean, var = _double(layer.running_mean, moments), _double(layer.running_var, moments)
+    mean, var = (
+        layer.get_buffer(name).detach().to(moments.mean.device).double() for name in STATISTICS[:2]
+    )
     head = (entry.name, layer_class(layer).__name__, policy_name(layer), len(mean))
     if not moments.samples:
         return LayerFit(*head)
@@ -194,8 +195,3 @@ def layer_fit(
         verdict=verdict,
         shifts=tuple(deciles) if bool(shift.isfinite().all()) else (),
     )
-
-
-def _double(stored: object, moments: Moments) -> Tensor:
-    assert isinstance(stored, Tensor)
-    return stored.detach().to(moments.mean.device).double()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -157,7 +158,7 @@ def measure(
     Raises:
         CalibrationError: a layer was given NaN or infinity, or there are no batches.
     """
-    found = {id(e.module): Moments.empty(_running_mean(e.module)) for e in layers}
+    found = {id(e.module): Moments.empty(e.module.get_buffer(_MEAN)) for e in layers}
     sizes = dict.fromkeys(found, 0)
     by_id = {id(e.module): e for e in layers}
     order: dict[int, NamedModule] = {}
@@ -224,8 +225,7 @@ def pooled_over_ranks(
     """Measure on each rank, and pool what all have measured; the same on every rank.
 
     Args:
-        run: measures on this rank. It is not synchronised: ranks may have different numbers of
-            batches.
+        run: measures on this rank, with as many batches as it has.
         layers: the layers that are measured.
         group: the process group; every rank of it has to call this. None for this process alone.
 
@@ -242,7 +242,7 @@ def pooled_over_ranks(
         own = run()
         place = {id(entry.module): number for number, entry in enumerate(layers)}
         sent = (
-            [own.moments[key].packed() for key in keys],
+            [own.moments[key].on_cpu() for key in keys],
             [own.sizes[key] for key in keys],
             [place[id(entry.module)] for entry in own.order],
             own.batches,
@@ -258,11 +258,8 @@ def pooled_over_ranks(
             raise CalibrationError(f"rank {rank}: {other}")
     moments, sizes = {}, {}
     for number, key in enumerate(keys):
-        parts = [Moments.unpacked(packed[number]) for packed, *_ in gathered]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total.merged(part)
-        moments[key], sizes[key] = total, max(other[1][number] for other in gathered)
+        moments[key] = reduce(Moments.merged, (parts[number] for parts, *_ in gathered))
+        sizes[key] = max(other[1][number] for other in gathered)
     order = dict.fromkeys(number for *_, order, _ in gathered for number in order)
     return Measured(
         moments, sizes, tuple(layers[n] for n in order), sum(other[3] for other in gathered)
@@ -274,14 +271,8 @@ def running_statistics(
 ) -> tuple[Tensor, Tensor]:
     """What the layer's running mean and variance would be for this data: (C,) each, fp64."""
     if isinstance(module, _InstanceNorm):
-        return moments.sample_mean, moments.sample_variance
+        return moments.centre[0], moments.sample_variance
     return moments.mean, moments.m2 / moments.elements if biased else moments.variance
-
-
-def _running_mean(module: nn.Module) -> Tensor:
-    mean = module.running_mean
-    assert isinstance(mean, Tensor)
-    return mean
 
 
 def _unbatched_rank(module: nn.Module) -> int | None:

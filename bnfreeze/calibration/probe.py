@@ -15,6 +15,7 @@ from bnfreeze.calibration.measuring import Measured, as_in_evaluation, measure, 
 from bnfreeze.calibration.progress import Progress, Steps
 from bnfreeze.calibration.report import ProbeReport
 from bnfreeze.errors import PolicyError
+from bnfreeze.findings import worst_first
 from bnfreeze.norm_layers import STATISTICS, NamedModule, check_model, is_plain_norm, named_modules
 from bnfreeze.patterns import Pattern, hint
 
@@ -59,8 +60,8 @@ def probe(
         max_batches: stop after so many.
         process_group: pool over its ranks, which may have different numbers of batches, and all of
             which have to call this, with data that can be read twice. (A sharded model gathers its
-            parameters in each forward pass: with it all ranks need the same number.) None: this
-            process alone.
+            parameters in each forward pass: with it all ranks need the same number.) Where the
+            ranks' statistics differ, those of the first rank are judged. None: this process alone.
         progress: True shows a bar on a terminal; or a function of the number of batches done and
             of all, None if not known.
 
@@ -98,7 +99,7 @@ def probe(
         whole = measured(layers, ())
         fits = layer_fits(layers, whole)
         if not isinstance(batches, Iterator) and any(fit.verdict == "shifted" for fit in fits):
-            steps.more_passes(1)
+            steps.passes += 1
             every = selected_layers(model, None)
             apart = measured(every, every)
         return probe_report(layers, fits, whole, apart)
@@ -130,8 +131,8 @@ def probe_report(
     first = next((m.samples for e in measured.order if (m := measured.moments[id(e.module)])), 0)
     return ProbeReport(
         fits,
-        probe_findings(fits, THRESHOLDS),
-        advice_before(fits, THRESHOLDS),
+        worst_first(probe_findings(fits)),
+        advice_before(fits),
         first,
         measured.batches,
         THRESHOLDS,
@@ -167,7 +168,7 @@ def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> lis
         if is_plain_norm(entry.module)
         and all(
             isinstance(t, Tensor) and not t.is_meta
-            for t in (getattr(entry.module, name, None) for name in STATISTICS[:2])
+            for t in (entry.module._buffers.get(name) for name in STATISTICS[:2])
         )
     ]
     if not layers:

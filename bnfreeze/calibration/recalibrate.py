@@ -65,8 +65,8 @@ def recalibrate(
     Args:
         model: any `nn.Module`.
         batches: as for `probe`. The data are gone through several times, so no one-shot iterator.
-        select: patterns of dotted module names. None for every norm layer whose statistics are not
-            frozen; frozen ones are recalibrated only if a pattern matches them.
+        select: patterns of dotted module names. None for every norm layer in which nothing is
+            frozen that would change; others are recalibrated only if a pattern matches them.
         mode: ``"replace"`` (AdaBN): the layers normalise this data. They are measured while they
             normalise with each batch, as the layers after them then see normalised inputs.
             ``"keep-function"``: weight and bias are changed with the statistics, so that the model
@@ -90,8 +90,8 @@ def recalibrate(
         ValueError: an unknown `mode`, or ``exact=True`` with ``"keep-function"``, which is exact.
         PolicyError: nothing is left to recalibrate; or ``"keep-function"`` and a layer has no
             weight and bias of its own.
-        CalibrationError: as `probe`; or a layer was given a single value per channel, of which
-            there is no variance.
+        CalibrationError: as `probe`; or a layer was given a single value per channel, which has no
+            variance; or a new value is beyond the range of the layer's dtype.
     """
     check_model(model)
     if mode not in get_args(Mode):
@@ -103,10 +103,10 @@ def recalibrate(
     chosen = _chosen(layers, selected_layers(model, select), keep=keep, by_name=select is not None)
     if keep:
         _check_affine(model, chosen)
-    source = Batches(batches, max_batches, passes=2 if keep else 3)
-
+    passes = 2 if keep else 3
+    source = Batches(batches, max_batches, passes)
     scores: list[float] = []
-    with Steps(progress, source, passes=2 if keep else 3) as steps:
+    with Steps(progress, source, passes) as steps:
 
         def measured(
             inner: nn.Module, which: Sequence[NamedModule], scored: bool = False, **options: Any
@@ -120,7 +120,6 @@ def recalibrate(
 
             return pooled_over_ranks(run, which, process_group)
 
-        passes = 2  # before and after
         with as_in_evaluation(model, process_group) as inner:
             now = measured(inner, layers, scored=True, exact=keep)
             fits = layer_fits(layers, now)
@@ -129,8 +128,7 @@ def recalibrate(
             if keep:
                 writes = [w for e in reached for w in _keeping_function(e, now)]
             elif exact:
-                steps.more_passes(len(reached) - 1)
-                passes += len(reached)
+                steps.passes += len(reached) - 1
                 writes = []
                 for entry in reached:
                     alone = measured(inner, [entry], exact=True)
@@ -138,7 +136,6 @@ def recalibrate(
                     _write(own)  # for the layers behind it; undone on leaving
                     writes += own
             else:
-                passes += 1
                 apart = measured(inner, reached, normalize_with_batch=reached, exact=True)
                 writes = [w for entry in reached for w in _replacing(entry, apart)]
             before = probe_report(layers, fits, now, apart)
@@ -167,7 +164,7 @@ def recalibrate(
         after=after,
         score_before=first,
         score_after=last,
-        passes=passes,
+        passes=steps.passes,
         findings=after.findings,
         advice=advice_after(before.layers, after.layers, names, mode, exact, scores),
         undo=undo,
@@ -218,7 +215,7 @@ def _reached(chosen: Sequence[NamedModule], measured: Measured) -> list[NamedMod
 def _replacing(entry: NamedModule, measured: Measured) -> _Writes:
     layer = entry.module
     mean, var = running_statistics(layer, measured.moments[id(layer)])
-    writes = [(_buffer(layer, _MEAN), mean), (_buffer(layer, _VAR), var)]
+    writes = [(layer.get_buffer(_MEAN), mean), (layer.get_buffer(_VAR), var)]
     if isinstance(count := getattr(layer, _COUNT, None), Tensor):
         writes.append((count, torch.tensor(measured.batches)))
     return writes
@@ -267,12 +264,6 @@ def _check_range(writes: _Writes, reached: Sequence[NamedModule]) -> None:
 
 def _own(module: nn.Module) -> list[Tensor | None]:
     return [*module._parameters.values(), *module._buffers.values()]
-
-
-def _buffer(layer: nn.Module, name: str) -> Tensor:
-    tensor = getattr(layer, name)
-    assert isinstance(tensor, Tensor)
-    return tensor
 
 
 def _write(writes: _Writes) -> None:
