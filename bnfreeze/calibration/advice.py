@@ -101,16 +101,14 @@ def advice_before(layers: Sequence[LayerFit]) -> str:
         return "No norm layer was reached, so nothing is known: run the model as you use it."
     shifted = [layer for layer in reached if layer.verdict == "shifted"]
     unsure = [layer for layer in reached if layer.verdict == "uncertain"]
+    frozen = any(_policy(layer).freezes_statistics for layer in shifted or unsure)
+    call = "recalibrate(model, batches, score=...{})".format(", select='**'" if frozen else "")
     sure = f"{THRESHOLDS.confidence:.0%} sure in each layer"
     if shifted:
         start = (
             f"The stored statistics do not fit this data in {len(shifted)} of {len(reached)} "
             f"layers ({sure}). "
         )
-        select = ""
-        if any(_policy(layer).freezes_statistics for layer in shifted):
-            select = ", select='**'"
-        call = f"recalibrate(model, batches, score=...{select})"
         own = [layer for layer in shifted if layer.origin == "own"]
         if not own:
             return start + (
@@ -152,7 +150,7 @@ def advice_before(layers: Sequence[LayerFit]) -> str:
     return (
         f"Nothing shows a clear misfit; in {len(unsure)} of {len(reached)} layers the difference "
         f"lies near the threshold ({THRESHOLDS.mean} σ, a factor of {THRESHOLDS.ratio}). Try "
-        f"recalibrate(model, batches, score=...) before you freeze. {_CHECK}."
+        f"{call} before you freeze. {_CHECK}."
     )
 
 

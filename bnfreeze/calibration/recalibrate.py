@@ -225,14 +225,17 @@ def _keeping_function(entry: NamedModule, measured: Measured) -> _Writes:
     """Statistics of the data, with a weight and a bias that compute the same as before."""
     layer = entry.module
     writes = _replacing(entry, measured)
-    (mean, new_mean), (var, new_var) = writes[:2]
     weight, bias = (getattr(layer, name) for name in AFFINE)
+    # On the CPU: some accelerators have no fp64.
+    mean, var, w, b = (
+        t.detach().cpu().double() for t in (writes[0][0], writes[1][0], weight, bias)
+    )
     # What is stored is rounded, and it is what the layer will compute with.
-    new_mean, new_var = (new.to(old).double() for new, old in ((new_mean, mean), (new_var, var)))
+    new_mean, new_var = (new.cpu().to(old.dtype).double() for old, new in writes[:2])
     eps = eps_of(layer) or 0.0
-    old_scale = weight.detach().double() / (var.double() + eps).sqrt()
+    old_scale = w / (var + eps).sqrt()
     new_weight = old_scale * (new_var + eps).sqrt()
-    new_bias = bias.detach().double() + (new_mean - mean.double()) * old_scale
+    new_bias = b + (new_mean - mean) * old_scale
     return [*writes, (weight, new_weight), (bias, new_bias)]
 
 

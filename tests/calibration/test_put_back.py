@@ -121,3 +121,14 @@ def test_layers_left_alone_are_not_blamed_on_the_method():
     assert "left as they were" in advice
     assert "exact=True" not in advice
     assert "select='**'" in probe(model, data).advice  # the frozen one is off, too
+
+
+def test_a_frozen_layer_near_the_threshold_is_named_in_the_call():
+    layer = nn.BatchNorm1d(3)
+    data = [torch.randn(2048, 3) for _ in range(4)]
+    recalibrate(layer, data)
+    layer.running_mean.add_(0.25)
+    bnfreeze.freeze(layer, "eval")
+    advice = probe(layer, data).advice
+    assert "near the threshold" in advice
+    assert "select='**'" in advice
