@@ -76,7 +76,8 @@ def recalibrate(
             recalibrated: a pass over the data for each layer. What remains otherwise is in the
             report: the batches' noise.
         score: a function of the model (an accuracy on labelled data, say; more is better), called
-            in eval mode before and after.
+            in eval mode before and after. Of a wrapped model it gets the module inside: DDP would
+            wait for other ranks.
         forward: as for `probe`.
         max_batches: as for `probe`.
         process_group: pool over its ranks. No layer is synchronised while the model runs.
@@ -113,7 +114,7 @@ def recalibrate(
         ) -> Measured:
             def run() -> Measured:
                 if scored and score is not None:  # here, so that its errors reach all ranks
-                    scores.append(float(score(model)))
+                    scores.append(float(score(inner)))
                 return measure(
                     inner, which, source, forward=forward, progress=steps.advance, **options
                 )

@@ -132,3 +132,11 @@ def test_a_frozen_layer_near_the_threshold_is_named_in_the_call():
     advice = probe(layer, data).advice
     assert "near the threshold" in advice
     assert "select='**'" in advice
+
+
+def test_the_score_gets_the_module_inside_a_wrapper():
+    wrapped = nn.DataParallel(network())
+    report = recalibrate(
+        wrapped, batches(3, 8, 8), score=lambda model: float(isinstance(model, nn.Sequential))
+    )
+    assert report.score_before == report.score_after == 1
