@@ -4,8 +4,8 @@ Four small networks learn scikit-learn's handwritten digits, moved, turned and n
 batches of 32 and of 8. Their running statistics are what training leaves: noisy averages over the
 last batches, of a network that was still changing. Then they are probed with digits that they have
 not seen, as they are (is there a false alarm?) and with stored statistics that are made wrong by a
-known amount (is it found?). Some seeds say how small the thresholds may be; the thresholds that
-bnfreeze has are judged on other seeds, and by other shifts.
+known amount (is it found?). Seeds 0 and 1 say how small the thresholds may be. bnfreeze uses wider
+ones, by choice; those are judged on seeds 2 to 4, and by other shifts.
 
     nice python -m benchmarks.calibration_study [--quick] [--json FILE]
 """

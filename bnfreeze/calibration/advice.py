@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from statistics import median
 
-from bnfreeze.calibration.fit import LayerFit, Thresholds
-from bnfreeze.findings import Finding, finding, worst_first
+from bnfreeze.calibration.fit import THRESHOLDS, LayerFit
+from bnfreeze.findings import Finding, finding
 from bnfreeze.policies.policy import Policy
 
 __all__ = ["advice_after", "advice_before", "probe_findings"]
@@ -17,12 +17,8 @@ _CHECK = (
 )
 
 
-def probe_findings(layers: Sequence[LayerFit], thresholds: Thresholds) -> tuple[Finding, ...]:
-    """What a person should know about the fit of the layers, the worst first."""
-    return worst_first(_findings(layers, thresholds))
-
-
-def _findings(layers: Sequence[LayerFit], thresholds: Thresholds) -> Iterator[Finding]:
+def probe_findings(layers: Sequence[LayerFit]) -> Iterator[Finding]:
+    """What a person should know about the fit of the layers."""
     reached = [layer for layer in layers if layer.verdict != "not reached"]
     for layer in layers:
         if layer.verdict == "not reached":
@@ -49,7 +45,7 @@ def _findings(layers: Sequence[LayerFit], thresholds: Thresholds) -> Iterator[Fi
                 f"{layer.dead_channels} of {layer.channels} channels do not vary on this data.",
             )
     batch, noises = _noises(reached)
-    if noises and median(noises) > thresholds.noise:
+    if noises and median(noises) > THRESHOLDS.noise:
         yield finding(
             "batch-too-small",
             "",
@@ -98,28 +94,25 @@ def _rounded(count: int) -> str:
     return f"{math.ceil(count / 10**digits) * 10**digits:,}"
 
 
-def advice_before(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
+def advice_before(layers: Sequence[LayerFit]) -> str:
     """What to do with a model whose layers fit like this."""
     reached = [layer for layer in layers if layer.verdict != "not reached"]
     if not reached:
         return "No norm layer was reached, so nothing is known: run the model as you use it."
     shifted = [layer for layer in reached if layer.verdict == "shifted"]
     unsure = [layer for layer in reached if layer.verdict == "uncertain"]
-    sure = f"{thresholds.confidence:.0%} sure in each layer"
+    frozen = any(_policy(layer).freezes_statistics for layer in shifted or unsure)
+    call = "recalibrate(model, batches, score=...{})".format(", select='**'" if frozen else "")
+    sure = f"{THRESHOLDS.confidence:.0%} sure in each layer"
     if shifted:
         start = (
             f"The stored statistics do not fit this data in {len(shifted)} of {len(reached)} "
             f"layers ({sure}). "
         )
-        select = ""
-        if all(_policy(layer).freezes_statistics for layer in shifted):
-            select = ", select='**'"
-        call = f"recalibrate(model, batches, score=...{select})"
         own = [layer for layer in shifted if layer.origin == "own"]
         if not own:
             return start + (
-                f"Worst: {_worst(shifted, thresholds)}. Do not freeze them like this: {call} "
-                f"first. {_CHECK}."
+                f"Worst: {_worst(shifted)}. Do not freeze them like this: {call} first. {_CHECK}."
             )
         if _is_most(own, reached):
             return start + (
@@ -128,14 +121,16 @@ def advice_before(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
                 f"see what {call} says."
             )
         rest = len(shifted) - len(own)
+        carried = sum(layer.origin == "carried" for layer in shifted)
+        others = f"the other {rest}" if carried == rest else f"{carried} of the other {rest}"
         return start + (
-            f"The shift starts in {_names(own)} ({_worst(own, thresholds)})"
-            + (f"; the other {rest} seem to follow from it" if rest else "")
+            f"The shift starts in {_names(own)} ({_worst(own)})"
+            + (f"; {others} seem to follow from it" if carried else "")
             + f". Do not freeze them like this: {call} is likely to mend it; then freeze. {_CHECK}."
         )
     if not unsure:
         batch, noises = _noises(reached)
-        noisy = noises and median(noises) > thresholds.noise
+        noisy = noises and median(noises) > THRESHOLDS.noise
         if all(_policy(layer).forces_eval for layer in reached):
             then = "keep them frozen"
         else:
@@ -154,16 +149,16 @@ def advice_before(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
         )
     return (
         f"Nothing shows a clear misfit; in {len(unsure)} of {len(reached)} layers the difference "
-        f"lies near the threshold ({thresholds.mean} σ, a factor of {thresholds.ratio}). Freezing "
-        f"is likely to do no harm; recalibrating first costs little. {_CHECK}."
+        f"lies near the threshold ({THRESHOLDS.mean} σ, a factor of {THRESHOLDS.ratio}). Try "
+        f"{call} before you freeze. {_CHECK}."
     )
 
 
-def _worst(layers: Sequence[LayerFit], thresholds: Thresholds) -> str:
+def _worst(layers: Sequence[LayerFit]) -> str:
     def size(layer: LayerFit) -> tuple[float, float]:
         return (
-            layer.mean_shift.median / thresholds.mean,
-            abs(math.log(layer.variance_ratio.median)) / math.log(thresholds.ratio),
+            layer.mean_shift.median / THRESHOLDS.mean,
+            abs(math.log(layer.variance_ratio.median)) / math.log(THRESHOLDS.ratio),
         )
 
     layer = max(layers, key=lambda one: max(size(one)))
@@ -188,16 +183,20 @@ def _names(layers: Sequence[LayerFit]) -> str:
 def advice_after(
     before: Sequence[LayerFit],
     after: Sequence[LayerFit],
+    recalibrated: Collection[str],
     mode: str,
-    scores: tuple[float, float] | None,
+    exact: bool,
+    scores: Sequence[float],
 ) -> str:
     """What to do with a model that was recalibrated.
 
     Args:
         before: the layers' fit before.
         after: and with the new statistics.
-        mode: how it was recalibrated.
-        scores: before and after, where there are any; more is better.
+        recalibrated: the names of the layers that were.
+        mode: how.
+        exact: likewise.
+        scores: before and after, or none; more is better.
     """
     if mode == "keep-function":
         return (
@@ -206,9 +205,14 @@ def advice_after(
         )
     reached = [layer for layer in before if layer.verdict != "not reached"]
     own = [layer for layer in reached if layer.origin == "own"]
-    are = sum(layer.verdict == "shifted" for layer in after)
-    left = f" {are} of {len(reached)} layers still do not fit: try exact=True." if are else ""
-    if scores is None:
+    shifted = [layer.name for layer in after if layer.verdict == "shifted"]
+    left = f" {len(shifted)} of {len(reached)} layers still do not fit" if shifted else ""
+    if untouched := [name for name in shifted if name not in recalibrated]:
+        left += f", {len(untouched)} of them left as they were"
+    elif left and not exact:
+        left += ": try exact=True"
+    left += "." if left else ""
+    if not scores:
         if _is_most(own, reached):
             return (
                 f"The statistics are those of this data now.{left} But {len(own)} of "
@@ -227,11 +231,10 @@ def advice_after(
     if then > first:
         return (
             f"The score rose {figures}.{left} If it is good enough, freeze the model; if not, "
-            f"fine-tune without freezing: the features do not suit this data."
+            f"fine-tune without freezing."
         )
     if then == first:
         return f"The score is the same {figures}.{left} Recalibrating brought nothing."
-    return (
-        f"The score fell {figures}: take it back with report.undo(), and fine-tune without "
-        f"freezing.{left}"
-    )
+    misfit = any(layer.verdict == "shifted" for layer in before)
+    then_train = ", and fine-tune without freezing" if misfit else ""
+    return f"The score fell {figures}: take it back with report.undo(){then_train}.{left}"

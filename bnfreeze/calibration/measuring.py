@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,7 @@ __all__ = [
 
 _MEAN, _VAR = STATISTICS[:2]
 # What runs a model in a way of its own: DDP's forward sends buffers to other ranks, which may have
-# fewer batches; compiled code does not call hooks.
+# fewer batches.
 _RUNNERS = {
     "DataParallel": "module",
     "DistributedDataParallel": "module",
@@ -64,18 +65,24 @@ class Measured:
 
 
 @contextmanager
-def as_in_evaluation(model: nn.Module) -> Iterator[nn.Module]:
+def as_in_evaluation(model: nn.Module, group: ProcessGroup | None = None) -> Iterator[nn.Module]:
     """Run what is inside in eval mode and without gradients; then put everything back.
 
     Training flags, buffers and the random state of torch, NumPy and Python are afterwards what they
-    were, bit for bit.
+    were, bit for bit. Inside, all ranks of `group` have the statistics of its first: each rank's
+    last training step has left others, as DDP sends buffers before a step and not after it.
 
     Yields:
         the model to call: without what would synchronise ranks, or skip hooks.
     """
     modules = list(model.modules())
     flags = [(module, module.training, record_of(module)) for module in modules]
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    buffers = [
+        (module._buffers, name, b, None if b.is_meta else b.detach().clone())
+        for module in modules
+        for name, b in module._buffers.items()
+        if b is not None
+    ]
     numpy = sys.modules.get("numpy.random")
     state = random.getstate(), numpy.get_state() if numpy is not None else None
     devices = list({t.device for t in model.parameters() if t.device.type == "cuda"})
@@ -83,7 +90,12 @@ def as_in_evaluation(model: nn.Module) -> Iterator[nn.Module]:
     while type(inner).__name__ in _RUNNERS:
         inner = getattr(inner, _RUNNERS[type(inner).__name__])
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad(), _hooks_called(modules):
+            if group is not None:
+                stored = [
+                    b for _, name, b, old in buffers if name in STATISTICS and old is not None
+                ]
+                _take_from_first_rank(stored, group)
             model.eval()
             yield inner
     finally:
@@ -93,13 +105,29 @@ def as_in_evaluation(model: nn.Module) -> Iterator[nn.Module]:
             if record_of(module) is not record:
                 set_record(module, record)
         with torch.no_grad():
-            for buffer, before in buffers:
-                # Some layers write to their buffers in eval mode too.
-                if not torch.equal(_bytes(buffer), _bytes(before)):
+            for owner, name, buffer, before in buffers:
+                # Some layers write to their buffers in eval mode too, or put others in their place.
+                if owner.get(name) is not buffer:
+                    owner[name] = buffer
+                if before is not None and not torch.equal(_bytes(buffer), _bytes(before)):
                     buffer.copy_(before)
         random.setstate(state[0])
         if numpy is not None:
             numpy.set_state(state[1])
+
+
+def _hooks_called(modules: Sequence[nn.Module]) -> AbstractContextManager[object]:
+    """Compiled code calls no hooks that came later, so what is compiled runs as it was written."""
+    compiled = any(m._compiled_call_impl or type(m).__name__ == "OptimizedModule" for m in modules)
+    eager: AbstractContextManager[object] = nullcontext()
+    return torch.compiler.set_stance("force_eager") if compiled else eager
+
+
+def _take_from_first_rank(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+    sent: list[Any] = [[tensor.cpu() for tensor in tensors]]
+    dist.broadcast_object_list(sent, src=dist.get_global_rank(group, 0), group=group)
+    for tensor, value in zip(tensors, sent[0], strict=True):
+        tensor.copy_(value)
 
 
 def measure(
@@ -117,7 +145,7 @@ def measure(
     Call it inside `as_in_evaluation`.
 
     Args:
-        model: in eval mode.
+        model: what to run; in eval mode, whatever a `score` has left.
         layers: the norm layers to measure.
         batches: what to run.
         forward: how to call the model on a batch, where it is not ``model(inputs)``.
@@ -130,7 +158,7 @@ def measure(
     Raises:
         CalibrationError: a layer was given NaN or infinity, or there are no batches.
     """
-    found = {id(e.module): Moments.empty(_running_mean(e.module)) for e in layers}
+    found = {id(e.module): Moments.empty(e.module.get_buffer(_MEAN)) for e in layers}
     sizes = dict.fromkeys(found, 0)
     by_id = {id(e.module): e for e in layers}
     order: dict[int, NamedModule] = {}
@@ -160,6 +188,7 @@ def measure(
         module._buffers.update(stored.pop(id(module), {}))
 
     hooks: list[Any] = []
+    model.eval()
     try:
         for entry in layers:
             hooks.append(entry.module.register_forward_pre_hook(before, with_kwargs=True))
@@ -175,7 +204,7 @@ def measure(
                     raise CalibrationError(
                         f"batch {place}: the input of {name or 'the model'} has NaN or infinity "
                         f"in it. Nothing was changed. Look at this batch (counted from 0), and "
-                        f"at the parameters of the layers before."
+                        f"at the parameters and statistics of the layers before it."
                     )
             place += 1
             if progress is not None:
@@ -196,8 +225,7 @@ def pooled_over_ranks(
     """Measure on each rank, and pool what all have measured; the same on every rank.
 
     Args:
-        run: measures on this rank. It is not synchronised: ranks may have different numbers of
-            batches.
+        run: measures on this rank, with as many batches as it has.
         layers: the layers that are measured.
         group: the process group; every rank of it has to call this. None for this process alone.
 
@@ -214,7 +242,7 @@ def pooled_over_ranks(
         own = run()
         place = {id(entry.module): number for number, entry in enumerate(layers)}
         sent = (
-            [own.moments[key].packed() for key in keys],
+            [own.moments[key].on_cpu() for key in keys],
             [own.sizes[key] for key in keys],
             [place[id(entry.module)] for entry in own.order],
             own.batches,
@@ -230,11 +258,8 @@ def pooled_over_ranks(
             raise CalibrationError(f"rank {rank}: {other}")
     moments, sizes = {}, {}
     for number, key in enumerate(keys):
-        parts = [Moments.unpacked(packed[number]) for packed, *_ in gathered]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total.merged(part)
-        moments[key], sizes[key] = total, max(other[1][number] for other in gathered)
+        moments[key] = reduce(Moments.merged, (parts[number] for parts, *_ in gathered))
+        sizes[key] = max(other[1][number] for other in gathered)
     order = dict.fromkeys(number for *_, order, _ in gathered for number in order)
     return Measured(
         moments, sizes, tuple(layers[n] for n in order), sum(other[3] for other in gathered)
@@ -246,14 +271,8 @@ def running_statistics(
 ) -> tuple[Tensor, Tensor]:
     """What the layer's running mean and variance would be for this data: (C,) each, fp64."""
     if isinstance(module, _InstanceNorm):
-        return moments.sample_mean, moments.sample_variance
+        return moments.centre[0], moments.sample_variance
     return moments.mean, moments.m2 / moments.elements if biased else moments.variance
-
-
-def _running_mean(module: nn.Module) -> Tensor:
-    mean = module.running_mean
-    assert isinstance(mean, Tensor)
-    return mean
 
 
 def _unbatched_rank(module: nn.Module) -> int | None:

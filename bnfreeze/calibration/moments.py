@@ -9,7 +9,8 @@ the scatter of the samples' own means and second moments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,34 +20,27 @@ __all__ = ["Moments"]
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known of a layer's input. All tensors have the shape (C,) and are fp64.
+    """What is known of a layer's input; all tensors are fp64.
+
+    Of each sample three numbers count: its mean a, its second moment q about `reference`, and its
+    own unbiased variance v, which instance norm keeps.
 
     Attributes:
         samples: the number of samples.
         elements: the number of values per channel, over all samples.
-        mean: the mean of all values.
-        m2: the sum of their squared distances from `mean`.
-        sample_mean: the mean of the samples' own means a_i, each sample counted once.
-        sample_second: the mean of the samples' second moments q_i, taken about `reference`.
-        sample_variance: the mean of the samples' own unbiased variances, which instance norm keeps.
-        s_aa: the sum over samples of (a_i - sample_mean)².
-        s_qq: likewise of q_i.
-        s_aq: the sum of the products of both.
-        s_vv: the sum over samples of their own variances' squared distances from their mean.
-        reference: what the q_i are taken about: the stored running mean, so that they stay small.
+        mean: the mean of all values: (C,).
+        m2: the sum of their squared distances from `mean`: (C,).
+        centre: the means of a, q and v over samples, each sample counted once: (3, C).
+        products: the sums over samples of the products of their distances from `centre`: (3, 3, C).
+        reference: what q is taken about: the stored running mean, so that q stays small. (C,).
     """
 
     samples: int
     elements: int
     mean: Tensor
     m2: Tensor
-    sample_mean: Tensor
-    sample_second: Tensor
-    sample_variance: Tensor
-    s_aa: Tensor
-    s_qq: Tensor
-    s_aq: Tensor
-    s_vv: Tensor
+    centre: Tensor
+    products: Tensor
     reference: Tensor
 
     @classmethod
@@ -56,7 +50,9 @@ class Moments:
         where = reference.device if reference.device.type == "cuda" else "cpu"
         reference = reference.detach().to(where, torch.float64, copy=True)
         zeros = torch.zeros_like(reference)
-        return cls(0, 0, *(zeros,) * 9, reference)
+        return cls(
+            0, 0, zeros, zeros, zeros.expand(3, -1), zeros.expand(3, 3, -1), reference=reference
+        )
 
     @classmethod
     def of(cls, x: Tensor, reference: Tensor, *, exact: bool = False) -> Moments:
@@ -71,28 +67,17 @@ class Moments:
         size = x[0, 0].numel() if len(x) else 0
         if not size:
             return cls.empty(reference)
-        means, variances = _by_sample(x.detach(), exact)
-        means = means.to(reference.device).double()
-        variances = variances.to(reference.device).double()
-        n = len(means)
-        mean = means.mean(0)
-        seconds = variances + (means - reference).square()
-        second = seconds.mean(0)
-        a, q = means - mean, seconds - second
-        variance = variances.mean(0)
-        bessel = size / max(size - 1, 1)
+        a, v = (t.to(reference.device).double() for t in _by_sample(x.detach(), exact))
+        each = torch.stack([a, v + (a - reference).square(), v * (size / max(size - 1, 1))])
+        centre = each.mean(1)
+        off = each - centre[:, None]
         return cls(
-            samples=n,
-            elements=n * size,
-            mean=mean,
-            m2=size * (variances + a.square()).sum(0),
-            sample_mean=mean,
-            sample_second=second,
-            sample_variance=variance * bessel,
-            s_aa=a.square().sum(0),
-            s_qq=q.square().sum(0),
-            s_aq=(a * q).sum(0),
-            s_vv=(variances - variance).square().sum(0) * bessel**2,
+            samples=len(a),
+            elements=len(a) * size,
+            mean=centre[0],
+            m2=size * (v + off[0].square()).sum(0),
+            centre=centre,
+            products=torch.einsum("inc,jnc->ijc", off, off),
             reference=reference,
         )
 
@@ -101,27 +86,24 @@ class Moments:
         if not self.samples or not other.samples:
             return other if not self.samples else self
         samples, elements = self.samples + other.samples, self.elements + other.elements
-        share = other.elements / elements
-        step = other.mean - self.mean
-        part = other.samples / samples
-        da = other.sample_mean - self.sample_mean
-        dq = other.sample_second - self.sample_second
-        dv = other.sample_variance - self.sample_variance
-        cross = self.samples * part
+        share, part = other.elements / elements, other.samples / samples
+        step, d = other.mean - self.mean, other.centre - self.centre
         return Moments(
             samples=samples,
             elements=elements,
             mean=self.mean + step * share,
             m2=self.m2 + other.m2 + step.square() * (self.elements * share),
-            sample_mean=self.sample_mean + da * part,
-            sample_second=self.sample_second + dq * part,
-            sample_variance=self.sample_variance + dv * part,
-            s_aa=self.s_aa + other.s_aa + da.square() * cross,
-            s_qq=self.s_qq + other.s_qq + dq.square() * cross,
-            s_aq=self.s_aq + other.s_aq + da * dq * cross,
-            s_vv=self.s_vv + other.s_vv + dv.square() * cross,
+            centre=self.centre + d * part,
+            products=self.products + other.products + d[:, None] * d * (self.samples * part),
             reference=self.reference,
         )
+
+    def on_cpu(self) -> Moments:
+        """To send to other ranks."""
+        tensors: dict[str, Any] = {
+            n: v.cpu() for n, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        return replace(self, **tensors)
 
     @property
     def variance(self) -> Tensor:
@@ -129,46 +111,41 @@ class Moments:
         return self.m2 / (self.elements - 1) if self.elements > 1 else self.m2 + torch.inf
 
     @property
+    def sample_variance(self) -> Tensor:
+        """The mean of the samples' own unbiased variances."""
+        return self.centre[2]
+
+    @property
     def scatter(self) -> Tensor:
         """The standard deviation of the samples' means."""
-        return (self.s_aa / max(self.samples - 1, 1)).sqrt()
+        return (self.products[0, 0] / max(self.samples - 1, 1)).sqrt()
 
     @property
     def mean_error(self) -> Tensor:
-        """The standard error of `mean`; infinite for a single sample."""
-        return self._error(self.s_aa)
+        """The standard error of `mean`; infinite for a single sample, as the others."""
+        return self._error(self.products[0, 0])
 
     @property
     def variance_error(self) -> Tensor:
-        """The standard error of `variance`; infinite for a single sample.
+        """The standard error of `variance`.
 
         The variance is E[q] - (E[a] - reference)², so one sample moves it by
         q_i - 2 (E[a] - reference) a_i to first order.
         """
-        slope = -2 * (self.sample_mean - self.reference)
-        return self._error(self.s_qq + slope.square() * self.s_aa + 2 * slope * self.s_aq)
+        slope = -2 * (self.centre[0] - self.reference)
+        (aa, aq, _), (_, qq, _), _ = self.products
+        return self._error(qq + slope.square() * aa + 2 * slope * aq)
 
     @property
     def sample_variance_error(self) -> Tensor:
-        """The standard error of `sample_variance`; infinite for a single sample."""
-        return self._error(self.s_vv)
+        """The standard error of `sample_variance`."""
+        return self._error(self.products[2, 2])
 
     def _error(self, squares: Tensor) -> Tensor:
         """The standard error of a mean over samples, from the sum of squared distances."""
         if self.samples < 2:
             return torch.full_like(squares, torch.inf)
         return (squares.clamp(min=0) / (self.samples - 1) / self.samples).sqrt()
-
-    def packed(self) -> Tensor:
-        """All of it as one fp64 tensor, to send to other ranks."""
-        tensors = [getattr(self, field.name) for field in fields(self)[2:]]
-        head = torch.tensor([self.samples, self.elements], dtype=torch.float64)
-        return torch.cat([head, *(tensor.cpu() for tensor in tensors)])
-
-    @classmethod
-    def unpacked(cls, flat: Tensor) -> Moments:
-        """The way back from `packed`."""
-        return cls(int(flat[0]), int(flat[1]), *flat[2:].reshape(len(fields(cls)) - 2, -1))
 
 
 # fp32 sums are off by about 1e-6 of the second moment, so the variance by that times (mean/σ)².

@@ -15,13 +15,14 @@ from bnfreeze.calibration.measuring import Measured, as_in_evaluation, measure, 
 from bnfreeze.calibration.progress import Progress, Steps
 from bnfreeze.calibration.report import ProbeReport
 from bnfreeze.errors import PolicyError
+from bnfreeze.findings import worst_first
 from bnfreeze.norm_layers import STATISTICS, NamedModule, check_model, is_plain_norm, named_modules
 from bnfreeze.patterns import Pattern, hint
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["probe", "probe_report", "selected_layers"]
+__all__ = ["layer_fits", "probe", "probe_report", "selected_layers"]
 
 
 def probe(
@@ -59,8 +60,8 @@ def probe(
         max_batches: stop after so many.
         process_group: pool over its ranks, which may have different numbers of batches, and all of
             which have to call this, with data that can be read twice. (A sharded model gathers its
-            parameters in each forward pass: with it all ranks need the same number.) None: this
-            process alone.
+            parameters in each forward pass: with it all ranks need the same number.) Where the
+            ranks' statistics differ, those of the first rank are judged. None: this process alone.
         progress: True shows a bar on a terminal; or a function of the number of batches done and
             of all, None if not known.
 
@@ -77,7 +78,10 @@ def probe(
     layers = selected_layers(model, select)
     source = Batches(batches, max_batches, passes=1 if process_group is None else 2)
     apart = None
-    with Steps(progress, source, passes=1) as steps, as_in_evaluation(model) as inner:
+    with (
+        Steps(progress, source, passes=1) as steps,
+        as_in_evaluation(model, process_group) as inner,
+    ):
 
         def measured(which: Sequence[NamedModule], with_batch: Sequence[NamedModule]) -> Measured:
             def run() -> Measured:
@@ -93,29 +97,31 @@ def probe(
             return pooled_over_ranks(run, which, process_group)
 
         whole = measured(layers, ())
-        if not isinstance(batches, Iterator) and any(
-            fit.verdict == "shifted" for fit in _fits(layers, whole)
-        ):
-            steps.more_passes(1)
+        fits = layer_fits(layers, whole)
+        if not isinstance(batches, Iterator) and any(fit.verdict == "shifted" for fit in fits):
+            steps.passes += 1
             every = selected_layers(model, None)
             apart = measured(every, every)
-    return probe_report(layers, whole, apart)
+        return probe_report(layers, fits, whole, apart)
 
 
 def probe_report(
-    layers: Sequence[NamedModule], measured: Measured, apart: Measured | None = None
+    layers: Sequence[NamedModule],
+    fits: tuple[LayerFit, ...],
+    measured: Measured,
+    apart: Measured | None = None,
 ) -> ProbeReport:
-    """Judge the layers' statistics, as they are now.
+    """Judge the layers' statistics.
 
     Args:
         layers: the layers.
+        fits: what `layer_fits` says of them.
         measured: what they were given in eval mode.
         apart: what some of them were given while they normalised with each batch.
     """
-    fits = _fits(layers, measured)
     if apart is not None:
         known = [entry for entry in layers if id(entry.module) in apart.moments]
-        alone = {fit.name: fit.verdict for fit in _fits(known, apart)}
+        alone = {fit.name: fit.verdict for fit in layer_fits(known, apart)}
         fits = tuple(
             replace(fit, origin=_ORIGINS[alone[fit.name]])
             if fit.verdict == "shifted" and fit.name in alone
@@ -125,8 +131,8 @@ def probe_report(
     first = next((m.samples for e in measured.order if (m := measured.moments[id(e.module)])), 0)
     return ProbeReport(
         fits,
-        probe_findings(fits, THRESHOLDS),
-        advice_before(fits, THRESHOLDS),
+        worst_first(probe_findings(fits)),
+        advice_before(fits),
         first,
         measured.batches,
         THRESHOLDS,
@@ -141,7 +147,8 @@ _ORIGINS: dict[Verdict, Origin] = {
 }
 
 
-def _fits(layers: Sequence[NamedModule], measured: Measured) -> tuple[LayerFit, ...]:
+def layer_fits(layers: Sequence[NamedModule], measured: Measured) -> tuple[LayerFit, ...]:
+    """Compare each layer's statistics, as they are now, with what was measured."""
     return tuple(
         layer_fit(entry, measured.moments[id(entry.module)], measured.sizes[id(entry.module)])
         for entry in layers
@@ -161,7 +168,7 @@ def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> lis
         if is_plain_norm(entry.module)
         and all(
             isinstance(t, Tensor) and not t.is_meta
-            for t in (getattr(entry.module, name, None) for name in STATISTICS[:2])
+            for t in (entry.module._buffers.get(name) for name in STATISTICS[:2])
         )
     ]
     if not layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -18,13 +19,13 @@ from bnfreeze.calibration.measuring import (
     pooled_over_ranks,
     running_statistics,
 )
-from bnfreeze.calibration.probe import probe_report, selected_layers
+from bnfreeze.calibration.probe import layer_fits, probe_report, selected_layers
 from bnfreeze.calibration.progress import Progress, Steps
 from bnfreeze.calibration.report import Mode, RecalibrationReport
 from bnfreeze.errors import PolicyError
-from bnfreeze.findings import worst_first
 from bnfreeze.norm_layers import AFFINE, STATISTICS, NamedModule, check_model, eps_of
 from bnfreeze.policies.record import frozen_names
+from bnfreeze.torch_private import _InstanceNorm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -64,8 +65,8 @@ def recalibrate(
     Args:
         model: any `nn.Module`.
         batches: as for `probe`. The data are gone through several times, so no one-shot iterator.
-        select: patterns of dotted module names. None for every norm layer whose statistics are not
-            frozen; frozen ones are recalibrated only if a pattern matches them.
+        select: patterns of dotted module names. None for every norm layer in which nothing is
+            frozen that would change; others are recalibrated only if a pattern matches them.
         mode: ``"replace"`` (AdaBN): the layers normalise this data. They are measured while they
             normalise with each batch, as the layers after them then see normalised inputs.
             ``"keep-function"``: weight and bias are changed with the statistics, so that the model
@@ -75,22 +76,23 @@ def recalibrate(
             recalibrated: a pass over the data for each layer. What remains otherwise is in the
             report: the batches' noise.
         score: a function of the model (an accuracy on labelled data, say; more is better), called
-            in eval mode before and after.
+            in eval mode before and after. Of a wrapped model it gets the module inside: DDP would
+            wait for other ranks.
         forward: as for `probe`.
         max_batches: as for `probe`.
         process_group: pool over its ranks. No layer is synchronised while the model runs.
         progress: as for `probe`.
 
     Returns:
-        a report; on every rank the same, except for the scores.
+        a report; on every rank the same, except for the scores and what is advised from them.
 
     Raises:
         TypeError: as `probe`; or `batches` can be read only once.
         ValueError: an unknown `mode`, or ``exact=True`` with ``"keep-function"``, which is exact.
         PolicyError: nothing is left to recalibrate; or ``"keep-function"`` and a layer has no
             weight and bias of its own.
-        CalibrationError: as `probe`; or a layer was given a single value per channel, of which
-            there is no variance.
+        CalibrationError: as `probe`; or a layer was given a single value per channel, which has no
+            variance; or a new value is beyond the range of the layer's dtype.
     """
     check_model(model)
     if mode not in get_args(Mode):
@@ -99,32 +101,35 @@ def recalibrate(
     if keep and exact:
         raise ValueError("exact=True: the mode 'keep-function' is exact, in a single pass.")
     layers = selected_layers(model, None)
-    chosen = _chosen(layers, selected_layers(model, select), by_name=select is not None)
+    chosen = _chosen(layers, selected_layers(model, select), keep=keep, by_name=select is not None)
     if keep:
-        _check_affine(chosen)
-    source = Batches(batches, max_batches, passes=2 if keep else 3)
+        _check_affine(model, chosen)
+    passes = 2 if keep else 3
+    source = Batches(batches, max_batches, passes)
+    scores: list[float] = []
+    with Steps(progress, source, passes) as steps:
 
-    with Steps(progress, source, passes=2 if keep else 3) as steps:
-
-        def measured(model: nn.Module, which: Sequence[NamedModule], **options: Any) -> Measured:
+        def measured(
+            inner: nn.Module, which: Sequence[NamedModule], scored: bool = False, **options: Any
+        ) -> Measured:
             def run() -> Measured:
+                if scored and score is not None:  # here, so that its errors reach all ranks
+                    scores.append(float(score(inner)))
                 return measure(
-                    model, which, source, forward=forward, progress=steps.advance, **options
+                    inner, which, source, forward=forward, progress=steps.advance, **options
                 )
 
             return pooled_over_ranks(run, which, process_group)
 
-        passes = 2  # before and after
-        with as_in_evaluation(model) as inner:
-            first = None if score is None else float(score(model))
-            now = measured(inner, layers, exact=keep)
+        with as_in_evaluation(model, process_group) as inner:
+            now = measured(inner, layers, scored=True, exact=keep)
+            fits = layer_fits(layers, now)
             apart = None
             reached = _reached(chosen, now)
             if keep:
                 writes = [w for e in reached for w in _keeping_function(e, now)]
             elif exact:
-                steps.more_passes(len(reached) - 1)
-                passes += len(reached)
+                steps.passes += len(reached) - 1
                 writes = []
                 for entry in reached:
                     alone = measured(inner, [entry], exact=True)
@@ -132,11 +137,11 @@ def recalibrate(
                     _write(own)  # for the layers behind it; undone on leaving
                     writes += own
             else:
-                passes += 1
                 apart = measured(inner, reached, normalize_with_batch=reached, exact=True)
                 writes = [w for entry in reached for w in _replacing(entry, apart)]
+            before = probe_report(layers, fits, now, apart)
+            _check_range(writes, reached)
 
-        before = probe_report(layers, now, apart)  # the buffers are the old ones again
         old = [(tensor, tensor.detach().clone()) for tensor, _ in writes]
 
         def undo() -> None:
@@ -144,38 +149,40 @@ def recalibrate(
 
         try:
             _write(writes)
-            with as_in_evaluation(model) as inner:
-                after = probe_report(layers, measured(inner, layers))
-                then = None if score is None else float(score(model))
+            with as_in_evaluation(model, process_group) as inner:
+                then = measured(inner, layers, scored=True)
+                after = probe_report(layers, layer_fits(layers, then), then)
         except BaseException:
             undo()
             raise
-    scores = None if first is None or then is None else (first, then)
+    first, last = scores or (None, None)
+    names = tuple(entry.name for entry in reached)
     return RecalibrationReport(
         mode=mode,
         exact=exact,
-        recalibrated=tuple(entry.name for entry in reached),
+        recalibrated=names,
         before=before,
         after=after,
         score_before=first,
-        score_after=then,
-        passes=passes,
-        findings=worst_first(after.findings),
-        advice=advice_after(before.layers, after.layers, mode, scores),
+        score_after=last,
+        passes=steps.passes,
+        findings=after.findings,
+        advice=advice_after(before.layers, after.layers, names, mode, exact, scores),
         undo=undo,
     )
 
 
 def _chosen(
-    layers: Sequence[NamedModule], matched: Sequence[NamedModule], *, by_name: bool
+    layers: Sequence[NamedModule], matched: Sequence[NamedModule], *, keep: bool, by_name: bool
 ) -> list[NamedModule]:
     """What to recalibrate: frozen layers only if they were named."""
     if by_name:
         return list(matched)
-    free = [entry for entry in layers if _MEAN not in frozen_names(entry.module)]
+    written = {_MEAN, *(AFFINE if keep else ())}
+    free = [entry for entry in layers if written.isdisjoint(frozen_names(entry.module))]
     if not free:
         raise PolicyError(
-            f"The statistics of all {len(layers)} norm layers are frozen, and frozen layers are "
+            f"All {len(layers)} norm layers are frozen, and frozen layers are "
             f"recalibrated only if they are named: pass select='**' to change them all the same."
         )
     return free
@@ -195,10 +202,13 @@ def _reached(chosen: Sequence[NamedModule], measured: Measured) -> list[NamedMod
             "Pass forward=, if the model has to be called in another way."
         )
     for entry in reached:
-        if measured.moments[id(entry.module)].elements < 2:
+        moments = measured.moments[id(entry.module)]
+        instance = isinstance(entry.module, _InstanceNorm)
+        if moments.elements == (moments.samples if instance else 1):
             raise CalibrationError(
-                f"{entry.name or 'the model'}: a single value per channel was measured, and one "
-                f"value has no variance. Nothing was changed. Use more data."
+                f"{entry.name or 'the model'}: a single value per channel was measured"
+                f"{' in each sample' if instance else ''}, and one value has no variance. "
+                f"Nothing was changed."
             )
     return reached
 
@@ -206,7 +216,7 @@ def _reached(chosen: Sequence[NamedModule], measured: Measured) -> list[NamedMod
 def _replacing(entry: NamedModule, measured: Measured) -> _Writes:
     layer = entry.module
     mean, var = running_statistics(layer, measured.moments[id(layer)])
-    writes = [(_buffer(layer, _MEAN), mean), (_buffer(layer, _VAR), var)]
+    writes = [(layer.get_buffer(_MEAN), mean), (layer.get_buffer(_VAR), var)]
     if isinstance(count := getattr(layer, _COUNT, None), Tensor):
         writes.append((count, torch.tensor(measured.batches)))
     return writes
@@ -216,18 +226,22 @@ def _keeping_function(entry: NamedModule, measured: Measured) -> _Writes:
     """Statistics of the data, with a weight and a bias that compute the same as before."""
     layer = entry.module
     writes = _replacing(entry, measured)
-    (mean, new_mean), (var, new_var) = writes[:2]
     weight, bias = (getattr(layer, name) for name in AFFINE)
+    # On the CPU: some accelerators have no fp64.
+    mean, var, w, b = (
+        t.detach().cpu().double() for t in (writes[0][0], writes[1][0], weight, bias)
+    )
     # What is stored is rounded, and it is what the layer will compute with.
-    new_mean, new_var = (new.to(old).double() for new, old in ((new_mean, mean), (new_var, var)))
+    new_mean, new_var = (new.cpu().to(old.dtype).double() for old, new in writes[:2])
     eps = eps_of(layer) or 0.0
-    old_scale = weight.detach().double() / (var.double() + eps).sqrt()
+    old_scale = w / (var + eps).sqrt()
     new_weight = old_scale * (new_var + eps).sqrt()
-    new_bias = bias.detach().double() + (new_mean - mean.double()) * old_scale
+    new_bias = b + (new_mean - mean) * old_scale
     return [*writes, (weight, new_weight), (bias, new_bias)]
 
 
-def _check_affine(chosen: Sequence[NamedModule]) -> None:
+def _check_affine(model: nn.Module, chosen: Sequence[NamedModule]) -> None:
+    holders = Counter(id(tensor) for module in model.modules() for tensor in _own(module))
     for entry in chosen:
         own = {**entry.module._parameters, **entry.module._buffers}
         if any(not isinstance(own.get(name), Tensor) for name in AFFINE):
@@ -235,18 +249,25 @@ def _check_affine(chosen: Sequence[NamedModule]) -> None:
                 f"{entry.name or 'the model'}: mode='keep-function' changes weight and bias, and "
                 f"this layer has none of its own. Leave it out by select=, or use mode='replace'."
             )
-    tensors = [own for entry in chosen for own in entry.module.parameters(recurse=False)]
-    if len({id(tensor) for tensor in tensors}) < len(tensors):
-        raise PolicyError(
-            "mode='keep-function' changes weight and bias, and here norm layers share them: what "
-            "keeps the function of one would change another. Use mode='replace'."
-        )
+        if any(holders[id(own[name])] > 1 for name in AFFINE):
+            raise PolicyError(
+                f"{entry.name or 'the model'}: mode='keep-function' changes weight and bias, and "
+                f"another module shares them, whose function would change. Use mode='replace'."
+            )
 
 
-def _buffer(layer: nn.Module, name: str) -> Tensor:
-    tensor = getattr(layer, name)
-    assert isinstance(tensor, Tensor)
-    return tensor
+def _check_range(writes: _Writes, reached: Sequence[NamedModule]) -> None:
+    for tensor, value in writes:
+        if not bool(torch.isfinite(value.to(tensor.dtype)).all()):
+            owner = next(e.name for e in reached if any(t is tensor for t in _own(e.module)))
+            raise CalibrationError(
+                f"{owner or 'the model'}: a new value is beyond the range of {tensor.dtype}. "
+                f"Nothing was changed. Use the model in float32."
+            )
+
+
+def _own(module: nn.Module) -> list[Tensor | None]:
+    return [*module._parameters.values(), *module._buffers.values()]
 
 
 def _write(writes: _Writes) -> None:

@@ -111,10 +111,10 @@ def _cells(layer: LayerFit, scale: Scale) -> tuple[Cell, ...]:
         layer.verdict,
         layer.origin,
         _shift(layer.mean_shift),
-        scale.draw(layer.shifts, _BAR),
+        scale.draw(layer.shifts or None, _BAR),
         _ratio(layer.variance_ratio),
         f"±{layer.margin:.2f}",
-        f"{layer.batch_noise:.2f} of {layer.batch_size}",
+        f"{layer.batch_noise:.2f} of {layer.batch_size}" if layer.batch_noise >= 0 else "",
         f"{off} of {layer.channels}" if off else "",
         f"{layer.samples}",
     )

@@ -79,13 +79,6 @@ def test_standard_errors_are_the_scatter_over_repeated_draws():
         torch.testing.assert_close(said, seen, rtol=0.12, atol=0)
 
 
-def test_packed_moments_come_back_whole():
-    found = of_parts(torch.randn(5, 3, 2), 2)
-    back = Moments.unpacked(found.packed())
-    assert torch.equal(back.packed(), found.packed())
-    assert (back.samples, back.elements) == (5, 10)
-
-
 @pytest.mark.parametrize(
     ("tail", "freedom", "t"),
     # From the tables of Abramowitz and Stegun, and of NIST.

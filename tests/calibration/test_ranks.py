@@ -66,3 +66,43 @@ def test_uneven_ranks_agree_with_one_process(tmp_path):
     assert raised[0].startswith("rank 1")
     assert raised[1].startswith("batch 0")
     assert isinstance(alone, nn.Module)
+
+
+def differing_rank(number, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=number,
+        world_size=2,
+        timeout=timedelta(seconds=20),
+    )
+    everywhere = dist.group.WORLD
+    data = batches(3, 8, 8)
+    own = data[:3] if number == 0 else data[3:]
+    model = network()
+    model[1].running_mean += number  # as after a training step of DDP
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def score(model):
+        if number:
+            raise RuntimeError("lights out")
+        return 0.0
+
+    with pytest.raises((RuntimeError, CalibrationError), match="lights out"):
+        bnfreeze.recalibrate(model, own, process_group=everywhere, score=score)
+    probed = bnfreeze.probe(model, own, process_group=everywhere)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for mode in ("keep-function", "replace"):
+        bnfreeze.recalibrate(model, own, process_group=everywhere, mode=mode)
+        torch.save((probed.to_dict(), model.state_dict()), f"{folder}/{mode}{number}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow  # two processes import torch
+def test_ranks_whose_statistics_differ_agree_on_those_of_the_first(tmp_path):
+    mp.spawn(differing_rank, args=(str(tmp_path),), nprocs=2)
+    for mode in ("keep-function", "replace"):
+        (one, states), (other, more) = (torch.load(tmp_path / f"{mode}{n}") for n in range(2))
+        assert one == other
+        assert all(torch.equal(states[name], more[name]) for name in states)
