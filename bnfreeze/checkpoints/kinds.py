@@ -84,8 +84,13 @@ _FORMATS: Final = (
 )
 
 
-def read_file(file: OpenFile) -> tuple[str, Content]:
+def read_file(file: OpenFile, *, shard: bool = False) -> tuple[str, Content]:
     """The kind of a file, and what is in it.
+
+    Args:
+        file: any file.
+        shard: whether an index names it. An index is refused then, before it is read: two that
+            name each other would have no end.
 
     Raises:
         CorruptCheckpointError: empty, or nothing but zeros.
@@ -96,6 +101,8 @@ def read_file(file: OpenFile) -> tuple[str, Content]:
         raise CorruptCheckpointError("The file is empty.")
     for known in _FORMATS:
         if known.matches(file):
+            if shard and known.kind == "shard index":
+                raise UnsupportedFormatError("An index, where a file with tensors should be.")
             module, _, function = known.reader.rpartition(".")
             reader = getattr(import_module(f"bnfreeze.checkpoints.{module}"), function)
             content: Content = reader(file)

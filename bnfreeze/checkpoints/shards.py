@@ -65,9 +65,7 @@ def read_shards(file: OpenFile) -> Content:
 
 
 def _tensors_of(shard: OpenFile) -> tuple[dict[str, StoredTensor], tuple[Opaque, ...]]:
-    kind, content = read_file(shard)
-    if kind == "shard index":
-        raise UnsupportedFormatError("An index, where a file with tensors should be.")
+    _, content = read_file(shard, shard=True)
     root = content.root.named() if isinstance(content.root, Pairs) else content.root
     if not isinstance(root, dict):
         raise CheckpointError("It holds no tensors by name.")

@@ -101,7 +101,7 @@ def test_what_training_scripts_write_beside_the_weights_is_read(model, tmp_path)
     assert found.models == {"state_dict": values(model.state_dict())}
     assert found.uninterpreted == {
         ("argparse.Namespace", "args"),
-        (f"pathlib.{type(pathlib.Path()).__name__}", "where"),
+        (f"{type(pathlib.Path()).__module__}.{type(pathlib.Path()).__name__}", "where"),
     }
     assert found.calls == {("torch.nn.modules.loss.CrossEntropyLoss", "loss"): "note"}
 
