@@ -43,10 +43,6 @@ class StateDict:
         """Whether there are running statistics among its tensors."""
         return any(name.endswith(("running_mean", "running_var")) for name in self.tensors)
 
-    def storage_bytes(self) -> int:
-        """The bytes of the storages, each counted once however many names share it."""
-        return sum(dict(tensor.storage() for tensor in self.tensors.values()).values())
-
 
 @dataclass(frozen=True)
 class StateDicts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
@@ -79,13 +79,14 @@ class FreezeReport(Printable):
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
         norms = [row for row in self.layers if row.name in self.facts]
+        cells = [self._cells(row) for row in norms]
         title, further = shared_kind(f"Norm layers after {self.call}", [row.kind for row in norms])
         return Sheet(
             title=title,
             columns=("layer", "kind", "policy", "fuses", "uses", "statistics", "affine", "note"),
-            rows=[self._cells(row) for row in norms],
+            rows=cells,
             findings=self.findings,
-            verdict=self._verdict(),
+            verdict=self._verdict(norms, cells),
             further=further,
         )
 
@@ -100,14 +101,12 @@ class FreezeReport(Printable):
     ) -> None:
         self.undo()
 
-    def _verdict(self) -> str:
-        norms = [row for row in self.layers if row.name in self.facts]
+    def _verdict(self, norms: Sequence[LayerRow], cells: Sequence[tuple[str, ...]]) -> str:
         others, total = len(self.layers) - len(norms), _count(len(norms), "norm layer")
         if self.call == "unfreeze":
             restored = sum("restore" in row.actions for row in norms)
             verdict = f"{restored} of {total} restored"
             return f"{verdict}, and {_count(others, 'other module')}." if others else f"{verdict}."
-        cells = [self._cells(row) for row in norms]
         statistics = sum(row[5] == "frozen" for row in cells)
         affine = sum(row[6] == "frozen" for row in cells)
         verdict = f"Statistics frozen: {statistics} of {total}. Weight and bias frozen: {affine}."

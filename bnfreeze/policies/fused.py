@@ -20,7 +20,7 @@ from bnfreeze.policies.eval import ForceEval
 from bnfreeze.policies.record import layer_class
 from bnfreeze.torch_private import _BatchNorm
 
-__all__ = ["fused_class", "has_hooks", "own_activation", "takes_more"]
+__all__ = ["fused_class", "has_hooks", "own_activation"]
 
 
 class _Fused1d(ForceEval, FrozenBatchNorm1d):
@@ -103,12 +103,6 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-
-
-def takes_more(module: nn.Module) -> bool:
-    """Whether the module is a fused layer that can fuse an addition and an activation."""
-    fused = isinstance(module, FrozenBatchNorm1d | FrozenBatchNorm2d | FrozenBatchNorm3d)
-    return fused and own_activation(module) == ""
 
 
 _EXACT: dict[type[nn.Module], type[FrozenLayer]] = {

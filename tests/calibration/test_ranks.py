@@ -15,18 +15,22 @@ from bnfreeze import CalibrationError
 from .test_recalibrate import batches, network
 
 
-def rank(number, folder):
+def joined(number, folder, seconds):
+    """The group of both ranks, and this rank's batches."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meet",
         rank=number,
         world_size=2,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=seconds),
     )
-    everywhere = dist.group.WORLD
     data = batches(3, 8, 8)
-    own = data[:3] if number == 0 else data[3:]
+    return dist.group.WORLD, data[:3] if number == 0 else data[3:]
+
+
+def rank(number, folder):
+    everywhere, own = joined(number, folder, 60)
     model = DistributedDataParallel(network())
     probed = bnfreeze.probe(model, own, process_group=everywhere)
     report = bnfreeze.recalibrate(model, own, process_group=everywhere)
@@ -69,17 +73,7 @@ def test_uneven_ranks_agree_with_one_process(tmp_path):
 
 
 def differing_rank(number, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=number,
-        world_size=2,
-        timeout=timedelta(seconds=20),
-    )
-    everywhere = dist.group.WORLD
-    data = batches(3, 8, 8)
-    own = data[:3] if number == 0 else data[3:]
+    everywhere, own = joined(number, folder, 20)
     model = network()
     model[1].running_mean += number  # as after a training step of DDP
     before = {name: value.clone() for name, value in model.state_dict().items()}
