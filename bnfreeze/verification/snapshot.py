@@ -1,21 +1,18 @@
 """A snapshot: what tensors were at one moment, in memory and as a file. Needs no torch.
 
-A file is safetensors with the values, or JSON with the digests.
+A file is safetensors with the values, and its metadata has the facts and the digests.
 """
 
 from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bnfreeze.checkpoints import StoredTensor, open_checkpoint
+from bnfreeze.checkpoints import open_checkpoint
+from bnfreeze.checkpoints.safetensors_file import DTYPES
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 from bnfreeze.files import replacement
@@ -29,22 +26,7 @@ __all__ = ["Snapshot"]
 _FORMAT = "bnfreeze-snapshot"
 _SCHEMA = 1
 _KEY = "bnfreeze"
-# In bytes; each tensor takes some 600.
-_MOST_DIGESTS = 256 << 20
-
-# What every version of safetensors knows; values of another dtype are written as their bytes.
-_CODES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +62,9 @@ class Snapshot:
     def save(self, path: str | Path) -> None:
         """Write the snapshot to `path`, whole or not at all.
 
-        With a copy of the values it is a safetensors file, whose metadata has the facts; with
-        ``digest=True`` it is JSON. Not written are which objects the tensors were, where their
-        memory was, and what optimizers had.
+        It is a safetensors file: with the values, or with no tensors if there are digests. Its
+        metadata has the facts. Not written are which objects the tensors were, where their memory
+        was, and what optimizers had.
 
         Raises:
             UnsupportedFormatError: a tensor has a dtype that cannot be written.
@@ -123,95 +105,79 @@ def _save(state: State, path: Path) -> None:
         "owners": {name: facts._asdict() for name, facts in state.owners.items()},
         "groups": state.groups,
     }
-    header = {"format": _FORMAT, "schema": _SCHEMA, "facts": facts}
-    with replacement(path) as fresh:
-        if state.digests:
-            text = json.dumps({**header, "sha256": dict(state.digests)}, indent=1)
-            fresh.write_text(text, encoding="utf-8")
-        else:
-            _write_safetensors(state.values, fresh, {_KEY: json.dumps(header)})
-
-
-def _write_safetensors(
-    values: Mapping[str, StoredTensor], path: Path, metadata: Mapping[str, str]
-) -> None:
-    described: dict[str, Any] = {"__metadata__": dict(metadata)}
+    noted: dict[str, Any] = {"format": _FORMAT, "schema": _SCHEMA, "facts": facts}
+    if state.digests:
+        noted["sha256"] = dict(state.digests)
+    header: dict[str, Any] = {"__metadata__": {_KEY: json.dumps(noted)}}
     end = 0
-    for name, value in values.items():
-        if value.dtype not in ITEM_SIZES:
+    for name, value in state.values.items():
+        if value.dtype not in _CODES:
             raise UnsupportedFormatError(
                 f"{name} has the dtype {value.dtype}, which cannot be written. Take the snapshot "
                 f"with digest=True, or leave it out with tensors=…"
             )
-        size = value.numel * ITEM_SIZES[value.dtype]
-        known = value.dtype in _CODES
-        described[name] = {
-            "dtype": _CODES.get(value.dtype, "U8"),
-            "shape": value.shape if known else [size],
-            "data_offsets": [end, end + size],
+        start, end = end, end + value.numel * ITEM_SIZES[value.dtype]
+        header[name] = {
+            "dtype": _CODES[value.dtype],
+            "shape": value.shape,
+            "data_offsets": [start, end],
         }
-        end += size
-    text = json.dumps(described).encode()
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with replacement(path) as fresh, fresh.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for value in values.values():
+        for value in state.values.values():
             for piece in value.pieces():
                 file.write(piece.data)
 
 
 def _load(path: Path) -> State:
-    """Read what `save` wrote; the content says which of the two forms it is."""
+    """Read what `save` wrote."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise UnsupportedFormatError(f"{path} is not a snapshot: it is not a regular file.")
     with path.open("rb") as stream:
-        start = stream.read(9)
-    if start.startswith(b"{"):
-        return _load_digests(path)
-    if start[8:] == b"{":
-        return _load_values(path)
-    raise UnsupportedFormatError(
-        f"{path} is not a snapshot: neither safetensors nor JSON. Snapshot.save writes one of "
-        f"a model, and `bnfreeze snapshot` one of a checkpoint."
-    )
-
-
-def _load_digests(path: Path) -> State:
-    if path.stat().st_size > _MOST_DIGESTS:
-        raise _corrupt(path, "it is larger than any list of digests")
-    header = _parsed(path, path.read_bytes())
-    state = _facts(path, header)
-    digests = header.get("sha256")
-    if not isinstance(digests, dict) or not all(
-        isinstance(value, str) and len(value) == 64 for value in digests.values()
-    ):
-        raise _corrupt(path, "it has no list of SHA-256 digests")
-    _check_names(path, state, digests, set(state.tensors))
-    return replace(state, digests=digests)
-
-
-def _load_values(path: Path) -> State:
-    with open_checkpoint(path) as opened:
-        stored = opened.root if isinstance(opened.root, dict) else {}
-        with path.open("rb") as stream:
+        if stream.read(9)[8:] != b"{":
+            raise UnsupportedFormatError(
+                f"{path} is not a snapshot: it is no safetensors file. Snapshot.save writes one of "
+                f"a model, and `bnfreeze snapshot` one of a checkpoint."
+            )
+    with open_checkpoint(path) as opened, path.open("rb") as stream:
+        text = None
+        if opened.kind == "safetensors":  # its header has been checked
             size = int.from_bytes(stream.read(8), "little")
-            text = json.loads(stream.read(size)).get("__metadata__", {}).get(_KEY)
-        if text is None:
+            metadata = json.loads(stream.read(size)).get("__metadata__")
+            text = metadata.get(_KEY) if isinstance(metadata, dict) else None
+        if not isinstance(text, str):
             raise UnsupportedFormatError(
                 f"{path} is a safetensors file, but not a snapshot: it lacks the facts that "
                 f"Snapshot.save writes. `bnfreeze snapshot` makes a snapshot of a checkpoint."
             )
-        state = _facts(path, _parsed(path, text))
-        _check_names(path, state, stored, {facts.first for facts in state.tensors.values()})
-        values = {name: _typed(path, name, stored[name], state.tensors[name]) for name in stored}
-        return replace(state, values=values)
-
-
-def _parsed(path: Path, text: str | bytes) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(path, f"its facts are not valid JSON ({error})") from error
+        try:
+            header = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _corrupt(path, f"its facts are not valid JSON ({error})") from error
+        state, stored = _facts(path, header), opened.root
+        digests = header.get("sha256", {})
+        if not isinstance(digests, dict) or not all(
+            isinstance(value, str) and len(value) == 64 for value in digests.values()
+        ):
+            raise _corrupt(path, "it has no list of SHA-256 digests")
+        # Every readable tensor has its values or its digest, and nothing else has.
+        wanted = state.tensors if digests else {one.first for one in state.tensors.values()}
+        readable = {name for name in wanted if not state.tensors[name].unreadable}
+        for name in sorted(readable ^ (digests | stored).keys()):
+            what = "is noted, but its values are missing" if name in readable else "is not noted"
+            raise _corrupt(path, f"{name} {what}")
+        values = {}
+        for name, value in stored.items():
+            noted = state.tensors[name]
+            # A shard has a shape of its own.
+            fits = noted.shape == value.shape or noted.placement
+            if noted.dtype != value.dtype or not fits:
+                what = f"{name} is noted as {noted.dtype} of shape {noted.shape}, but is not"
+                raise _corrupt(path, what)
+            values[name] = KeptTensor(value.dtype, value.shape, value.words())
+        return replace(state, values=values, digests=digests)
 
 
 def _facts(path: Path, header: Any) -> State:
@@ -245,30 +211,6 @@ def _facts(path: Path, header: Any) -> State:
     if not (tensors and known and tensors.keys() >= {name for group in groups for name in group}):
         raise _corrupt(path, "the names in its facts do not fit together")
     return State(str(facts["selection"]), tensors, owners, groups)
-
-
-def _check_names(path: Path, state: State, stored: Mapping[str, Any], wanted: set[str]) -> None:
-    """Every readable tensor has its values, and nothing else has."""
-    wanted = {name for name in wanted if not state.tensors[name].unreadable}
-    for name in sorted(wanted ^ stored.keys()):
-        what = "is noted, but its values are missing" if name in wanted else "is not noted"
-        raise _corrupt(path, f"{name} {what}")
-
-
-def _typed(path: Path, name: str, stored: StoredTensor, noted: TensorFacts) -> KeptTensor:
-    """The stored values in the dtype and shape that the facts say."""
-    if noted.dtype not in ITEM_SIZES:
-        raise UnsupportedFormatError(
-            f"{path}: {name} has the dtype {noted.dtype!r:.40}, which bnfreeze does not know."
-        )
-    octets, size = stored.words().view(np.uint8), ITEM_SIZES[noted.dtype]
-    shape = noted.shape
-    if noted.placement:  # a shard has a shape of its own; the noted one is of the whole tensor
-        shape = stored.shape if stored.dtype == noted.dtype else (len(octets) // size,)
-    if len(octets) != prod(shape) * size:
-        wanted = f"{noted.dtype} of shape {shape}"
-        raise _corrupt(path, f"{name} is noted as {wanted}, and has {len(octets)} bytes")
-    return KeptTensor(noted.dtype, shape, octets.view(f"<u{min(size, 8)}"))
 
 
 def _corrupt(path: Path, what: str) -> CorruptCheckpointError:
