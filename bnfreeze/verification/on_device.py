@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import ctypes
+import os
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +13,10 @@ __all__ = ["unequal_tensors"]
 
 Pair = tuple[Tensor, Tensor]
 
+# On the CPU the C library compares memory several times as fast as torch.equal does.
+_memcmp = (ctypes.CDLL(None) if os.name == "posix" else ctypes.CDLL("msvcrt")).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memcmp.restype = ctypes.c_int
 # Tensors up to this many bytes are compared together on an accelerator, where each launch costs.
 _SMALL = 1 << 20
 
@@ -24,24 +30,25 @@ def unequal_tensors(pairs: Mapping[str, Pair]) -> set[str]:
     Args:
         pairs: plain contiguous tensors, two and two of the same dtype and shape, by name.
     """
-    by_device: dict[torch.device, dict[str, Pair]] = {}
+    found = set()
+    elsewhere: dict[torch.device, dict[str, Pair]] = {}
     for name, (old, new) in pairs.items():
-        pair = _octets(old.to(new.device)), _octets(new)
-        by_device.setdefault(new.device, {})[name] = pair
-    return {
-        name
-        for device, group in by_device.items()
-        if _on_cpu(device) or _any_differs(group.values())
-        for name, pair in group.items()
-        if not torch.equal(*pair)
-    }
+        before = old if old.device == new.device else old.to(new.device)
+        if not _on_cpu(new):
+            elsewhere.setdefault(new.device, {})[name] = _octets(before), _octets(new)
+        elif new.nbytes and _memcmp(before.data_ptr(), new.data_ptr(), new.nbytes):
+            found.add(name)
+    for group in elsewhere.values():
+        if _any_differs(list(group.values())):
+            found |= {name for name, pair in group.items() if not torch.equal(*pair)}
+    return found
 
 
-def _on_cpu(device: torch.device) -> bool:
-    return device.type == "cpu"
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
-def _any_differs(pairs: Collection[Pair]) -> bool:
+def _any_differs(pairs: Sequence[Pair]) -> bool:
     """The answer for all pairs on one device."""
     jobs = [pair for pair in pairs if pair[0].numel() > _SMALL]
     if small := [pair for pair in pairs if pair[0].numel() <= _SMALL]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bnfreeze.checkpoints import open_checkpoint
+from bnfreeze.checkpoints import StoredTensor, open_checkpoint
 from bnfreeze.checkpoints.safetensors_file import DTYPES
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
@@ -70,7 +70,36 @@ class Snapshot:
             UnsupportedFormatError: a tensor has a dtype that cannot be written.
             OSError: the file cannot be written; what was there before is still there.
         """
-        _save(self.state, Path(path))
+        facts = {
+            "selection": self.state.selection,
+            "tensors": {name: facts._asdict() for name, facts in self.state.tensors.items()},
+            "owners": {name: facts._asdict() for name, facts in self.state.owners.items()},
+            "groups": self.state.groups,
+        }
+        noted: dict[str, Any] = {"format": _FORMAT, "schema": _SCHEMA, "facts": facts}
+        if self.state.digests:
+            noted["sha256"] = dict(self.state.digests)
+        header: dict[str, Any] = {"__metadata__": {_KEY: json.dumps(noted)}}
+        end = 0
+        for name, value in self.state.values.items():
+            if value.dtype not in _CODES:
+                raise UnsupportedFormatError(
+                    f"{name} has the dtype {value.dtype}, which cannot be written. Take the "
+                    f"snapshot with digest=True, or leave it out with tensors=…"
+                )
+            start, end = end, end + value.numel * ITEM_SIZES[value.dtype]
+            header[name] = {
+                "dtype": _CODES[value.dtype],
+                "shape": value.shape,
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with replacement(path) as fresh, fresh.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for value in self.state.values.values():
+                for piece in value.pieces():
+                    file.write(piece.data)
 
     @classmethod
     def load(cls, path: str | Path) -> Snapshot:
@@ -82,7 +111,24 @@ class Snapshot:
             CorruptCheckpointError: its parts contradict each other, or some are missing.
             OSError: the file cannot be read.
         """
-        return cls(_load(Path(path)))
+        path = Path(path)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UnsupportedFormatError(f"{path} is not a snapshot: it is not a regular file.")
+        with path.open("rb") as stream:
+            start = stream.read(9)
+        if start[8:] != b"{":
+            raise UnsupportedFormatError(
+                f"{path} is not a snapshot: it is no safetensors file. Snapshot.save writes one "
+                f"of a model, and `bnfreeze snapshot` one of a checkpoint."
+            )
+        with open_checkpoint(path) as opened:
+            noted = _noted(path) if opened.kind == "safetensors" else None
+            if noted is None:
+                raise UnsupportedFormatError(
+                    f"{path} is a safetensors file, but not a snapshot: it lacks the facts that "
+                    f"Snapshot.save writes. `bnfreeze snapshot` makes a snapshot of a checkpoint."
+                )
+            return cls(_with_values(path, _facts(path, noted), noted, opened.root))
 
     def __eq__(self, other: object) -> bool:
         return self.compared_to(other).ok if isinstance(other, Snapshot) else NotImplemented
@@ -97,87 +143,16 @@ class Snapshot:
         return f"<Snapshot of {len(self)} tensors ({self.tensors}), {kept}>"
 
 
-def _save(state: State, path: Path) -> None:
-    """Write the state to `path`: to a new file beside it first, which then takes its name."""
-    facts = {
-        "selection": state.selection,
-        "tensors": {name: facts._asdict() for name, facts in state.tensors.items()},
-        "owners": {name: facts._asdict() for name, facts in state.owners.items()},
-        "groups": state.groups,
-    }
-    noted: dict[str, Any] = {"format": _FORMAT, "schema": _SCHEMA, "facts": facts}
-    if state.digests:
-        noted["sha256"] = dict(state.digests)
-    header: dict[str, Any] = {"__metadata__": {_KEY: json.dumps(noted)}}
-    end = 0
-    for name, value in state.values.items():
-        if value.dtype not in _CODES:
-            raise UnsupportedFormatError(
-                f"{name} has the dtype {value.dtype}, which cannot be written. Take the snapshot "
-                f"with digest=True, or leave it out with tensors=…"
-            )
-        start, end = end, end + value.numel * ITEM_SIZES[value.dtype]
-        header[name] = {
-            "dtype": _CODES[value.dtype],
-            "shape": value.shape,
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with replacement(path) as fresh, fresh.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for value in state.values.values():
-            for piece in value.pieces():
-                file.write(piece.data)
-
-
-def _load(path: Path) -> State:
-    """Read what `save` wrote."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise UnsupportedFormatError(f"{path} is not a snapshot: it is not a regular file.")
+def _noted(path: Path) -> Any:
+    """What `save` wrote into the metadata; None if there is none. The header has been checked."""
     with path.open("rb") as stream:
-        if stream.read(9)[8:] != b"{":
-            raise UnsupportedFormatError(
-                f"{path} is not a snapshot: it is no safetensors file. Snapshot.save writes one of "
-                f"a model, and `bnfreeze snapshot` one of a checkpoint."
-            )
-    with open_checkpoint(path) as opened, path.open("rb") as stream:
-        text = None
-        if opened.kind == "safetensors":  # its header has been checked
-            size = int.from_bytes(stream.read(8), "little")
-            metadata = json.loads(stream.read(size)).get("__metadata__")
-            text = metadata.get(_KEY) if isinstance(metadata, dict) else None
-        if not isinstance(text, str):
-            raise UnsupportedFormatError(
-                f"{path} is a safetensors file, but not a snapshot: it lacks the facts that "
-                f"Snapshot.save writes. `bnfreeze snapshot` makes a snapshot of a checkpoint."
-            )
-        try:
-            header = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise _corrupt(path, f"its facts are not valid JSON ({error})") from error
-        state, stored = _facts(path, header), opened.root
-        digests = header.get("sha256", {})
-        if not isinstance(digests, dict) or not all(
-            isinstance(value, str) and len(value) == 64 for value in digests.values()
-        ):
-            raise _corrupt(path, "it has no list of SHA-256 digests")
-        # Every readable tensor has its values or its digest, and nothing else has.
-        wanted = state.tensors if digests else {one.first for one in state.tensors.values()}
-        readable = {name for name in wanted if not state.tensors[name].unreadable}
-        for name in sorted(readable ^ (digests | stored).keys()):
-            what = "is noted, but its values are missing" if name in readable else "is not noted"
-            raise _corrupt(path, f"{name} {what}")
-        values = {}
-        for name, value in stored.items():
-            noted = state.tensors[name]
-            # A shard has a shape of its own.
-            fits = noted.shape == value.shape or noted.placement
-            if noted.dtype != value.dtype or not fits:
-                what = f"{name} is noted as {noted.dtype} of shape {noted.shape}, but is not"
-                raise _corrupt(path, what)
-            values[name] = KeptTensor(value.dtype, value.shape, value.words())
-        return replace(state, values=values, digests=digests)
+        size = int.from_bytes(stream.read(8), "little")
+        metadata = json.loads(stream.read(size)).get("__metadata__")
+    text = metadata.get(_KEY) if isinstance(metadata, dict) else None
+    try:
+        return json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(path, f"its facts are not valid JSON ({error})") from error
 
 
 def _facts(path: Path, header: Any) -> State:
@@ -211,6 +186,31 @@ def _facts(path: Path, header: Any) -> State:
     if not (tensors and known and tensors.keys() >= {name for group in groups for name in group}):
         raise _corrupt(path, "the names in its facts do not fit together")
     return State(str(facts["selection"]), tensors, owners, groups)
+
+
+def _with_values(
+    path: Path, state: State, noted: dict[str, Any], stored: dict[str, StoredTensor]
+) -> State:
+    """The state with what is stored: every readable tensor has its values or its digest."""
+    digests = noted.get("sha256", {})
+    if not isinstance(digests, dict) or not all(
+        isinstance(value, str) and len(value) == 64 for value in digests.values()
+    ):
+        raise _corrupt(path, "it has no list of SHA-256 digests")
+    wanted = state.tensors if digests else {facts.first for facts in state.tensors.values()}
+    readable = {name for name in wanted if not state.tensors[name].unreadable}
+    for name in sorted(readable ^ (digests | stored).keys()):
+        what = "is noted, but its values are missing" if name in readable else "is not noted"
+        raise _corrupt(path, f"{name} {what}")
+    values = {}
+    for name, value in stored.items():
+        facts = state.tensors[name]
+        fits = facts.shape == value.shape or facts.placement  # a shard has a shape of its own
+        if facts.dtype != value.dtype or not fits:
+            what = f"{name} is noted as {facts.dtype} of shape {facts.shape}, but is not"
+            raise _corrupt(path, what)
+        values[name] = KeptTensor(value.dtype, value.shape, value.words())
+    return replace(state, values=values, digests=digests)
 
 
 def _corrupt(path: Path, what: str) -> CorruptCheckpointError:

@@ -85,7 +85,7 @@ def test_the_steps_are_named_between_which_it_drifted(model, optimizer):
 
 def test_values_and_flags_on_an_accelerator_are_compared_at_once(model, optimizer, monkeypatch):
     # Tensors on the CPU, compared as those on an accelerator are.
-    monkeypatch.setattr(on_device, "_on_cpu", lambda device: False)
+    monkeypatch.setattr(on_device, "_on_cpu", lambda tensor: False)
     with bnfreeze.guard(model, optimizer=optimizer) as watch:
         train(model, optimizer, 5)
     assert (watch.step, watch.report.ok) == (5, True)

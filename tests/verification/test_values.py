@@ -181,7 +181,7 @@ def test_a_digest_is_of_name_dtype_shape_and_bytes():
 
 
 def test_the_answer_for_an_accelerator_is_the_same(monkeypatch):
-    monkeypatch.setattr(on_device, "_on_cpu", lambda device: False)
+    monkeypatch.setattr(on_device, "_on_cpu", lambda tensor: False)
     tensors = torch.randn(10), torch.arange(10), torch.randn(300_000)
     pairs = {str(number): (one, one.clone()) for number, one in enumerate(tensors)}
     assert not on_device.unequal_tensors(pairs)
