@@ -7,7 +7,6 @@ from dataclasses import replace
 from math import prod
 
 from bnfreeze.checkpoints import naming_file
-from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.verification.causes import explained
 from bnfreeze.verification.drift import Drift, Kind
 from bnfreeze.verification.drift_report import DriftReport
@@ -139,37 +138,31 @@ def _doubt(old: TensorFacts, new: TensorFacts, gathered: bool) -> str:
 def _values(
     names: Sequence[str], before: State, after: State, progress: Progress
 ) -> Iterator[Drift]:
-    if before.digests or after.digests:
-        for done, name in enumerate(names):
-            progress(done, len(names))
-            with naming_file(name):
-                if before.digest(name) == after.digest(name):
-                    continue
-            yield Drift(name, "value", total=prod(before.tensors[name].shape))
-        return
-    pairs: dict[str, tuple[StoredTensor, StoredTensor]] = {}
-    for name in names:
-        old, new = before.value(name), after.value(name)
-        if old.shape == new.shape:
-            pairs[name] = old, new
-        else:  # shards: their facts have the shape of the whole tensor
-            sizes = f"{old.shape} → {new.shape}"
-            yield Drift(name, "unverified", after=f"the shape of its shard changed: {sizes}")
+    digested = bool(before.digests or after.digests)
+    pairs = {} if digested else {name: (before.value(name), after.value(name)) for name in names}
     # Live tensors are compared on their own device; only what differs there is read from it.
     live = {
         name: (old.tensor, new.tensor)
         for name, (old, new) in pairs.items()
-        if hasattr(old, "tensor") and hasattr(new, "tensor")
+        if hasattr(old, "tensor") and hasattr(new, "tensor") and old.shape == new.shape
     }
     if live:
         from bnfreeze.verification.on_device import unequal_tensors
 
-        for name in live.keys() - unequal_tensors(live):
-            del pairs[name]
-    for done, (name, (old, new)) in enumerate(pairs.items()):
-        progress(done, len(pairs))
+        unequal = unequal_tensors(live)
+        names = [name for name in names if name not in live or name in unequal]
+    for done, name in enumerate(names):
+        progress(done, len(names))
         with naming_file(name):
-            if drift := locate(name, old, new):
+            if digested:
+                if before.digest(name) != after.digest(name):
+                    yield Drift(name, "value", total=prod(before.tensors[name].shape))
+                continue
+            old, new = pairs[name]
+            if old.shape != new.shape:  # shards: their facts have the shape of the whole tensor
+                sizes = f"{old.shape} → {new.shape}"
+                yield Drift(name, "unverified", after=f"the shape of its shard changed: {sizes}")
+            elif drift := locate(name, old, new):
                 yield drift
 
 

@@ -137,7 +137,7 @@ def _found(what: object, key: str | None, stack: ExitStack) -> Found:
 
 
 def _changes(
-    states: Sequence[Mapping[str, StoredTensor]],
+    states: Sequence[dict[str, StoredTensor]],
     sides: Sequence[Found],
     here: Mapping[str, str],
     key: str,
@@ -163,7 +163,7 @@ def _changes(
     found = compare(*facts, progress=progress).drifts
     for drift in sorted(found, key=lambda drift: _ORDER.index(drift.kind)):
         drifts.setdefault(drift.name, drift)
-    old, new = map(dict, states)
+    old, new = states
     changes = []
     for name, tensor in (old | new | old).items():  # the first's order, and its values
         kind: Any = drifts[name].kind if name in drifts else "identical"

@@ -129,7 +129,7 @@ def verify_found(
     after = replace(now, tensors={**now.tensors, **unsaved})
     # The other notes are about a live model.
     notes = (DIGESTED,) if before.digests else ()
-    report = compare(old, after, gathered=True, progress=progress)
+    report = compare(old, after, progress=progress)
     return replace(report, notes=notes, findings=code_findings(found.calls))
 
 
