@@ -12,7 +12,6 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 from bnfreeze.arguments import command_parser, unknown_command
@@ -126,20 +125,18 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from bnfreeze.checkpoints import open_checkpoint
-    from bnfreeze.inspection.origin import Found
-    from bnfreeze.verification.diff import diff_found
+    from bnfreeze.verification.diff import diff
 
     check_outputs(options)
-    keys = (options.key if one is None else one for one in (options.key_a, options.key_b))
-    with ProgressLine(options.second) as progress, ExitStack() as stack:
-        first, second = (
-            Found.in_checkpoint(stack.enter_context(open_checkpoint(path)), key)
-            for path, key in zip((options.first, options.second), keys, strict=True)
-        )
-        prefixes = dict(options.map) if options.map else None
-        found = diff_found(
-            first, second, select=options.select, prefixes=prefixes, progress=progress
+    key_a, key_b = (options.key if one is None else one for one in (options.key_a, options.key_b))
+    with ProgressLine(options.second) as progress:
+        found = diff(
+            options.first,
+            options.second,
+            select=options.select,
+            key=(key_a, key_b),
+            prefixes=dict(options.map) if options.map else None,
+            progress=progress,
         )
     show(options, [found], found.to_dict, found.lines)
     return exit_code(found)

@@ -599,7 +599,7 @@ def test_an_unforeseen_error_is_no_difference_and_reaches_no_terminal(
     def fail(*_, **__):
         raise RuntimeError("\x1b[31m")
 
-    monkeypatch.setattr("bnfreeze.verification.diff.diff_found", fail)
+    monkeypatch.setattr("bnfreeze.verification.diff.diff", fail)
     assert main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "a.pt")]) == 2
     error = capsys.readouterr().err
     assert "a defect of bnfreeze" in error

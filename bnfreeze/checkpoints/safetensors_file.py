@@ -24,10 +24,10 @@ from bnfreeze.checkpoints.stored_tensor import (
 )
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["read_safetensors"]
+__all__ = ["DTYPES", "read_safetensors"]
 
 # Safetensors' names: of most, the first letter and the bits.
-_DTYPES: Final = {
+DTYPES: Final = {
     f"{name[0].upper()}{8 * ITEM_SIZES[name]}": name
     for name in NUMPY_DTYPES - {"bool", "complex128"}
 } | {
@@ -85,12 +85,12 @@ def _tensor(name: str, description: dict[str, Any], data: Source) -> StoredTenso
     dtype, shape = description.get("dtype"), description.get("shape")
     if type(dtype) is not str or type(shape) is not list:
         raise CorruptCheckpointError("Damaged: its header does not describe tensors.")
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise UnsupportedFormatError(f"{name!r:.200} is of dtype {dtype!r:.40}, unknown here.")
     check_limit(len(shape), MAX_DIMENSIONS, "dimensions of a tensor")
     begin, end = description["data_offsets"]
-    if not is_shape(shape) or math.prod(shape) * ITEM_SIZES[_DTYPES[dtype]] != end - begin:
+    if not is_shape(shape) or math.prod(shape) * ITEM_SIZES[DTYPES[dtype]] != end - begin:
         raise CorruptCheckpointError(f"Damaged: {name!r:.200} has another size than its shape.")
     stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     record = Record(data.part(begin, end - begin))
-    return StridedTensor(_DTYPES[dtype], tuple(shape), stride, record)
+    return StridedTensor(DTYPES[dtype], tuple(shape), stride, record)

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from bnfreeze.errors import NotFrozenError, PolicyError
+from bnfreeze.freezing.plan import plan
 from bnfreeze.inspection.live import inspect_model
-from bnfreeze.norm_layers import check_model, is_norm, named_modules
+from bnfreeze.norm_layers import (
+    NamedModule,
+    check_model,
+    foreign_remedy,
+    is_foreign,
+    is_norm,
+    named_modules,
+)
 from bnfreeze.patterns import Pattern
-from bnfreeze.policies.record import class_changed_since, is_left_alone, policy_name, record_of
+from bnfreeze.policies.policy import Policy
+from bnfreeze.policies.record import (
+    class_changed_since,
+    is_left_alone,
+    policy_name,
+    record_of,
+    recorded,
+)
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.verify import verify
 
@@ -21,6 +36,9 @@ if TYPE_CHECKING:
     from bnfreeze.inspection.behaviour import LiveLayer
 
 __all__ = ["assert_frozen"]
+
+# What strict=True demands, and what freeze does by itself.
+_FULL = Policy.EVAL | Policy.AFFINE
 
 
 def assert_frozen(
@@ -58,13 +76,14 @@ def assert_frozen(
     modules = named_modules(check_model(model))
     if before is not None:
         verify(model, before, process_group=process_group).raise_if_drifted()
-    texts = [select] if isinstance(select, str) else select or ()
-    patterns = [Pattern.parse(text) for text in texts]
-    chosen = []
-    for entry in modules:
-        matched = any(pattern.matches(*entry.all_names) for pattern in patterns)
-        if record_of(entry.module) or is_norm(entry.module):
-            chosen += [entry] if select is None or matched else []
+    texts = "**" if select is None else select
+    patterns = [Pattern.parse(text) for text in ([texts] if isinstance(texts, str) else texts)]
+    chosen = [
+        entry
+        for entry in modules
+        if (record_of(entry.module) or is_norm(entry.module))
+        and any(pattern.matches(*entry.all_names) for pattern in patterns)
+    ]
     if select is not None and not chosen:
         raise PolicyError(
             f"select={select!r} matches no frozen module and no norm layer: nothing to check."
@@ -74,15 +93,18 @@ def assert_frozen(
             "Nothing in the model is frozen and it has no norm layer: there is nothing to check."
         )
     facts = {layer.name: layer for layer in inspect_model(model).layers}
-    found = [
-        (entry.name, "; ".join(reasons))
+    found = {
+        entry.name: "; ".join(reasons)
         for entry in chosen
         if (reasons := list(_reasons(entry.module, facts.get(entry.name), strict)))
-    ]
+    }
     if found:
-        failing = {name for name, _ in found}
-        again = all(record_of(entry.module) for entry in chosen if entry.name in failing)
-        raise NotFrozenError(_message(found, len(chosen), again), tuple(found))
+        are = "is" if len(found) == 1 else "are"
+        lines = [f"{name or 'The model'}: {why}." for name, why in found.items()]
+        more = [f"And {len(lines) - 5} more layers."] if len(lines) > 5 else []
+        head = f"{len(found)} of {len(chosen)} layers {are} not frozen:"
+        text = "\n".join([head, *lines[:5], *more, _remedy(modules, found, strict)])
+        raise NotFrozenError(text, tuple(found.items()))
 
 
 def _reasons(module: nn.Module, facts: LiveLayer | None, strict: bool) -> Iterator[str]:
@@ -97,7 +119,7 @@ def _reasons(module: nn.Module, facts: LiveLayer | None, strict: bool) -> Iterat
             yield f"its statistics update, though policy {policy!r} freezes them"
         if facts is not None and record.policy.forces_eval and facts.normalizes_with == "batch":
             yield f"it normalises with the batch, though policy {policy!r} promises eval mode"
-        own = {n: p for n in record.requires_grad if (p := module._parameters.get(n)) is not None}
+        own = {name: parameter for name, parameter, _ in recorded(module)}
         training = [name for name, parameter in own.items() if parameter.requires_grad]
         if training:
             verb, them = ("requires", "it") if len(training) == 1 else ("require", "them")
@@ -119,20 +141,23 @@ def _why(facts: LiveLayer, answer: str) -> str:
     return f" ({facts.why[answer]})" if facts.why.get(answer) else ""
 
 
-def _message(found: Sequence[tuple[str, str]], checked: int, again: bool) -> str:
-    """The layers and why; `again`: whether bnfreeze has frozen all of them before."""
-    one = len(found) == 1
-    verdict = f"{'is' if one else 'are'} not frozen"
-    if again:
-        verdict = "does not keep its policy" if one else "do not keep their policy"
-    head = f"{len(found)} of {checked} layers {verdict}:"
-    lines = [f"{name or 'The model'}: {why}." for name, why in found[:5]]
-    if len(found) > 5:
-        lines.append(f"And {len(found) - 5} more layers.")
-    remedy = (
-        "Freeze them again: call freeze(model, …) with the same policy."
-        if again
-        else "Freeze them with freeze(model, …). To leave a layer out on purpose, give it the rule "
+def _remedy(modules: Sequence[NamedModule], failing: Collection[str], strict: bool) -> str:
+    """What to do about the failing layers. It is planned as freeze plans it, which may refuse."""
+    found = {index: entry for index, entry in enumerate(modules) if entry.name in failing}
+    records = {index: record_of(entry.module) for index, entry in found.items()}
+    policies = {index: record.policy if record else _FULL for index, record in records.items()}
+    try:
+        plan(modules, policies)
+    except PolicyError as refusal:
+        return f"To freeze them, mend this first: {refusal}"
+    never = [found[index] for index, record in records.items() if record is None]
+    if foreign := next((entry for entry in never if is_foreign(entry.module)), None):
+        return foreign_remedy(foreign.module, foreign.plain_names[0])
+    if strict and any(is_norm(found[i].module) and _FULL not in p for i, p in policies.items()):
+        return f'Freeze them with freeze(model, "{_FULL}"), or check only a part with select=…'
+    if not never:
+        return "Freeze them again: call freeze(model, …) with the same policy."
+    return (
+        "Freeze them with freeze(model, …). To leave a layer out on purpose, give it the rule "
         "'none', or check only a part of the model with select=…"
     )
-    return "\n".join([head, *lines, remedy])

@@ -13,27 +13,24 @@ from typing import Any
 
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.verification.drift import Drift
-from bnfreeze.verification.reasons import Reason, because
+from bnfreeze.verification.reasons import because
 from bnfreeze.verification.state import Identity, OwnerFacts, State, TensorFacts
 
-__all__ = ["explained", "with_reason"]
+__all__ = ["explained"]
 
 # The same words as bnfreeze.norm_layers, which imports torch.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # The policies under which statistics move.
 _MOVING = ("none", "affine", "weights", "affine+weights")
 
+# A code of bnfreeze.verification.reasons, and what its sentence needs.
+Cause = tuple[str, dict[str, object]]
+
 
 def explained(drifts: Sequence[Drift], before: State, after: State) -> tuple[Drift, ...]:
     """The drifts, each with its cause and remedy."""
     other = _other_model(drifts, before, after)
-    cases = [_Case(drift, before, after) for drift in drifts]
-    return tuple(with_reason(c.drift, other.get(c.drift.kind) or _reason(c)) for c in cases)
-
-
-def with_reason(drift: Drift, reason: Reason) -> Drift:
-    """The drift with this cause and remedy."""
-    return replace(drift, cause_code=reason.code, cause=reason.cause, remedy=reason.remedy)
+    return tuple(_explained(_Case(d, before, after), other.get(d.kind)) for d in drifts)
 
 
 class _Case:
@@ -46,7 +43,11 @@ class _Case:
         self.layer = self.old.owner if self.old else drift.name
         self.was = _known(before.owners.get(self.layer))
         self.now = _known(after.owners.get(self.layer))
-        self.identities = _identities(self, drift.name)
+
+    def identities(self, name: str) -> tuple[Identity, Identity] | None:
+        """The object under the name, before and after; None if one is not known."""
+        old, new = self.before.identities.get(name), self.after.identities.get(name)
+        return None if old is None or new is None else (old, new)
 
     def statistics(self, state: State) -> list[StoredTensor | None]:
         """Mean, variance and count of the layer in one of the states."""
@@ -54,57 +55,47 @@ class _Case:
         facts = [state.tensors.get(prefix + key) for key in _STATISTICS]
         return [state.values.get(one.first) if one else None for one in facts]
 
-    def groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The optimizer groups that have the tensor, each with its optimizer's class."""
-        tensor = self.identities[1].tensor if self.identities else None
-        for optimizer in self.before.live_optimizers():
-            for group in optimizer.param_groups:
-                if any(member is tensor for member in group["params"]):
-                    yield type(optimizer).__name__, group
-
 
 def _known(facts: OwnerFacts | None) -> OwnerFacts | None:
     # A checkpoint shows no classes and no policies.
     return facts if facts is not None and facts.kind else None
 
 
-def _identities(case: _Case, name: str) -> tuple[Identity, Identity] | None:
-    """The object under the name, before and after; None if one is not known."""
-    old, new = case.before.identities.get(name), case.after.identities.get(name)
-    return None if old is None or new is None else (old, new)
+def _explained(case: _Case, known: Cause | None) -> Drift:
+    code, details = known or next(_causes(case), (case.drift.kind, {}))
+    found = because(case.drift, code, **details)
+    if case.now and case.now.remedy and code in ("forward-in-training", "train-called"):
+        return replace(found, remedy=case.now.remedy)
+    return found
 
 
-def _reason(case: _Case) -> Reason:
-    kind, reason = case.drift.kind, None
-    if kind == "value" and case.old is None:
-        return because("eps")  # the only value that is no tensor
-    if kind == "value":
-        rules = (_statistics_moved, _replaced, _optimized, _averaged, _written)
-        reason = next(filter(None, (rule(case) for rule in rules)), None)
-    elif kind in ("thawed", "mode") or (kind == "replaced" and not (case.old or case.new)):
-        reason = _layer_changed(case)
-    reason = reason or because(kind)
-    if case.now and case.now.remedy and reason.code in ("forward-in-training", "train-called"):
-        return reason._replace(remedy=case.now.remedy)
-    return reason
+def _causes(case: _Case) -> Iterator[Cause]:
+    """What may be the cause, the likeliest first; nothing if the kind says all."""
+    if case.drift.kind == "value" and case.old is None:
+        yield "eps", {}  # the only value that is no tensor
+    elif case.drift.kind == "value":
+        for rule in (_statistics_moved, _replaced, _optimized, _averaged, _written):
+            yield from rule(case)
+    elif case.drift.kind in ("thawed", "mode", "replaced") and case.old is None:
+        yield from _layer_changed(case)
 
 
-def _other_model(drifts: Iterable[Drift], before: State, after: State) -> dict[str, Reason]:
+def _other_model(drifts: Iterable[Drift], before: State, after: State) -> dict[str, Cause]:
     """The cause of several kinds of drift at once, if this is another model; by kind."""
     ours, theirs = before.tensors, after.tensors
     gone = sum(name not in theirs for name in ours)
     reshaped = sum(drift.kind == "shape" for drift in drifts)
     if 2 * (gone + reshaped) > len(ours):
-        reason = because("other-model", gone=gone, all=len(ours), reshaped=reshaped)
-        return dict.fromkeys(("removed", "added", "shape", "replaced"), reason)
+        details: dict[str, object] = {"gone": gone, "all": len(ours), "reshaped": reshaped}
+        return dict.fromkeys(("removed", "added", "shape", "replaced"), ("other-model", details))
     replaced = {drift.name for drift in drifts if drift.kind == "replaced"}
     parameters = {n for n, facts in ours.items() if facts.kind == "parameter" and n in theirs}
     if len(parameters) > 1 and parameters <= replaced:
-        return {"replaced": because("other-objects", count=len(parameters))}
+        return {"replaced": ("other-objects", {"count": len(parameters)})}
     return {}
 
 
-def _statistics_moved(case: _Case) -> Reason | None:
+def _statistics_moved(case: _Case) -> Iterator[Cause]:
     """A reset, a layer that was thawed, or a forward pass in training mode."""
     old, was, now = case.old, case.was, case.now
     key = case.drift.name.rpartition(".")[2]
@@ -114,14 +105,14 @@ def _statistics_moved(case: _Case) -> Reason | None:
         or (now is not None and now.remedy != "" and not old.requires_grad)
     )
     if is_statistic and _was_reset(case):
-        return because("reset")
+        yield "reset", {}
     if was and now and was.policy not in ("none", now.policy):
-        return because("thawed", was=was.policy, now=now.policy, kind=now.short_kind)
+        yield "thawed", {"was": was.policy, "now": now.policy, "kind": now.short_kind}
     if not is_statistic or (now and now.policy not in _MOVING):
-        return None
+        return
     batches, training = _batches(case), now is not None and now.training
     if (batches is not None and batches <= 0) or not (training or batches):
-        return None
+        return
     sentences = []
     if now:
         text = f"The layer is a plain {now.short_kind}"
@@ -138,7 +129,7 @@ def _statistics_moved(case: _Case) -> Reason | None:
             text += f" ({batches} forward passes in {steps} step{'s' if steps > 1 else ''}: does "
             text += "activation checkpointing run it twice?)"
         sentences.append(f"{text}.")
-    return because("forward-in-training", sentences=" ".join(sentences))
+    yield "forward-in-training", {"sentences": " ".join(sentences)}
 
 
 def _batches(case: _Case) -> int | None:
@@ -162,50 +153,57 @@ def _was_reset(case: _Case) -> bool:
     return count is None or not count.any()
 
 
-def _replaced(case: _Case) -> Reason | None:
+def _replaced(case: _Case) -> Iterator[Cause]:
     """Another tensor, or another storage."""
-    if not case.identities:
-        return None
-    old, new = case.identities
-    if old.tensor is not new.tensor:
-        return because("other-tensor")
-    if old.pointer and new.pointer and old.pointer != new.pointer:
-        return because("other-storage")
-    return None
+    if known := case.identities(case.drift.name):
+        old, new = known
+        if old.tensor is not new.tensor:
+            yield "other-tensor", {}
+        if old.pointer and new.pointer and old.pointer != new.pointer:
+            yield "other-storage", {}
 
 
-def _optimized(case: _Case) -> Reason | None:
+def _optimized(case: _Case) -> Iterator[Cause]:
     """An optimizer's step, with a new gradient or with one that was left over."""
-    old, new = case.old, case.new
+    old, new, known = case.old, case.new, case.identities(case.drift.name)
     if old is None or new is None or old.kind != "parameter":
-        return None
-    requires_grad = old.requires_grad if new.requires_grad is None else new.requires_grad
-    name, group = next(case.groups(), ("", {}))
-    if requires_grad:
-        return because("trained", where=f" and it is in {name}" if name else "")
-    grad = case.identities[1].tensor.grad if case.identities and new.has_grad else None
-    if grad is None or not name:
-        return None
-    forces = [
-        f"{key}={group[key]:g}"
-        for key in ("weight_decay", "momentum")
-        if isinstance(group.get(key), int | float) and group[key]
+        return
+    tensor = known[1].tensor if known else None
+    groups: list[tuple[str, dict[str, Any]]] = [
+        (type(optimizer).__name__, group)
+        for optimizer in case.before.live_optimizers()
+        for group in optimizer.param_groups
+        if any(member is tensor for member in group["params"])
     ]
-    zeros = ".grad of zeros, which zero_grad(set_to_none=False) leaves,"
-    return because(
-        "leftover-grad",
-        grad=".grad" if grad.any() else zeros,
-        optimizer=name + (f" with {' and '.join(forces)}" if forces else ""),
-    )
+    name, group = groups[0] if groups else ("", {})
+    if old.requires_grad if new.requires_grad is None else new.requires_grad:
+        yield "trained", {"where": f" and it is in {name}" if name else ""}
+        return
+    grad = tensor.grad if tensor is not None and new.has_grad else None
+    if name and grad is not None:
+        forces = [
+            f"{key}={group[key]:g}"
+            for key in ("weight_decay", "momentum")
+            if isinstance(group.get(key), int | float) and group[key]
+        ]
+        zeros = ".grad of zeros, which zero_grad(set_to_none=False) leaves,"
+        yield (
+            "leftover-grad",
+            {
+                "grad": ".grad" if grad.any() else zeros,
+                "optimizer": name + (f" with {' and '.join(forces)}" if forces else ""),
+            },
+        )
 
 
-def _averaged(case: _Case) -> Reason | None:
+def _averaged(case: _Case) -> Iterator[Cause]:
     """An average d * x + (1 - d) * x of equal numbers rounds, in some elements."""
     changed, ulps = case.drift.changed or 0, case.drift.max_ulps or 0
-    return because("averaging", ulps=ulps) if changed > 1 and 0 < ulps <= 4 else None
+    if changed > 1 and 0 < ulps <= 4:
+        yield "averaging", {"ulps": ulps}
 
 
-def _written(case: _Case) -> Reason | None:
+def _written(case: _Case) -> Iterator[Cause]:
     """A write in place: to all tensors, or to this one; seen by autograd, or not.
 
     A load_state_dict or an EMA writes to every tensor, changed or not.
@@ -213,16 +211,15 @@ def _written(case: _Case) -> Reason | None:
     for where, owner in (("checked tensors", None), ("tensors of the layer", case.layer)):
         names = [n for n, one in case.before.tensors.items() if owner in (None, one.owner)]
         if len(names) > 1 and all(_writes(case, name) for name in names):
-            return because("loaded", count=len(names), where=where)
+            yield "loaded", {"count": len(names), "where": where}
     writes = _writes(case, case.drift.name)
-    if writes is None:
-        return None
-    return because("in-place", times=_times(writes)) if writes else because("hidden-write")
+    if writes is not None:
+        yield ("in-place", {"times": _times(writes)}) if writes else ("hidden-write", {})
 
 
 def _writes(case: _Case, name: str) -> int | None:
     """How often autograd saw the tensor written in place; None if it is not known."""
-    known = _identities(case, name)
+    known = case.identities(name)
     if known is None or known[0].tensor is not known[1].tensor:
         return None
     start, end = known[0].version, known[1].version
@@ -233,19 +230,21 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 
-def _layer_changed(case: _Case) -> Reason | None:
+def _layer_changed(case: _Case) -> Iterator[Cause]:
     """Another class, policy or mode of a layer."""
     was, now = case.was, case.now
     if was is None or now is None:
-        return None
-    if was.kind != now.kind and now.short_kind == "SyncBatchNorm":
-        return because("sync-batchnorm")
-    if was.kind != now.kind and now.short_kind.startswith("Parametrized"):
-        return because("parametrized")
+        return
+    other = was.kind != now.kind
+    if other and now.short_kind == "SyncBatchNorm":
+        yield "sync-batchnorm", {}
+    if other and now.short_kind.startswith("Parametrized"):
+        yield "parametrized", {}
     if was.policy not in ("none", "frozen") and now.policy == "none":
-        return because("unfrozen")
-    if was.kind != now.kind:
-        return because("class-changed")
+        yield "unfrozen", {}
+    if other:
+        yield "class-changed", {}
     if now.woken_since(was):
-        return because("train-called")
-    return because("frozen-again") if was.policy != now.policy else None
+        yield "train-called", {}
+    if was.policy != now.policy:
+        yield "frozen-again", {}

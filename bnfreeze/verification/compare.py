@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING
 
 from bnfreeze.checkpoints import naming_file
-from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.verification.causes import explained
 from bnfreeze.verification.drift import Drift, Kind
 from bnfreeze.verification.drift_report import DriftReport
 from bnfreeze.verification.state import OwnerFacts, State, TensorFacts
 from bnfreeze.verification.values import locate
-
-if TYPE_CHECKING:
-    from bnfreeze.verification.on_device import Pair
 
 __all__ = ["DIGESTED", "Progress", "compare"]
 
@@ -47,7 +42,6 @@ def compare(
     gathered: bool = False,
     step: int | None = None,
     since: int | None = None,
-    later: list[Pair] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> DriftReport:
     """What changed from `before` to `after`.
@@ -58,18 +52,16 @@ def compare(
         gathered: whether other ranks check their shards of what is sharded.
         step: the optimizer steps completed now.
         since: those completed at the last check that found no drift.
-        later: takes the pairs of tensors on an accelerator, which are then not compared here.
         progress: is called with how many tensors of files are compared, and of how many.
     """
     drifts = [
         replace(drift, step=step, since=since)
-        for drift in _changes(before, after, gathered, later, progress)
+        for drift in _changes(before, after, gathered, progress)
     ]
-    names = [*before.tensors, *after.tensors]
-    places = {name: place for place, name in reversed(list(enumerate(names)))}
-    # In the model's order, a layer after its tensors.
+    # In the model's order, a layer after its tensors, and values before what else is known.
+    names = dict.fromkeys([*before.tensors, *after.tensors])
+    places = {name: place for place, name in enumerate(names)}
     last = {facts.owner: places[name] for name, facts in before.tensors.items()}
-    # Values come before what else is known of a tensor.
     last |= {f"{owner}.eps": place for owner, place in last.items()}
     drifts.sort(key=lambda d: (places.get(d.name, last.get(d.name, 0)), d.kind != "value"))
     notes = [_INSTANTS]
@@ -87,29 +79,26 @@ def _exact(before: State, after: State) -> bool:
     return bool(before.identities and after.identities)
 
 
-def _changes(
-    before: State, after: State, gathered: bool, later: list[Pair] | None, progress: Progress
-) -> Iterator[Drift]:
+def _changes(before: State, after: State, gathered: bool, progress: Progress) -> Iterator[Drift]:
     ours, theirs = before.tensors, after.tensors
     for name, facts in theirs.items():
         if name not in ours:
             yield Drift(name, "added", after=facts.kind)
     comparable = []
     for name, old in ours.items():
-        new = theirs.get(name)
-        if new is None:
+        if name not in theirs:
             yield Drift(name, "removed", before=old.kind)
             continue
+        new = theirs[name]
         # What is reported of a tensor is not reported again under its other names.
         if old.first != name and old.first in theirs and theirs[old.first].first == new.first:
             continue
         yield from _flags(name, before, after)
-        doubt = _doubt(old, new, gathered)
-        if doubt:
+        if doubt := _doubt(old, new, gathered):
             yield Drift(name, "unverified", after=doubt)
         elif (old.dtype, old.shape) == (new.dtype, new.shape):
             comparable.append(name)
-    yield from _values(comparable, before, after, later, progress)
+    yield from _values(comparable, before, after, progress)
     yield from _aliases(before, after)
     for name, was in before.owners.items():
         now = after.owners.get(name)
@@ -147,45 +136,34 @@ def _doubt(old: TensorFacts, new: TensorFacts, gathered: bool) -> str:
 
 
 def _values(
-    names: Sequence[str],
-    before: State,
-    after: State,
-    later: list[Pair] | None,
-    progress: Progress,
+    names: Sequence[str], before: State, after: State, progress: Progress
 ) -> Iterator[Drift]:
-    if before.digests or after.digests:
-        for done, name in enumerate(names):
-            progress(done, len(names))
-            with naming_file(name):
-                equal = before.digest(name) == after.digest(name)
-            if not equal:
-                yield Drift(name, "value", total=prod(before.tensors[name].shape))
-        return
-    pairs: dict[str, tuple[StoredTensor, StoredTensor]] = {}
-    for name in names:
-        old, new = before.value(name), after.value(name)
-        if old.shape == new.shape:
-            pairs[name] = old, new
-        else:  # shards: their facts have the shape of the whole tensor
-            sizes = f"{old.shape} → {new.shape}"
-            yield Drift(name, "unverified", after=f"the shape of its shard changed: {sizes}")
+    digested = bool(before.digests or after.digests)
+    pairs = {} if digested else {name: (before.value(name), after.value(name)) for name in names}
     # Live tensors are compared on their own device; only what differs there is read from it.
     live = {
         name: (old.tensor, new.tensor)
         for name, (old, new) in pairs.items()
-        if hasattr(old, "tensor") and hasattr(new, "tensor")
+        if hasattr(old, "tensor") and hasattr(new, "tensor") and old.shape == new.shape
     }
     if live:
         from bnfreeze.verification.on_device import unequal_tensors
 
-        for name in live.keys() - unequal_tensors(live, later):
-            del pairs[name]
-    for done, (name, (old, new)) in enumerate(pairs.items()):
-        progress(done, len(pairs))
+        unequal = unequal_tensors(live)
+        names = [name for name in names if name not in live or name in unequal]
+    for done, name in enumerate(names):
+        progress(done, len(names))
         with naming_file(name):
-            drift = locate(name, old, new)
-        if drift is not None:
-            yield drift
+            if digested:
+                if before.digest(name) != after.digest(name):
+                    yield Drift(name, "value", total=prod(before.tensors[name].shape))
+                continue
+            old, new = pairs[name]
+            if old.shape != new.shape:  # shards: their facts have the shape of the whole tensor
+                sizes = f"{old.shape} → {new.shape}"
+                yield Drift(name, "unverified", after=f"the shape of its shard changed: {sizes}")
+            elif drift := locate(name, old, new):
+                yield drift
 
 
 def _aliases(before: State, after: State) -> Iterator[Drift]:

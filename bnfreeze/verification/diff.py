@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from bnfreeze.checkpoints import StoredTensor, open_checkpoint
+from bnfreeze.checkpoints import StoredTensor, naming_file, open_checkpoint
 from bnfreeze.errors import CheckpointError
 from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.checkpoint import Unread
@@ -24,9 +24,12 @@ from bnfreeze.verification.stored import state_of
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Diff", "ModelPair", "TensorChange", "diff", "diff_found"]
+__all__ = ["Diff", "ModelPair", "TensorChange", "diff"]
 
-_STATISTICS: Final = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+# The role of a tensor by the last part of its name; of all others it is "other".
+_ROLES: Final = {"weight": "weight", "bias": "bias"} | dict.fromkeys(
+    ("running_mean", "running_var", "num_batches_tracked"), "statistics"
+)
 # If a tensor changed in several ways, the first of these is shown.
 _ORDER: Final = ("removed", "added", "shape", "dtype", "unverified", "value")
 # In units of the last place: d * x + (1 - d) * x comes as far from x, for d up to 0.9999.
@@ -40,6 +43,7 @@ def diff(
     select: str | Iterable[str] | None = None,
     key: str | tuple[str | None, str | None] | None = None,
     prefixes: Mapping[str, str] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Diff:
     """Compare two checkpoints, state_dicts or models, bit by bit.
 
@@ -56,6 +60,7 @@ def diff(
             has one for `a` and one for `b`. None means all: those with the same key are compared.
         prefixes: how the names of `a` begin in `b`, such as ``{"": "model.backbone"}``. None means
             that it is found out.
+        progress: is called with how many tensors of a model are done, and of how many.
 
     Returns:
         A `Diff`; it is true if both have the same names and every bit is the same.
@@ -68,8 +73,54 @@ def diff(
     keys = key if isinstance(key, tuple) else (key, key)
     patterns = [select] if isinstance(select, str) else list(select or ())
     with ExitStack() as stack:
-        first, second = (_found(one, k, stack) for one, k in zip((a, b), keys, strict=True))
-        return diff_found(first, second, select=patterns, prefixes=prefixes)
+        sides = [_found(one, k, stack) for one, k in zip((a, b), keys, strict=True)]
+        names = [[name for part in side.parts.all for name in part.tensors] for side in sides]
+        chosen = selected([part for side in sides for part in side.parts.all], patterns)
+        wanted = {name for part in chosen for name in part.tensors}
+        check_prefixes(prefixes or {}, *names)
+        pairs: list[ModelPair] = []
+        tensors: list[TensorChange] = []
+        findings = [
+            replace(one, message=f"{side.path}: {one.message}")
+            for side in sides
+            for one in code_findings(side.calls)
+        ]
+        unread: list[Unread] = []
+        matching = paired(*sides)
+        for before, after in matching:
+            old, new = (part.tensors if part else {} for part in (before, after))
+            used: Mapping[str, str] = {}
+            if before and after:
+                used = common_prefix(old, new) if prefixes is None else prefixes
+            # Compared under the second's names.
+            there = mapped(old, used)
+            here = {name: name for name in new} | {other: name for name, other in there.items()}
+            first, second = (part.key if part else None for part in (before, after))
+            in_both = sum(name in new for name in there.values())
+            pairs.append(ModelPair(first, second, tuple(used.items()), in_both))
+            model = (second or "") if first is None else first
+            states = [
+                {name: t for name, t in one.items() if wanted & {name, here[name]}}
+                for one in ({there[name]: tensor for name, tensor in old.items()}, new)
+            ]
+            try:
+                changes = _changes(states, sides, here, model, progress)
+            except CheckpointError as error:
+                if len(matching) == 1:
+                    raise
+                # The others are compared all the same.
+                unread.append(Unread(model, type(error).__name__, str(error)))
+                continue
+            findings += (*_leaks(changes, model), *_averages(changes, model))
+            tensors += changes
+        return Diff(
+            sides[0].origin(sides[0].parts.all),
+            sides[1].origin(sides[1].parts.all),
+            tuple(pairs),
+            tuple(tensors),
+            worst_first(findings),
+            tuple(unread),
+        )
 
 
 def _found(what: object, key: str | None, stack: ExitStack) -> Found:
@@ -85,128 +136,54 @@ def _found(what: object, key: str | None, stack: ExitStack) -> Found:
     return found_in(what, kind, key)
 
 
-def diff_found(
-    first: Found,
-    second: Found,
-    *,
-    select: Sequence[str] = (),
-    prefixes: Mapping[str, str] | None = None,
-    progress: Progress = lambda done, total: None,
-) -> Diff:
-    """Compare all that was found on two sides.
-
-    Args:
-        first: the earlier one.
-        second: the later one.
-        select: patterns of dotted module names; none means all.
-        prefixes: as in `diff`.
-        progress: is called with how many tensors of a model are done, and of how many.
-
-    Raises:
-        PolicyError: a pattern is malformed or matches nothing, or no name has a prefix.
-        CheckpointError: a tensor cannot be read, or several models or prefixes fit.
-    """
-    sides = (first, second)
-    names = [[name for part in side.parts.all for name in part.tensors] for side in sides]
-    chosen = selected([part for side in sides for part in side.parts.all], select)
-    wanted = {name for part in chosen for name in part.tensors}
-    check_prefixes(prefixes or {}, *names)
-    pairs: list[ModelPair] = []
-    tensors: list[TensorChange] = []
-    findings = [
-        replace(one, message=f"{side.path}: {one.message}")
-        for side in sides
-        for one in code_findings(side.calls)
-    ]
-    unread: list[Unread] = []
-    matching = paired(first, second)
-    for before, after in matching:
-        old, new = (part.tensors if part else {} for part in (before, after))
-        keys = [part.key if part else None for part in (before, after)]
-        key = keys[0] if before else keys[1]
-        used: Mapping[str, str] = {}
-        if before and after:
-            used = common_prefix(old, new) if prefixes is None else prefixes
-        there = mapped(old, used)
-        in_both = sum(name in new for name in there.values())
-        pairs.append(ModelPair(keys[0], keys[1], tuple(used.items()), in_both))
-        # Compared under the second's names.
-        here = {name: name for name in new} | {other: name for name, other in there.items()}
-        keep = {name for name in here if name in wanted or here[name] in wanted}
-        states = (
-            {there[name]: tensor for name, tensor in old.items() if there[name] in keep},
-            {name: tensor for name, tensor in new.items() if name in keep},
-        )
-        try:
-            changes = _changes(states, sides, progress)
-        except CheckpointError as error:
-            if len(matching) == 1:
-                raise
-            # The others are compared all the same.
-            unread.append(Unread(key or "", type(error).__name__, str(error)))
-            continue
-        changes = [
-            replace(one, name=min(here[one.name], one.name, key=len), key=key or "")
-            for one in changes
-        ]
-        findings += (*_leaks(changes, key or ""), *_averages(changes, key or ""))
-        tensors += changes
-    return Diff(
-        first.origin(first.parts.all),
-        second.origin(second.parts.all),
-        tuple(pairs),
-        tuple(tensors),
-        worst_first(findings),
-        tuple(unread),
-    )
-
-
 def _changes(
-    states: tuple[dict[str, StoredTensor], dict[str, StoredTensor]],
-    sides: tuple[Found, Found],
+    states: Sequence[dict[str, StoredTensor]],
+    sides: Sequence[Found],
+    here: Mapping[str, str],
+    key: str,
     progress: Progress,
 ) -> list[TensorChange]:
     """What changed of each tensor of two models, in the order of the first.
 
+    Args:
+        states: their tensors, under the second's names.
+        sides: where they were found.
+        here: by each of these names, the first's name.
+        key: of the model.
+        progress: as in `diff`.
+
     Raises:
         CheckpointError: a tensor cannot be read.
     """
-    first, second = states
     facts = []
     for tensors, side in zip(states, sides, strict=True):
-        try:
+        with naming_file(side.path or side.kind):
             facts.append(state_of(tensors))
-        except CheckpointError as error:
-            raise type(error)(f"{side.path or side.kind}: {error}") from None
     drifts: dict[str, Drift] = {}
-    for drift in compare(*facts, progress=progress).drifts:
-        known = drifts.setdefault(drift.name, drift)
-        if _ORDER.index(drift.kind) < _ORDER.index(known.kind):
-            drifts[drift.name] = drift
-    names = [*first, *(name for name in second if name not in first)]
-    return [
-        _change(name, (first.get(name) or second[name]).numel, drifts.get(name)) for name in names
-    ]
-
-
-def _change(name: str, total: int, drift: Drift | None) -> TensorChange:
-    last = name.rpartition(".")[2]
-    role: Any = last if last in ("weight", "bias") else "other"
-    role = "statistics" if last in _STATISTICS else role
-    if drift is None:
-        return TensorChange(name, role, "identical", total)
-    kind: Any = "missing" if drift.kind == "removed" else drift.kind
-    return TensorChange(
-        name,
-        role,
-        kind,
-        total,
-        drift.changed or 0,
-        drift.max_abs,
-        drift.max_ulps,
-        drift.cause_code,
-        drift.cause,
-    )
+    found = compare(*facts, progress=progress).drifts
+    for drift in sorted(found, key=lambda drift: _ORDER.index(drift.kind)):
+        drifts.setdefault(drift.name, drift)
+    old, new = states
+    changes = []
+    for name, tensor in (old | new | old).items():  # the first's order, and its values
+        kind: Any = drifts[name].kind if name in drifts else "identical"
+        role: Any = _ROLES.get(name.rpartition(".")[2], "other")
+        drift = drifts.get(name, Drift(name, "value"))
+        changes.append(
+            TensorChange(
+                min(here[name], name, key=len),
+                role,
+                "missing" if kind == "removed" else kind,
+                tensor.numel,
+                drift.changed or 0,
+                drift.max_abs,
+                drift.max_ulps,
+                drift.cause_code,
+                drift.cause,
+                key,
+            )
+        )
+    return changes
 
 
 def _leaks(changes: Iterable[TensorChange], key: str) -> Iterator[Finding]:
@@ -217,18 +194,11 @@ def _leaks(changes: Iterable[TensorChange], key: str) -> Iterator[Finding]:
         layers.setdefault(layer, {})[part] = change
     for layer, parts in layers.items():
         affine = [parts[part].kind for part in ("weight", "bias") if part in parts]
-        moved = any(
-            parts[part].kind == "value" and not _is_rounding(parts[part])
-            for part in ("running_mean", "running_var")
-            if part in parts
-        )
-        if moved and affine and all(kind == "identical" for kind in affine):
-            yield finding(
-                "stats-not-frozen",
-                layer,
-                "weight and bias are bit-identical, and the running statistics moved.",
-                key=key,
-            )
+        statistics = [parts[part] for part in ("running_mean", "running_var") if part in parts]
+        moved = any(one.kind == "value" and not _is_rounding(one) for one in statistics)
+        if moved and {*affine} == {"identical"}:
+            text = "weight and bias are bit-identical, and the running statistics moved."
+            yield finding("stats-not-frozen", layer, text, key=key)
 
 
 def _is_rounding(change: TensorChange) -> bool:

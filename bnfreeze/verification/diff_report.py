@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -136,7 +137,7 @@ class Diff(Printable):
         for (key, name), changes in self.modules().items():
             if len(self.pairs) > 1 and key != shown:
                 shown = key
-                rows.append((f"{key or '(top)'}:", *[""] * (len(columns) - 1)))
+                rows.append((f"{key or '(top)'}:",))
             # The count of batches is not a size.
             sizes = [c for c in changes if c.max_abs and not c.name.endswith(_COUNT)]
             most = max(sizes, key=lambda c: c.max_abs or 0.0, default=None)
@@ -153,19 +154,11 @@ class Diff(Printable):
             notes=(
                 *(f"from {line}" for line in self.first.summary()),
                 *(f"to   {line}" for line in self.second.summary()),
-                *filter(None, map(self._note, self.pairs)),
+                *filter(None, map(_note, self.pairs)),
                 *(f"{one.key or '(top)'} was not read: {one.message}" for one in self.unread),
             ),
             findings_first=True,
         )
-
-    def _note(self, pair: ModelPair) -> str:
-        """What a person must know of a pair; empty if there is nothing to say."""
-        if pair.first is None or pair.second is None:
-            key, side = (pair.first, "first") if pair.second is None else (pair.second, "second")
-            return f"Only the {side} has {key or '(top)'}: it was compared with nothing."
-        names = ", ".join(f"{old!r} → {new!r}" for old, new in pair.prefixes)
-        return f"Names matched: {names}; {pair.in_both} tensors are in both." if names else ""
 
     def lines(self) -> list[tuple[str, ...]]:
         """One line for each tensor, for grep: a cell for each fact."""
@@ -181,17 +174,19 @@ class Diff(Printable):
         ]
 
     def _verdict(self) -> str:
-        kinds = {change.kind for change in self.tensors}
-        parts_of: dict[str, list[TensorChange]] = {}
+        kinds = Counter[str](change.kind for change in self.tensors)
+        # Of several models the models, of one its parts.
+        same: dict[str, bool] = {}
         for (key, name), changes in self.modules().items():
-            parts_of.setdefault(key or "(top)" if len(self.pairs) > 1 else name, []).extend(changes)
-        kept = [name for name, changes in parts_of.items() if _same(changes)]
-        changed = [name for name in parts_of if name not in kept]
+            part = (key or "(top)") if len(self.pairs) > 1 else name
+            same[part] = same.get(part, True) and _same(changes)
+        kept = [part for part in same if same[part]]
+        changed = [part for part in same if not same[part]]
         if self.unread:
             parts = [f"{len(self.unread)} of {len(self.pairs)} models were not read."]
         elif not changed:
             parts = [f"Bit-identical: all {len(self.tensors)} tensors."]
-        elif kinds <= {"added", "missing"}:
+        elif kinds.keys() <= {"added", "missing"}:
             parts = ["No name is in both: these are different models, or --map OLD=NEW is needed."]
         elif not kept:
             parts = ["Changed in every part."]
@@ -200,14 +195,23 @@ class Diff(Printable):
         else:
             parts = [f"Bit-identical: {_listed(kept)}. Changed: {_listed(changed)}."]
         for kind in ("missing", "added"):
-            count = sum(change.kind == kind for change in self.tensors)
-            parts += [f"{count} tensor{'s' if count > 1 else ''} {kind}."] if count else []
+            if count := kinds[kind]:
+                parts.append(f"{count} tensor{'s' if count > 1 else ''} {kind}.")
         statistics = [change for change in self.tensors if change.role == "statistics"]
         if changed and statistics and _same(statistics):
             parts.append(f"All {len(statistics)} running statistics are bit-identical.")
         if any(one.level == "error" for one in self.findings):
             parts.append("Loading one of the files would run code.")
         return " ".join(parts)
+
+
+def _note(pair: ModelPair) -> str:
+    """What a person must know of a pair; empty if there is nothing to say."""
+    if pair.first is None or pair.second is None:
+        key, side = (pair.first, "first") if pair.second is None else (pair.second, "second")
+        return f"Only the {side} has {key or '(top)'}: it was compared with nothing."
+    names = ", ".join(f"{old!r} → {new!r}" for old, new in pair.prefixes)
+    return f"Names matched: {names}; {pair.in_both} tensors are in both." if names else ""
 
 
 def _same(changes: Iterable[TensorChange]) -> bool:
@@ -222,20 +226,16 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _summary(changes: Sequence[TensorChange]) -> str:
+def _summary(changes: list[TensorChange]) -> str:
     """A cell: how many tensors are missing and added, and how many of the others changed."""
-    if not changes:
-        return ""
-    in_both = [change for change in changes if change.kind not in ("added", "missing")]
-    parts = []
-    for kinds, word in (
-        ({"missing"}, "missing"),
-        ({"added"}, "added"),
-        ({"dtype", "shape"}, "differ"),
-        ({"value"}, "moved"),
-        ({"unverified"}, "unread"),
-    ):
-        count = sum(change.kind in kinds for change in changes)
-        total = f" of {len(in_both)}" if word in ("differ", "moved", "unread") else ""
-        parts += [f"{count}{total} {word}"] if count else []
-    return ", ".join(parts) or "identical"
+    kinds = Counter[str](change.kind for change in changes)
+    both = len(changes) - kinds["missing"] - kinds["added"]
+    counts = {
+        "missing": kinds["missing"],
+        "added": kinds["added"],
+        f"of {both} differ": kinds["dtype"] + kinds["shape"],
+        f"of {both} moved": kinds["value"],
+        f"of {both} unread": kinds["unverified"],
+    }
+    words = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return words or ("identical" if changes else "")

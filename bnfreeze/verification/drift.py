@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["CHANGES", "Drift", "Kind", "Scalar", "sentence", "what_changed"]
+__all__ = ["Drift", "Kind", "Scalar", "sentence", "what_changed"]
 
 Kind = Literal[
     "value",
@@ -26,23 +26,6 @@ Kind = Literal[
 ]
 Scalar = bool | int | float | complex | str
 
-# What changed, of each kind.
-CHANGES: dict[Kind, str] = {
-    "value": "values changed",
-    "dtype": "dtype changed",
-    "shape": "shape changed",
-    "device": "device changed",
-    "added": "tensor added",
-    "removed": "tensor removed",
-    "aliasing": "shared memory changed",
-    "replaced": "tensor or layer replaced",
-    "thawed": "layer thawed",
-    "mode": "layer in train mode",
-    "requires-grad": "requires_grad changed",
-    "optimizer": "optimizer changed",
-    "grad": ".grad present",
-    "unverified": "not verified",
-}
 _VERBS = {
     "value": "drifted",
     "added": "was added",
@@ -175,12 +158,11 @@ def _when(drift: Drift) -> str:
     where = "" if drift.rank is None else f" on rank {drift.rank}"
     where += f" in {drift.operation}" if drift.operation else ""
     where += f", called at {drift.where}" if drift.where else ""
-    if drift.step is None:
+    step, since = drift.step, drift.since
+    if step is None:
         return where
-    if drift.since is None or drift.since == drift.step - 1:
-        return f" at step {drift.step}{where}"
-    if drift.since == drift.step:
-        if drift.step == 0:
-            return f" before the first optimizer step{where}"
-        return f" after step {drift.step}{where}"
-    return f" between steps {drift.since + 1} and {drift.step}{where}"
+    if since is None or since == step - 1:
+        return f" at step {step}{where}"
+    if since < step:
+        return f" between steps {since + 1} and {step}{where}"
+    return (f" after step {step}" if step else " before the first optimizer step") + where

@@ -11,7 +11,7 @@ from bnfreeze.errors import BnfreezeError
 from bnfreeze.findings import Finding
 from bnfreeze.tables import Printable, Sheet
 from bnfreeze.text import encodable, escaped
-from bnfreeze.verification.drift import CHANGES, Drift, sentence, what_changed
+from bnfreeze.verification.drift import Drift, sentence, what_changed
 
 __all__ = ["DriftError", "DriftReport"]
 
@@ -70,17 +70,12 @@ class DriftReport(Printable):
         """The first change in full, of values if there is one, and how many more of which kind."""
         if not self.drifts:
             return self.verdict
-        first = next((drift for drift in self.drifts if drift.kind == "value"), self.drifts[0])
-        others = [drift for drift in self.drifts if drift is not first]
+        first, *others = sorted(self.drifts, key=lambda drift: drift.kind != "value")
         lines = [sentence(first), f"{first.cause} {first.remedy}".strip()]
-        if len(others) == 1:
-            lines.append(
-                f"And 1 more: {others[0].name or 'the model'} ({CHANGES[others[0].kind]})."
-            )
-        elif others:
-            kinds = Counter(CHANGES[drift.kind] for drift in others).most_common()
-            tally = [f"{count} × {what}" if len(kinds) > 1 else what for what, count in kinds]
-            lines.append(f"And {len(others)} more: {', '.join(tally)}.")
+        if others:
+            kinds = Counter(drift.kind for drift in others).most_common()
+            tally = ", ".join(f"{count} × {kind}" for kind, count in kinds)
+            lines.append(f"And {len(others)} more: {tally}.")
         return "\n".join(escaped(line) for line in lines if line)
 
     @property

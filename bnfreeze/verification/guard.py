@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bnfreeze.errors import BnfreezeWarning
-from bnfreeze.verification.causes import with_reason
-from bnfreeze.verification.drift import Drift
 from bnfreeze.verification.drift_report import DriftError, DriftReport
 from bnfreeze.verification.live_state import as_list
-from bnfreeze.verification.on_device import Pair, start_comparing
-from bnfreeze.verification.reasons import because
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.tracer import Tracer
 from bnfreeze.verification.verify import check, snapshot
@@ -49,10 +45,9 @@ def guard(
 
     A snapshot is taken on entry. The model is compared with it after each `every` optimizer
     steps, and on exit. A drift raises a `DriftError` from the ``optimizer.step()`` after which it
-    was seen, so that no training is wasted. On a GPU no check waits for the device: its answer
-    about values is read at the next check or on exit, and names the step that it is about. If the
-    block itself raises, the model is compared anyway, and a drift is added to that exception as
-    a note (before Python 3.11 as a `BnfreezeWarning`).
+    was seen, so that no training is wasted. On a GPU a check waits for the device once, as
+    ``loss.item()`` does. If the block itself raises, the model is compared anyway, and a drift is
+    added to that exception as a note (before Python 3.11 as a `BnfreezeWarning`).
 
     Args:
         model: any `nn.Module`.
@@ -107,9 +102,6 @@ class Guard:
     _stack: ExitStack = field(default_factory=ExitStack)
     # The optimizer steps completed at the last check.
     _checked_at: int = 0
-    # What that check left to a GPU: the answer, and the steps that it is about. It is read one
-    # check later, so that no check waits for the device.
-    _pending: tuple[Callable[[], bool], int, int] | None = None
 
     def __repr__(self) -> str:
         kind = type(self._model).__name__
@@ -120,7 +112,6 @@ class Guard:
 
     def __enter__(self) -> Guard:
         self.step = self._checked_at = 0
-        self._pending = None
         self.before = snapshot(self._model, tensors=self._tensors, optimizer=self._optimizers)
         with ExitStack() as stack:
             if self._optimizers is None:
@@ -155,7 +146,6 @@ class Guard:
             DriftError: something has changed.
         """
         __tracebackhide__ = True
-        self._settle()
         report = self._compare()
         report.raise_if_drifted()
         return report
@@ -170,23 +160,6 @@ class Guard:
         self._checked_at = self.step
         return self.report
 
-    def _settle(self) -> None:
-        """Read the answer that the last check left to the GPU.
-
-        Raises:
-            DriftError: something had changed at that check.
-        """
-        __tracebackhide__ = True
-        pending, self._pending = self._pending, None
-        if pending is None or not pending[0]():
-            return
-        _, step, since = pending
-        report = self._compare(step=step, since=since)
-        if report.ok:  # the bits are right again, but they were not
-            drift = Drift("", "value", step=step, since=since, before="some values differed")
-            report = replace(report, drifts=(with_reason(drift, because("restored")),))
-        report.raise_if_drifted()
-
     def _midway(self) -> DriftReport:
         """Compare in the middle of a step; the trace has seen every write up to here."""
         return self._compare(step=self.step + 1, since=self.step, exchange=False)
@@ -199,23 +172,12 @@ class Guard:
         """
         __tracebackhide__ = True
         self.step += 1
-        if self.step % self._every:
-            return
-        if self._group is not None or self._trace:
+        if self.step % self._every == 0:
             self.check()
-            return
-        # Flags, and values on the CPU, are compared now. A comparison of values on a GPU is
-        # started, and its answer read after the next steps, when it has arrived.
-        self._settle()
-        since = self._checked_at
-        later: list[Pair] = []
-        self._compare(later=later).raise_if_drifted()
-        self._pending = start_comparing(later), self.step, since
 
     def _note_on(self, error: BaseException) -> None:
         """Add what drifted to the block's own exception, which is the one that counts."""
         try:
-            self._settle()
             self._compare(exchange=False).raise_if_drifted()
         except DriftError as drift:
             text = f"The guarded model also drifted: {drift}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import torch
@@ -16,23 +16,24 @@ from bnfreeze.inspection.behaviour import optimizers_by_id
 from bnfreeze.inspection.in_memory import TensorInMemory, shard_of
 from bnfreeze.norm_layers import (
     NamedModule,
+    eps_of,
     foreign_remedy,
     is_foreign,
     is_lookalike,
     is_norm,
     named_modules,
 )
-from bnfreeze.patterns import Pattern, hint
+from bnfreeze.patterns import Pattern, hint, with_parents
 from bnfreeze.policies.record import frozen_names, policy_name, record_of
 from bnfreeze.verification.state import LISTED, Identity, OwnerFacts, State, TensorFacts
 
 __all__ = ["as_list", "read_state"]
 
-_clock = itertools.count(1)
+_clock = count(1)
 
 
 class _Slot(NamedTuple):
-    """A place in a module where a tensor is registered."""
+    """A place in a module where a tensor is registered, under one of its names."""
 
     name: str
     tensor: Tensor
@@ -47,7 +48,6 @@ def read_state(
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     *,
     also: Collection[str] = (),
-    lenient: bool = False,
 ) -> State:
     """Read the state of `model`, whose values are then the model's own memory, not copies.
 
@@ -55,8 +55,7 @@ def read_state(
         model: the model.
         selection: ``"frozen"``, ``"norm"``, ``"all"``, or a pattern of dotted tensor names.
         optimizer: the optimizer, or several.
-        also: names that are read as well, if they exist.
-        lenient: whether a selection of nothing is fine.
+        also: names that are read as well, if they exist; then a selection of nothing is fine.
 
     Raises:
         PolicyError: there is nothing to check.
@@ -66,39 +65,40 @@ def read_state(
     modules = named_modules(model)
     slots = list(_slots(modules))
     chosen = _chosen(modules, slots, selection)
-    if not chosen and not lenient:
+    if not chosen and not also:
         raise PolicyError(_nothing(selection, slots))
     tensors: dict[str, TensorFacts] = {}
     values: dict[str, TensorInMemory] = {}
     identities: dict[str, Identity] = {}
     owners: dict[str, nn.Module] = {}
     first: dict[int, str] = {}
-    ranges: dict[tuple[torch.device, int], list[tuple[int, int, str]]] = {}
+    # By device and address of a storage, which bytes of it have which name.
+    places: dict[tuple[torch.device, int], list[tuple[int, int, str]]] = {}
     for slot in slots:
         name, tensor = slot.name, slot.tensor
         if name not in chosen and name not in also:
             continue
         known = first.setdefault(id(tensor), name)
         value = TensorInMemory(tensor)
-        if known == name and value.has_values:
-            values[name] = value
         tensors[name] = _tensor_facts(slot, known, optimized, value)
         owners[slot.owner] = slot.module
-        pointer, version = 0, None
+        identities[name] = Identity(tensor)
         if value.has_values:
+            if known == name:
+                values[name] = value
             own = shard_of(tensor)
             local = tensor if own is None else own
             pointer = local.untyped_storage().data_ptr()
             if pointer and local.numel():
                 place = (*_bytes_of(local), name)
-                ranges.setdefault((local.device, pointer), []).append(place)
+                places.setdefault((local.device, pointer), []).append(place)
             version = None if tensor.is_inference() else tensor._version
-        identities[name] = Identity(tensor, pointer, version)
+            identities[name] = Identity(tensor, pointer, version)
     return State(
         selection,
         tensors,
         {name: _owner_facts(name, module) for name, module in owners.items()},
-        groups=tuple(group for places in ranges.values() for group in _overlapping(places)),
+        groups=tuple(chain.from_iterable(map(_overlapping, places.values()))),
         values=values,
         identities=identities,
         optimizers=tuple(weakref.ref(one) for one in optimizers),
@@ -158,16 +158,12 @@ def _slots(modules: Iterable[NamedModule]) -> Iterator[_Slot]:
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
-    for key, parameter in module._parameters.items():
-        if parameter is not None:
-            yield key, parameter, "parameter"
-    for key, buffer in module._buffers.items():
-        if buffer is not None:
-            passing = key in module._non_persistent_buffers_set
-            yield key, buffer, "non-persistent buffer" if passing else "buffer"
-    for key, value in module.__dict__.items():
-        if isinstance(value, Tensor):
-            yield key, value, "attribute"
+    holders = (module._parameters, "parameter"), (module._buffers, "buffer")
+    for holder, kind in (*holders, (module.__dict__, "attribute")):
+        for key, value in holder.items():
+            if isinstance(value, Tensor):
+                passing = kind == "buffer" and key in module._non_persistent_buffers_set
+                yield key, value, "non-persistent buffer" if passing else kind
 
 
 def _chosen(modules: Iterable[NamedModule], slots: Iterable[_Slot], selection: str) -> set[str]:
@@ -196,10 +192,7 @@ def _nothing(selection: str, slots: Iterable[_Slot]) -> str:
         return "The model has no norm layer, so there is nothing to record. Use tensors='all'."
     if selection == "all":
         return "The model has no tensor, so there is nothing to record."
-    names = (slot.name for slot in slots)
-    # The modules too: a pattern may name one.
-    known = {name.rsplit(".", n)[0]: 0 for name in names for n in range(name.count(".") + 1)}
-    near = hint(selection, ["frozen", "norm", "all", *known])
+    near = hint(selection, ["frozen", "norm", "all", *with_parents(slot.name for slot in slots)])
     return f"Pattern {selection!r} matches no tensor of the model.{near}"
 
 
@@ -233,12 +226,11 @@ def _owner_facts(name: str, module: nn.Module) -> OwnerFacts:
     kind = type(module)
     if any(base.__name__ == "FSDPModule" for base in kind.__bases__):
         kind = kind.__bases__[-1]
-    eps = getattr(module, "eps", None) if is_norm(module) else None
     return OwnerFacts(
         kind=f"{kind.__module__}.{kind.__qualname__}",
         policy=policy_name(module),
         training=module.training,
         mode_matters=is_norm(module) and not free,
         remedy="" if record or not is_foreign(module) else foreign_remedy(module, name),
-        eps=float(eps) if isinstance(eps, int | float) else None,
+        eps=eps_of(module) if is_norm(module) else None,
     )

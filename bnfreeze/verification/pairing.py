@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
@@ -46,16 +45,17 @@ def paired(first: Found, second: Found) -> list[tuple[StateDict | None, StateDic
     theirs = _models(left.values())
     is_clear = any(one and other and one.has_norm_layers for one, other in pairs)
     if ours and theirs:
+        alone = len(ours) == len(theirs) == 1 and not is_clear
         fitting = [
             (one, other)
             for one in ours
             for other in theirs
             if len(ours) * len(theirs) <= _MOST_PAIRS
-            and ((len(ours) == len(theirs) == 1 and not is_clear) or _fit(one, other))
+            and (alone or _prefixes(one.tensors, other.tensors))
         ]
         if len(fitting) == 1:
             [(one, other)] = fitting
-            pairs[[ours for ours, _ in pairs].index(one)] = (one, left.pop(other.key))
+            pairs[pairs.index((one, None))] = (one, left.pop(other.key))
         elif not is_clear:
             there = "; ".join(
                 f"{side.path or side.kind} has "
@@ -74,10 +74,6 @@ def _models(parts: Iterable[StateDict]) -> list[StateDict]:
     return [part for part in parts if part.has_norm_layers] or parts
 
 
-def _fit(one: StateDict, other: StateDict) -> bool:
-    return bool(_prefixes(one.tensors, other.tensors))
-
-
 def common_prefix(first: Tensors, second: Tensors) -> dict[str, str]:
     """The prefix of the first's names that stands for another in the second's.
 
@@ -89,40 +85,34 @@ def common_prefix(first: Tensors, second: Tensors) -> dict[str, str]:
     """
     found = _prefixes(first, second)
     if len(found) > 1:
-        ways = ", ".join(f"{one.old!r} → {one.new!r} ({one.matched} tensors)" for one in found)
+        ways = ", ".join(f"{a!r} → {b!r} ({count} tensors)" for (a, b), count in found.items())
+        old, new = next(iter(found))
         raise CheckpointError(
-            f"The names fit in several ways: {ways}. Choose one with "
-            f"--map {found[0].old[:-1]}={found[0].new[:-1]} "
-            f"(in Python: prefixes={{{found[0].old!r}: {found[0].new!r}}})."
+            f"The names fit in several ways: {ways}. Choose one with --map {old[:-1]}={new[:-1]} "
+            f"(in Python: prefixes={{{old!r}: {new!r}}})."
         )
-    return {one.old: one.new for one in found if one.old != one.new}
+    return {old: new for old, new in found if old != new}
 
 
-@dataclass(frozen=True)
-class _Prefix:
-    """Two prefixes, each empty or with a dot at its end, and how many tensors then are alike."""
+def _prefixes(first: Tensors, second: Tensors) -> dict[tuple[str, str], int]:
+    """The prefixes that fit best, and all that fit half as well; that of names that are alike.
 
-    old: str
-    new: str
-    matched: int
-
-
-def _prefixes(first: Tensors, second: Tensors) -> list[_Prefix]:
-    """The prefixes that fit best, and all that fit half as well; that of names that are alike."""
+    Returns:
+        the old and the new prefix, each empty or with a dot at its end, and how many tensors are
+        then alike; the most first.
+    """
     smaller = min(len(first), len(second))
     # Less than a quarter in common is chance: many models have a `conv1.weight`.
     enough = max(smaller / 4, 1)
     alike = _matched("", "", first, second)
     votes = Counter() if 2 * alike >= smaller else _votes(first, second)
-    found = [
-        _Prefix(old, new, _matched(old, new, first, second))
-        for (old, new), _ in votes.most_common(_COUNTED)
-    ]
-    found.sort(key=lambda one: -one.matched)
-    best = found[0].matched if found else 0
+    found = Counter(
+        {pair: _matched(*pair, first, second) for pair, _ in votes.most_common(_COUNTED)}
+    )
+    best = max(found.values(), default=0)
     if alike >= enough and 2 * alike >= best:
-        return [_Prefix("", "", alike)]
-    return [one for one in found if one.matched >= max(enough, best / 2)]
+        return {("", ""): alike}
+    return {p: count for p, count in found.most_common() if count >= max(enough, best / 2)}
 
 
 def _matched(old: str, new: str, first: Tensors, second: Tensors) -> int:

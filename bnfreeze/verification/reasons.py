@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
 
-__all__ = ["TRACE", "Reason", "because"]
+from bnfreeze.verification.drift import Drift
 
-
-class Reason(NamedTuple):
-    """Why something changed: a stable code, a sentence, and what to do about it."""
-
-    code: str
-    cause: str
-    remedy: str
-
+__all__ = ["TRACE", "because"]
 
 # The remedy if only a trace would tell more.
 TRACE = "Train under guard(model, trace=True): it names the line that writes."
@@ -152,11 +145,7 @@ _REASONS = {
         "The ranks have different models, each unchanged since its snapshot: they started apart.",
         "Broadcast the model, or load it on every rank, before the snapshot.",
     ),
-    # What only a guard sees.
-    "restored": (
-        "Frozen values on the GPU changed and were then restored.",
-        "guard(trace=True) stops at the operation that writes.",
-    ),
+    # What only a trace sees.
     "undispatched": (
         "It was written before {operation} saw it, by something that torch does not dispatch: an "
         "assignment to .data, numpy, a raw pointer, compiled code.",
@@ -166,7 +155,8 @@ _REASONS = {
 }
 
 
-def because(code: str, **details: object) -> Reason:
-    """The reason with this code; `details` fill in its sentence."""
-    cause, remedy = _REASONS.get(code, _REASONS["unknown"])
-    return Reason(code if code in _REASONS else "unknown", cause.format(**details), remedy)
+def because(drift: Drift, code: str, **details: object) -> Drift:
+    """The drift with the cause of this code; `details` fill in its sentence."""
+    code = code if code in _REASONS else "unknown"
+    cause, remedy = _REASONS[code]
+    return replace(drift, cause_code=code, cause=cause.format(**details), remedy=remedy)

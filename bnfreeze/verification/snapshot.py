@@ -1,21 +1,18 @@
 """A snapshot: what tensors were at one moment, in memory and as a file. Needs no torch.
 
-A file is safetensors with the values, or JSON with the digests.
+A file is safetensors with the values, and its metadata has the facts and the digests.
 """
 
 from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bnfreeze.checkpoints import StoredTensor, open_checkpoint
+from bnfreeze.checkpoints.safetensors_file import DTYPES
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 from bnfreeze.files import replacement
@@ -29,22 +26,7 @@ __all__ = ["Snapshot"]
 _FORMAT = "bnfreeze-snapshot"
 _SCHEMA = 1
 _KEY = "bnfreeze"
-# In bytes; each tensor takes some 600.
-_MOST_DIGESTS = 256 << 20
-
-# What every version of safetensors knows; values of another dtype are written as their bytes.
-_CODES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,15 +62,44 @@ class Snapshot:
     def save(self, path: str | Path) -> None:
         """Write the snapshot to `path`, whole or not at all.
 
-        With a copy of the values it is a safetensors file, whose metadata has the facts; with
-        ``digest=True`` it is JSON. Not written are which objects the tensors were, where their
-        memory was, and what optimizers had.
+        It is a safetensors file: with the values, or with no tensors if there are digests. Its
+        metadata has the facts. Not written are which objects the tensors were, where their memory
+        was, and what optimizers had.
 
         Raises:
             UnsupportedFormatError: a tensor has a dtype that cannot be written.
             OSError: the file cannot be written; what was there before is still there.
         """
-        _save(self.state, Path(path))
+        facts = {
+            "selection": self.state.selection,
+            "tensors": {name: facts._asdict() for name, facts in self.state.tensors.items()},
+            "owners": {name: facts._asdict() for name, facts in self.state.owners.items()},
+            "groups": self.state.groups,
+        }
+        noted: dict[str, Any] = {"format": _FORMAT, "schema": _SCHEMA, "facts": facts}
+        if self.state.digests:
+            noted["sha256"] = dict(self.state.digests)
+        header: dict[str, Any] = {"__metadata__": {_KEY: json.dumps(noted)}}
+        end = 0
+        for name, value in self.state.values.items():
+            if value.dtype not in _CODES:
+                raise UnsupportedFormatError(
+                    f"{name} has the dtype {value.dtype}, which cannot be written. Take the "
+                    f"snapshot with digest=True, or leave it out with tensors=…"
+                )
+            start, end = end, end + value.numel * ITEM_SIZES[value.dtype]
+            header[name] = {
+                "dtype": _CODES[value.dtype],
+                "shape": value.shape,
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with replacement(path) as fresh, fresh.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for value in self.state.values.values():
+                for piece in value.pieces():
+                    file.write(piece.data)
 
     @classmethod
     def load(cls, path: str | Path) -> Snapshot:
@@ -100,7 +111,24 @@ class Snapshot:
             CorruptCheckpointError: its parts contradict each other, or some are missing.
             OSError: the file cannot be read.
         """
-        return cls(_load(Path(path)))
+        path = Path(path)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UnsupportedFormatError(f"{path} is not a snapshot: it is not a regular file.")
+        with path.open("rb") as stream:
+            start = stream.read(9)
+        if start[8:] != b"{":
+            raise UnsupportedFormatError(
+                f"{path} is not a snapshot: it is no safetensors file. Snapshot.save writes one "
+                f"of a model, and `bnfreeze snapshot` one of a checkpoint."
+            )
+        with open_checkpoint(path) as opened:
+            noted = _noted(path) if opened.kind == "safetensors" else None
+            if noted is None:
+                raise UnsupportedFormatError(
+                    f"{path} is a safetensors file, but not a snapshot: it lacks the facts that "
+                    f"Snapshot.save writes. `bnfreeze snapshot` makes a snapshot of a checkpoint."
+                )
+            return cls(_with_values(path, _facts(path, noted), noted, opened.root))
 
     def __eq__(self, other: object) -> bool:
         return self.compared_to(other).ok if isinstance(other, Snapshot) else NotImplemented
@@ -115,101 +143,14 @@ class Snapshot:
         return f"<Snapshot of {len(self)} tensors ({self.tensors}), {kept}>"
 
 
-def _save(state: State, path: Path) -> None:
-    """Write the state to `path`: to a new file beside it first, which then takes its name."""
-    facts = {
-        "selection": state.selection,
-        "tensors": {name: facts._asdict() for name, facts in state.tensors.items()},
-        "owners": {name: facts._asdict() for name, facts in state.owners.items()},
-        "groups": state.groups,
-    }
-    header = {"format": _FORMAT, "schema": _SCHEMA, "facts": facts}
-    with replacement(path) as fresh:
-        if state.digests:
-            text = json.dumps({**header, "sha256": dict(state.digests)}, indent=1)
-            fresh.write_text(text, encoding="utf-8")
-        else:
-            _write_safetensors(state.values, fresh, {_KEY: json.dumps(header)})
-
-
-def _write_safetensors(
-    values: Mapping[str, StoredTensor], path: Path, metadata: Mapping[str, str]
-) -> None:
-    described: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, value in values.items():
-        if value.dtype not in ITEM_SIZES:
-            raise UnsupportedFormatError(
-                f"{name} has the dtype {value.dtype}, which cannot be written. Take the snapshot "
-                f"with digest=True, or leave it out with tensors=…"
-            )
-        size = value.numel * ITEM_SIZES[value.dtype]
-        known = value.dtype in _CODES
-        described[name] = {
-            "dtype": _CODES.get(value.dtype, "U8"),
-            "shape": value.shape if known else [size],
-            "data_offsets": [end, end + size],
-        }
-        end += size
-    text = json.dumps(described).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for value in values.values():
-            for piece in value.pieces():
-                file.write(piece.data)
-
-
-def _load(path: Path) -> State:
-    """Read what `save` wrote; the content says which of the two forms it is."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise UnsupportedFormatError(f"{path} is not a snapshot: it is not a regular file.")
+def _noted(path: Path) -> Any:
+    """What `save` wrote into the metadata; None if there is none. The header has been checked."""
     with path.open("rb") as stream:
-        start = stream.read(9)
-    if start.startswith(b"{"):
-        return _load_digests(path)
-    if start[8:] == b"{":
-        return _load_values(path)
-    raise UnsupportedFormatError(
-        f"{path} is not a snapshot: neither safetensors nor JSON. Snapshot.save writes one of "
-        f"a model, and `bnfreeze snapshot` one of a checkpoint."
-    )
-
-
-def _load_digests(path: Path) -> State:
-    if path.stat().st_size > _MOST_DIGESTS:
-        raise _corrupt(path, "it is larger than any list of digests")
-    header = _parsed(path, path.read_bytes())
-    state = _facts(path, header)
-    digests = header.get("sha256")
-    if not isinstance(digests, dict) or not all(
-        isinstance(value, str) and len(value) == 64 for value in digests.values()
-    ):
-        raise _corrupt(path, "it has no list of SHA-256 digests")
-    _check_names(path, state, digests, set(state.tensors))
-    return replace(state, digests=digests)
-
-
-def _load_values(path: Path) -> State:
-    with open_checkpoint(path) as opened:
-        stored = opened.root if isinstance(opened.root, dict) else {}
-        with path.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            text = json.loads(stream.read(size)).get("__metadata__", {}).get(_KEY)
-        if text is None:
-            raise UnsupportedFormatError(
-                f"{path} is a safetensors file, but not a snapshot: it lacks the facts that "
-                f"Snapshot.save writes. `bnfreeze snapshot` makes a snapshot of a checkpoint."
-            )
-        state = _facts(path, _parsed(path, text))
-        _check_names(path, state, stored, {facts.first for facts in state.tensors.values()})
-        values = {name: _typed(path, name, stored[name], state.tensors[name]) for name in stored}
-        return replace(state, values=values)
-
-
-def _parsed(path: Path, text: str | bytes) -> Any:
+        size = int.from_bytes(stream.read(8), "little")
+        metadata = json.loads(stream.read(size)).get("__metadata__")
+    text = metadata.get(_KEY) if isinstance(metadata, dict) else None
     try:
-        return json.loads(text)
+        return json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError) as error:
         raise _corrupt(path, f"its facts are not valid JSON ({error})") from error
 
@@ -247,28 +188,29 @@ def _facts(path: Path, header: Any) -> State:
     return State(str(facts["selection"]), tensors, owners, groups)
 
 
-def _check_names(path: Path, state: State, stored: Mapping[str, Any], wanted: set[str]) -> None:
-    """Every readable tensor has its values, and nothing else has."""
-    wanted = {name for name in wanted if not state.tensors[name].unreadable}
-    for name in sorted(wanted ^ stored.keys()):
-        what = "is noted, but its values are missing" if name in wanted else "is not noted"
+def _with_values(
+    path: Path, state: State, noted: dict[str, Any], stored: dict[str, StoredTensor]
+) -> State:
+    """The state with what is stored: every readable tensor has its values or its digest."""
+    digests = noted.get("sha256", {})
+    if not isinstance(digests, dict) or not all(
+        isinstance(value, str) and len(value) == 64 for value in digests.values()
+    ):
+        raise _corrupt(path, "it has no list of SHA-256 digests")
+    wanted = state.tensors if digests else {facts.first for facts in state.tensors.values()}
+    readable = {name for name in wanted if not state.tensors[name].unreadable}
+    for name in sorted(readable ^ (digests | stored).keys()):
+        what = "is noted, but its values are missing" if name in readable else "is not noted"
         raise _corrupt(path, f"{name} {what}")
-
-
-def _typed(path: Path, name: str, stored: StoredTensor, noted: TensorFacts) -> KeptTensor:
-    """The stored values in the dtype and shape that the facts say."""
-    if noted.dtype not in ITEM_SIZES:
-        raise UnsupportedFormatError(
-            f"{path}: {name} has the dtype {noted.dtype!r:.40}, which bnfreeze does not know."
-        )
-    octets, size = stored.words().view(np.uint8), ITEM_SIZES[noted.dtype]
-    shape = noted.shape
-    if noted.placement:  # a shard has a shape of its own; the noted one is of the whole tensor
-        shape = stored.shape if stored.dtype == noted.dtype else (len(octets) // size,)
-    if len(octets) != prod(shape) * size:
-        wanted = f"{noted.dtype} of shape {shape}"
-        raise _corrupt(path, f"{name} is noted as {wanted}, and has {len(octets)} bytes")
-    return KeptTensor(noted.dtype, shape, octets.view(f"<u{min(size, 8)}"))
+    values = {}
+    for name, value in stored.items():
+        facts = state.tensors[name]
+        fits = facts.shape == value.shape or facts.placement  # a shard has a shape of its own
+        if facts.dtype != value.dtype or not fits:
+            what = f"{name} is noted as {facts.dtype} of shape {facts.shape}, but is not"
+            raise _corrupt(path, what)
+        values[name] = KeptTensor(value.dtype, value.shape, value.words())
+    return replace(state, values=values, digests=digests)
 
 
 def _corrupt(path: Path, what: str) -> CorruptCheckpointError:

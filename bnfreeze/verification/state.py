@@ -28,12 +28,12 @@ class TensorFacts(NamedTuple):
             (a tensor that the module keeps as a plain attribute).
         dtype: such as ``"float32"``.
         shape: the sizes; of a DTensor the global ones.
+        owner: the dotted name of the module that has it.
+        first: the first name of this very tensor; another than its own for an alias.
         device: such as ``"cuda:0"``.
         requires_grad: its flag.
         has_grad: whether a ``.grad`` is there.
         optimized: whether it stands in an optimizer, by identity; None without an optimizer.
-        owner: the dotted name of the module that has it.
-        first: the first name of this very tensor; another than its own for an alias.
         placement: of a DTensor, how it is sharded; empty otherwise.
         unreadable: why its bits cannot be read; empty if they can.
     """
@@ -41,12 +41,12 @@ class TensorFacts(NamedTuple):
     kind: str
     dtype: str
     shape: tuple[int, ...]
-    device: str
-    requires_grad: bool | None
-    has_grad: bool
-    optimized: bool | None
     owner: str
     first: str
+    device: str = "cpu"
+    requires_grad: bool | None = None
+    has_grad: bool = False
+    optimized: bool | None = None
     placement: str = ""
     unreadable: str = ""
 
@@ -94,8 +94,8 @@ class Identity(NamedTuple):
     """
 
     tensor: Tensor
-    pointer: int
-    version: int | None
+    pointer: int = 0
+    version: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.state import LISTED, OwnerFacts, State, TensorFacts
 from bnfreeze.verification.values import KeptTensor
 
-__all__ = ["snapshot_of", "state_of", "verify_found", "verify_stored"]
+__all__ = ["snapshot_of", "state_of", "verify_found"]
 
 
 def state_of(tensors: Mapping[str, StoredTensor]) -> State:
@@ -27,25 +27,16 @@ def state_of(tensors: Mapping[str, StoredTensor]) -> State:
         UnsafeCheckpointError: the tensors claim far more bytes than the file has.
     """
     check_claims(tensors.values())
-    facts = {
-        name: TensorFacts(
-            # A checkpoint does not say what is a parameter or what requires grad.
-            kind="",
-            dtype=tensor.dtype,
-            shape=tensor.shape,
-            device="cpu",
-            requires_grad=None,
-            has_grad=False,
-            optimized=None,
-            owner=_layer(name),
-            first=name,
-            unreadable=tensor.why,
-        )
-        for name, tensor in tensors.items()
-    }
-    owners = dict.fromkeys(map(_layer, tensors), OwnerFacts())
-    readable = {name: tensor for name, tensor in tensors.items() if tensor.has_values}
-    return State(LISTED, facts, owners, values=readable)
+    return State(
+        LISTED,
+        {
+            # A checkpoint does not say what is a parameter.
+            name: TensorFacts("", one.dtype, one.shape, _layer(name), name, unreadable=one.why)
+            for name, one in tensors.items()
+        },
+        dict.fromkeys(map(_layer, tensors), OwnerFacts()),
+        values={name: tensor for name, tensor in tensors.items() if tensor.has_values},
+    )
 
 
 def _layer(name: str) -> str:
@@ -90,17 +81,20 @@ def snapshot_of(
     return Snapshot(replace(state, values=kept, digests=digests))
 
 
-def verify_stored(
-    tensors: Mapping[str, StoredTensor],
+def verify_found(
+    found: Found,
     snapshot: Snapshot,
     *,
     select: Sequence[str] = (),
     progress: Progress = lambda done, total: None,
 ) -> DriftReport:
-    """Compare a checkpoint with a snapshot: names, dtypes, shapes, bits.
+    """Compare what was found in a checkpoint with a snapshot: names, dtypes, shapes, bits.
+
+    A snapshot of a model is compared with the only model that the checkpoint has. A snapshot of a
+    checkpoint with several models is compared with those of the same keys.
 
     Args:
-        tensors: the checkpoint's, by name. Tensors that the snapshot lacks are not a drift.
+        found: the checkpoint's models. Tensors that the snapshot lacks are not a drift.
         snapshot: of a live model, or of another checkpoint.
         select: patterns of module names; none means all that the snapshot has.
         progress: is called with how many tensors are compared, and of how many.
@@ -111,7 +105,7 @@ def verify_stored(
 
     Raises:
         PolicyError: a pattern is malformed, or the snapshot has nothing that any matches.
-        CheckpointError: a tensor cannot be read.
+        CheckpointError: a tensor cannot be read, or it is not clear which model is meant.
     """
     before = snapshot.state
     patterns = [Pattern.parse(text) for text in select]
@@ -125,6 +119,7 @@ def verify_stored(
         raise PolicyError(f"The snapshot has nothing in {' or '.join(select)}.")
     values = {n: before.value(n) for n in noted if before.tensors[n].first in before.values}
     old = replace(before, tensors=noted, groups=(), values=values, identities={})
+    tensors = _tensors_for(before, found)
     now = state_of({name: tensors[name] for name in noted if name in tensors})
     unsaved = {
         name: facts._replace(unreadable=f"a checkpoint has no {facts.kind}")
@@ -134,35 +129,23 @@ def verify_stored(
     after = replace(now, tensors={**now.tensors, **unsaved})
     # The other notes are about a live model.
     notes = (DIGESTED,) if before.digests else ()
-    return replace(compare(old, after, gathered=True, progress=progress), notes=notes)
+    report = compare(old, after, progress=progress)
+    return replace(report, notes=notes, findings=code_findings(found.calls))
 
 
-def verify_found(
-    found: Found,
-    snapshot: Snapshot,
-    *,
-    select: Sequence[str] = (),
-    progress: Progress = lambda done, total: None,
-) -> DriftReport:
-    """Compare all that was found in a checkpoint with a snapshot.
-
-    A snapshot of a model is compared with the only model that the checkpoint has. A snapshot of a
-    checkpoint with several models is compared with those of the same keys.
+def _tensors_for(before: State, found: Found) -> dict[str, StoredTensor]:
+    """The tensors that a snapshot is compared with, by their names in it.
 
     Raises:
-        PolicyError: as `verify_stored`.
-        CheckpointError: a tensor cannot be read, or it is not clear which model is meant.
+        CheckpointError: it is not clear which model is meant.
     """
-    names = snapshot.state.tensors.keys()
-    models = found.parts.models
+    names, models = before.tensors.keys(), found.parts.models
     tensors = tensors_by_name(found.parts.all, models[0].key if len(models) == 1 else None)
-    if names.isdisjoint(tensors):
-        if len(models) > 1 and not all(names.isdisjoint(model.tensors) for model in models):
-            keys = ", ".join(repr(model.key) for model in models)
-            raise CheckpointError(
-                f"The snapshot is of one model, and there are several: {keys}. Choose one with "
-                f"--key."
-            )
-        tensors = tensors_by_name(found.parts.all, None)
-    report = verify_stored(tensors, snapshot, select=select, progress=progress)
-    return replace(report, findings=code_findings(found.calls))
+    if not names.isdisjoint(tensors):
+        return tensors
+    if len(models) > 1 and not all(names.isdisjoint(model.tensors) for model in models):
+        keys = ", ".join(repr(model.key) for model in models)
+        raise CheckpointError(
+            f"The snapshot is of one model, and there are several: {keys}. Choose one with --key."
+        )
+    return tensors_by_name(found.parts.all, None)

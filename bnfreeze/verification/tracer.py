@@ -9,14 +9,13 @@ memory is among the arguments, the frozen tensors in it are compared before and 
 from __future__ import annotations
 
 import os
-import sys
 import sysconfig
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -24,13 +23,12 @@ from torch import Tensor
 
 from bnfreeze.inspection.in_memory import TensorInMemory, shard_of, why_unreadable
 from bnfreeze.torch_private import TorchDispatchMode
-from bnfreeze.verification.causes import with_reason
 from bnfreeze.verification.drift_report import DriftError, DriftReport
 from bnfreeze.verification.on_device import unequal_tensors
 from bnfreeze.verification.reasons import TRACE, because
 from bnfreeze.verification.state import State
 
-__all__ = ["Tracer", "user_line"]
+__all__ = ["Tracer"]
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -94,7 +92,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _stop(self, names: Collection[str], func: object, *, wrote: bool) -> None:
         """Raise what the comparison finds in these tensors, with the operation and the line."""
         __tracebackhide__ = True
-        line = user_line()
+        line = _user_line()
         report = self._look()
         drifts = []
         for drift in report.drifts:
@@ -102,9 +100,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             # The operation shows more than the two states do.
             if not wrote:
-                drift = with_reason(drift, because("undispatched", operation=func))
+                drift = because(drift, "undispatched", operation=func)
             elif drift.remedy == TRACE:
-                drift = with_reason(drift, because("operation", operation=func))
+                drift = because(drift, "operation", operation=func)
             drifts.append(replace(drift, operation=str(func) if wrote else None, where=line))
         try:
             replace(report, drifts=tuple(drifts)).raise_if_drifted()
@@ -137,21 +135,19 @@ _LIBRARIES = (
 )
 
 
-def user_line() -> str | None:
+def _user_line() -> str | None:
     """File and line of the innermost call in the user's own code.
 
     That is code outside of torch, bnfreeze, installed packages and Python's library; if there is
     none, the innermost outside of torch and bnfreeze. None on a thread of torch's own.
     """
     outside = None
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        file, line = frame.f_code.co_filename, f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    for frame, number in traceback.walk_stack(None):
+        file = frame.f_code.co_filename
         if not file.startswith("<") and not _below(file, _OWN):
+            outside = outside or f"{file}:{number}"
             if not _below(file, _LIBRARIES):
-                return line
-            outside = outside or line
-        frame = frame.f_back
+                return f"{file}:{number}"
     return outside
 
 

@@ -35,8 +35,7 @@ def locate(name: str, before: StoredTensor, after: StoredTensor) -> Drift | None
     """
     changed = passed = 0
     first: tuple[int, Words, Words] | None = None
-    largest: list[float] = []
-    ulps: list[int | None] = []
+    sizes: list[tuple[float | None, int | None]] = []
     # A complex128 has two words.
     pair = 2 if before.dtype == "complex128" else 1
     for old, new in zip(before.pieces(), after.pieces(), strict=True):
@@ -45,13 +44,16 @@ def locate(name: str, before: StoredTensor, after: StoredTensor) -> Drift | None
             was, now = old.reshape(-1, pair)[places], new.reshape(-1, pair)[places]
             first = first or (passed + int(places[0]), was[0], now[0])
             changed += len(places)
-            was, now = was.reshape(-1), now.reshape(-1)
-            largest += _largest(was, now, before.dtype)
-            ulps.append(_ulps(was, now, before.dtype))
+            sizes.append(_sizes(was.reshape(-1), now.reshape(-1), before.dtype))
         passed += len(old) // pair
     if first is None:
         return None
-    values = [_scalar(words, before.dtype) for words in first[1:]]
+    largest, ulps = zip(*sizes, strict=True)
+    values: list[Scalar] = [
+        # Where numpy has no such dtype, the bits are all there is to show.
+        _bits(words) if (known := decoded(words, before.dtype)) is None else known.item()
+        for words in first[1:]
+    ]
     if repr(values[0]) == repr(values[1]):
         values = [f"{values[0]} ({_bits(words)})" for words in first[1:]]
     return Drift(
@@ -62,7 +64,7 @@ def locate(name: str, before: StoredTensor, after: StoredTensor) -> Drift | None
         first_index=tuple(map(int, np.unravel_index(first[0], before.shape))),
         before=values[0],
         after=values[1],
-        max_abs=max(largest, default=None),
+        max_abs=max((size for size in largest if size is not None), default=None),
         max_ulps=None if None in ulps else max(filter(None, ulps), default=0),
     )
 
@@ -71,39 +73,29 @@ def _bits(words: Words) -> str:
     return "0x" + words.tobytes()[::-1].hex()
 
 
-def _scalar(words: Words, dtype: str) -> Scalar:
-    values = decoded(words, dtype)
-    # numpy has no such dtype: the bits are all there is to show
-    scalar: Scalar = _bits(words) if values is None else values.item()
-    return scalar
+def _sizes(before: Words, after: Words, dtype: str) -> tuple[float | None, int | None]:
+    """The largest change: absolute, if there is a finite one; and in units of the last place.
 
-
-def _largest(before: Words, after: Words, dtype: str) -> list[float]:
-    """The largest absolute change as far as there is a finite one, in a list of at most one."""
+    The second is known of floating point numbers alone, if no sign and no infinity is involved.
+    """
     old, new = decoded(before, dtype), decoded(after, dtype)
     if old is None or new is None:
-        return []
+        return None, None
     if old.dtype.kind in "iu":  # exact; a float64 would round the difference of two large counts
-        counts = zip(old.tolist(), new.tolist(), strict=True)
-        return [float(max(abs(y - x) for x, y in counts))]
+        pairs = zip(old.tolist(), new.tolist(), strict=True)
+        return float(max(abs(y - x) for x, y in pairs)), None
     wide = np.complex128 if old.dtype.kind == "c" else np.float64
     with np.errstate(all="ignore"):
         change = abs(new.astype(wide) - old.astype(wide))
-    change = change[np.isfinite(change)]
-    return [float(change.max())] if len(change) else []
-
-
-def _ulps(before: Words, after: Words, dtype: str) -> int | None:
-    """The largest change in units of the last place, if no sign and no infinity is involved."""
-    old, new = decoded(before, dtype), decoded(after, dtype)
-    if old is None or new is None or old.dtype.kind != "f":
-        return None
-    if not (np.isfinite(old).all() and np.isfinite(new).all()):
-        return None
+    finite, ulps = change[np.isfinite(change)], None
     # Floating point numbers of one sign are ordered as their bits are.
-    if (np.signbit(old) != np.signbit(new)).any():
-        return None
-    return int((np.maximum(before, after) - np.minimum(before, after)).max())
+    if (
+        old.dtype.kind == "f"
+        and len(finite) == len(change)
+        and (np.signbit(old) == np.signbit(new)).all()
+    ):
+        ulps = int((np.maximum(before, after) - np.minimum(before, after)).max())
+    return (float(finite.max()) if len(finite) else None), ulps
 
 
 def sha256(name: str, tensor: StoredTensor) -> str:

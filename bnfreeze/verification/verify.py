@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from bnfreeze.inspection.in_memory import TensorInMemory
 from bnfreeze.norm_layers import check_model
-from bnfreeze.verification.causes import with_reason
 from bnfreeze.verification.compare import compare
 from bnfreeze.verification.drift import Drift
 from bnfreeze.verification.drift_report import DriftReport
@@ -95,11 +94,6 @@ def verify(
     Raises:
         TypeError: `model` is not an `nn.Module`, or `snapshot` not a `Snapshot`.
     """
-    if isinstance(model, Snapshot):
-        raise TypeError(
-            "Expected a model first, not a Snapshot: are the arguments swapped? Call "
-            "verify(model, snapshot)."
-        )
     model = check_model(model)
     if not isinstance(snapshot, Snapshot):
         raise TypeError(f"Expected a Snapshot, not {type(snapshot).__name__}.")
@@ -118,13 +112,7 @@ def check(
 
     Without `exchange` each rank of the group checks its own tensors and asks no other.
     """
-    after = read_state(
-        model,
-        before.selection,
-        before.live_optimizers(),
-        also=before.tensors,
-        lenient=True,
-    )
+    after = read_state(model, before.selection, before.live_optimizers(), also=before.tensors)
     report = compare(before, after, gathered=group is not None, **options)
     return report if group is None or not exchange else _across_ranks(report, after, group)
 
@@ -167,5 +155,4 @@ def _diverged(known: Sequence[Drift], digests: Sequence[dict[str, str]]) -> Iter
         for rank, bits in kept.items():
             if bits != right:
                 what = f"other bits than on rank {first}"
-                drift = Drift(name, "value", rank=rank, before=what)
-                yield with_reason(drift, because("ranks-differ"))
+                yield because(Drift(name, "value", rank=rank, before=what), "ranks-differ")

@@ -18,6 +18,11 @@ def net():
     return model
 
 
+class Foreign(nn.Module):
+    def forward(self, x):
+        return x
+
+
 def frozen(policy="eval+affine"):
     model = net()
     bnfreeze.freeze(model, policy)
@@ -83,6 +88,31 @@ def test_a_layer_that_was_frozen_says_what_is_frozen_still():
     with pytest.raises(bnfreeze.NotFrozenError) as caught:
         bnfreeze.assert_frozen(net())
     assert "again" not in str(caught.value)
+
+
+def remedy(model, **options):
+    with pytest.raises(bnfreeze.NotFrozenError) as caught:
+        bnfreeze.assert_frozen(model, **options)
+    return str(caught.value).splitlines()[-1]
+
+
+def test_the_remedy_is_one_that_freeze_does_not_refuse():
+    model = frozen()
+    nn.utils.parametrize.register_parametrization(model.body[1], "weight", nn.Identity())
+    with pytest.raises(bnfreeze.PolicyError) as refused:
+        bnfreeze.freeze(model)
+    assert str(refused.value) in remedy(model)
+    nn.utils.parametrize.remove_parametrizations(model.body[1], "weight")
+    model.body[1].weight.requires_grad_()
+    assert "again" in remedy(model)
+    bnfreeze.freeze(model)
+    assert failing(model) == set()
+    lazy = nn.Sequential(nn.LazyBatchNorm2d())
+    assert "run one forward pass first" in remedy(lazy)
+    assert 'freeze(model, "eval+affine")' in remedy(frozen("eval"), strict=True)
+    foreign = Foreign()
+    foreign.register_buffer("running_var", torch.ones(4))
+    assert "freeze(model, {'own': 'eval'})" in remedy(nn.ModuleDict({"own": foreign}))
 
 
 def test_strict_demands_running_statistics_and_nothing_that_trains():

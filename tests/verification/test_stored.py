@@ -64,7 +64,7 @@ def test_swapped_arguments_are_noticed(files, model, capsys):
     assert "arguments swapped" in capsys.readouterr().err
     assert main(["verify", str(files / "start.pt"), str(files / "end.pt")]) == 2
     assert "arguments swapped" not in capsys.readouterr().err
-    with pytest.raises(TypeError, match="swapped"):
+    with pytest.raises(TypeError, match=r"Expected an nn\.Module, not Snapshot"):
         bnfreeze.verify(bnfreeze.snapshot(model, tensors="norm"), model)
 
 

@@ -180,12 +180,13 @@ def test_a_digest_is_of_name_dtype_shape_and_bytes():
     assert len(digests) == 5
 
 
-def test_the_answer_for_an_accelerator_is_the_same():
+def test_the_answer_for_an_accelerator_is_the_same(monkeypatch):
+    monkeypatch.setattr(on_device, "_on_cpu", lambda tensor: False)
     tensors = torch.randn(10), torch.arange(10), torch.randn(300_000)
-    pairs = [(tensor, tensor.clone()) for tensor in tensors]
-    assert not on_device.start_comparing(pairs)()
-    for before in tensors:
-        before[7] += 1
-        assert on_device.start_comparing(pairs)()
-        before[7] -= 1
-    assert not on_device.start_comparing([(torch.empty(0), torch.empty(0))])()
+    pairs = {str(number): (one, one.clone()) for number, one in enumerate(tensors)}
+    assert not on_device.unequal_tensors(pairs)
+    for number, before in enumerate(tensors):
+        before[7].neg_()
+        assert on_device.unequal_tensors(pairs) == {str(number)}
+        before[7].neg_()
+    assert not on_device.unequal_tensors({"empty": (torch.empty(0), torch.empty(0))})
