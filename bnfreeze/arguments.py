@@ -100,9 +100,9 @@ def command_parser() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
 
 
 def _codes(**_: object) -> list[str]:
-    from bnfreeze.finding_kinds import KINDS
+    from bnfreeze.findings import KINDS
 
-    return [kind.code for kind in KINDS]
+    return [*KINDS]
 
 
 def _prefixes(text: str) -> tuple[str, str]:

@@ -213,14 +213,13 @@ def _verify(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from bnfreeze.finding_kinds import KINDS
-    from bnfreeze.findings import finding_kind
+    from bnfreeze.findings import KINDS, PAGES, finding_kind
 
-    kinds = [finding_kind(options.code)] if options.code else KINDS
+    kinds = [finding_kind(options.code)] if options.code else [*KINDS.values()]
     if options.json:
         print_json({"schema": 2, "findings": [asdict(kind) for kind in kinds]})
     elif options.code:
-        sys.stdout.write(kinds[0].page())
+        sys.stdout.write(PAGES[kinds[0].code])
     else:
         width = max(len(kind.code) for kind in kinds)
         sys.stdout.writelines(f"{kind.code:{width}}  {kind.title}\n" for kind in kinds)

@@ -10,10 +10,10 @@ import hashlib
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
+from pathlib import Path
 from typing import Final
 
-from bnfreeze.finding_kinds import KINDS, FindingKind
+from bnfreeze.findings import KINDS, FindingKind
 from bnfreeze.histograms import Histogram
 from bnfreeze.sheets import (
     MOST_ROWS,
@@ -30,7 +30,6 @@ from bnfreeze.text import escaped
 
 __all__ = ["fragment", "page"]
 
-_KINDS: Final = {kind.code: kind for kind in KINDS}
 # So many layers of a finding are shown without a click.
 _FEW: Final = 3
 
@@ -60,7 +59,7 @@ def fragment(sheet: Sheet) -> str:
 
 
 def _part(name: str) -> str:
-    return files("bnfreeze").joinpath(name).read_text(encoding="utf-8")
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _text(text: str) -> str:
@@ -160,7 +159,7 @@ def _finding(group: FindingGroup) -> str:
         seen = (
             f"{_text(group.message)}<details><summary>{some}</summary><ul>{listed}</ul></details>"
         )
-    kind = _KINDS.get(group.code)
+    kind = KINDS.get(group.code)
     return (
         f'<div class="finding"><p><span class="{group.level}">{group.level}</span> '
         f"<b>{_text(group.code)}</b> {where}</p><div>{seen}</div>"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bnfreeze.cli import main
-from bnfreeze.finding_kinds import KINDS
+from bnfreeze.findings import KINDS
 from bnfreeze.output import progress_line
 from tests.checkpoints.formats import save_safetensors, save_zip
 
@@ -352,7 +352,7 @@ def test_explain_gives_a_page_or_lists_all_and_hints_at_the_nearest(command):
     assert code == 0
     assert page.startswith("# never-trained\n")
     listed = command("explain")[1].splitlines()
-    assert [line.split()[0] for line in listed] == [kind.code for kind in KINDS]
+    assert [line.split()[0] for line in listed] == list(KINDS)
     data = json.loads(command("explain", "stats-dtype", "--json")[1])
     assert data["schema"] == 2
     assert [kind["code"] for kind in data["findings"]] == ["stats-dtype"]
