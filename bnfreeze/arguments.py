@@ -27,7 +27,7 @@ examples:
   bnfreeze explain never-trained                   what a finding means, and how to mend it
   bnfreeze inspect a.pt --json | jq .files[0].ok   for scripts
 
-completion in bash and zsh, after pip install argcomplete; in ~/.bashrc or ~/.zshrc:
+completion, after pip install 'bnfreeze[completion]', in ~/.bashrc or ~/.zshrc:
   eval "$(register-python-argcomplete bnfreeze)"
 
 exit codes: 0 clean; 1 findings of level error, or a difference; 2 wrong usage, unreadable, refused.
