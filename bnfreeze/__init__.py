@@ -88,50 +88,35 @@ __all__ = [
     "verify",
 ]
 
-_HOME = {
-    "CalibrationError": "calibration.measuring",
-    "LayerFit": "calibration.fit",
-    "ProbeReport": "calibration.report",
-    "RecalibrationReport": "calibration.report",
-    "probe": "calibration.probe",
-    "recalibrate": "calibration.recalibrate",
-    "BnfreezeError": "errors",
-    "BnfreezeWarning": "errors",
-    "CheckpointError": "errors",
-    "CheckpointInspection": "inspection.checkpoint",
-    "CorruptCheckpointError": "errors",
-    "Diff": "verification.diff",
-    "Drift": "verification.drift",
-    "DriftError": "verification.drift_report",
-    "DriftReport": "verification.drift_report",
-    "Finding": "findings",
-    "FreezeReport": "freezing.report",
-    "Guard": "verification.guard",
-    "Inspection": "inspection.result",
-    "LayerRow": "freezing.report",
-    "LiveLayer": "inspection.behaviour",
-    "ModelInspection": "inspection.live",
-    "FrozenBatchNorm1d": "nn.modules",
-    "FrozenBatchNorm2d": "nn.modules",
-    "FrozenBatchNorm3d": "nn.modules",
-    "NotFrozenError": "errors",
-    "Policy": "policies.policy",
-    "PolicyError": "errors",
-    "Snapshot": "verification.snapshot",
-    "StoredLayer": "inspection.stored_layers",
-    "TensorChange": "verification.diff",
-    "UnsafeCheckpointError": "errors",
-    "UnsupportedFormatError": "errors",
-    "assert_frozen": "verification.assert_frozen",
-    "diff": "verification.diff",
-    "freeze": "freezing.freeze",
-    "guard": "verification.guard",
-    "inspect": "inspection.inspect",
-    "snapshot": "verification.verify",
-    "unfreeze": "freezing.freeze",
-    "verify": "verification.verify",
+# The modules in which the public names are defined.
+_NAMES = {
+    "calibration.fit": "LayerFit",
+    "calibration.measuring": "CalibrationError",
+    "calibration.probe": "probe",
+    "calibration.recalibrate": "recalibrate",
+    "calibration.report": "ProbeReport RecalibrationReport",
+    "errors": "BnfreezeError BnfreezeWarning CheckpointError CorruptCheckpointError NotFrozenError "
+    "PolicyError UnsafeCheckpointError UnsupportedFormatError",
+    "findings": "Finding",
+    "freezing.freeze": "freeze unfreeze",
+    "freezing.report": "FreezeReport LayerRow",
+    "inspection.behaviour": "LiveLayer",
+    "inspection.checkpoint": "CheckpointInspection",
+    "inspection.inspect": "inspect",
+    "inspection.live": "ModelInspection",
+    "inspection.result": "Inspection",
+    "inspection.stored_layers": "StoredLayer",
+    "nn.modules": "FrozenBatchNorm1d FrozenBatchNorm2d FrozenBatchNorm3d",
+    "policies.policy": "Policy",
+    "verification.assert_frozen": "assert_frozen",
+    "verification.diff": "Diff TensorChange diff",
+    "verification.drift": "Drift",
+    "verification.drift_report": "DriftError DriftReport",
+    "verification.guard": "Guard guard",
+    "verification.snapshot": "Snapshot",
+    "verification.verify": "snapshot verify",
 }
-_MODULES = {"functional"}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> object:
@@ -139,10 +124,10 @@ def __getattr__(name: str) -> object:
         from importlib.metadata import version
 
         return version("bnfreeze")
+    if name == "functional":
+        return import_module("bnfreeze.functional")
     if name in _HOME:
         return getattr(import_module(f"bnfreeze.{_HOME[name]}"), name)
-    if name in _MODULES:
-        return import_module(f"bnfreeze.{name}")
     raise AttributeError(f"module 'bnfreeze' has no attribute {name!r}")
 
 

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
-from bnfreeze.completion import SHELLS
-
 __all__ = ["command_parser", "unknown_command"]
 
 _EXAMPLES: Final = """\
@@ -29,8 +27,8 @@ examples:
   bnfreeze explain never-trained                   what a finding means, and how to mend it
   bnfreeze inspect a.pt --json | jq .files[0].ok   for scripts
 
-completion in bash:  eval "$(bnfreeze completion bash)"   (in ~/.bashrc; zsh: in ~/.zshrc)
-completion in fish:  bnfreeze completion fish | source    (in ~/.config/fish/config.fish)
+completion, after pip install 'bnfreeze[completion]', in ~/.bashrc or ~/.zshrc:
+  eval "$(register-python-argcomplete bnfreeze)"
 
 exit codes: 0 clean; 1 findings of level error, or a difference; 2 wrong usage, unreadable, refused.
 Nothing in a file is run or imported; no option changes that.
@@ -93,13 +91,18 @@ def command_parser() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
     verify.add_argument("path", metavar="CKPT", help="a file or a folder")
     verify.add_argument("snapshot", metavar="FILE", help="what snapshot wrote, or Snapshot.save")
     explain = commands.add_parser("explain", help="say what a finding means", allow_abbrev=False)
-    explain.add_argument("code", nargs="?", metavar="CODE", help="its code; without it, list all")
-    explain.add_argument("--json", action="store_true", help="print one JSON object")
-    complete = commands.add_parser(
-        "completion", help="print a script that completes this command in a shell"
+    code = explain.add_argument(
+        "code", nargs="?", metavar="CODE", help="its code; without it, list all"
     )
-    complete.add_argument("shell", choices=SHELLS)
+    code.completer = _codes  # type: ignore[attr-defined]  # argcomplete calls it
+    explain.add_argument("--json", action="store_true", help="print one JSON object")
     return parser, tuple(commands.choices)
+
+
+def _codes(**_: object) -> list[str]:
+    from bnfreeze.findings import KINDS
+
+    return [*KINDS]
 
 
 def _prefixes(text: str) -> tuple[str, str]:

@@ -1,4 +1,8 @@
-"""The command: `bnfreeze inspect`, `diff`, `snapshot`, `verify`, `explain`, `completion`.
+"""The command: `bnfreeze inspect`, `diff`, `snapshot`, `verify`, `explain`.
+
+Each calls a function of the library, and `_show` prints what it returns. What is in a table, that
+class lays out: `CheckpointInspection.sheet` in `bnfreeze.inspection.checkpoint`, `Diff.sheet` in
+`bnfreeze.verification.diff_report`. How it is drawn is in `bnfreeze.tables`.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 clean; 1 findings of level error
 (`inspect`) or a difference (`diff`, `verify`); 2 wrong usage, unreadable or refused. Nothing that
@@ -16,19 +20,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bnfreeze.arguments import command_parser, unknown_command
 from bnfreeze.errors import BnfreezeError
-from bnfreeze.output import (
-    ProgressLine,
-    check_outputs,
-    complain,
-    complain_of_defect,
-    exit_code,
-    print_json,
-    print_line,
-    show,
-)
+from bnfreeze.output import complain, complain_of_defect, print_json, print_line, progress_line
 
 if TYPE_CHECKING:
     from bnfreeze.inspection.checkpoint import CheckpointInspection
+    from bnfreeze.tables import Printable
+    from bnfreeze.verification.diff_report import Diff
+    from bnfreeze.verification.drift_report import DriftReport
 
 __all__ = ["main"]
 
@@ -45,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser, commands = command_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks how a line can go on
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         parser.error(unknown_command(arguments[0], commands))
     options = parser.parse_args(arguments)
@@ -78,13 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from bnfreeze.inspection.inspect import inspect_checkpoint
 
-    check_outputs(options)
+    _check_outputs(options)
     shown: list[CheckpointInspection] = []
     refused: dict[str, dict[str, Any]] = {}
     code = 0
     for path in options.paths:
         try:
-            with ProgressLine(path):
+            with progress_line(path):
                 found = inspect_checkpoint(
                     path,
                     key=options.key,
@@ -98,7 +100,7 @@ def _inspect(options: argparse.Namespace) -> int:
             refused[path] = {"kind": type(error).__name__, "message": str(error)}
         else:
             shown.append(found)
-            code = max(code, exit_code(found))
+            code = max(code, _exit_code(found))
 
     def data() -> dict[str, Any]:
         left = iter(shown)
@@ -111,7 +113,7 @@ def _inspect(options: argparse.Namespace) -> int:
         return {"schema": 2, "ok": code == 0, "files": files}
 
     several = len(options.paths) > 1
-    show(
+    _show(
         options,
         shown,
         data,
@@ -127,9 +129,9 @@ def _inspect(options: argparse.Namespace) -> int:
 def _diff(options: argparse.Namespace) -> int:
     from bnfreeze.verification.diff import diff
 
-    check_outputs(options)
+    _check_outputs(options)
     key_a, key_b = (options.key if one is None else one for one in (options.key_a, options.key_b))
-    with ProgressLine(options.second) as progress:
+    with progress_line(options.second) as progress:
         found = diff(
             options.first,
             options.second,
@@ -138,8 +140,8 @@ def _diff(options: argparse.Namespace) -> int:
             prefixes=dict(options.map) if options.map else None,
             progress=progress,
         )
-    show(options, [found], found.to_dict, found.lines)
-    return exit_code(found)
+    _show(options, [found], found.to_dict, found.lines)
+    return _exit_code(found)
 
 
 def _snapshot(options: argparse.Namespace) -> int:
@@ -147,12 +149,10 @@ def _snapshot(options: argparse.Namespace) -> int:
     from bnfreeze.inspection.inspect import selected
     from bnfreeze.verification.stored import snapshot_of
 
-    if not options.output:
-        raise BnfreezeError("-o: the name of a file is empty.")
     # Only an earlier snapshot may be overwritten.
     if os.path.exists(options.output) and not _is_snapshot(options.output):
         raise BnfreezeError(f"{options.output} exists and is not a snapshot.")
-    with ProgressLine(options.path) as progress, open_checkpoint(options.path) as checkpoint:
+    with progress_line(options.path) as progress, open_checkpoint(options.path) as checkpoint:
         found = checkpoint.chosen(options.key)
         with naming_file(checkpoint.path):
             parts = selected(found.all if options.all else found.models, options.select)
@@ -183,7 +183,7 @@ def _verify(options: argparse.Namespace) -> int:
     from bnfreeze.verification.snapshot import Snapshot
     from bnfreeze.verification.stored import verify_found
 
-    check_outputs(options)
+    _check_outputs(options)
     try:
         before = Snapshot.load(options.snapshot)
     except BnfreezeError as error:
@@ -194,43 +194,81 @@ def _verify(options: argparse.Namespace) -> int:
         ) from None
     except OSError as error:
         raise BnfreezeError(f"{options.snapshot}: cannot be opened: {error.strerror}.") from None
-    with ProgressLine(options.path) as progress, open_checkpoint(options.path) as checkpoint:
+    with progress_line(options.path) as progress, open_checkpoint(options.path) as checkpoint:
         found = Found.in_checkpoint(checkpoint, options.key)
         with naming_file(checkpoint.path):
             report = verify_found(found, before, select=options.select, progress=progress)
-    show(
+    _show(
         options,
         [report],
         report.to_dict,
         lambda: [(one.name, one.kind, what_changed(one)) for one in report.drifts],
     )
-    return exit_code(report)
+    return _exit_code(report)
 
 
 def _explain(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from bnfreeze.finding_kinds import KINDS
-    from bnfreeze.findings import finding_kind
+    from bnfreeze.findings import KINDS, PAGES, finding_kind
 
-    kinds = [finding_kind(options.code)] if options.code else KINDS
+    kinds = [finding_kind(options.code)] if options.code else [*KINDS.values()]
     if options.json:
         print_json({"schema": 2, "findings": [asdict(kind) for kind in kinds]})
     elif options.code:
-        sys.stdout.write(kinds[0].page())
+        sys.stdout.write(PAGES[kinds[0].code])
     else:
         width = max(len(kind.code) for kind in kinds)
         sys.stdout.writelines(f"{kind.code:{width}}  {kind.title}\n" for kind in kinds)
     return 0
 
 
-def _completion(options: argparse.Namespace) -> int:
-    from bnfreeze.completion import SHELLS, completion
-    from bnfreeze.finding_kinds import KINDS
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Refuse to write over anything but an earlier picture: it may be the checkpoint itself."""
+    for output in filter(None, (options.html, options.svg)):
+        if os.path.isfile(output):
+            with open(output, "rb") as file:
+                head = file.read(16)
+            if head and not head.lower().startswith((b"<svg", b"<!doctype html")):
+                raise BnfreezeError(f"{output}: is there already, and is no picture.")
 
-    arguments = {"explain": [kind.code for kind in KINDS], "completion": SHELLS}
-    sys.stdout.write(completion(command_parser()[0], options.shell, arguments))
-    return 0
+
+def _exit_code(result: CheckpointInspection | Diff | DriftReport) -> int:
+    """0 if the result is clean; 2 if a model was not read, which may hold anything; else 1."""
+    return 2 if getattr(result, "unread", ()) else 0 if result.ok else 1
+
+
+def _show(
+    options: argparse.Namespace,
+    reports: Sequence[Printable],
+    data: Callable[[], dict[str, Any]],
+    lines: Callable[[], Sequence[tuple[str, ...]]],
+) -> None:
+    """Print the results in the form that was asked for, and save their pictures."""
+    if options.json:
+        print_json(data())
+    elif options.plain:
+        for line in lines():
+            print_line(*line)
+    else:
+        from rich.console import Console
+
+        from bnfreeze.tables import draw
+
+        console = Console()
+        # Not written by rich, which handles a closed pipe in its own way.
+        with console.capture() as captured:
+            draw(reports, console)
+        sys.stdout.write(captured.get())
+    if options.html or options.svg:
+        from bnfreeze.files import write_whole
+        from bnfreeze.html import page
+        from bnfreeze.tables import svg_of
+
+        if options.html:
+            write_whole(options.html, page([report.sheet() for report in reports]))
+        if options.svg:
+            write_whole(options.svg, svg_of(reports))
 
 
 _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
@@ -239,5 +277,4 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "snapshot": _snapshot,
     "verify": _verify,
     "explain": _explain,
-    "completion": _completion,
 }

@@ -1,22 +1,83 @@
 """Findings: what a person should know about a norm layer, as data.
 
-What each code means stands in `bnfreeze.finding_kinds`, and nowhere else.
+What is said of each kind stands in `findings.md`, a page for each code, and nowhere else: the pages
+of the documentation, `bnfreeze explain CODE` and the check of codes in `finding` are made from it.
+To add a finding, add its page there and call `finding(code, ...)` in the place that detects it.
+
+A code says first what it is about (``stats-``, ``affine-``, ``layer-``, ``model-``,
+``optimizer-``) and then what is wrong with it. Codes that say so by themselves have no such
+beginning: ``never-trained``, ``batch-stats-in-train``, ``train-undoes-eval``. Codes never change.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Final
+from pathlib import Path
+from textwrap import dedent
+from typing import Any, Final, Literal
 
 from bnfreeze.errors import BnfreezeError
-from bnfreeze.finding_kinds import KINDS, FindingKind, Level
 
-__all__ = ["Finding", "Level", "finding", "finding_kind", "worst_first"]
+__all__ = [
+    "KINDS",
+    "PAGES",
+    "Finding",
+    "FindingKind",
+    "Level",
+    "finding",
+    "finding_kind",
+    "worst_first",
+]
 
-_BY_CODE: Final = {kind.code: kind for kind in KINDS}
+Level = Literal["error", "warning", "note"]
 _ORDER: Final[dict[str, int]] = {"error": 0, "warning": 1, "note": 2}
+
+
+@dataclass(frozen=True)
+class FindingKind:
+    """One kind of finding, as people read about it.
+
+    Attributes:
+        code: its stable name.
+        levels: the levels that it can have; the first is the usual one.
+        title: what was found, in a few words.
+        meaning: what it means.
+        why: why it matters.
+        remedy: how to mend it, in a sentence or two; shown with each finding.
+        example: code or a command that leads to it, or that mends it.
+    """
+
+    code: str
+    levels: tuple[Level, ...]
+    title: str
+    meaning: str
+    why: str
+    remedy: str
+    example: str
+
+
+_PAGE: Final = re.compile(
+    r"# (?P<code>.+)\n\n\*\*(?P<title>.+)\*\* \(level: (?P<levels>.+)\)\n\n(?P<meaning>.+)\n\n"
+    r"## Why it matters\n\n(?P<why>.+)\n\n## How to mend it\n\n(?P<remedy>.+)\n\n"
+    r"## Example\n\n(?P<example>(?:    .+\n|\n(?=    ))+)\n?"
+)
+
+
+def _kind(page: re.Match[str]) -> FindingKind:
+    fields: dict[str, Any] = page.groupdict()
+    fields["levels"] = tuple(fields["levels"].split(" or "))
+    fields["example"] = dedent(fields["example"]).rstrip("\n")
+    return FindingKind(**fields)
+
+
+_TEXT: Final = Path(__file__).with_name("findings.md").read_text(encoding="utf-8")
+_FOUND: Final = list(_PAGE.finditer(_TEXT))
+# Each kind, and the page about it in Markdown, by its code.
+KINDS: Final = {page["code"]: _kind(page) for page in _FOUND}
+PAGES: Final = {page["code"]: page[0].rstrip() + "\n" for page in _FOUND}
 
 
 @dataclass(frozen=True)
@@ -57,7 +118,7 @@ def finding(
     """Make a finding of a registered kind.
 
     Args:
-        code: a code of `bnfreeze.finding_kinds.KINDS`.
+        code: a code of `KINDS`.
         name: the layer's dotted name; empty for the model as a whole.
         message: what was seen; empty for the kind's title.
         remedy: what to do about it; empty for the kind's own remedy.
@@ -68,7 +129,7 @@ def finding(
         KeyError: the code is not registered.
         ValueError: findings of this kind do not have this level.
     """
-    kind = _BY_CODE[code]
+    kind = KINDS[code]
     if level is not None and level not in kind.levels:
         raise ValueError(f"A finding {code!r} has the level {' or '.join(kind.levels)}.")
     return Finding(
@@ -82,9 +143,9 @@ def finding_kind(code: str) -> FindingKind:
     Raises:
         BnfreezeError: there is no such code; names the nearest.
     """
-    if found := _BY_CODE.get(code.strip().lower()):
+    if found := KINDS.get(code.strip().lower()):
         return found
-    close = difflib.get_close_matches(code.lower(), _BY_CODE, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(code.lower(), KINDS, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise BnfreezeError(f"No finding has the code {code!r}.{hint} 'bnfreeze explain' lists all.")
 

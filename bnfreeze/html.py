@@ -8,29 +8,28 @@ from __future__ import annotations
 
 import hashlib
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
-from importlib.metadata import PackageNotFoundError, metadata
-from importlib.resources import files
+from pathlib import Path
 from typing import Final
 
-from bnfreeze.finding_kinds import KINDS, FindingKind
+from bnfreeze.findings import KINDS, FindingKind
+from bnfreeze.histograms import Histogram
 from bnfreeze.sheets import (
     MOST_ROWS,
     Cell,
     FindingGroup,
     Row,
     Sheet,
+    filled_columns,
     finding_groups,
     tone,
     tree_rows,
 )
 from bnfreeze.text import escaped
-from bnfreeze.tree import Histogram
 
 __all__ = ["fragment", "page"]
 
-_KINDS: Final = {kind.code: kind for kind in KINDS}
 # So many layers of a finding are shown without a click.
 _FEW: Final = 3
 
@@ -60,7 +59,7 @@ def fragment(sheet: Sheet) -> str:
 
 
 def _part(name: str) -> str:
-    return files("bnfreeze").joinpath(name).read_text(encoding="utf-8")
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _text(text: str) -> str:
@@ -80,10 +79,9 @@ def _report(sheet: Sheet) -> str:
 
 
 def _table(sheet: Sheet) -> str:
-    rows = list(tree_rows(sheet, flat=sheet.outlined is False))
-    leaves = [row.cells for row in rows if not row.heading]
-    # A column that says nothing in any row is left out.
-    shown = [i for i in range(len(sheet.columns) - 1) if any(cells[i] for cells in leaves)]
+    rows = tree_rows(sheet, flat=sheet.outlined is False)
+    leaves = [row.cells for row in rows if row.name]
+    shown = filled_columns(rows)
     right = {i for i in shown if all(str(cells[i] or "0").isdigit() for cells in leaves)}
     pictures = {i for i in shown if any(isinstance(cells[i], Histogram) for cells in leaves)}
 
@@ -94,22 +92,21 @@ def _table(sheet: Sheet) -> str:
             return f'<th class="axis"><span class="ends">{ends}</span>'
         return f"<th{_attribute('class', 'number' if i in right else '')}>{_text(name)}"
 
-    def line(row: Row) -> Iterator[str]:
+    def line(row: Row) -> str:
         depth = _attribute("data-depth", str(row.depth or ""))
-        if row.heading:
-            yield f'<tr class="branch"{depth}><th colspan="{len(shown) + 1}">{_text(row.text)}'
-            return
+        if not row.name:
+            return f'<tr class="branch"{depth}><th colspan="{len(shown) + 1}">{_text(row.text)}'
         name = _attribute("data-name", row.name if row.name != row.text else "")
-        yield f'<tr{depth}><th scope="row"{name}>{_text(row.text)}</th>'
-        for i in shown:
-            label = "" if i in pictures else sheet.columns[i + 1]
-            yield _cell(row.cells[i], label, "number" if i in right else "")
+        cells = (
+            _cell(row.cells[i], sheet.columns[i + 1], "number" if i in right else "") for i in shown
+        )
+        return f'<tr{depth}><th scope="row"{name}>{_text(row.text)}</th>{"".join(cells)}'
 
     more = len(sheet.rows) - MOST_ROWS
     return (
         f'<div class="scroll"><table><thead><tr><th>{_text(sheet.columns[0])}'
         f"{''.join(map(heading, shown))}</tr></thead>\n<tbody>"
-        + "\n".join("".join(line(row)) for row in rows)
+        + "\n".join(map(line, rows))
         + "</tbody></table></div>"
         + (f'<p class="dim">... and {more:,} rows more</p>' if more > 0 else "")
         + (f'<p class="legend">{_text(sheet.legend)}</p>' if sheet.legend else "")
@@ -162,7 +159,7 @@ def _finding(group: FindingGroup) -> str:
         seen = (
             f"{_text(group.message)}<details><summary>{some}</summary><ul>{listed}</ul></details>"
         )
-    kind = _KINDS.get(group.code)
+    kind = KINDS.get(group.code)
     return (
         f'<div class="finding"><p><span class="{group.level}">{group.level}</span> '
         f"<b>{_text(group.code)}</b> {where}</p><div>{seen}</div>"
@@ -171,21 +168,9 @@ def _finding(group: FindingGroup) -> str:
 
 
 def _meaning(kind: FindingKind) -> str:
-    """What the documentation says of a code; and where, if the package has a site."""
+    """What the documentation says of a code."""
     example = "\n".join(map(_text, kind.example.splitlines()))
-    site = _site()
-    link = f'<p><a href="{_text(site)}findings/{kind.code}/">Documentation</a>' if site else ""
     return (
         f"<details><summary>{_text(kind.title)}: what it means</summary><p>{_text(kind.meaning)}"
-        f"<p>{_text(kind.why)}<pre>{example}</pre>{link}</details>"
+        f"<p>{_text(kind.why)}<pre>{example}</pre></details>"
     )
-
-
-def _site() -> str:
-    """The address of the documentation, as the package's metadata has it; else empty."""
-    try:
-        urls = metadata("bnfreeze").get_all("Project-URL") or []
-    except PackageNotFoundError:
-        return ""
-    found = [url for label, _, url in (x.partition(", ") for x in urls) if label == "Documentation"]
-    return f"{found[0].rstrip('/')}/" if found else ""

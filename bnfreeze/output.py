@@ -1,80 +1,19 @@
-"""What the command writes: results to stdout and to files, progress and errors to stderr."""
+"""What the command writes besides its tables: JSON and lines to stdout, the rest to stderr."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
-from bnfreeze.errors import BnfreezeError
 from bnfreeze.text import escaped
 
-__all__ = [
-    "ProgressLine",
-    "check_outputs",
-    "complain",
-    "complain_of_defect",
-    "exit_code",
-    "print_json",
-    "print_line",
-    "show",
-]
+__all__ = ["complain", "complain_of_defect", "print_json", "print_line", "progress_line"]
 
 _SECOND: Final = 1.0
-
-
-def check_outputs(options: argparse.Namespace) -> None:
-    """Refuse to write over anything but an earlier picture: it may be the checkpoint itself."""
-    for output in filter(None, (options.html, options.svg)):
-        if os.path.isfile(output):
-            with open(output, "rb") as file:
-                head = file.read(16)
-            if head and not head.lower().startswith((b"<svg", b"<!doctype html")):
-                raise BnfreezeError(f"{output}: is there already, and is no picture.")
-
-
-def exit_code(result: Any) -> int:
-    """0 if the result is clean; 2 if a model was not read, which may hold anything; else 1."""
-    return 2 if getattr(result, "unread", ()) else 0 if result.ok else 1
-
-
-def show(
-    options: argparse.Namespace,
-    reports: Sequence[Any],
-    data: Callable[[], dict[str, Any]],
-    lines: Callable[[], Sequence[tuple[str, ...]]],
-) -> None:
-    """Print the results in the form that was asked for, and save their pictures."""
-    if options.json:
-        print_json(data())
-    elif options.plain:
-        for line in lines():
-            print_line(*line)
-    else:
-        _print_reports(reports)
-    if options.html or options.svg:
-        from bnfreeze.files import write_whole
-        from bnfreeze.tables import html_of, svg_of
-
-        for path, draw in ((options.html, html_of), (options.svg, svg_of)):
-            if path:
-                write_whole(path, draw(reports))
-
-
-def _print_reports(reports: Sequence[Any]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    # Not written by rich, which handles a closed pipe in its own way.
-    with console.capture() as captured:
-        for number, report in enumerate(reports):
-            if number:
-                console.print()
-            console.print(report)
-    sys.stdout.write(captured.get())
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -105,36 +44,36 @@ def complain_of_defect() -> int:
     return complain("This is a defect of bnfreeze: please report it with the lines above.")
 
 
-class ProgressLine:
-    """A line on stderr while reading a file takes longer than a second; on a terminal only."""
+@contextmanager
+def progress_line(path: str) -> Iterator[Callable[[int, int], None]]:
+    """A line on stderr while reading a file takes longer than a second; on a terminal only.
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._count = ""
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+    Gives a function that takes how many tensors are done, and of how many.
+    """
+    name = escaped(os.path.basename(path) or path)[:40]
+    count = ""
+    over = threading.Event()
 
-    def __call__(self, done: int, total: int) -> None:
-        """Show how many tensors are done, and of how many."""
-        self._count = f", tensor {done:,} of {total:,}"
+    def tell(done: int, total: int) -> None:
+        nonlocal count
+        count = f", tensor {done:,} of {total:,}"
 
-    def _run(self) -> None:
-        name = escaped(os.path.basename(self._path) or self._path)[:40]
+    def show() -> None:
         seconds = 0
-        while not self._over.wait(_SECOND):
+        while not over.wait(_SECOND):
             seconds += 1
-            sys.stderr.write(f"\r{name}: {seconds} s{self._count}\x1b[K")
+            sys.stderr.write(f"\r{name}: {seconds} s{count}\x1b[K")
             sys.stderr.flush()
         if seconds:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
-    def __enter__(self) -> ProgressLine:
-        if sys.stderr.isatty():
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._thread.ident is not None:
-            self._over.set()
-            self._thread.join()
+    thread = threading.Thread(target=show)
+    if sys.stderr.isatty():
+        thread.start()
+    try:
+        yield tell
+    finally:
+        over.set()
+        if thread.ident is not None:
+            thread.join()

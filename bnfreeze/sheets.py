@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, takewhile
 from typing import Final
 
 from bnfreeze.findings import Finding, Level
-from bnfreeze.tree import Histogram, outline
+from bnfreeze.histograms import Histogram
 
 __all__ = [
     "MOST_ROWS",
@@ -16,7 +17,10 @@ __all__ = [
     "FindingGroup",
     "Row",
     "Sheet",
+    "filled_columns",
     "finding_groups",
+    "grouped",
+    "outline",
     "shared_kind",
     "tone",
     "tree_rows",
@@ -43,6 +47,8 @@ _TONES: Final = {
     "missing": "error",
     "unread": "error",
 }
+# How many names must share a beginning to be put under a heading of their own, by depth.
+_ENOUGH: Final = (4, 8)
 
 Cell = str | Histogram
 
@@ -96,44 +102,97 @@ class Row:
 
     Attributes:
         depth: how far it is indented.
-        text: its heading, or the name as far as the headings above do not say it.
+        text: a heading, or the name as far as the headings above do not say it.
         name: the whole name; empty for a heading.
         cells: the other cells; none for a heading.
-        heading: whether it stands for the rows below it, not for a layer.
     """
 
     depth: int
     text: str
     name: str = ""
     cells: tuple[Cell, ...] = ()
-    heading: bool = False
 
 
-def tree_rows(sheet: Sheet, *, flat: bool = False) -> Iterator[Row]:
+def tree_rows(sheet: Sheet, *, flat: bool = False) -> list[Row]:
     """The rows of a sheet, at most `MOST_ROWS`, with headings for names that begin alike.
 
     Args:
         sheet: what to show.
         flat: without headings but those that the sheet has itself.
     """
-    rows = sheet.rows[:MOST_ROWS]
-    headed = len(sheet.columns) > 1
-    starts = [i for i, row in enumerate(rows) if headed and len(row) == 1]
-    for start, end in zip([-1, *starts], [*starts, len(rows)], strict=True):
-        depth = 0
-        if start >= 0:
-            yield Row(0, str(rows[start][0]), heading=True)
+    rows: list[Row] = []
+    depth = 0
+    for heading, part in groupby(
+        sheet.rows[:MOST_ROWS], lambda cells: len(cells) < len(sheet.columns)
+    ):
+        if heading:
+            rows += [Row(0, str(cells[0])) for cells in part]
             depth = 1
-        part = rows[start + 1 : end]
-        names = [str(row[0]) for row in part]
-        lines = zip(names, range(len(names)), strict=True) if flat else outline(names)
-        for line, index in lines:
-            text = line if flat else line.lstrip(" ")
-            below = depth + (len(line) - len(text)) // 2
-            if index is None:
-                yield Row(below, text, heading=True)
-            else:
-                yield Row(below, text, names[index], part[index][1:])
+            continue
+        cells = list(part)
+        names = [str(name) for name, *_ in cells]
+        lines = ((0, name, i) for i, name in enumerate(names)) if flat else outline(names)
+        rows += [
+            Row(depth + below, text)
+            if i is None
+            else Row(depth + below, text, names[i], cells[i][1:])
+            for below, text, i in lines
+        ]
+    return rows
+
+
+def filled_columns(rows: Sequence[Row]) -> list[int]:
+    """The indices of the cells that say something in some row; other columns are left out."""
+    columns = zip(*(row.cells for row in rows if row.name), strict=True)
+    return [index for index, cells in enumerate(columns) if any(cells)]
+
+
+def outline(names: Sequence[str]) -> Iterator[tuple[int, str, int | None]]:
+    """Lines of a tree: headings, and names shortened by the headings above them.
+
+    Args:
+        names: dotted names; those that belong together stand together.
+
+    Yields:
+        how far a line is indented, its text, and the index of its name; None for a heading.
+    """
+    return _outline([(name.split("."), index) for index, name in enumerate(names)], 0)
+
+
+def _outline(
+    entries: list[tuple[list[str], int]], depth: int
+) -> Iterator[tuple[int, str, int | None]]:
+    for _, group in groupby(entries, lambda entry: _beginning(entry[0])):
+        run = list(group)
+        shared = _shared([parts for parts, _ in run], 1)
+        if depth < len(_ENOUGH) and shared and len(run) >= _ENOUGH[depth]:
+            yield depth, ".".join(run[0][0][:shared]), None
+            yield from _outline([(parts[shared:], index) for parts, index in run], depth + 1)
+        else:
+            yield from ((depth, ".".join(parts), index) for parts, index in run)
+
+
+def _beginning(parts: list[str]) -> list[str]:
+    """Up to the first segment that is no number: numbers say nothing without the word after."""
+    words = (i for i, part in enumerate(parts, 1) if not part.isdigit())
+    return parts[: next(words, len(parts))]
+
+
+def _shared(names: Sequence[list[str]], spare: int) -> int:
+    """How many leading segments all have in common, if each keeps `spare` segments at its end."""
+    alike = takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))
+    return max(min(len(list(alike)), min(map(len, names)) - spare), 0)
+
+
+def grouped(names: Sequence[str]) -> dict[str, list[int]]:
+    """The indices of names by the first segment in which the names differ."""
+    split = [name.split(".") for name in names]
+    # The tensors' own names (weight, bias) must not make groups.
+    shared = _shared(split, 2) if split else 0
+    groups: dict[str, list[int]] = {}
+    for index, parts in enumerate(split):
+        groups.setdefault(".".join(parts[: shared + 1]), []).append(index)
+    return groups
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Draws facts: a table and the findings, for a terminal, or as text, SVG or HTML.
+"""Draws a report: on a terminal, or as text or SVG; `bnfreeze.html` draws it as a page.
 
 What has the facts lays them out as a `Sheet`; how a sheet looks is decided here. Nothing is read as
 markup, control characters are shown escaped, and what an encoding does not have is replaced by
@@ -12,21 +12,31 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from html import escape, unescape
+from itertools import zip_longest
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from bnfreeze.files import write_whole
 from bnfreeze.findings import Finding
-from bnfreeze.sheets import MOST_ROWS, Sheet, finding_groups, shared_kind, tone, tree_rows
+from bnfreeze.histograms import BLOCKS, Histogram
+from bnfreeze.sheets import (
+    MOST_ROWS,
+    Cell,
+    Sheet,
+    filled_columns,
+    finding_groups,
+    shared_kind,
+    tone,
+    tree_rows,
+)
 from bnfreeze.text import SEGMENT, encodable, stdout_encoding, wrapped
-from bnfreeze.tree import BLOCKS, Histogram
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.text import Text
 
-__all__ = ["Printable", "Sheet", "html_of", "shared_kind", "svg_of"]
+__all__ = ["Printable", "Sheet", "draw", "shared_kind", "svg_of"]
 
 _STYLES: Final = {"good": "green", "warning": "yellow", "error": "bold red", "note": "cyan"}
 # Of findings that differ in their numbers alone, so many are shown with their own.
@@ -41,23 +51,12 @@ _LONGEST_REPR: Final = 300
 _SVG_CELL: Final = 12.2
 
 
-class _Buffer(io.StringIO):
-    """Text in memory that says of which encoding it will be."""
-
-    encoding = "utf-8"
-
-
 class Printable(ABC):
     """Facts that give a table when printed, and HTML in a notebook.
 
-    ``str()`` uses only characters that ``sys.stdout`` can show.
+    ``str()`` uses only characters that ``sys.stdout`` can show. A dataclass that is one needs
+    ``repr=False``, or it would list every field.
     """
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        # A dataclass keeps a __repr__ that its class has, and overrides an inherited one.
-        if "__repr__" not in cls.__dict__:
-            cls.__repr__ = Printable.__repr__  # type: ignore[method-assign]
 
     @abstractmethod
     def sheet(self) -> Sheet:
@@ -66,11 +65,9 @@ class Printable(ABC):
     def __str__(self) -> str:
         from rich.console import Console
 
-        buffer = _Buffer()
-        buffer.encoding = stdout_encoding()
         # As wide as the terminal, or as COLUMNS says; 80 where neither is known.
-        Console(file=buffer, color_system=None, width=Console().width).print(self)
-        return buffer.getvalue().rstrip("\n")
+        lines = _drawn(self.sheet(), Console().width, stdout_encoding())
+        return "\n".join(line.plain for line in lines)
 
     def __repr__(self) -> str:
         verdict = encodable(self.sheet().verdict)
@@ -89,11 +86,21 @@ class Printable(ABC):
 
     def save_html(self, path: str | Path) -> None:
         """Save a page of HTML, whose table sorts, filters and folds; it needs no network."""
-        write_whole(path, html_of([self]))
+        from bnfreeze.html import page
+
+        write_whole(path, page([self.sheet()]))
 
     def save_svg(self, path: str | Path, *, width: int = 100) -> None:
         """Save the picture as an SVG file, `width` characters wide."""
         write_whole(path, svg_of([self], width=width))
+
+
+def draw(reports: Sequence[Printable], console: Console) -> None:
+    """Print reports on a console, one under the other."""
+    for number, report in enumerate(reports):
+        if number:
+            console.print()
+        console.print(report)
 
 
 def svg_of(reports: Sequence[Printable], *, width: int = _WIDE) -> str:
@@ -103,6 +110,7 @@ def svg_of(reports: Sequence[Printable], *, width: int = _WIDE) -> str:
     in what they do with spaces.
     """
     from rich.cells import cell_len
+    from rich.console import Console
     from rich.terminal_theme import SVG_EXPORT_THEME
 
     def placed(line: re.Match[str]) -> str:
@@ -121,7 +129,11 @@ def svg_of(reports: Sequence[Printable], *, width: int = _WIDE) -> str:
                 parts.append(f'<text {style} x="{x:g}" y="{base:g}" {size}>{escape(text)}</text>')
         return "".join(parts)
 
-    svg = _recorded(reports, width).export_svg(title="bnfreeze", theme=SVG_EXPORT_THEME)
+    console = Console(
+        file=io.StringIO(), record=True, width=width, force_terminal=True, color_system="truecolor"
+    )
+    draw(reports, console)
+    svg = console.export_svg(title="bnfreeze", theme=SVG_EXPORT_THEME)
     # rich links a font from the net; to look at a picture must not open a connection.
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.S)
     return re.sub(
@@ -129,26 +141,6 @@ def svg_of(reports: Sequence[Printable], *, width: int = _WIDE) -> str:
         placed,
         svg,
     )
-
-
-def html_of(reports: Sequence[Printable]) -> str:
-    """A page of HTML with several, one under the other."""
-    from bnfreeze.html import page
-
-    return page([one.sheet() for one in reports])
-
-
-def _recorded(reports: Sequence[Printable], width: int) -> Console:
-    from rich.console import Console
-
-    console = Console(
-        file=io.StringIO(), record=True, width=width, force_terminal=True, color_system="truecolor"
-    )
-    for number, report in enumerate(reports):
-        if number:
-            console.print()
-        console.print(report)
-    return console
 
 
 def _drawn(sheet: Sheet, width: int, encoding: str) -> Iterator[Text]:
@@ -166,12 +158,11 @@ def _drawn(sheet: Sheet, width: int, encoding: str) -> Iterator[Text]:
         yield from paragraph(sheet.title, "bold")
     for note in sheet.notes:
         yield from paragraph(note, "dim")
-    if sheet.findings_first and sheet.findings:
+    if sheet.title and (sheet.rows or sheet.findings):
         yield Text()
+    if sheet.findings_first:
         yield from _findings(sheet.findings, paragraph)
     if sheet.rows:
-        if not (sheet.findings_first and sheet.findings):
-            yield Text()
         yield from _table(sheet, width, fit)
         if len(sheet.rows) > MOST_ROWS:
             yield Text(f"... and {len(sheet.rows) - MOST_ROWS:,} rows more", style="dim")
@@ -185,58 +176,49 @@ def _drawn(sheet: Sheet, width: int, encoding: str) -> Iterator[Text]:
 def _table(sheet: Sheet, width: int, fit: Callable[[str], str]) -> Iterator[Text]:
     from rich.cells import cell_len
 
-    tree = list(tree_rows(sheet, flat=not sheet.outlined))
-    pictures = {i for row in tree for i, x in enumerate(row.cells, 1) if isinstance(x, Histogram)}
-    # A heading has no other cells.
-    rows = [
-        [fit("  " * row.depth + row.text), *(fit(str(cell)) for cell in row.cells or blank)]
-        for blank in [[""] * (len(sheet.columns) - 1)]
-        for row in tree
-    ]
+    rows = tree_rows(sheet, flat=not sheet.outlined)
     shown = [
         i
-        for i, name in enumerate(sheet.columns)
-        # A column that says nothing in any row is left out.
-        if any(row[i] for row in rows) and (width >= _WIDE or name not in sheet.further)
+        for i in filled_columns(rows)
+        if width >= _WIDE or sheet.columns[i + 1] not in sheet.further
     ]
-    columns = [sheet.columns[i] for i in shown]
-    cells = [[fit(name) for name in columns], *([row[i] for i in shown] for row in rows)]
-    widths = [max(cell_len(line[i]) for line in cells) for i in range(len(shown))]
-    numeric = [all(line[i].isdigit() for line in cells[1:] if line[i]) for i in range(len(shown))]
+    lines = [[sheet.columns[0], *(sheet.columns[i + 1] for i in shown)]]
+    styles = [["bold"] * len(lines[0])]
+    for row in rows:
+        cells = [row.cells[i] for i in shown] if row.name else [""] * len(shown)
+        lines.append(["  " * row.depth + row.text, *map(str, cells)])
+        styles.append(["" if row.name else "bold", *map(_style, cells)])
+    lines = [list(map(fit, line)) for line in lines]
+    columns = list(zip(*lines, strict=True))
+    widths = [max(map(cell_len, column)) for column in columns]
+    numeric = [all(cell.isdigit() for cell in column[1:] if cell) for column in columns]
     room = width - 1
     # The shortest name column in which no word of a name is broken, and the rest as short as can
     # be. Where they do not fit side by side, each name stands on a line of its own.
-    word = max(cell_len(part) for line in cells for part in SEGMENT.findall(line[0]) or [""])
+    word = max(cell_len(part) for name in columns[0] for part in SEGMENT.findall(name))
     least = min(widths[0], max(word, 12)) + sum(min(w, _PROSE) + _GAP for w in widths[1:])
-    stacked = len(shown) > 1 and least > room
+    stacked = len(widths) > 1 and least > room
     if stacked:
-        widths[0] = _GAP  # what stands below a name is indented
-    floor = [word if not stacked else _GAP, *(min(w, _PROSE) for w in widths[1:])]
-    _narrow(widths, floor, room - _GAP * (len(widths) - 1))
-    _narrow(widths, [1] * len(widths), room - _GAP * (len(widths) - 1))
+        widths[0] = word = _GAP  # what stands below a name is indented
+    gaps = _GAP * (len(widths) - 1)
+    _narrow(widths, [word, *(min(w, _PROSE) for w in widths[1:])], room - gaps)
+    _narrow(widths, [1] * len(widths), room - gaps)
 
-    for number, line in enumerate(cells):
-        heading = number > 0 and tree[number - 1].heading
-        styles = [
-            "bold"
-            if number == 0 or heading
-            else "cyan"
-            if i in pictures
-            else _STYLES.get(tone(cell), "")
-            for i, cell in zip(shown, line, strict=True)
-        ]
+    for number, (line, style) in enumerate(zip(lines, styles, strict=True)):
+        heading = number > 0 and not rows[number - 1].name
         if stacked or heading:
             for part in wrapped(line[0], room):
-                yield _line([part], styles, [0], [False])
-            line = ["", *line[1:]]
+                yield _line([part], style, [0], [False])
+            line[0] = ""
         if not heading:
-            parts = [wrapped(cell, w) for cell, w in zip(line, widths, strict=True)]
-            for i in range(max(map(len, parts))):
-                one = [part[i] if i < len(part) else "" for part in parts]
-                yield _line(one, styles, widths, numeric)
+            for parts in zip_longest(*map(wrapped, line, widths), fillvalue=""):
+                yield _line(parts, style, widths, numeric)
         if number == 0:
-            rule = fit("─") * (sum(widths) + _GAP * (len(widths) - 1))
-            yield _line([rule], [""], [0], [False])
+            yield _line([fit("─") * (sum(widths) + gaps)], [""], [0], [False])
+
+
+def _style(cell: Cell) -> str:
+    return "cyan" if isinstance(cell, Histogram) else _STYLES.get(tone(cell), "")
 
 
 def _narrow(widths: list[int], floor: Sequence[int], room: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import sys
 import unicodedata
@@ -43,27 +44,23 @@ def encodable(text: str, encoding: str | None = None) -> str:
     encoding = encoding or stdout_encoding()
     if text.isascii() or encoding.lower().startswith("utf"):
         return text
-    return "".join(
-        char if _has(encoding, char) else _INSTEAD.get(char) or _code(char)
-        for char in text.translate(_ASCII_BARS)
-    )
+    return text.translate(_ASCII_BARS).encode(encoding, "bnfreeze.similar").decode(encoding)
+
+
+def _similar(error: UnicodeError) -> tuple[str, int]:
+    """What is written for characters that an encoding does not have (`codecs.register_error`)."""
+    assert isinstance(error, UnicodeEncodeError)
+    chars = error.object[error.start : error.end]
+    codes = (_INSTEAD.get(c) or c.encode("ascii", "backslashreplace").decode() for c in chars)
+    return "".join(codes), error.end
+
+
+codecs.register_error("bnfreeze.similar", _similar)
 
 
 def stdout_encoding() -> str:
     """The encoding of ``sys.stdout``; UTF-8 where there is none."""
     return getattr(sys.stdout, "encoding", None) or "utf-8"
-
-
-def _has(encoding: str, char: str) -> bool:
-    try:
-        char.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return char.isascii()
-    return True
-
-
-def _code(char: str) -> str:
-    return char.encode("ascii", "backslashreplace").decode()
 
 
 def wrapped(text: str, width: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Write the page of each finding, docs/findings/*.md, from the registry.
+"""Write the page of each finding, docs/findings/*.md, from bnfreeze/findings.md.
 
     python docs/make_findings.py
 
@@ -7,7 +7,7 @@ A test says so when a page and the registry differ.
 
 from pathlib import Path
 
-from bnfreeze.finding_kinds import KINDS
+from bnfreeze.findings import KINDS, PAGES
 
 FOLDER = Path(__file__).parent / "findings"
 
@@ -16,7 +16,7 @@ def pages() -> dict[str, str]:
     """The text of each page, by the name of its file."""
     rows = "".join(
         f"| [`{kind.code}`]({kind.code}.md) | {', '.join(kind.levels)} | {kind.title} |\n"
-        for kind in KINDS
+        for kind in KINDS.values()
     )
     index = (
         "# Findings\n\n"
@@ -30,7 +30,7 @@ def pages() -> dict[str, str]:
         "`optimizer-`), and then what is wrong with it.\n\n"
         f"| code | level | what was found |\n| --- | --- | --- |\n{rows}"
     )
-    return {"index.md": index, **{f"{kind.code}.md": kind.page() for kind in KINDS}}
+    return {"index.md": index, **{f"{code}.md": page for code, page in PAGES.items()}}
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from bnfreeze.errors import BnfreezeError
-from bnfreeze.finding_kinds import KINDS
-from bnfreeze.findings import Finding, finding, finding_kind, worst_first
+from bnfreeze.findings import KINDS, PAGES, Finding, finding, finding_kind, worst_first
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "bnfreeze").rglob("*.py"))
@@ -23,16 +22,24 @@ def emitted():
 
 
 def test_what_is_emitted_is_registered_and_what_is_registered_is_emitted():
-    assert {code for code, _ in emitted()} == {kind.code for kind in KINDS}
+    assert {code for code, _ in emitted()} == set(KINDS)
+
+
+def test_every_page_is_read_whole():
+    text = (ROOT / "bnfreeze/findings.md").read_text(encoding="utf-8")
+    assert "\n".join(PAGES.values()) == text
+    for kind in KINDS.values():
+        indented = "\n".join(f"    {line}".rstrip() for line in kind.example.splitlines())
+        parts = [kind.code, kind.title, *kind.levels, kind.meaning, kind.why, kind.remedy, indented]
+        assert all(parts)
+        assert all(part in PAGES[kind.code] for part in parts)
 
 
 def test_codes_are_unique_and_sorted_and_the_texts_are_plain_ascii():
-    codes = [kind.code for kind in KINDS]
-    assert codes == sorted(set(codes))
-    for kind in KINDS:
-        assert kind.page().isascii()
-        assert kind.levels
-        assert kind.title
+    assert list(KINDS) == sorted(KINDS)
+    for kind in KINDS.values():
+        assert PAGES[kind.code].isascii()
+        assert set(kind.levels) <= {"error", "warning", "note"}
         assert not kind.title.endswith(".")
 
 

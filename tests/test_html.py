@@ -13,8 +13,8 @@ from torch import nn
 
 from bnfreeze import diff, freeze, html, inspect, snapshot, verify
 from bnfreeze.findings import finding, finding_kind
+from bnfreeze.histograms import Histogram
 from bnfreeze.sheets import Sheet
-from bnfreeze.tree import Histogram
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
@@ -146,16 +146,8 @@ def test_names_are_never_markup():
         assert not re.search("[\u202e\x1b]", text)
 
 
-def test_a_finding_says_what_it_means_and_where_to_read_on(monkeypatch):
+def test_a_finding_says_what_it_means():
     assert escape(finding_kind("never-trained").why) in html.page([SHEET])
-    site = "https://example.org/docs"
-    monkeypatch.setattr(
-        html,
-        "metadata",
-        lambda name: type("M", (), {"get_all": lambda *_: [f"Documentation, {site}"]}),
-    )
-    links = Outline(html.page([SHEET])).links
-    assert links == [f"{site}/findings/never-trained/", f"{site}/findings/stats-var-tiny/"]
 
 
 def test_a_browser_runs_the_page_as_it_is(browser):

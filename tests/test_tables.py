@@ -15,9 +15,9 @@ from torch import nn
 
 from bnfreeze import freeze, inspect, snapshot, unfreeze, verify
 from bnfreeze.findings import Finding
+from bnfreeze.histograms import Histogram
 from bnfreeze.tables import Printable, Sheet, svg_of
 from bnfreeze.text import encodable, escaped
-from bnfreeze.tree import Histogram
 
 
 class Fixed(Printable):

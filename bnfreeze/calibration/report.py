@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from bnfreeze.calibration.fit import LayerFit, PerChannel, Thresholds
 from bnfreeze.findings import Finding
+from bnfreeze.histograms import Scale
 from bnfreeze.sheets import Cell, Sheet, shared_kind
 from bnfreeze.tables import Printable
-from bnfreeze.tree import Scale
 
 __all__ = ["Mode", "ProbeReport", "RecalibrationReport"]
 
@@ -19,7 +19,7 @@ Mode = Literal["replace", "keep-function"]
 _BAR = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ProbeReport(Printable):
     """How well the stored statistics of a model fit some data.
 
@@ -142,7 +142,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RecalibrationReport(Printable):
     """What `recalibrate` did: what `probe` says before and after it.
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bnfreeze.histograms import Scale
 from bnfreeze.inspection.code_calls import RUNS_CODE
 from bnfreeze.inspection.origin import Origin
 from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.stored_layers import BATCH_NORM, Spread, StoredLayer
 from bnfreeze.sheets import Cell, Sheet
-from bnfreeze.tree import Scale
 
 __all__ = ["CheckpointInspection", "Unread"]
 
@@ -35,7 +35,7 @@ class Unread:
     message: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CheckpointInspection(Inspection):
     """The norm layers of a checkpoint or a state_dict, of all models in it.
 

@@ -42,7 +42,7 @@ __all__ = ["ModelInspection", "inspect_model"]
 _FURTHER = ("eps", "statistics, because", "affine, because")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelInspection(Inspection):
     """The norm layers of a live model, and what they will do in the next training step."""
 

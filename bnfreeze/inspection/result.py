@@ -11,7 +11,7 @@ from bnfreeze.tables import Printable
 __all__ = ["Inspection"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection(Printable):
     """The norm layers of a model or a checkpoint, and what there is to know about them.
 

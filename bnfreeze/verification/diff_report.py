@@ -10,8 +10,8 @@ from typing import Any, Literal
 from bnfreeze.findings import Finding
 from bnfreeze.inspection.checkpoint import Unread
 from bnfreeze.inspection.origin import Origin
+from bnfreeze.sheets import grouped
 from bnfreeze.tables import Printable, Sheet
-from bnfreeze.tree import grouped
 
 __all__ = ["Diff", "ModelPair", "TensorChange"]
 
@@ -69,7 +69,7 @@ class ModelPair:
     in_both: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diff(Printable):
     """Two checkpoints, state_dicts or models compared, tensor by tensor.
 

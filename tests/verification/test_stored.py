@@ -163,7 +163,7 @@ def test_a_snapshot_takes_no_more_than_the_file_holds(more, tmp_path, capsys):
         (["snapshot", "start.pt", "-o", "end.pt"], "exists and is not a snapshot"),
         (["snapshot", "linear.pt", "-o", "frozen"], "holds no norm layer"),
         (["snapshot", "start.pt", "-o", "no/where"], "no/where: cannot be written"),
-        (["snapshot", "start.pt", "-o", ""], "the name of a file is empty"),
+        (["snapshot", "start.pt", "-o", ""], "cannot be written"),
     ],
 )
 def test_what_cannot_be_done_has_exit_code_2(files, capsys, monkeypatch, arguments, says):

@@ -1,4 +1,4 @@
-"""Dotted names as a tree, and values as a histogram."""
+"""How values are spread: a small histogram for each layer, on an axis that all share."""
 
 from __future__ import annotations
 
@@ -8,86 +8,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-__all__ = ["BLOCKS", "Histogram", "Scale", "grouped", "outline"]
+__all__ = ["BLOCKS", "Histogram", "Scale"]
 
 # Bars of no height to eight eighths.
 BLOCKS: Final = " ▁▂▃▄▅▆▇█"
-
-# How many names must share a beginning to be put under a heading of their own, by depth.
-_ENOUGH = (4, 8)
-_INDENT = "  "
-
-
-def outline(names: Sequence[str]) -> list[tuple[str, int | None]]:
-    """Lines of a tree: headings, and names shortened by the headings above them.
-
-    Args:
-        names: dotted names; those that belong together stand together.
-
-    Returns:
-        each line's text, indented, and the index of its name; None for a heading.
-    """
-    return _outline([(name.split("."), index) for index, name in enumerate(names)], 0)
-
-
-def _outline(entries: list[tuple[list[str], int]], depth: int) -> list[tuple[str, int | None]]:
-    lines: list[tuple[str, int | None]] = []
-    pad = _INDENT * depth
-    for run in _runs(entries):
-        shared = _shared([parts for parts, _ in run])
-        if depth < len(_ENOUGH) and shared and len(run) >= _ENOUGH[depth]:
-            lines.append((pad + ".".join(run[0][0][:shared]), None))
-            below = [(parts[shared:], index) for parts, index in run]
-            lines += _outline(below, depth + 1)
-        else:
-            lines += [(pad + ".".join(parts), index) for parts, index in run]
-    return lines
-
-
-def _runs(entries: list[tuple[list[str], int]]) -> list[list[tuple[list[str], int]]]:
-    """Neighbours whose names begin alike, up to the first segment that is no number."""
-    runs: list[list[tuple[list[str], int]]] = []
-    last: list[str] | None = None
-    for parts, index in entries:
-        head = parts[: _head(parts)]
-        if runs and head == last:
-            runs[-1].append((parts, index))
-        else:
-            runs.append([(parts, index)])
-        last = head
-    return runs
-
-
-def _head(parts: list[str]) -> int:
-    """How many segments a heading takes: numbers say nothing without the word after them."""
-    for position, part in enumerate(parts, 1):
-        if not part.isdigit():
-            return position
-    return len(parts)
-
-
-def _shared(names: list[list[str]]) -> int:
-    """How many leading segments all have in common, short of the whole of any."""
-    most = min(map(len, names)) - 1
-    first = names[0]
-    for position in range(most):
-        if any(parts[position] != first[position] for parts in names):
-            return position
-    return most
-
-
-def grouped(names: Sequence[str]) -> dict[str, list[int]]:
-    """The indices of names by the first segment in which the names differ."""
-    split = [name.split(".") for name in names]
-    # A name of a single segment would end what all have in common.
-    deep = [parts for parts in split if len(parts) > 1]
-    shared = _shared(deep) if deep and len(deep) == len(split) else 0
-    # The tensors' own names (weight, bias) must not make groups.
-    shared = max(min([shared, *(len(parts) - 2 for parts in split)]), 0)
-    groups: dict[str, list[int]] = {}
-    for index, parts in enumerate(split):
-        groups.setdefault(".".join(parts[: min(shared + 1, len(parts))]), []).append(index)
-    return groups
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Trees of names and little pictures of values: exact."""
+"""Names as a tree and values as a histogram: exact."""
 
 import math
 
@@ -6,37 +6,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnfreeze.tree import Scale, grouped, outline
+from bnfreeze.histograms import Scale
+from bnfreeze.sheets import grouped, outline
 
 
 def test_names_that_begin_alike_stand_under_a_heading():
     names = ["bn1", "layer1.0.bn1", "layer1.0.bn2", "layer1.1.bn1", "layer1.1.bn2", "fc.bn"]
-    assert outline(names) == [
-        ("bn1", 0),
-        ("layer1", None),
-        ("  0.bn1", 1),
-        ("  0.bn2", 2),
-        ("  1.bn1", 3),
-        ("  1.bn2", 4),
-        ("fc.bn", 5),
+    assert list(outline(names)) == [
+        (0, "bn1", 0),
+        (0, "layer1", None),
+        (1, "0.bn1", 1),
+        (1, "0.bn2", 2),
+        (1, "1.bn1", 3),
+        (1, "1.bn2", 4),
+        (0, "fc.bn", 5),
     ]
 
 
 def test_a_heading_takes_all_that_is_shared():
     names = [f"model.backbone.{i}.bn{j}" for i in range(2) for j in range(2)]
-    assert outline(names)[0] == ("model.backbone", None)
-    assert outline(names)[1] == ("  0.bn0", 0)
+    assert list(outline(names))[:2] == [(0, "model.backbone", None), (1, "0.bn0", 0)]
 
 
 def test_few_names_need_no_heading():
-    assert outline(["a.x", "a.y"]) == [("a.x", 0), ("a.y", 1)]
-    assert outline([]) == []
-    assert outline(["", "running"]) == [("", 0), ("running", 1)]
+    assert list(outline(["a.x", "a.y"])) == [(0, "a.x", 0), (0, "a.y", 1)]
+    assert list(outline([])) == []
+    assert list(outline(["", "running"])) == [(0, "", 0), (0, "running", 1)]
 
 
 @given(st.lists(st.text("ab01.", max_size=8), max_size=12))
 def test_every_name_is_listed_once_and_in_order(names):
-    assert [index for _, index in outline(names) if index is not None] == list(range(len(names)))
+    assert [index for *_, index in outline(names) if index is not None] == list(range(len(names)))
     assert sorted(i for group in grouped(names).values() for i in group) == list(range(len(names)))
 
 
