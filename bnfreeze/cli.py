@@ -133,10 +133,9 @@ def _diff(options: argparse.Namespace) -> int:
     check_outputs(options)
     keys = (options.key if one is None else one for one in (options.key_a, options.key_b))
     with ProgressLine(options.second) as progress, ExitStack() as stack:
-        first, second = (
-            Found.in_checkpoint(stack.enter_context(open_checkpoint(path)), key)
-            for path, key in zip((options.first, options.second), keys, strict=True)
-        )
+        paths = (options.first, options.second)
+        opened = [stack.enter_context(open_checkpoint(path)) for path in paths]
+        first, second = (Found(one.chosen(k), one) for one, k in zip(opened, keys, strict=True))
         prefixes = dict(options.map) if options.map else None
         found = diff_found(
             first, second, select=options.select, prefixes=prefixes, progress=progress
@@ -198,7 +197,7 @@ def _verify(options: argparse.Namespace) -> int:
     except OSError as error:
         raise BnfreezeError(f"{options.snapshot}: cannot be opened: {error.strerror}.") from None
     with ProgressLine(options.path) as progress, open_checkpoint(options.path) as checkpoint:
-        found = Found.in_checkpoint(checkpoint, options.key)
+        found = Found(checkpoint.chosen(options.key), checkpoint)
         with naming_file(checkpoint.path):
             report = verify_found(found, before, select=options.select, progress=progress)
     show(

@@ -5,9 +5,18 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
+from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["SEGMENT", "encodable", "escaped", "stdout_encoding", "wrapped"]
+__all__ = [
+    "SEGMENT",
+    "counted",
+    "encodable",
+    "escaped",
+    "listed",
+    "stdout_encoding",
+    "wrapped",
+]
 
 # What stands for a character that the output's encoding does not have.
 _INSTEAD: Final = {"…": "..", "→": "->", "·": "-", "×": "x", "–": "-", "−": "-", "─": "-"}
@@ -64,6 +73,17 @@ def _has(encoding: str, char: str) -> bool:
 
 def _code(char: str) -> str:
     return char.encode("ascii", "backslashreplace").decode()
+
+
+def counted(number: int, what: str) -> str:
+    """``"1 layer"`` or ``"2 layers"``."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The names in a line; of more than `most` the first, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def wrapped(text: str, width: int) -> list[str]:

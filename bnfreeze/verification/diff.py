@@ -12,7 +12,6 @@ from bnfreeze.checkpoints import StoredTensor, open_checkpoint
 from bnfreeze.errors import CheckpointError
 from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.checkpoint import Unread
-from bnfreeze.inspection.code_calls import code_findings
 from bnfreeze.inspection.inspect import selected
 from bnfreeze.inspection.origin import Found
 from bnfreeze.verification.compare import Progress, compare
@@ -74,7 +73,8 @@ def diff(
 
 def _found(what: object, key: str | None, stack: ExitStack) -> Found:
     if isinstance(what, str | os.PathLike):
-        return Found.in_checkpoint(stack.enter_context(open_checkpoint(what)), key)
+        checkpoint = stack.enter_context(open_checkpoint(what))
+        return Found(checkpoint.chosen(key), checkpoint)
     kind = "state_dict"
     if not isinstance(what, Mapping):
         from bnfreeze.norm_layers import check_model
@@ -114,9 +114,9 @@ def diff_found(
     pairs: list[ModelPair] = []
     tensors: list[TensorChange] = []
     findings = [
-        replace(one, message=f"{side.path}: {one.message}")
+        replace(one, message=f"{side.checkpoint.path}: {one.message}")
         for side in sides
-        for one in code_findings(side.calls)
+        for one in side.code_findings()
     ]
     unread: list[Unread] = []
     matching = paired(first, second)
@@ -177,7 +177,7 @@ def _changes(
         try:
             facts.append(state_of(tensors))
         except CheckpointError as error:
-            raise type(error)(f"{side.path or side.kind}: {error}") from None
+            raise type(error)(f"{side.checkpoint.path or side.checkpoint.kind}: {error}") from None
     drifts: dict[str, Drift] = {}
     for drift in compare(*facts, progress=progress).drifts:
         known = drifts.setdefault(drift.name, drift)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from bnfreeze.checkpoints import StoredTensor, naming_file, tensors_by_name
 from bnfreeze.checkpoints.stored_tensor import check_claims
 from bnfreeze.errors import CheckpointError, PolicyError
-from bnfreeze.inspection.code_calls import code_findings
 from bnfreeze.inspection.origin import Found
 from bnfreeze.patterns import Pattern
 from bnfreeze.verification.compare import DIGESTED, Progress, compare
@@ -165,4 +164,4 @@ def verify_found(
             )
         tensors = tensors_by_name(found.parts.all, None)
     report = verify_stored(tensors, snapshot, select=select, progress=progress)
-    return replace(report, findings=code_findings(found.calls))
+    return replace(report, findings=found.code_findings())

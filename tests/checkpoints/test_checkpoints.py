@@ -461,7 +461,7 @@ def test_what_cannot_be_read_is_described_and_never_called_identical(kind, tmp_p
             for name, t in tensors.items()
         }
         assert all(tensor.why and not tensor.has_values for tensor in found.values())
-        both = Found.in_checkpoint(checkpoint)
+        both = Found(checkpoint.chosen(None), checkpoint)
         difference = diff_found(both, both)
     assert {change.kind for change in difference.tensors} == {"unverified"}
     assert not difference.ok
