@@ -118,11 +118,6 @@ def eligible(module: nn.Module, policy: Policy) -> bool:
     return Policy.WEIGHTS in policy and any(p is not None for p in module._parameters.values())
 
 
-def _stateless(module: nn.Module) -> bool:
-    """Whether the module normalises without running statistics; by name, for RMSNorm has many."""
-    return any(_STATELESS.search(kind.__name__) for kind in type(module).__mro__)
-
-
 def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
     text, wanted = rule.pattern.text, rule.policy
     what = "norm layer" + (" and no parameter" if Policy.WEIGHTS in wanted else "")
@@ -140,7 +135,11 @@ def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
                 f"The model has no {what} that it has registered; {path} is not. Keep it in "
                 f"an nn.ModuleList or nn.ModuleDict, or call freeze on it."
             )
-        others = sorted({type(e.module).__name__ for e in modules if _stateless(e.module)})
+        # By name: of RMSNorm there are many.
+        kinds = {type(entry.module) for entry in modules}
+        others = sorted(
+            {k.__name__ for k in kinds if any(_STATELESS.search(b.__name__) for b in k.__mro__)}
+        )
         if others and Policy.WEIGHTS not in wanted:
             return (
                 f"No batch norm here: the model normalises with {' and '.join(others)}, and these "

@@ -28,13 +28,7 @@ from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, policies_by_parameter, policy_name, record_of
 from bnfreeze.torch_private import _InstanceNorm
 
-__all__ = [
-    "FrozenBy",
-    "LiveLayer",
-    "fate",
-    "live_layer",
-    "optimizers_by_id",
-]
+__all__ = ["LiveLayer", "fate", "live_layer", "optimizers_by_id"]
 
 
 FrozenBy = Literal["bnfreeze", "class", "requires_grad"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from bnfreeze.findings import Finding, finding, worst_first
+from bnfreeze.findings import Finding, Level, finding, worst_first
 from bnfreeze.inspection.behaviour import LiveLayer, fate, live_layer
 from bnfreeze.inspection.in_memory import TensorInMemory
 from bnfreeze.inspection.result import Inspection
@@ -115,7 +115,12 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
     for path, hidden in unregistered(modules).items():
         drifting = [m for m in hidden if not {n for _, n in statistics_in(m)} & {*frozen_names(m)}]
         if drifting:
-            findings.append(_unregistered(path, drifting))
+            message = (
+                f"{counted(len(drifting), 'norm layer')} that the model has not registered: "
+                f"freeze, guard, state_dict() and train() do not reach such layers."
+            )
+            level: Level = "warning" if any(m.training for m in drifting) else "note"
+            findings.append(finding("layer-unregistered", path, message, level=level))
     if not layers and not findings:
         findings.append(finding("model-no-norm-layer", ""))
     weights = any("weights" in policy for policy in by_policy.values())
@@ -144,16 +149,6 @@ def _training_flags(model: nn.Module) -> dict[int, bool]:
         with contextlib.suppress(Exception):
             model.train()
         return {id(module): module.training for module in modules}
-
-
-def _unregistered(path: str, layers: list[nn.Module]) -> Finding:
-    return finding(
-        "layer-unregistered",
-        path,
-        f"{counted(len(layers), 'norm layer')} that the model has not registered: "
-        f"freeze, guard, state_dict() and train() do not reach such layers.",
-        level="warning" if any(layer.training for layer in layers) else "note",
-    )
 
 
 def _layer_findings(
