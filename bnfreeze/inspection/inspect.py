@@ -145,13 +145,12 @@ def _inspection_of(
     found: Found, *, select: Sequence[str] = (), sort: str = ""
 ) -> CheckpointInspection:
     models = selected(found.parts.models, select)
-    means = [
-        tensor
-        for model in models
-        for name, tensor in model.tensors.items()
-        if name.endswith("running_mean") and len(tensor.shape) == 1
-    ]
-    check_limit(sum(mean.numel for mean in means), MAX_CHANNELS, "channels of norm layers")
+    channels = 0
+    for name, tensor in (item for model in models for item in model.tensors.items()):
+        layer, _, part = name.rpartition(".")
+        if part == "running_mean" and len(tensor.shape) == 1:
+            channels += tensor.numel
+            check_limit(channels, MAX_CHANNELS, f"channels up to {layer!r:.200}")
     layers: list[StoredLayer] = []
     findings: list[Finding] = [*found.code_findings()]
     unread: list[Unread] = []
