@@ -195,7 +195,7 @@ def _verify(options: argparse.Namespace) -> int:
     except OSError as error:
         raise BnfreezeError(f"{options.snapshot}: cannot be opened: {error.strerror}.") from None
     with progress_line(options.path) as progress, open_checkpoint(options.path) as checkpoint:
-        found = Found.in_checkpoint(checkpoint, options.key)
+        found = Found(checkpoint.chosen(options.key), checkpoint)
         with naming_file(checkpoint.path):
             report = verify_found(found, before, select=options.select, progress=progress)
     _show(

@@ -268,38 +268,24 @@ class NamedModule:
 
 def named_modules(model: nn.Module) -> list[NamedModule]:
     """Every module once, in order, with all its names; a shared one has several."""
-    names: dict[int, list[tuple[str, str]]] = {}
-    modules: dict[int, nn.Module] = {}
-    for name, plain, module in _walk(model):
-        names.setdefault(id(module), []).append((name, plain))
-        modules[id(module)] = module
+    found: dict[int, tuple[nn.Module, dict[str, str]]] = {}
+    for name, plain, module in _walk(model, "", ""):
+        found.setdefault(id(module), (module, {}))[1][name] = plain
     return [
-        NamedModule(
-            modules[key],
-            tuple(dict.fromkeys(name for name, _ in pairs)),
-            tuple(dict.fromkeys(plain for _, plain in pairs)),
-        )
-        for key, pairs in names.items()
+        NamedModule(module, tuple(names), tuple(dict.fromkeys(names.values())))
+        for module, names in found.values()
     ]
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    hidden: set[str] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        inner = next(
-            (_WRAPPERS[b.__name__] for b in type(module).__mro__ if b.__name__ in _WRAPPERS), None
-        )
-        if inner is not None:
-            hidden.add(f"{name}.{inner}" if name else inner)
-        plain = name
-        if hidden:
-            segments = name.split(".")
-            plain = ".".join(
-                segment
-                for depth, segment in enumerate(segments, 1)
-                if ".".join(segments[:depth]) not in hidden
-            )
-        yield name, plain, module
+def _walk(module: nn.Module, name: str, plain: str) -> Iterator[tuple[str, str, nn.Module]]:
+    """The module and all below it, each under every name, and without wrappers' segments."""
+    yield name, plain, module
+    kinds = [kind.__name__ for kind in type(module).__mro__]
+    hidden = next((_WRAPPERS[kind] for kind in kinds if kind in _WRAPPERS), None)
+    for key, child in module._modules.items():
+        if child is not None:
+            shown = plain if key == hidden else f"{plain}.{key}" if plain else key
+            yield from _walk(child, f"{name}.{key}" if name else key, shown)
 
 
 def check_model(model: object) -> nn.Module:

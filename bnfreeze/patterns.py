@@ -45,30 +45,18 @@ class Pattern:
         return any(map(self._matches, names))
 
     def _matches(self, name: str) -> bool:
-        # How many segments of the pattern can be matched so far. A single regex would take
+        segments = list(enumerate(name.split("."), 1)) if name else []
+        # How many segments of the name the pattern so far can stand for. A single regex would take
         # forever for several ``**`` and a long name that does not match.
-        end = len(self._segments)
-        matched = self._with_spans({0})
-        for segment in name.split(".") if name else []:
-            if end in matched:
-                break
-            further = set()
-            for count in matched:
-                pattern = self._segments[count]
-                if pattern is None:
-                    if segment:
-                        further.add(count)
-                elif pattern.fullmatch(segment):
-                    further.add(count + 1)
-            matched = self._with_spans(further)
-        return end in matched
-
-    def _with_spans(self, matched: set[int]) -> set[int]:
-        """Add the counts in which a ``**`` spans no further segment."""
-        for count, pattern in enumerate(self._segments):
-            if pattern is None and count in matched:
-                matched.add(count + 1)
-        return matched
+        counts = {0}
+        for pattern in self._segments:
+            if pattern is not None:
+                counts = {n for n, seg in segments if n - 1 in counts and pattern.fullmatch(seg)}
+                continue
+            for n, segment in segments:
+                if segment and n - 1 in counts:
+                    counts.add(n)
+        return bool(counts)
 
 
 def _segment(segment: str, whole: str) -> re.Pattern[str] | None:

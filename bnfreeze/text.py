@@ -6,9 +6,18 @@ import codecs
 import re
 import sys
 import unicodedata
+from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["SEGMENT", "encodable", "escaped", "stdout_encoding", "wrapped"]
+__all__ = [
+    "SEGMENT",
+    "counted",
+    "encodable",
+    "escaped",
+    "listed",
+    "stdout_encoding",
+    "wrapped",
+]
 
 # What stands for a character that the output's encoding does not have.
 _INSTEAD: Final = {"…": "..", "→": "->", "·": "-", "×": "x", "–": "-", "−": "-", "─": "-"}
@@ -61,6 +70,17 @@ codecs.register_error("bnfreeze.similar", _similar)
 def stdout_encoding() -> str:
     """The encoding of ``sys.stdout``; UTF-8 where there is none."""
     return getattr(sys.stdout, "encoding", None) or "utf-8"
+
+
+def counted(number: int, what: str) -> str:
+    """``"1 layer"`` or ``"2 layers"``."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The names in a line; of more than `most` the first, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def wrapped(text: str, width: int) -> list[str]:

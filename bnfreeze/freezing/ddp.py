@@ -7,20 +7,16 @@ these never comes, it waits for it; a gradient that is new stays different on ea
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Collection, Iterable, Sequence
 
-from torch import distributed, nn
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from bnfreeze.errors import PolicyError
 from bnfreeze.norm_layers import NamedModule
 from bnfreeze.torch_private import averaged_parameters
 
-__all__ = ["Owned", "refuse_freezing", "refuse_thawing", "wrappers_around", "wrappers_in"]
-
-# A module, and some of its own parameters.
-Owned: TypeAlias = tuple[NamedModule, list[nn.Parameter]]
+__all__ = ["refuse_wrapped", "wrappers_around", "wrappers_in"]
 
 
 def wrappers_in(modules: Sequence[NamedModule]) -> list[DistributedDataParallel]:
@@ -49,44 +45,42 @@ def wrappers_around(modules: Sequence[NamedModule]) -> list[DistributedDataParal
     return found
 
 
-def refuse_freezing(wrappers: Iterable[DistributedDataParallel], frozen: Sequence[Owned]) -> None:
-    """Refuse to freeze parameters whose gradients a wrapper would wait for.
+def refuse_wrapped(
+    modules: Sequence[NamedModule],
+    trained: Collection[int],
+    wrappers: Callable[[Sequence[NamedModule]], Iterable[DistributedDataParallel]],
+) -> None:
+    """Refuse to stop gradients that a wrapper waits for, and to start those it does not average.
+
+    Args:
+        modules: all of the model's, changed already.
+        trained: the ``id`` of each parameter that required a gradient before.
+        wrappers: what finds the wrappers that count.
 
     Raises:
         PolicyError: names the module.
     """
-    for ddp in wrappers:
-        if ddp.find_unused_parameters:
-            continue
+    flipped = [
+        (entry.name, parameter)
+        for entry in modules
+        for parameter in entry.module._parameters.values()
+        if parameter is not None and parameter.requires_grad is not (id(parameter) in trained)
+    ]
+    for ddp in wrappers(modules) if flipped else ():
         averaged = averaged_parameters(ddp)
-        for entry, parameters in _inside(ddp, frozen):
-            if any(p.requires_grad and id(p) in averaged for p in parameters):
-                raise PolicyError(
-                    f"{entry.name}: its weight and bias cannot be frozen any more, because "
-                    f"DistributedDataParallel wraps the model already and would wait for their "
-                    f"gradients. Freeze first, then wrap; or wrap with find_unused_parameters=True."
-                )
-
-
-def refuse_thawing(wrappers: Iterable[DistributedDataParallel], back: Sequence[Owned]) -> None:
-    """Refuse to let parameters train again whose gradients a wrapper would not average.
-
-    Raises:
-        PolicyError: names the module.
-    """
-    for ddp in wrappers:
         ignored = ddp.parameters_to_ignore  # which the user told the wrapper
-        known = averaged_parameters(ddp)
-        known |= {id(p) for name, p in ddp.module.named_parameters() if name in ignored}
-        for entry, parameters in _inside(ddp, back):
-            if any(id(p) not in known for p in parameters if not p.requires_grad):
+        others = {id(p) for n, p in ddp.module.named_parameters() if n not in ignored} - averaged
+        for name, parameter in flipped:
+            if parameter.requires_grad and id(parameter) in others:
                 raise PolicyError(
-                    f"{entry.name}: its weight and bias cannot train again, because "
+                    f"{name}: its weight and bias cannot train again, because "
                     f"DistributedDataParallel wraps the model already and would not average their "
                     f"gradients over the ranks. Call unfreeze(ddp.module), then wrap it again."
                 )
-
-
-def _inside(ddp: DistributedDataParallel, owned: Sequence[Owned]) -> Iterator[Owned]:
-    modules = {id(module) for module in ddp.modules()}
-    return (pair for pair in owned if id(pair[0].module) in modules)
+            waits = id(parameter) in averaged and not ddp.find_unused_parameters
+            if waits and not parameter.requires_grad:
+                raise PolicyError(
+                    f"{name}: its weight and bias cannot be frozen any more, because "
+                    f"DistributedDataParallel wraps the model already and would wait for their "
+                    f"gradients. Freeze first, then wrap; or wrap with find_unused_parameters=True."
+                )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
 
-from bnfreeze.freezing.apply import carry_out, thaw, transaction
+from bnfreeze.freezing.apply import carry_out, thaw
 from bnfreeze.freezing.plan import plan
 from bnfreeze.freezing.report import FreezeReport, LayerRow
 from bnfreeze.freezing.rules import matching, parse_rules, policies_for
@@ -22,16 +22,16 @@ from bnfreeze.norm_layers import (
     is_norm,
     named_modules,
 )
-from bnfreeze.patterns import Pattern
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
     layer_class,
     mark_left_alone,
+    policies_by_parameter,
     policy_name,
-    record_of,
     recorded,
     was_lookalike,
 )
+from bnfreeze.policies.transaction import transaction
 
 __all__ = ["freeze", "unfreeze"]
 
@@ -85,29 +85,26 @@ def freeze(
     """
     model = check_model(model)
     rules = parse_rules(policy)
-    if isinstance(optimizer, Iterator):
-        optimizer = list(optimizer)  # it is read twice
-    optimizers_by_id(optimizer)  # refuse what is no optimizer before anything is changed
+    optimized = optimizers_by_id(optimizer)
     modules = named_modules(model)
     policies = policies_for(modules, rules)
     changes = plan(modules, policies)
 
     def undo() -> None:
         thaw(named_modules(model), [change.entry for change in changes])
-        for index in policies:
-            mark_left_alone(modules[index].module, False)
+        for entry, _ in policies:
+            mark_left_alone(entry.module, False)
 
-    with transaction(modules, keep=not dry_run):
+    with transaction((entry.module for entry in modules), keep=not dry_run):
         actions, fusions = carry_out(modules, changes, traceable)
-        for index, chosen_policy in policies.items():
-            module = modules[index].module
-            mark_left_alone(module, is_norm(module) and not chosen_policy)
-        done = {id(c.module): (actions[id(c.module)], c.note) for c in changes}
-        chosen = {change.entry.name for change in changes}
-        found = inspect_model(model, optimizer=optimizer)
+        for entry, chosen in policies:
+            mark_left_alone(entry.module, is_norm(entry.module) and not chosen)
+        notes = {id(change.module): change.note for change in changes}
+        names = {change.entry.name for change in changes}
+        found = inspect_model(model, optimized)
         return FreezeReport(
-            _rows(modules, done, fusions),
-            tuple(f for f in found.findings if f.name in chosen or f.code in _OF_THE_MODEL),
+            _rows(modules, actions, fusions, notes),
+            tuple(f for f in found.findings if f.name in names or f.code in _OF_THE_MODEL),
             {layer.name: layer for layer in found.layers},
             "freeze (dry run)" if dry_run else "freeze",
             (lambda: None) if dry_run else undo,
@@ -136,14 +133,10 @@ def unfreeze(model: nn.Module, select: str | Iterable[str] | None = None) -> Fre
             average. Nothing was changed then.
         TypeError: `model` is no `nn.Module`.
     """
-    modules = chosen = named_modules(check_model(model))
-    if select is not None:
-        texts = [select] if isinstance(select, str) else select
-        chosen = matching(modules, [Pattern.parse(text) for text in texts])
-    done = {id(e.module): (("restore",), "") for e in chosen if record_of(e.module) is not None}
-    fusions = thaw(modules, chosen)
+    modules = named_modules(check_model(model))
+    actions, fusions = thaw(modules, modules if select is None else matching(modules, select))
     return FreezeReport(
-        _rows(modules, done, fusions),
+        _rows(modules, actions, fusions, {}),
         facts={layer.name: layer for layer in inspect_model(model).layers},
         call="unfreeze",
     )
@@ -151,48 +144,44 @@ def unfreeze(model: nn.Module, select: str | Iterable[str] | None = None) -> Fre
 
 def _rows(
     modules: Sequence[NamedModule],
-    done: Mapping[int, tuple[tuple[str, ...], str]],
+    actions: Mapping[int, tuple[str, ...]],
     fusions: Mapping[int, Fusion],
+    notes: Mapping[int, str],
 ) -> tuple[LayerRow, ...]:
     """A row for each norm layer, and for each other module that was changed."""
     rows = []
-    by_policy = {id(parameter) for e in modules for _, parameter, _ in recorded(e.module)}
+    by_policy = policies_by_parameter(entry.module for entry in modules)
     for entry in modules:
-        module = entry.module
-        actions, note = done.get(id(module), ((), ""))
-        if id(module) not in done and not is_norm(module):
-            continue
-        found = fusions.get(id(module), Fusion("", ""))
-        rows.append(
-            LayerRow(
-                entry.name,
-                layer_class(module).__name__,
-                policy_name(module),
-                found.fuses,
-                actions,
-                "; ".join(filter(None, [note, found.note, _frozen_elsewhere(module, by_policy)])),
+        module, key = entry.module, id(entry.module)
+        if key in actions or is_norm(module):
+            fusion = fusions.get(key, Fusion("", ""))
+            note = (notes.get(key), fusion.note, _frozen_elsewhere(module, by_policy))
+            rows.append(
+                LayerRow(
+                    entry.name,
+                    layer_class(module).__name__,
+                    policy_name(module),
+                    fusion.fuses,
+                    actions.get(key, ()),
+                    "; ".join(filter(None, note)),
+                )
             )
-        )
     return tuple(rows)
 
 
-def _frozen_elsewhere(module: nn.Module, by_policy: set[int]) -> str:
+def _frozen_elsewhere(module: nn.Module, by_policy: Mapping[int, str]) -> str:
     """A note on a norm layer whose weight or bias does not train, although its policy allows it.
 
     Args:
         module: any module.
-        by_policy: the ids of all parameters in the model that a policy froze.
+        by_policy: what `policies_by_parameter` gives for the model.
     """
     if not is_norm(module) or was_lookalike(module):
         return ""
-    record = record_of(module)
+    own = {name for name, _, _ in recorded(module)}
     notes: dict[str, list[str]] = {}
     for name, parameter in affine_parameters(module).items():
-        if (
-            not parameter.requires_grad
-            and name in AFFINE
-            and not (record and name in record.requires_grad)
-        ):
+        if not parameter.requires_grad and name in AFFINE and name not in own:
             shared = id(parameter) in by_policy
             who = "with the layer that shares it" if shared else "by you (requires_grad=False)"
             notes.setdefault(who, []).append(name)

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from bnfreeze.errors import PolicyError
-from bnfreeze.freezing.ddp import refuse_freezing, refuse_thawing, wrappers_around
 from bnfreeze.freezing.rules import eligible
 from bnfreeze.norm_layers import (
     NamedModule,
@@ -23,7 +22,6 @@ from bnfreeze.norm_layers import (
     keeps_statistics,
 )
 from bnfreeze.policies.choice import frozen_class
-from bnfreeze.policies.fused import fused_class
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
     FreezeRecord,
@@ -31,11 +29,10 @@ from bnfreeze.policies.record import (
     layer_class,
     original_flags,
     record_of,
-    recorded,
     was_lookalike,
 )
 
-__all__ = ["Change", "check_class", "plan"]
+__all__ = ["Change", "plan", "restoring"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,9 @@ class Change:
         return self.entry.module
 
 
-def plan(modules: Sequence[NamedModule], policies: Mapping[int, Policy]) -> list[Change]:
+def plan(
+    modules: Sequence[NamedModule], policies: Sequence[tuple[NamedModule, Policy]]
+) -> list[Change]:
     """Check every layer that gets a policy.
 
     A module whose policy is ``none`` keeps what it has. One that an earlier call froze, and of
@@ -70,64 +69,64 @@ def plan(modules: Sequence[NamedModule], policies: Mapping[int, Policy]) -> list
 
     Args:
         modules: all of the model's.
-        policies: of some of them, by index.
+        policies: of some of them.
 
     Raises:
         PolicyError: names all layers that cannot be frozen so.
     """
-    flags = original_flags(modules)
+    flags = original_flags(entry.module for entry in modules)
     changes: list[Change] = []
     problems: list[str] = []
-    for index, policy in sorted(policies.items(), key=lambda item: item[0]):
-        entry = modules[index]
+    for entry, policy in policies:
         if not policy:
             continue
         try:
             if eligible(entry.module, policy):
                 changes.append(_plan_one(entry, policy, flags))
             elif record_of(entry.module) is not None:
-                check_class(entry)
-                changes.append(Change(entry, layer_class(entry.module), None, {}, ""))
+                changes.append(restoring(entry))
         except PolicyError as error:
             problems.append(str(error))
     if problems:
         more = f"\n… and {len(problems) - 5} more layers." if len(problems) > 5 else ""
         raise PolicyError("\n".join(problems[:5]) + more)
-    frozen = [(change.entry, list(change.frozen.values())) for change in changes]
-    # The parameters that were frozen, and will train again.
-    thawed = [
-        (c.entry, [p for k, p, flag in recorded(c.module) if flag and k not in c.frozen])
-        for c in changes
-    ]
-    stops = any(p.requires_grad for _, parameters in frozen for p in parameters)
-    starts = any(not p.requires_grad for _, parameters in thawed for p in parameters)
-    if stops or starts:
-        wrappers = wrappers_around(modules)
-        refuse_freezing(wrappers, frozen)
-        refuse_thawing(wrappers, thawed)
     return changes
+
+
+def restoring(entry: NamedModule) -> Change:
+    """What gives a frozen module its original state back.
+
+    Raises:
+        PolicyError: something else has changed its class.
+    """
+    _check_class(entry)
+    return Change(entry, layer_class(entry.module), None, {}, "")
 
 
 def _plan_one(entry: NamedModule, policy: Policy, flags: Mapping[nn.Parameter, bool]) -> Change:
     module, name = entry.module, entry.name or "The model"
-    check_class(entry)
+    _check_class(entry)
     norm, kind = is_norm(module), layer_class(module)
     notes = ["also " + ", ".join(entry.names[1:])] if len(entry.names) > 1 else []
     if not norm:
         policy = Policy.WEIGHTS
     _check_promise(entry, policy)
     if norm:
-        kind, policy, note = _kind(name, module, policy)
+        try:
+            kind, policy, note = frozen_class(module, policy)
+        except Exception as error:
+            # A metaclass or an __init_subclass__ of the user's own may refuse a subclass.
+            raise PolicyError(
+                f"{name}: its class {kind.__name__} cannot be subclassed "
+                f"({type(error).__name__}: {error})."
+            ) from error
         notes.append(note)
-    frozen = {
-        key: parameter
-        for key, parameter in module._parameters.items()
-        if parameter is not None
-        and (
-            Policy.WEIGHTS in policy
-            or (norm and policy.freezes_affine and key in affine_parameters(module))
-        )
-    }
+    wanted: Mapping[str, nn.Parameter | None] = {}
+    if Policy.WEIGHTS in policy:
+        wanted = module._parameters
+    elif policy.freezes_affine:
+        wanted = affine_parameters(module)
+    frozen = {key: parameter for key, parameter in wanted.items() if parameter is not None}
     if norm and not frozen and policy.freezes_affine and not was_lookalike(module):
         notes.append("has no weight or bias")
     if norm and not keeps_statistics(module):
@@ -141,12 +140,7 @@ def _plan_one(entry: NamedModule, policy: Policy, flags: Mapping[nn.Parameter, b
     return Change(entry, kind, record, frozen, "; ".join(filter(None, notes)))
 
 
-def check_class(entry: NamedModule) -> None:
-    """Refuse a frozen layer whose class was changed by something else.
-
-    Raises:
-        PolicyError: names the layer and its new class.
-    """
+def _check_class(entry: NamedModule) -> None:
     if class_changed_since(entry.module):
         raise PolicyError(
             f"{entry.name or 'The model'} was frozen, and then something else changed its class "
@@ -200,26 +194,3 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
             f"parametrization or by pruning), which policy '{policy}' does not freeze. Undo that "
             f"first, or freeze them too: '{policy}+weights'."
         )
-
-
-def _kind(name: str, module: nn.Module, policy: Policy) -> tuple[type[nn.Module], Policy, str]:
-    """The class that the layer gets, the policy that it then follows, and a note."""
-    base, note = layer_class(module), ""
-    if Policy.FUSED in policy:
-        kind, why = fused_class(module, activations=Policy.FUSED_ACT in policy)
-        if kind is not None:
-            return kind, policy, ""
-        if not was_lookalike(module):
-            # The strongest policy that does not change what the layer computes.
-            policy = policy & Policy.WEIGHTS | Policy.EVAL | Policy.AFFINE
-            note = f"not fused: {why}"
-    if was_lookalike(module):
-        return base, policy, "frozen already, by its own class"
-    try:
-        return frozen_class(module, policy), policy, note
-    except Exception as error:
-        # A metaclass or an __init_subclass__ of the user's own may refuse a subclass.
-        raise PolicyError(
-            f"{name}: its class {base.__name__} cannot be subclassed "
-            f"({type(error).__name__}: {error})."
-        ) from error

@@ -11,6 +11,7 @@ from typing import Any
 from bnfreeze.findings import Finding
 from bnfreeze.inspection.behaviour import LiveLayer, fate
 from bnfreeze.tables import Printable, Sheet, shared_kind
+from bnfreeze.text import counted
 
 __all__ = ["FreezeReport", "LayerRow"]
 
@@ -102,11 +103,11 @@ class FreezeReport(Printable):
         self.undo()
 
     def _verdict(self, norms: Sequence[LayerRow], cells: Sequence[tuple[str, ...]]) -> str:
-        others, total = len(self.layers) - len(norms), _count(len(norms), "norm layer")
+        others, total = len(self.layers) - len(norms), counted(len(norms), "norm layer")
         if self.call == "unfreeze":
             restored = sum("restore" in row.actions for row in norms)
             verdict = f"{restored} of {total} restored"
-            return f"{verdict}, and {_count(others, 'other module')}." if others else f"{verdict}."
+            return f"{verdict}, and {counted(others, 'other module')}." if others else f"{verdict}."
         statistics = sum(row[5] == "frozen" for row in cells)
         affine = sum(row[6] == "frozen" for row in cells)
         verdict = f"Statistics frozen: {statistics} of {total}. Weight and bias frozen: {affine}."
@@ -132,7 +133,3 @@ class FreezeReport(Printable):
             *fate(facts),
             "; ".join([*notes, *filter(None, [row.note])]),
         )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")

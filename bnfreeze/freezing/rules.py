@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,32 +49,34 @@ def parse_rules(policy: object) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def policies_for(modules: Sequence[NamedModule], rules: Sequence[Rule]) -> dict[int, Policy]:
-    """By index in `modules`, the policy of the last rule that matches any of the module's names.
+def policies_for(
+    modules: Sequence[NamedModule], rules: Sequence[Rule]
+) -> list[tuple[NamedModule, Policy]]:
+    """Each module that a rule matches by any of its names, with the policy of the last such rule.
 
     Raises:
         PolicyError: a rule that selects nothing, with the nearest existing names. A rule ``none``
             needs to match any module at all.
     """
-    chosen: dict[int, Policy] = {}
+    chosen: dict[int, tuple[NamedModule, Policy]] = {}
     for rule in rules:
         reached = {
-            index: policy
+            index: (entry, policy)
             for index, entry in enumerate(modules)
             if rule.pattern.matches(*entry.all_names)
             and (policy := _policy_of(rule, entry)) is not None
         }
-        if not any(not p or eligible(modules[index].module, p) for index, p in reached.items()):
+        if not any(not policy or eligible(e.module, policy) for e, policy in reached.values()):
             raise PolicyError(_nothing_found(modules, rule))
         chosen |= reached
     wanted = [rule.pattern.text for rule in rules if rule.policy]
-    if wanted and not any(p and eligible(modules[i].module, p) for i, p in chosen.items()):
+    if wanted and not any(p and eligible(e.module, p) for e, p in chosen.values()):
         raise PolicyError(
             f"Nothing would be frozen: a later rule 'none' also matches all that "
             f"{' and '.join(map(repr, wanted))} matches. The last rule that matches wins, so put "
             f"the general rules first."
         )
-    return chosen
+    return [chosen[index] for index in sorted(chosen)]
 
 
 def _policy_of(rule: Rule, entry: NamedModule) -> Policy | None:
@@ -94,18 +96,17 @@ def _policy_of(rule: Rule, entry: NamedModule) -> Policy | None:
     return Policy.WEIGHTS if Policy.WEIGHTS in rule.policy and module._parameters else None
 
 
-def matching(modules: Sequence[NamedModule], patterns: Iterable[Pattern]) -> list[NamedModule]:
-    """The modules that any of the patterns matches.
+def matching(modules: Sequence[NamedModule], select: str | Iterable[str]) -> list[NamedModule]:
+    """The modules that a pattern, or any of several, matches.
 
     Raises:
-        PolicyError: a pattern that matches no module at all.
+        PolicyError: a pattern that is malformed, or matches no module at all.
     """
-    patterns = list(patterns)
+    patterns = [Pattern.parse(text) for text in ([select] if isinstance(select, str) else select)]
     for pattern in patterns:
         if not any(pattern.matches(*entry.all_names) for entry in modules):
             raise PolicyError(
-                f"Pattern {pattern.text!r} matches no module."
-                + _suggest(pattern.text, modules, lambda module: True)
+                f"Pattern {pattern.text!r} matches no module.{_nearest(pattern.text, modules)}"
             )
     return [entry for entry in modules if any(p.matches(*entry.all_names) for p in patterns)]
 
@@ -115,11 +116,6 @@ def eligible(module: nn.Module, policy: Policy) -> bool:
     if is_norm(module):
         return True
     return Policy.WEIGHTS in policy and any(p is not None for p in module._parameters.values())
-
-
-def _stateless(module: nn.Module) -> bool:
-    """Whether the module normalises without running statistics; by name, for RMSNorm has many."""
-    return any(_STATELESS.search(kind.__name__) for kind in type(module).__mro__)
 
 
 def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
@@ -139,7 +135,11 @@ def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
                 f"The model has no {what} that it has registered; {path} is not. Keep it in "
                 f"an nn.ModuleList or nn.ModuleDict, or call freeze on it."
             )
-        others = sorted({type(e.module).__name__ for e in modules if _stateless(e.module)})
+        # By name: of RMSNorm there are many.
+        kinds = {type(entry.module) for entry in modules}
+        others = sorted(
+            {k.__name__ for k in kinds if any(_STATELESS.search(b.__name__) for b in k.__mro__)}
+        )
         if others and Policy.WEIGHTS not in wanted:
             return (
                 f"No batch norm here: the model normalises with {' and '.join(others)}, and these "
@@ -152,16 +152,13 @@ def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
         problem = f"matches {reached[0].name!r}{more}, but no {what}."
     if set("[]{}()|") & set(text):
         problem += " Only *, ? and ** are special in a pattern."
-    return f"Pattern {text!r} {problem}" + _suggest(
-        text, modules, lambda module: eligible(module, wanted)
-    )
+    near = _nearest(text, (entry for entry in modules if eligible(entry.module, wanted)))
+    return f"Pattern {text!r} {problem}{near}"
 
 
-def _suggest(
-    text: str, modules: Iterable[NamedModule], eligible: Callable[[nn.Module], bool]
-) -> str:
-    """Name the nearest modules that are eligible, or contain a module that is."""
-    names = with_parents(n for e in modules if eligible(e.module) for n in e.plain_names)
+def _nearest(text: str, modules: Iterable[NamedModule]) -> str:
+    """Name those of the modules, or of those around them, that a pattern may have meant."""
+    names = with_parents(name for entry in modules for name in entry.plain_names)
     top = list(dict.fromkeys(name.partition(".")[0] for name in names))[:6]
     there_are = " There are: " + ", ".join(map(repr, top)) + "." if top else ""
     return hint(text, names) or there_are

@@ -25,16 +25,10 @@ from bnfreeze.norm_layers import (
     statistics_in,
 )
 from bnfreeze.policies.policy import Policy
-from bnfreeze.policies.record import frozen_by, layer_class, policy_name, record_of
+from bnfreeze.policies.record import layer_class, policies_by_parameter, policy_name, record_of
 from bnfreeze.torch_private import _InstanceNorm
 
-__all__ = [
-    "FrozenBy",
-    "LiveLayer",
-    "fate",
-    "live_layer",
-    "optimizers_by_id",
-]
+__all__ = ["LiveLayer", "fate", "live_layer", "optimizers_by_id"]
 
 
 FrozenBy = Literal["bnfreeze", "class", "requires_grad"]
@@ -53,8 +47,9 @@ class LiveLayer:
             ``"unknown"``.
         updates_statistics: whether running_mean and running_var, or the count, will change.
         trains_affine: whether an optimizer step can move weight or bias.
-        frozen_by: ``"bnfreeze"`` (by a policy), ``"class"`` (another library's frozen layer),
-            ``"requires_grad"`` (by hand, weight and bias alone) or None.
+        frozen_by: ``"bnfreeze"`` (by a policy, its own or that of a layer which shares its weight),
+            ``"class"`` (another library's frozen layer, or a `FrozenBatchNorm1d/2d/3d` built
+            directly), ``"requires_grad"`` (by hand, weight and bias alone) or None.
         num_features: the number of channels C; of a foreign norm layer that does not say so, the
             elements of one statistic.
         eps: what is added to the variance; None if it is not known.
@@ -116,7 +111,10 @@ def optimizers_by_id(
 
 
 def live_layer(
-    entry: NamedModule, training: bool, optimized: Mapping[int, str] | None
+    entry: NamedModule,
+    training: bool,
+    optimized: Mapping[int, str] | None,
+    by_policy: Mapping[int, str],
 ) -> LiveLayer:
     """Say what a norm layer will do in the next training step.
 
@@ -124,11 +122,12 @@ def live_layer(
         entry: the norm layer.
         training: its training flag once ``model.train()`` has been called.
         optimized: what `optimizers_by_id` gave; None where no optimizer is known.
+        by_policy: what `policies_by_parameter` gives for the model.
     """
     layer = entry.module
     normalizes, why_normalizes = _normalizes_with(layer, training)
     updates, why_updates = _updates_statistics(layer, training)
-    trains, why_trains = _trains_affine(layer, optimized)
+    trains, why_trains = _trains_affine(layer, optimized, by_policy)
     return LiveLayer(
         name=entry.name,
         kind=layer_class(layer).__name__,
@@ -136,12 +135,24 @@ def live_layer(
         normalizes_with=normalizes,
         updates_statistics=updates,
         trains_affine=trains,
-        frozen_by=frozen_by(layer),
+        frozen_by=_frozen_by(layer, by_policy),
         num_features=_num_features(layer),
         eps=eps_of(layer),
         why={"normalizes_with": why_normalizes, "statistics": why_updates, "affine": why_trains},
         aliases=entry.names[1:],
     )
+
+
+def _frozen_by(layer: nn.Module, by_policy: Mapping[int, str]) -> FrozenBy | None:
+    if record_of(layer) is not None:
+        return "bnfreeze"
+    if is_lookalike(layer):
+        return "class"
+    parameters = affine_parameters(layer).values()
+    if not parameters or any(parameter.requires_grad for parameter in parameters):
+        return None
+    # A parameter may be frozen through another layer that has it too.
+    return "bnfreeze" if any(id(p) in by_policy for p in parameters) else "requires_grad"
 
 
 def _num_features(layer: nn.Module) -> int:
@@ -228,8 +239,10 @@ def _why_eval(layer: nn.Module) -> str:
     return "eval mode, also after model.train(), which the model overrides"
 
 
-def _trains_affine(layer: nn.Module, optimized: Mapping[int, str] | None) -> tuple[bool, str]:
-    record = record_of(layer)
+def _trains_affine(
+    layer: nn.Module, optimized: Mapping[int, str] | None, by_policy: Mapping[int, str]
+) -> tuple[bool, str]:
+    own = policies_by_parameter([layer])
     reasons: dict[str, tuple[bool, str]] = {}
     for name, parameter in affine_parameters(layer).items():
         if optimized is not None and id(parameter) not in optimized:
@@ -240,8 +253,8 @@ def _trains_affine(layer: nn.Module, optimized: Mapping[int, str] | None) -> tup
             # Without an optimizer at hand, the careful answer: a step would move it.
             why = "requires_grad is False, but a leftover .grad is applied by the next step"
             reasons[name] = True, why
-        elif record and name in record.requires_grad:
-            reasons[name] = False, f"frozen by policy {record.policy}"
+        elif policy := own.get(id(parameter)) or by_policy.get(id(parameter)):
+            reasons[name] = False, f"frozen by policy {policy}"
         else:
             reasons[name] = False, "requires_grad is False"
     if not reasons:

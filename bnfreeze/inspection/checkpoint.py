@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, Final
 
 from bnfreeze.histograms import Scale
-from bnfreeze.inspection.code_calls import RUNS_CODE
-from bnfreeze.inspection.origin import Origin
+from bnfreeze.inspection.origin import RUNS_CODE, Origin
 from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.stored_layers import BATCH_NORM, Spread, StoredLayer
 from bnfreeze.sheets import Cell, Sheet
+from bnfreeze.text import counted
 
 __all__ = ["CheckpointInspection", "Unread"]
 
 _BAR = 12
 _LEGEND = "C: channels; a…b: range; bars: spread, on one axis; < >: values beyond it"
 _DEAD = "; dead: variance < 1e-5 or |weight| < 1e-3"
+
+
+def _kind(layer: StoredLayer) -> str:
+    return f"{layer.kind} (frozen)" if layer.frozen_by else layer.kind
+
+
+# The columns that are empty if all layers have the same there; the last line says it then.
+_SHARED: Final[dict[str, Callable[[StoredLayer], object]]] = {
+    "kind": _kind,
+    "batches": attrgetter("batches"),
+    "dtype": attrgetter("dtype"),
+}
 
 
 @dataclass(frozen=True)
@@ -82,26 +97,14 @@ class CheckpointInspection(Inspection):
         )
         shared = {
             column
-            for column, values in (
-                ("kind", {_kind(layer) for layer in layers}),
-                ("batches", {layer.batches for layer in layers}),
-                ("dtype", {layer.dtype for layer in layers}),
-            )
-            if len(values) == 1
+            for column, fact in _SHARED.items()
+            if len({fact(layer) for layer in layers}) == 1
         }
         rows: list[tuple[Cell, ...]] = []
-        by_key: dict[str, list[StoredLayer]] = {}
-        for layer in layers:
-            by_key.setdefault(layer.key, []).append(layer)
-        for key, own in by_key.items():
-            rows += [(f"{key or '(top)'}:",)] if len(by_key) > 1 else []
-            rows += [
-                (
-                    layer.name or "(the model)",
-                    *_cells(layer, means, variances, shared, weights=self.weights),
-                )
-                for layer in own
-            ]
+        several = len({layer.key for layer in layers}) > 1
+        for key, own in groupby(layers, attrgetter("key")):
+            rows += [(f"{key or '(top)'}:",)] if several else []
+            rows += [_row(layer, means, variances, shared, weights=self.weights) for layer in own]
         return Sheet(
             title=self.origin.path or "A state_dict",
             columns=columns,
@@ -120,9 +123,9 @@ class CheckpointInspection(Inspection):
 
     def lines(self) -> list[tuple[str, ...]]:
         """One line a layer, for grep: a cell for each fact."""
-        codes: dict[tuple[str, str], set[str]] = {}
+        codes = defaultdict(set)
         for one in self.findings:
-            codes.setdefault((one.key, one.name), set()).add(one.code)
+            codes[one.key, one.name].add(one.code)
         return [
             (
                 *([layer.key or "(top)"] if len(self.origin.models) > 1 else []),
@@ -135,16 +138,17 @@ class CheckpointInspection(Inspection):
                 *([f"weight={_range(layer.weight, '..')}"] if self.weights else []),
                 f"dead={layer.near_dead}",
                 layer.dtype,
-                ",".join(sorted(codes.get((layer.key, layer.name), ()))) or "-",
+                ",".join(sorted(codes[layer.key, layer.name])) or "-",
             )
             for layer in self.layers
         ]
 
 
-def _cells(
+def _row(
     layer: StoredLayer, means: Scale, variances: Scale, shared: set[str], *, weights: bool
 ) -> tuple[Cell, ...]:
     return (
+        layer.name or "(the model)",
         "" if "kind" in shared else _kind(layer),
         str(layer.num_features),
         "" if "batches" in shared else "–" if layer.batches is None else str(layer.batches),
@@ -158,21 +162,16 @@ def _cells(
     )
 
 
-def _kind(layer: StoredLayer) -> str:
-    return f"{layer.kind} (frozen)" if layer.frozen_by else layer.kind
-
-
 def _range(spread: Spread | None, between: str) -> str:
     return "-" if spread is None else f"{spread.low:.2g}{between}{spread.high:.2g}"
 
 
 def _verdict(inspection: CheckpointInspection, shared: set[str]) -> str:
-    layers: Sequence[StoredLayer] = inspection.layers
+    layers, findings = inspection.layers, inspection.findings
     if not layers:
-        named = any(finding.name for finding in inspection.findings)
-        return "No whole norm layer." if named else "No norm layer."
+        return "No whole norm layer." if any(one.name for one in findings) else "No norm layer."
+    text = counted(len(layers), "norm layer")
     kinds = {_kind(layer) for layer in layers}
-    text = f"{len(layers)} norm layer{'s' if len(layers) > 1 else ''}"
     text += f", all {kinds.pop()}" if len(kinds) == 1 and kinds != {BATCH_NORM} else ""
     text += f" in {layers[0].dtype}" if "dtype" in shared else ""
     if "batches" in shared and layers[0].batches is not None:
@@ -180,27 +179,18 @@ def _verdict(inspection: CheckpointInspection, shared: set[str]) -> str:
     channels = sum(layer.num_features for layer in layers)
     dead = sum(layer.near_dead for layer in layers)
     text += f", {dead:,} of {channels:,} channels near-dead" if dead else ""
-    broken = len(
-        {
-            (one.key, one.name)
-            for one in inspection.findings
-            if one.level == "error" and one.code != RUNS_CODE
-        }
-    )
-    warned = [finding for finding in inspection.findings if finding.level == "warning"]
     if inspection.unread:
         text += f"; {len(inspection.unread)} of {len(inspection.origin.models)} models not read"
-    if any(one.level == "error" and one.code == RUNS_CODE for one in inspection.findings):
+    errors = [one for one in findings if one.level == "error"]
+    if any(one.code == RUNS_CODE for one in errors):
         text += "; loading the file would run code"
-    if broken:
-        return f"{text}: {broken} {'layer is' if broken == 1 else 'layers are'} broken."
+    if broken := len({(one.key, one.name) for one in errors if one.code != RUNS_CODE}):
+        return f"{text}: {counted(broken, 'layer')} {'is' if broken == 1 else 'are'} broken."
     if not inspection.ok:
         return f"{text}."
-    if warned:
-        count = len({finding.code for finding in warned})
-        places = len({(finding.key, finding.name) for finding in warned})
-        return (
-            f"{text}: usable, with {count} warning{'s' if count > 1 else ''} "
-            f"on {places} layer{'s' if places > 1 else ''}."
-        )
-    return f"{text}: all sound."
+    warned = [one for one in findings if one.level == "warning"]
+    if not warned:
+        return f"{text}: all sound."
+    warnings = counted(len({one.code for one in warned}), "warning")
+    places = counted(len({(one.key, one.name) for one in warned}), "layer")
+    return f"{text}: usable, with {warnings} on {places}."

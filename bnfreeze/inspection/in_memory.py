@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from bnfreeze.checkpoints import StoredTensor, find_state_dicts
+from bnfreeze.checkpoints import Checkpoint, StoredTensor, find_state_dicts
+from bnfreeze.checkpoints.reading import Content
 from bnfreeze.checkpoints.stored_tensor import Words
 from bnfreeze.inspection.origin import Found
 from bnfreeze.torch_private import DisableTorchFunctionSubclass
@@ -98,7 +99,8 @@ def found_in(saved: Mapping[str, Any], kind: str = "state_dict", key: str | None
     Raises:
         UnsupportedFormatError: it holds no tensors by name, or none under the key.
     """
-    return Found(find_state_dicts(_described(saved)).chosen(key), kind=kind)
+    parts = find_state_dicts(_described(saved)).chosen(key)
+    return Found(parts, Checkpoint("", kind, Content({})))
 
 
 def _described(saved: Mapping[str, Any]) -> Any:

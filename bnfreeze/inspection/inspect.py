@@ -13,7 +13,6 @@ from bnfreeze.checkpoints.limits import MAX_CHANNELS, check_limit
 from bnfreeze.errors import CheckpointError, PolicyError
 from bnfreeze.findings import Finding, worst_first
 from bnfreeze.inspection.checkpoint import CheckpointInspection, Unread
-from bnfreeze.inspection.code_calls import code_findings
 from bnfreeze.inspection.origin import Found
 from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.stored_layers import StoredLayer, stored_layers
@@ -109,9 +108,10 @@ def inspect(
         return _inspection_of(found_in(what, key=key))
     if key is not None:
         raise TypeError("key: a live model has no keys; it is for checkpoints.")
+    from bnfreeze.inspection.behaviour import optimizers_by_id
     from bnfreeze.inspection.live import inspect_model
 
-    return inspect_model(what, optimizer=optimizer)
+    return inspect_model(what, optimizers_by_id(optimizer))
 
 
 def inspect_checkpoint(
@@ -136,7 +136,7 @@ def inspect_checkpoint(
         PolicyError: a pattern that is malformed or matches no layer.
     """
     with open_checkpoint(path) as checkpoint:
-        found = Found.in_checkpoint(checkpoint, key)
+        found = Found(checkpoint.chosen(key), checkpoint)
         with naming_file(checkpoint.path):
             return replace(_inspection_of(found, select=select, sort=sort), weights=weights)
 
@@ -145,16 +145,14 @@ def _inspection_of(
     found: Found, *, select: Sequence[str] = (), sort: str = ""
 ) -> CheckpointInspection:
     models = selected(found.parts.models, select)
-    channels = sum(
-        tensor.numel
-        for model in models
-        for name, tensor in model.tensors.items()
-        if name.endswith("running_mean")
-    )
-    if len(models) > 1:
-        check_limit(channels, MAX_CHANNELS, "channels in all models")
+    channels = 0
+    for name, tensor in (item for model in models for item in model.tensors.items()):
+        layer, _, part = name.rpartition(".")
+        if part == "running_mean" and len(tensor.shape) == 1:
+            channels += tensor.numel
+            check_limit(channels, MAX_CHANNELS, f"channels up to {layer!r:.200}")
     layers: list[StoredLayer] = []
-    findings: list[Finding] = [*code_findings(found.calls)]
+    findings: list[Finding] = [*found.code_findings()]
     unread: list[Unread] = []
     for model in models:
         try:
@@ -194,10 +192,7 @@ def selected(parts: Sequence[StateDict], select: Sequence[str]) -> tuple[StateDi
             raise PolicyError(f"Pattern {text!r} matches nothing in it.{near}")
         wanted |= matching
     chosen = (
-        replace(
-            part,
-            tensors={name: part.tensors[name] for name in part.tensors if modules[name] in wanted},
-        )
+        replace(part, tensors={n: t for n, t in part.tensors.items() if modules[n] in wanted})
         for part in parts
     )
     return tuple(part for part in chosen if part.tensors)

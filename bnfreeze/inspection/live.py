@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from bnfreeze.findings import Finding, finding, worst_first
-from bnfreeze.inspection.behaviour import (
-    LiveLayer,
-    fate,
-    live_layer,
-    optimizers_by_id,
-)
+from bnfreeze.findings import Finding, Level, finding, worst_first
+from bnfreeze.inspection.behaviour import LiveLayer, fate, live_layer
+from bnfreeze.inspection.in_memory import TensorInMemory
 from bnfreeze.inspection.result import Inspection
-from bnfreeze.inspection.statistics import statistics_findings
-from bnfreeze.inspection.train_mode import training_flags
+from bnfreeze.inspection.statistics import batches_in, real_values, statistics_findings
 from bnfreeze.inspection.unregistered import unregistered
 from bnfreeze.norm_layers import (
     STATISTICS,
@@ -31,9 +26,16 @@ from bnfreeze.norm_layers import (
     named_modules,
     statistics_in,
 )
-from bnfreeze.policies.policy import Policy
-from bnfreeze.policies.record import frozen_names, policy_name, record_of, recorded
+from bnfreeze.policies.record import (
+    frozen_names,
+    policies_by_parameter,
+    policy_name,
+    record_of,
+    recorded,
+)
+from bnfreeze.policies.transaction import transaction
 from bnfreeze.tables import Sheet, shared_kind
+from bnfreeze.text import counted
 
 __all__ = ["ModelInspection", "inspect_model"]
 
@@ -77,7 +79,7 @@ class ModelInspection(Inspection):
             rows=rows,
             findings=self.findings,
             verdict=(
-                f"{len(rows)} norm layer{'' if len(rows) == 1 else 's'}: "
+                f"{counted(len(rows), 'norm layer')}: "
                 f"{uses.count('batch')} normalise with the batch{unknown}, "
                 f"{updating} update their statistics, {training} train weight or bias."
                 if rows
@@ -87,52 +89,66 @@ class ModelInspection(Inspection):
         )
 
 
-def inspect_model(
-    model: object, *, optimizer: Optimizer | Iterable[Optimizer] | None = None
-) -> ModelInspection:
+def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> ModelInspection:
     """Say what each norm layer of `model` will do in the next training step.
 
     See `bnfreeze.inspect`, which calls this for a live model.
+
+    Args:
+        model: the model.
+        optimized: what `optimizers_by_id` gives; None where no optimizer is known.
 
     Raises:
         TypeError: `model` is no live `nn.Module`, or is TorchScript.
     """
     model = check_model(model)
-    optimized = optimizers_by_id(optimizer)
     modules = named_modules(model)
-    flags = training_flags(model)
+    flags = _training_flags(model)
+    by_policy = policies_by_parameter(entry.module for entry in modules)
     layers: list[LiveLayer] = []
     findings: list[Finding] = []
     for entry in modules:
         if is_norm(entry.module):
-            layer = live_layer(entry, flags[id(entry.module)], optimized)
+            layer = live_layer(entry, flags[id(entry.module)], optimized, by_policy)
             layers.append(layer)
             findings += _layer_findings(layer, entry.module, model.training, optimized)
     for path, hidden in unregistered(modules).items():
         drifting = [m for m in hidden if not {n for _, n in statistics_in(m)} & {*frozen_names(m)}]
         if drifting:
-            findings.append(_unregistered(path, drifting))
+            message = (
+                f"{counted(len(drifting), 'norm layer')} that the model has not registered: "
+                f"freeze, guard, state_dict() and train() do not reach such layers."
+            )
+            level: Level = "warning" if any(m.training for m in drifting) else "note"
+            findings.append(finding("layer-unregistered", path, message, level=level))
     if not layers and not findings:
         findings.append(finding("model-no-norm-layer", ""))
-    records = [record_of(entry.module) for entry in modules]
-    if any(record and Policy.WEIGHTS in record.policy for record in records) and not any(
-        p.requires_grad for p in model.parameters()
-    ):
+    weights = any("weights" in policy for policy in by_policy.values())
+    if weights and not any(p.requires_grad for p in model.parameters()):
         findings.append(finding("model-nothing-trains", ""))
     if optimized and not any(id(p) in optimized for p in model.parameters()):
         findings.append(finding("optimizer-without-parameters", ""))
     return ModelInspection(tuple(layers), worst_first(findings))
 
 
-def _unregistered(path: str, layers: list[nn.Module]) -> Finding:
-    several = "" if len(layers) == 1 else "s"
-    return finding(
-        "layer-unregistered",
-        path,
-        f"{len(layers)} norm layer{several} that the model has not registered: "
-        f"freeze, guard, state_dict() and train() do not reach such layers.",
-        level="warning" if any(layer.training for layer in layers) else "note",
-    )
+def _training_flags(model: nn.Module) -> dict[int, bool]:
+    """By module identity, the training flag that ``model.train()`` would leave.
+
+    ``model.train()`` is really called, because any module may override ``train`` (mmdetection's
+    ``norm_eval`` backbones do, and set requires_grad there as well). What the call changed is put
+    back. An override in a module without a norm layer inside is not called: a LoRA layer, for
+    example, merges its weights there. If the call raises, the flags at that moment count.
+    """
+    modules = list(model.modules())
+    with transaction(modules, keep=False):
+        for module in modules:
+            overrides = type(module).train is not nn.Module.train and "train" not in vars(module)
+            if overrides and not any(map(is_norm, module.modules())):
+                vars(module)["train"] = lambda mode=True, module=module: module
+        # An error here will come again in the user's own loop; it is not reported twice.
+        with contextlib.suppress(Exception):
+            model.train()
+        return {id(module): module.training for module in modules}
 
 
 def _layer_findings(
@@ -180,24 +196,17 @@ def _layer_findings(
     if root_training and not layer.training and "train mode" in facts.why.values():
         yield finding("train-undoes-eval", name)
     yield from _gradient_findings(name, layer, optimized or {})
-    mean, var, count = (getattr(layer, stat, None) for stat in STATISTICS)
-    if isinstance(mean, Tensor) and isinstance(var, Tensor):
-        counted = isinstance(count, Tensor) and not count.is_meta and count.numel() == 1
+    own = (getattr(layer, statistic, None) for statistic in STATISTICS)
+    mean, var, count = (TensorInMemory(t) if isinstance(t, Tensor) else None for t in own)
+    if mean and var:
         yield from statistics_findings(
             name,
-            _on_cpu(mean),
-            _on_cpu(var),
-            int(count) if counted else None,  # type: ignore[arg-type]
+            real_values(mean),
+            real_values(var),
+            batches_in(count),
             facts.eps,
-            dtypes=(str(mean.dtype), str(var.dtype)),
+            (mean.dtype, var.dtype),
         )
-
-
-def _on_cpu(stat: Tensor) -> Tensor | None:
-    if stat.is_meta or stat.is_complex():
-        return None
-    stat = stat.detach().cpu().reshape(-1)
-    return stat.float() if stat.is_floating_point() and stat.dtype.itemsize < 4 else stat
 
 
 def _gradient_findings(

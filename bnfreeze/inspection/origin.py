@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
-from bnfreeze.checkpoints import Checkpoint, CodeCall, StateDict, StateDicts, Uninterpreted
+from bnfreeze.checkpoints import Checkpoint, StateDict, StateDicts, Uninterpreted
+from bnfreeze.findings import Finding, Level, finding
+from bnfreeze.text import listed
 
-__all__ = ["Found", "ModelOrigin", "Origin"]
+__all__ = ["RUNS_CODE", "Found", "ModelOrigin", "Origin"]
 
-# So many are named in a line.
-_SHOWN = 4
+RUNS_CODE: Final = "runs-code"
+_RUNS: Final[dict[Level, str]] = {
+    "error": "loading the file with torch.load(weights_only=False) or pickle calls {}.",
+    "warning": "cannot be judged: loading the file with torch.load(weights_only=False) runs "
+    "the code of {}.",
+    "note": "it holds modules that were saved whole: loading it runs the code of {}.",
+}
 
 
 @dataclass(frozen=True)
@@ -61,77 +69,62 @@ class Origin:
         what = f"{self.kind} · {self.tensors} tensors · {_size(self.bytes)}"
         if len(self.models) > 1:
             keys = [repr(model.key) for model in self.models]
-            what += f" · {len(keys)} models: {_listed(keys)}"
+            what += f" · {len(keys)} models: {listed(keys, 4)}"
         elif self.key:
             what += f" · under the key {self.key!r}"
         stripped = dict.fromkeys(part for model in self.models for part in model.stripped)
         if stripped:
             what += f" · without {' and '.join(map(repr, stripped))}"
-        return (what, *self._left_out(), *self.remarks)
-
-    def _left_out(self) -> tuple[str, ...]:
-        if not self.uninterpreted:
-            return ()
+        lines = [what]
         names = [
             f"`{one.name}`" + (f" under {one.where!r}" if one.where else "")
             for one in self.uninterpreted
         ]
-        return (f"{_listed(names)} {'was' if len(names) == 1 else 'were'} left uninterpreted.",)
+        if names:
+            were = "was" if len(names) == 1 else "were"
+            lines.append(f"{listed(names, 4)} {were} left uninterpreted.")
+        return (*lines, *self.remarks)
 
 
 @dataclass(frozen=True)
 class Found:
-    """The state_dicts of a file, a mapping or a model, and where they were found.
+    """The state_dicts of a file, a mapping or a model.
 
     Attributes:
         parts: the state_dicts.
-        path: the file or folder; empty for what is in memory.
-        kind: as in `Origin`.
-        calls: what loading the file would call.
-        uninterpreted: as in `Origin`.
-        remarks: as in `Origin`.
+        checkpoint: what they were found in; of what is in memory one without a path.
     """
 
     parts: StateDicts
-    path: str = ""
-    kind: str = "state_dict"
-    calls: tuple[CodeCall, ...] = ()
-    uninterpreted: tuple[Uninterpreted, ...] = ()
-    remarks: tuple[str, ...] = ()
-
-    @classmethod
-    def in_checkpoint(cls, checkpoint: Checkpoint, key: str | None = None) -> Found:
-        """All that is in a checkpoint, or what is under a key of it.
-
-        Raises:
-            UnsupportedFormatError: there is nothing, or nothing under the key.
-        """
-        return cls(
-            checkpoint.chosen(key),
-            str(checkpoint.path),
-            checkpoint.kind,
-            checkpoint.calls,
-            checkpoint.uninterpreted,
-            checkpoint.remarks,
-        )
+    checkpoint: Checkpoint
 
     def origin(self, parts: Sequence[StateDict]) -> Origin:
         """Where these parts of it were found."""
         storages = dict(tensor.storage() for part in parts for tensor in part.tensors.values())
         return Origin(
-            self.path,
-            self.kind,
+            str(self.checkpoint.path),
+            self.checkpoint.kind,
             tuple(ModelOrigin(part.key, part.stripped, len(part.tensors)) for part in parts),
             sum(len(part.tensors) for part in parts),
             sum(storages.values()),
-            self.uninterpreted,
-            self.remarks,
+            self.checkpoint.uninterpreted,
+            self.checkpoint.remarks,
         )
 
+    def code_findings(self) -> tuple[Finding, ...]:
+        """A finding for each level of what loading the file would call, the worst first.
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+        bnfreeze itself calls nothing of it.
+        """
+        names: dict[Level, list[str]] = {level: [] for level in _RUNS}
+        for call in self.checkpoint.calls:
+            where = f" (under {call.where!r})" if call.where else ""
+            names[call.level].append(f"`{call.name}`{where}")
+        return tuple(
+            finding("runs-code", "", _RUNS[level].format(listed(found, 5)), level=level)
+            for level, found in names.items()
+            if found
+        )
 
 
 def _size(count: int) -> str:

@@ -5,21 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from bnfreeze.checkpoints import StoredTensor
 from bnfreeze.findings import Finding, finding
 
-__all__ = ["statistics_findings"]
+__all__ = ["batches_in", "real_values", "statistics_findings"]
 
 _LOW_PRECISION = frozenset({"float16", "bfloat16"})
-_INFINITY = float("inf")
+
+
+def real_values(tensor: StoredTensor | None) -> NDArray[Any] | None:
+    """The values, flat, where there are any and they are real numbers."""
+    values = None if tensor is None or not tensor.has_values else tensor.values()
+    if values is None or values.dtype.kind == "c":
+        return None
+    return values.astype(np.float64) if values.dtype.kind in "biu" else values
+
+
+def batches_in(count: StoredTensor | None) -> int | None:
+    """The number in ``num_batches_tracked``; None where there is none."""
+    batches = None if count is None else count.item()
+    return int(batches) if isinstance(batches, int) else None
 
 
 def statistics_findings(
     layer: str,
-    mean: Any,
-    var: Any,
+    mean: NDArray[Any] | None,
+    var: NDArray[Any] | None,
     count: int | None,
     eps: float | None,
-    *,
     dtypes: tuple[str, str],
     key: str = "",
 ) -> Iterator[Finding]:
@@ -27,9 +43,8 @@ def statistics_findings(
 
     Args:
         layer: the layer's dotted name.
-        mean: ``running_mean``, shape (C,), as a CPU tensor or a NumPy array of any real dtype;
-            None where there are no values (a tensor on the meta device).
-        var: ``running_var``, shape (C,), likewise.
+        mean: the `real_values` of ``running_mean``.
+        var: those of ``running_var``.
         count: ``num_batches_tracked``, or None where there is none.
         eps: the layer's eps, or None where it is not known (a state_dict does not have it).
         dtypes: the dtypes of mean and var, as torch names them.
@@ -40,14 +55,12 @@ def statistics_findings(
         ``layer-eps-zero``, ``never-trained`` and ``stats-not-updated``.
     """
     for name, dtype in zip(("running_mean", "running_var"), dtypes, strict=True):
-        dtype = dtype.removeprefix("torch.")
         if dtype in _LOW_PRECISION or dtype.startswith("float8"):
             yield finding("stats-dtype", layer, f"{name} is {dtype}.", key=key)
             break
     if mean is None or var is None or not len(mean) or not len(var):
         return
-    # Every comparison with NaN is false. Written so that it works for torch and for NumPy.
-    bad_mean, bad_var = (int((~(abs(stat) < _INFINITY)).sum()) for stat in (mean, var))
+    bad_mean, bad_var = (int((~np.isfinite(stat)).sum()) for stat in (mean, var))
     if bad_mean or bad_var:
         yield finding(
             "stats-nonfinite",
@@ -76,7 +89,7 @@ def statistics_findings(
         )
     if eps is not None and eps <= 0:
         yield finding("layer-eps-zero", layer, f"eps is {eps:g}.", key=key)
-    if bool((mean == 0).all()) and bool((var == 1).all()):
+    if (mean == 0).all() and (var == 1).all():
         if count:
             yield finding(
                 "stats-not-updated",

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfreeze.checkpoints import StateDict
-from bnfreeze.checkpoints.limits import MAX_CHANNELS, check_limit
+from bnfreeze.checkpoints import LayerSettings, StateDict, naming_file
 from bnfreeze.checkpoints.stored_tensor import StoredTensor, shown
-from bnfreeze.errors import CheckpointError
 from bnfreeze.findings import Finding, finding, worst_first
-from bnfreeze.inspection.statistics import statistics_findings
+from bnfreeze.inspection.statistics import batches_in, real_values, statistics_findings
 
 __all__ = ["BATCH_NORM", "FROZEN_OR_OLD", "Spread", "StoredLayer", "stored_layers"]
 
@@ -46,9 +44,9 @@ class Spread:
     deciles: tuple[float, ...]
 
     @classmethod
-    def of(cls, values: NDArray[Any]) -> Spread | None:
+    def of(cls, values: NDArray[Any] | None) -> Spread | None:
         """The spread of the finite values; None where there are none."""
-        finite = values[np.isfinite(values)].astype(np.float64)
+        finite = () if values is None else values[np.isfinite(values)].astype(np.float64)
         if not len(finite):
             return None
         # Values that are there: between huge ones, an average could overflow.
@@ -111,30 +109,20 @@ def stored_layers(model: StateDict) -> tuple[tuple[StoredLayer, ...], tuple[Find
     tensors, key = model.tensors, model.key
     layers: list[StoredLayer] = []
     findings: list[Finding] = []
-    channels = 0
-    uncounted: list[str] = []
     for name in _layer_names(tensors):
         own = {
             part: tensors[_join(name, part)]
             for part in (*_STATISTICS, "weight", "bias")
             if _join(name, part) in tensors
         }
-        problem = _mismatch(own)
-        if problem:
+        if problem := _mismatch(own):
             findings.append(finding("stats-unpaired", name, problem, key=key))
             continue
-        channels += own["running_mean"].numel
-        check_limit(channels, MAX_CHANNELS, f"channels up to {name!r:.200}")
-        try:
+        with naming_file(name):
             layer, own_findings = _layer(name, own, model)
-        except CheckpointError as error:
-            raise type(error)(f"{name}: {error}") from None
         layers.append(layer)
         findings += own_findings
-        # Where the class is known, there is nothing to guess.
-        if _STATISTICS[2] not in own and name not in model.layers:
-            uncounted.append(name)
-    findings += _across(layers, key, uncounted)
+    findings += _across(layers, model)
     if not layers and not findings:
         findings.append(
             finding(
@@ -176,53 +164,39 @@ def _mismatch(own: Mapping[str, StoredTensor]) -> str:
 def _layer(
     name: str, own: Mapping[str, StoredTensor], model: StateDict
 ) -> tuple[StoredLayer, list[Finding]]:
-    settings, key = model.layers.get(name), model.key
+    mean, var, weight = (real_values(own.get(p)) for p in (*_STATISTICS[:2], "weight"))
+    batches = batches_in(own.get(_STATISTICS[2]))
+    settings = model.layers.get(name) or LayerSettings("")
     guessed = BATCH_NORM if _STATISTICS[2] in own else FROZEN_OR_OLD
-    channels = own["running_mean"].numel
-    mean, var, weight = (_real(own.get(part)) for part in ("running_mean", "running_var", "weight"))
-    count = own[_STATISTICS[2]].item() if _STATISTICS[2] in own else None
-    batches = int(count) if isinstance(count, int) else None
     layer = StoredLayer(
         name=name,
-        kind=settings.class_name.rpartition(".")[2] or guessed if settings else guessed,
-        num_features=channels,
+        kind=settings.class_name.rpartition(".")[2] or guessed,
+        num_features=own["running_mean"].numel,
         batches=batches,
         dtype=own["running_var"].dtype,
         affine="weight" in own and "bias" in own,
-        mean=None if mean is None else Spread.of(mean),
-        var=None if var is None else Spread.of(var),
+        mean=Spread.of(mean),
+        var=Spread.of(var),
         near_dead=_near_dead(var, weight),
-        weight=None if weight is None else Spread.of(weight),
-        key=key,
-        eps=settings.eps if settings else None,
-        momentum=settings.momentum if settings else None,
-        training=settings.training if settings else None,
-        frozen_by=(settings.frozen_by or None) if settings else None,
+        weight=Spread.of(weight),
+        key=model.key,
+        eps=settings.eps,
+        momentum=settings.momentum,
+        training=settings.training,
+        frozen_by=settings.frozen_by or None,
     )
     dtypes = (own["running_mean"].dtype, own["running_var"].dtype)
-    findings = list(
-        statistics_findings(name, mean, var, batches, layer.eps, dtypes=dtypes, key=key)
-    )
-    findings += _own_findings(name, mean, var, key)
-    return layer, findings
-
-
-def _real(tensor: StoredTensor | None) -> NDArray[Any] | None:
-    """The values, where there are any and they are real numbers."""
-    values = None if tensor is None or not tensor.has_values else tensor.values()
-    if values is None or values.dtype.kind == "c":
-        return None
-    return values.astype(np.float64) if values.dtype.kind in "biu" else values
+    findings = statistics_findings(name, mean, var, batches, layer.eps, dtypes, model.key)
+    return layer, [*findings, *_own_findings(name, mean, var, model.key)]
 
 
 def _near_dead(var: NDArray[Any] | None, weight: NDArray[Any] | None) -> int:
-    dead = np.zeros(len(var) if var is not None else 0, bool)
-    if var is not None:
-        dead |= var < _USUAL_EPS
-        if weight is not None:
-            dead |= abs(weight) < _DEAD_WEIGHT
-        dead &= var >= 0
-    return int(dead.sum())
+    if var is None:
+        return 0
+    dead = var < _USUAL_EPS
+    if weight is not None:
+        dead |= abs(weight) < _DEAD_WEIGHT
+    return int((dead & (var >= 0)).sum())
 
 
 def _own_findings(
@@ -242,10 +216,12 @@ def _own_findings(
         )
 
 
-def _across(layers: list[StoredLayer], key: str, uncounted: Iterable[str]) -> Iterator[Finding]:
+def _across(layers: list[StoredLayer], model: StateDict) -> Iterator[Finding]:
     """What only all layers together show."""
-    for name in uncounted:
-        yield finding("stats-count-missing", name, key=key)
+    for name in (layer.name for layer in layers):
+        # Where the class is known, there is nothing to guess.
+        if _join(name, _STATISTICS[2]) not in model.tensors and name not in model.layers:
+            yield finding("stats-count-missing", name, key=model.key)
     counts = Counter(layer.batches for layer in layers if layer.batches is not None)
     if len(counts) > 1:
         (usual, number), *rest = counts.most_common()
@@ -257,5 +233,5 @@ def _across(layers: list[StoredLayer], key: str, uncounted: Iterable[str]) -> It
             "",
             f"num_batches_tracked is {usual:,} in {number} layers, and {seen} in {len(odd)} "
             f"(first in {odd[0].name or 'the model'}).",
-            key=key,
+            key=model.key,
         )

@@ -8,6 +8,7 @@ eval        the layer always normalises with its running statistics
 stats       the running statistics do not change; train mode uses the batch
 fused       the layer becomes a `FrozenBatchNorm1d/2d/3d`
 choice      which class a layer gets for which policy
+transaction putting back what was changed on modules
 =========== ==========================================================================
 
 ``affine`` and ``weights`` need no module of their own: they only set ``requires_grad``.

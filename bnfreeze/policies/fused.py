@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from bnfreeze.nn.activations import activation_of
 from bnfreeze.nn.modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
-from bnfreeze.norm_layers import forward_owner, has_known_forward, is_lookalike
+from bnfreeze.norm_layers import forward_owner, has_known_forward
 from bnfreeze.policies.class_swap import FrozenLayer, make_class
 from bnfreeze.policies.eval import ForceEval
-from bnfreeze.policies.record import layer_class
+from bnfreeze.policies.record import layer_class, was_lookalike
 from bnfreeze.torch_private import _BatchNorm
 
 __all__ = ["fused_class", "has_hooks", "own_activation"]
@@ -135,9 +135,13 @@ def fused_class(
     if base in _EXACT and not has_known_forward(module, base):
         return None, f"the forward of {base.__name__} was replaced on the class"
     behaviour = _EXACT.get(base)
-    if behaviour is None and is_lookalike(module, base) and _is_plain(base):
-        behaviour = _FusedLookalike
-    if activations and _is_timms(base):
+    owner = forward_owner(base)
+    library = owner.__module__.partition(".")[0]
+    if behaviour is None and was_lookalike(module):
+        # Its forward is its library's, and nothing but batch norm.
+        plain = library in _LIBRARIES and _PLAIN_LOOKALIKE.fullmatch(owner.__name__)
+        behaviour = _FusedLookalike if plain else None
+    if activations and (library, owner.__name__) == ("timm", "BatchNormAct2d"):
         act, drop = type(module.act), type(module.drop)
         if drop is not nn.Identity:
             return None, f"it drops ({drop.__name__}) before its activation"
@@ -146,21 +150,6 @@ def fused_class(
         behaviour = _FusedAct
     if behaviour is not None:
         return make_class(base, behaviour), ""
-    if issubclass(base, _BatchNorm) or is_lookalike(module, base):
+    if issubclass(base, _BatchNorm) or was_lookalike(module):
         return None, f"{base.__name__} has a forward of its own, which is kept"
     return None, f"there is no fused layer for {base.__name__}"
-
-
-def _is_timms(base: type[nn.Module]) -> bool:
-    """Whether a layer's forward is that of timm's BatchNormAct2d."""
-    owner = forward_owner(base)
-    return owner.__name__ == "BatchNormAct2d" and owner.__module__.partition(".")[0] == "timm"
-
-
-def _is_plain(base: type[nn.Module]) -> bool:
-    """Whether a look-alike's forward is its library's, and nothing but batch norm."""
-    owner = forward_owner(base)
-    return (
-        owner.__module__.split(".")[0] in _LIBRARIES
-        and _PLAIN_LOOKALIKE.fullmatch(owner.__name__) is not None
-    )

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 from torch import Tensor, nn
 
 from bnfreeze.norm_layers import (
     AFFINE,
-    NamedModule,
-    affine_parameters,
     is_lookalike,
     is_norm,
     statistics_in,
@@ -21,12 +19,12 @@ from bnfreeze.policies.policy import Policy
 __all__ = [
     "FreezeRecord",
     "class_changed_since",
-    "frozen_by",
     "frozen_names",
     "is_left_alone",
     "layer_class",
     "mark_left_alone",
     "original_flags",
+    "policies_by_parameter",
     "policy_name",
     "record_of",
     "recorded",
@@ -118,15 +116,20 @@ def recorded(module: nn.Module) -> list[tuple[str, nn.Parameter, bool]]:
     ]
 
 
-def original_flags(modules: Iterable[NamedModule]) -> dict[nn.Parameter, bool]:
+def policies_by_parameter(modules: Iterable[nn.Module]) -> dict[int, str]:
+    """By identity of each parameter that a policy freezes, that policy."""
+    return {id(p): policy_name(module) for module in modules for _, p, _ in recorded(module)}
+
+
+def original_flags(modules: Iterable[nn.Module]) -> dict[nn.Parameter, bool]:
     """The requires_grad that each frozen parameter had before any freezing.
 
     A tied parameter has several records. If its layers were frozen one after another, the later
     record saw it frozen already; so it required a gradient if any record says so.
     """
     flags: dict[nn.Parameter, bool] = {}
-    for entry in modules:
-        for _, parameter, flag in recorded(entry.module):
+    for module in modules:
+        for _, parameter, flag in recorded(module):
             flags[parameter] = flag or flags.get(parameter, False)
     return flags
 
@@ -136,25 +139,6 @@ def policy_name(module: nn.Module) -> str:
     if record := record_of(module):
         return str(record.policy)
     return "frozen" if is_lookalike(module) else "none"
-
-
-def frozen_by(module: nn.Module) -> Literal["bnfreeze", "class", "requires_grad"] | None:
-    """Who froze the module, or a part of it.
-
-    Returns:
-        ``"bnfreeze"`` if `bnfreeze.freeze` did; ``"class"`` for a frozen batch norm of another
-        library, or a `FrozenBatchNorm1d/2d/3d` built directly; ``"requires_grad"`` for a norm
-        layer whose weight and bias have ``requires_grad=False``, set by hand (its statistics are
-        not frozen by that); None if nothing of it is frozen.
-    """
-    if record_of(module) is not None:
-        return "bnfreeze"
-    if is_lookalike(module):
-        return "class"
-    if not is_norm(module):
-        return None
-    parameters = affine_parameters(module).values()
-    return "requires_grad" if parameters and not any(p.requires_grad for p in parameters) else None
 
 
 def was_lookalike(module: nn.Module) -> bool:

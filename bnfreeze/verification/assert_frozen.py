@@ -143,17 +143,20 @@ def _why(facts: LiveLayer, answer: str) -> str:
 
 def _remedy(modules: Sequence[NamedModule], failing: Collection[str], strict: bool) -> str:
     """What to do about the failing layers. It is planned as freeze plans it, which may refuse."""
-    found = {index: entry for index, entry in enumerate(modules) if entry.name in failing}
-    records = {index: record_of(entry.module) for index, entry in found.items()}
-    policies = {index: record.policy if record else _FULL for index, record in records.items()}
+    found = [entry for entry in modules if entry.name in failing]
+    records = [record_of(entry.module) for entry in found]
+    policies = [
+        (entry, record.policy if record else _FULL)
+        for entry, record in zip(found, records, strict=True)
+    ]
     try:
         plan(modules, policies)
     except PolicyError as refusal:
         return f"To freeze them, mend this first: {refusal}"
-    never = [found[index] for index, record in records.items() if record is None]
+    never = [entry for entry, record in zip(found, records, strict=True) if record is None]
     if foreign := next((entry for entry in never if is_foreign(entry.module)), None):
         return foreign_remedy(foreign.module, foreign.plain_names[0])
-    if strict and any(is_norm(found[i].module) and _FULL not in p for i, p in policies.items()):
+    if strict and any(is_norm(entry.module) and _FULL not in old for entry, old in policies):
         return f'Freeze them with freeze(model, "{_FULL}"), or check only a part with select=…'
     if not never:
         return "Freeze them again: call freeze(model, …) with the same policy."

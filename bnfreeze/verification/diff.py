@@ -12,7 +12,6 @@ from bnfreeze.checkpoints import StoredTensor, naming_file, open_checkpoint
 from bnfreeze.errors import CheckpointError
 from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.checkpoint import Unread
-from bnfreeze.inspection.code_calls import code_findings
 from bnfreeze.inspection.inspect import selected
 from bnfreeze.inspection.origin import Found
 from bnfreeze.verification.compare import Progress, compare
@@ -81,9 +80,9 @@ def diff(
         pairs: list[ModelPair] = []
         tensors: list[TensorChange] = []
         findings = [
-            replace(one, message=f"{side.path}: {one.message}")
+            replace(one, message=f"{side.checkpoint.path}: {one.message}")
             for side in sides
-            for one in code_findings(side.calls)
+            for one in side.code_findings()
         ]
         unread: list[Unread] = []
         matching = paired(*sides)
@@ -125,7 +124,8 @@ def diff(
 
 def _found(what: object, key: str | None, stack: ExitStack) -> Found:
     if isinstance(what, str | os.PathLike):
-        return Found.in_checkpoint(stack.enter_context(open_checkpoint(what)), key)
+        checkpoint = stack.enter_context(open_checkpoint(what))
+        return Found(checkpoint.chosen(key), checkpoint)
     kind = "state_dict"
     if not isinstance(what, Mapping):
         from bnfreeze.norm_layers import check_model
@@ -157,7 +157,7 @@ def _changes(
     """
     facts = []
     for tensors, side in zip(states, sides, strict=True):
-        with naming_file(side.path or side.kind):
+        with naming_file(side.checkpoint.path or side.checkpoint.kind):
             facts.append(state_of(tensors))
     drifts: dict[str, Drift] = {}
     found = compare(*facts, progress=progress).drifts

@@ -58,7 +58,7 @@ def paired(first: Found, second: Found) -> list[tuple[StateDict | None, StateDic
             pairs[pairs.index((one, None))] = (one, left.pop(other.key))
         elif not is_clear:
             there = "; ".join(
-                f"{side.path or side.kind} has "
+                f"{side.checkpoint.path or side.checkpoint.kind} has "
                 + ", ".join(repr(part.key) for part in parts[:_SHOWN])
                 for side, parts in ((first, ours), (second, theirs))
             )

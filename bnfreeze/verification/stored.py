@@ -8,7 +8,6 @@ from dataclasses import replace
 from bnfreeze.checkpoints import StoredTensor, naming_file, tensors_by_name
 from bnfreeze.checkpoints.stored_tensor import check_claims
 from bnfreeze.errors import CheckpointError, PolicyError
-from bnfreeze.inspection.code_calls import code_findings
 from bnfreeze.inspection.origin import Found
 from bnfreeze.patterns import Pattern
 from bnfreeze.verification.compare import DIGESTED, Progress, compare
@@ -130,7 +129,7 @@ def verify_found(
     # The other notes are about a live model.
     notes = (DIGESTED,) if before.digests else ()
     report = compare(old, after, progress=progress)
-    return replace(report, notes=notes, findings=code_findings(found.calls))
+    return replace(report, notes=notes, findings=found.code_findings())
 
 
 def _tensors_for(before: State, found: Found) -> dict[str, StoredTensor]:

@@ -10,7 +10,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import bnfreeze
 from bnfreeze import Policy, PolicyError
-from bnfreeze.policies.record import frozen_by
 
 NAMES = ["stats", "eval", "fused", "fused-act", "folded", "affine", "weights"]
 
@@ -113,25 +112,41 @@ def parametrized():
         (parametrized(), None),
         (parametrized().requires_grad_(False), "requires_grad"),
         (nn.BatchNorm2d(3, affine=False), None),
-        (nn.Conv2d(3, 3, 1).requires_grad_(False), None),
         (FrozenBatchNorm2d(3), "class"),
         (bnfreeze.FrozenBatchNorm2d(3), "class"),
     ],
 )
 def test_who_froze_a_layer(layer, who):
-    assert frozen_by(layer) == who
+    assert frozen_by(layer) == [who]
 
 
 @pytest.mark.parametrize("policy", NAMES)
 def test_what_freeze_froze_is_frozen_by_bnfreeze(policy):
     layer = nn.BatchNorm2d(3).requires_grad_(False)
     bnfreeze.freeze(layer, policy)
-    assert frozen_by(layer) == "bnfreeze"
+    assert frozen_by(layer) == ["bnfreeze"]
     bnfreeze.unfreeze(layer)
-    assert frozen_by(layer) == "requires_grad"
+    assert frozen_by(layer) == ["requires_grad"]
+
+
+def test_a_layer_that_shares_the_weight_of_a_frozen_one_is_frozen_by_bnfreeze_too():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    model[1].weight, model[1].bias = model[0].weight, model[0].bias
+    model[2].requires_grad_(False)
+    bnfreeze.freeze(model, {"0": "eval+affine"})
+    assert frozen_by(model) == ["bnfreeze", "bnfreeze", "requires_grad"]
+    said = bnfreeze.inspect(model).layers[1]
+    assert (said.policy, said.why["affine"]) == ("none", "frozen by policy eval+affine")
+    assert said.updates_statistics
+    bnfreeze.unfreeze(model)
+    assert frozen_by(model) == [None, None, "requires_grad"]
 
 
 @pytest.mark.parametrize("text", ["eval-affine", "eval, affine", "eval affine", "eval/affine"])
 def test_names_joined_in_another_way_are_understood_in_the_error(text):
     with pytest.raises(PolicyError, match=r"'eval\+affine'"):
         Policy.parse(text)
+
+
+def frozen_by(model):
+    return [layer.frozen_by for layer in bnfreeze.inspect(model).layers]
