@@ -327,7 +327,8 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         "A checkpoint has one of running_mean and running_var without the other, or their shapes "
         "do not fit each other.",
         "Loading with strict=True fails where a norm layer is expected.",
-        "Get the whole checkpoint, or correct the program that converted it.",
+        "Get the whole checkpoint, or correct the program that converted it. A class of its own, "
+        "such as a complex batch norm, may keep others: then nothing is missing.",
         "{'bn.running_mean': torch.zeros(4)}  # and no bn.running_var",
     ),
     FindingKind(
