@@ -53,10 +53,10 @@ KNOWN = frozenset(
     | {"mmcv", "mmdet", "mmpretrain", "mmseg", "detectron2", "segmentation_models_pytorch"}
 )
 
-# A flattened graph has names such as L__self___bn1_running_mean; tutorials say moving_mean, and
-# batch renormalisation running_avg_std.
-_MEAN_OR_VARIANCE = re.compile(r"(?:\w+_)?(?:running|moving)_(?:\w+_)?(?:mean|var|std)")
-_STATISTIC = re.compile(r"(?:\w+_)?(?:(?:running|moving)_\w+|num_batches_tracked)")
+# A flattened graph has names such as L__self___bn1_running_mean; Keras has bn/moving_variance;
+# tutorials say moving_mean, and batch renormalisation running_avg_std.
+_MEAN_OR_VARIANCE = re.compile(r"(?:.*[_/])?(?:running|moving)_(?:\w+_)?(?:mean|var(?:iance)?|std)")
+_STATISTIC = re.compile(r"(?:.*[_/])?(?:(?:running|moving)_\w+|num_batches_tracked)")
 _OBSERVER = re.compile("Observer|FakeQuantize")
 
 # Classes that wrap a whole model, and the attribute in which they keep it. By class name, so that
@@ -238,7 +238,10 @@ def is_in_graph(module: nn.Module) -> bool:
 def foreign_remedy(module: nn.Module, name: str, policy: str = "eval") -> str:
     """What to do about a foreign norm layer that is not frozen."""
     if is_in_graph(module):
-        return "Freeze the original model, then export or script it."
+        return (
+            "Freeze the original model, then export or script it. Of a Keras model, set "
+            "layer.trainable = False."
+        )
     return (
         f"Name it in a rule: freeze(model, {{{name!r}: {policy!r}}}). Or watch it with "
         f"guard(model, tensors='norm')."

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from bnfreeze.calibration.batches import Batches, call
 from bnfreeze.calibration.moments import Moments
 from bnfreeze.errors import BnfreezeError
+from bnfreeze.inspection.modes import modes_put_back
 from bnfreeze.norm_layers import STATISTICS, NamedModule
-from bnfreeze.policies.record import record_of, set_record
 from bnfreeze.torch_private import _InstanceNorm
 
 if TYPE_CHECKING:
@@ -76,13 +76,6 @@ def as_in_evaluation(model: nn.Module, group: ProcessGroup | None = None) -> Ite
         the model to call: without what would synchronise ranks, or skip hooks.
     """
     modules = list(model.modules())
-    flags = [(module, module.training, record_of(module)) for module in modules]
-    buffers = [
-        (module._buffers, name, b, None if b.is_meta else b.detach().clone())
-        for module in modules
-        for name, b in module._buffers.items()
-        if b is not None
-    ]
     numpy = sys.modules.get("numpy.random")
     state = random.getstate(), numpy.get_state() if numpy is not None else None
     devices = list({t.device for t in model.parameters() if t.device.type == "cuda"})
@@ -90,27 +83,23 @@ def as_in_evaluation(model: nn.Module, group: ProcessGroup | None = None) -> Ite
     while type(inner).__name__ in _RUNNERS:
         inner = getattr(inner, _RUNNERS[type(inner).__name__])
     try:
-        with torch.random.fork_rng(devices), torch.no_grad(), _hooks_called(modules):
+        with (
+            modes_put_back(modules, False, buffers=True),
+            torch.random.fork_rng(devices),
+            torch.no_grad(),
+            _hooks_called(modules),
+        ):
             if group is not None:
                 stored = [
-                    b for _, name, b, old in buffers if name in STATISTICS and old is not None
+                    b
+                    for module in modules
+                    for name, b in module._buffers.items()
+                    if b is not None and name in STATISTICS and not b.is_meta
                 ]
                 _take_from_first_rank(stored, group)
             model.eval()
             yield inner
     finally:
-        for module, flag, record in flags:
-            if module.training != flag:
-                module.training = flag
-            if record_of(module) is not record:
-                set_record(module, record)
-        with torch.no_grad():
-            for owner, name, buffer, before in buffers:
-                # Some layers write to their buffers in eval mode too, or put others in their place.
-                if owner.get(name) is not buffer:
-                    owner[name] = buffer
-                if before is not None and not torch.equal(_bytes(buffer), _bytes(before)):
-                    buffer.copy_(before)
         random.setstate(state[0])
         if numpy is not None:
             numpy.set_state(state[1])
@@ -284,7 +273,3 @@ def _unbatched_rank(module: nn.Module) -> int | None:
 def _device(model: nn.Module) -> torch.device:
     tensors = (*model.parameters(), *model.buffers())
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -31,6 +31,8 @@ from bnfreeze.torch_private import _InstanceNorm
 __all__ = ["LiveLayer", "fate", "live_layer", "optimizers_by_id"]
 
 
+_NEITHER = "it has neither"
+
 FrozenBy = Literal["bnfreeze", "class", "requires_grad"]
 NormalizesWith = Literal["batch", "running", "unknown"]
 
@@ -73,12 +75,15 @@ class LiveLayer:
 def fate(layer: LiveLayer) -> tuple[str, str]:
     """What becomes of the statistics, and of weight and bias, in a word or two for a table.
 
-    ``"update"`` or ``"train"``; ``"frozen"``; or ``"still"``: they stay, and nobody promises it.
+    ``"update"`` or ``"train"``; ``"frozen"``; ``"still"``: they stay, and nobody promises it; or
+    ``"none"``: the layer has neither weight nor bias.
     """
     frozen = layer.policy == "frozen"
     policy = Policy.NONE if frozen else Policy.parse(layer.policy)
     statistics = "frozen" if frozen or Policy.STATS in policy else "still"
     affine = "frozen" if frozen or Policy.AFFINE in policy else "still"
+    if layer.why["affine"] == _NEITHER:
+        affine = "none"
     return (
         "update" if layer.updates_statistics else statistics,
         "train" if layer.trains_affine else affine,
@@ -259,7 +264,7 @@ def _trains_affine(
             reasons[name] = False, "requires_grad is False"
     if not reasons:
         buffers = any(layer._buffers.get(name) is not None for name in AFFINE)
-        return False, "buffers: no optimizer trains them" if buffers else "it has neither"
+        return False, "buffers: no optimizer trains them" if buffers else _NEITHER
     trains = any(moves for moves, _ in reasons.values())
     shown = {name: why for name, (moves, why) in reasons.items() if moves is trains}
     if len(shown) == len(reasons) and len(set(shown.values())) == 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from bnfreeze.findings import Finding, Level, finding, worst_first
 from bnfreeze.inspection.behaviour import LiveLayer, fate, live_layer
 from bnfreeze.inspection.in_memory import TensorInMemory
+from bnfreeze.inspection.modes import training_flags
 from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.statistics import batches_in, real_values, statistics_findings
 from bnfreeze.inspection.unregistered import unregistered
@@ -33,7 +33,6 @@ from bnfreeze.policies.record import (
     record_of,
     recorded,
 )
-from bnfreeze.policies.transaction import transaction
 from bnfreeze.tables import Sheet, shared_kind
 from bnfreeze.text import counted
 
@@ -103,7 +102,7 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
     """
     model = check_model(model)
     modules = named_modules(model)
-    flags = _training_flags(model)
+    flags = training_flags(model)
     by_policy = policies_by_parameter(entry.module for entry in modules)
     layers: list[LiveLayer] = []
     findings: list[Finding] = []
@@ -129,26 +128,6 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
     if optimized and not any(id(p) in optimized for p in model.parameters()):
         findings.append(finding("optimizer-without-parameters", ""))
     return ModelInspection(tuple(layers), worst_first(findings))
-
-
-def _training_flags(model: nn.Module) -> dict[int, bool]:
-    """By module identity, the training flag that ``model.train()`` would leave.
-
-    ``model.train()`` is really called, because any module may override ``train`` (mmdetection's
-    ``norm_eval`` backbones do, and set requires_grad there as well). What the call changed is put
-    back. An override in a module without a norm layer inside is not called: a LoRA layer, for
-    example, merges its weights there. If the call raises, the flags at that moment count.
-    """
-    modules = list(model.modules())
-    with transaction(modules, keep=False):
-        for module in modules:
-            overrides = type(module).train is not nn.Module.train and "train" not in vars(module)
-            if overrides and not any(map(is_norm, module.modules())):
-                vars(module)["train"] = lambda mode=True, module=module: module
-        # An error here will come again in the user's own loop; it is not reported twice.
-        with contextlib.suppress(Exception):
-            model.train()
-        return {id(module): module.training for module in modules}
 
 
 def _layer_findings(

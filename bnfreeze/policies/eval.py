@@ -57,4 +57,4 @@ class ForceEvalInstance(ForceEvalOnCopies):
 
     @track_running_stats.setter
     def track_running_stats(self, value: bool) -> None:
-        self.__dict__["track_running_stats"] = value
+        """Keep what was there before: a toggle, as VAT's, would read True and turn it off."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NoReturn
 
+import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from bnfreeze.errors import PolicyError
 from bnfreeze.norm_layers import statistics_in
@@ -53,9 +55,15 @@ class OnCopies(FrozenLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As before, but the forward sees copies of the statistics."""
         kept = [(holder, name, holder[name]) for holder, name in statistics_in(self)]
+        traced = next((arg for arg in args if isinstance(arg, Proxy)), None)
         try:
             for holder, name, tensor in kept:
-                holder[name] = tensor.detach().clone()
+                # torch.fx knows a tensor by its place; the graph has to make the copy, too.
+                holder[name] = (
+                    tensor.detach().clone()
+                    if traced is None
+                    else traced.tracer.create_proxy("call_function", torch.clone, (tensor,), {})
+                )
             return super().forward(*args, **kwargs)
         finally:
             for holder, name, tensor in kept:

@@ -137,8 +137,9 @@ def as_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer
     for one in several:
         optimizers_by_id(one)  # refuses what is not an optimizer
     # Accelerate's wrapper, which Transformers' Trainer uses too, is an Optimizer by class, but its
-    # base was never initialised. The steps are those of the optimizer inside.
-    inside = (getattr(one, "optimizer", None) for one in several)
+    # base was never initialised. The steps are those of the optimizer inside; so are SAM's, whose
+    # own step() may never be called.
+    inside = (getattr(o, "optimizer", getattr(o, "base_optimizer", None)) for o in several)
     return [i if isinstance(i, Optimizer) else o for i, o in zip(inside, several, strict=True)]
 
 

@@ -28,8 +28,9 @@ _REASONS = {
     ),
     "forward-in-training": ("{sentences}", _FREEZE),
     "other-tensor": (
-        "Another tensor has its name now: load_state_dict(assign=True), or an assignment.",
-        "Copy into the existing tensor, before freezing.",
+        "Another tensor has its name now: load_state_dict(assign=True), an assignment, or a "
+        "conversion there and back, as half() and float().",
+        "Copy into the existing tensor, or convert, before freezing.",
     ),
     "other-storage": (
         "Its storage was replaced: something assigned to .data, or moved the tensor.",

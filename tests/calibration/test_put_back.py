@@ -140,3 +140,31 @@ def test_the_score_gets_the_module_inside_a_wrapper():
         wrapped, batches(3, 8, 8), score=lambda model: float(isinstance(model, nn.Sequential))
     )
     assert report.score_before == report.score_after == 1
+
+
+def test_a_layer_that_merges_its_weights_in_eval_mode_trains_on_as_before():
+    class Lora(nn.Linear):
+        # As loralib's: what is merged gets no gradient.
+        merged = False
+
+        def __init__(self):
+            super().__init__(3, 3)
+            self.lora = nn.Parameter(torch.full((3, 3), 0.1))
+
+        def train(self, mode=True):
+            super().train(mode)
+            if mode is self.merged:
+                self.weight.data.add_(self.lora, alpha=-1 if mode else 1)
+                self.merged = not mode
+            return self
+
+        def forward(self, x):
+            weight = self.weight if self.merged else self.weight + self.lora
+            return nn.functional.linear(x, weight, self.bias)
+
+    model = nn.Sequential(Lora(), nn.BatchNorm1d(3))
+    before = state(model)
+    probe(model, batches(3))
+    assert moved(before, model) == set()
+    model(torch.randn(4, 3)).square().sum().backward()
+    assert model[0].lora.grad is not None

@@ -185,11 +185,11 @@ class Breaking(nn.Module):
 
     def __init__(self, at):
         super().__init__()
-        self.at, self.calls = at, 0
+        self.at, self.calls = at, []  # a probe puts back plain attributes
 
     def forward(self, x):
-        self.calls += 1
-        if self.calls == self.at:
+        self.calls.append(x)
+        if len(self.calls) == self.at:
             raise RuntimeError("lights out")
         return x
 

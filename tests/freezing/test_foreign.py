@@ -406,3 +406,39 @@ def test_pickled_state_of_a_foreign_layer_round_trips():
     twin = pickle.loads(pickle.dumps(model))
     assert torch.equal(twin.train()(X), model.train()(X))
     twin.load_state_dict(model_with(OwnNorm()).state_dict(), strict=True)
+
+
+def test_keras_variables_in_a_parameter_dict_are_watched_and_never_called_absent():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            names = "bn/moving_mean", "bn/moving_variance"
+            zeros = {name: nn.Parameter(torch.zeros(3), requires_grad=False) for name in names}
+            self._torch_params = nn.ParameterDict(zeros)
+
+        def forward(self, x):
+            self._torch_params["bn/moving_variance"].data += 1
+            return x
+
+    model = nn.Sequential(Layer(), nn.BatchNorm2d(3))
+    freeze(model, "eval+affine")
+    assert ("0._torch_params", "layer-foreign") in codes(inspect(model))
+    with pytest.raises(NotFrozenError, match=r"0\._torch_params"):
+        assert_frozen(model)
+    with pytest.raises(DriftError, match="moving_variance"), guard(model, tensors="norm"):
+        model(X)
+
+
+@pytest.mark.parametrize("policy", ["stats", "eval"])
+def test_a_graph_that_torch_fx_traces_of_a_frozen_model_does_not_move_its_statistics(policy):
+    class Own(nn.BatchNorm2d):
+        def forward(self, x):
+            return F.batch_norm(x, self.running_mean, self.running_var, training=True)
+
+    model = nn.Sequential(Own(3))
+    freeze(model, policy)
+    before = state(model)
+    graph = torch.fx.symbolic_trace(model)
+    assert torch.equal(graph(X), model(X))
+    assert moved(before, model) == set()
+    assert {"0.running_mean", "0.running_var"} <= {*graph.state_dict()}

@@ -158,6 +158,16 @@ def test_an_instance_norm_that_stopped_tracking_is_brought_to_use_its_statistics
 
 
 @pytest.mark.parametrize("policy", ["stats", "eval"])
+def test_a_flag_that_is_toggled_twice_while_frozen_is_what_it_was(policy):
+    layer = nn.InstanceNorm2d(3, track_running_stats=True)
+    freeze(layer, policy)
+    for _ in range(2):  # as virtual adversarial training does around a forward pass
+        layer.track_running_stats ^= True
+    unfreeze(layer)
+    assert layer.track_running_stats is True
+
+
+@pytest.mark.parametrize("policy", ["stats", "eval"])
 def test_an_instance_norms_statistics_are_frozen_in_eval_mode_too(policy):
     def made_of(batch):
         torch.manual_seed(batch)

@@ -217,3 +217,11 @@ def test_an_optimizer_without_the_models_parameters_is_a_finding(model):
 def test_a_model_whose_norms_keep_no_statistics_is_told_to_use_weights(layer):
     with pytest.raises(PolicyError, match=rf"{type(layer).__name__}.*no running stat.*'weights'"):
         freeze(nn.Sequential(nn.Linear(3, 3), layer), {"**": "eval", "0": "none"})
+
+
+def test_weight_and_bias_that_a_layer_does_not_have_are_not_counted_as_frozen():
+    model = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3))
+    report = freeze(model, "eval+affine")
+    assert [row[6] for row in report.sheet().rows] == ["none", "frozen"]
+    assert "Weight and bias frozen: 1." in str(report)
+    assert "none" in inspect(model).sheet().rows[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnfreeze import FrozenBatchNorm2d, freeze, inspect, unfreeze
+from bnfreeze import FrozenBatchNorm2d, freeze, inspect, probe, unfreeze
 from tests.conftest import Small
 from tests.helpers import moved, state, statistics, step
 
@@ -132,6 +132,27 @@ def test_a_train_of_the_users_own_that_does_more_is_not_run_where_it_need_not_be
     inspect(model)
     assert moved(before, model) == set()
     assert "train" not in vars(model.head[1])
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_what_a_train_of_the_models_own_switches_is_switched_back(mode, images):
+    class Switching(Small):
+        # As torchvision's feature extractors, which have a graph for each mode; and it writes.
+        graph = "train"
+
+        def train(self, mode=True):
+            if mode is not self.training:
+                self.graph = "train" if mode else "eval"
+                self.head[1].weight.data.mul_(1.1 if mode else 1 / 1.1)
+            return super().train(mode)
+
+    model = Switching().train(mode)
+    before, graph = state(model), model.graph
+    freeze(model, "eval+affine")
+    inspect(model)
+    probe(model, [images])
+    assert model.graph == graph
+    assert moved(before, model) == set()
 
 
 def test_a_train_that_raises_leaves_no_trace(model):

@@ -249,3 +249,20 @@ def test_a_trace_sees_a_backward_too(model):
     with pytest.raises(bnfreeze.DriftError, match=r"norm.running_var .*aten.mul_.Tensor"):
         with bnfreeze.guard(model, trace=True):
             Meddling.apply(model(torch.randn(2, 4))).backward()
+
+
+def test_the_steps_of_sam_are_those_of_its_base_optimizer(model):
+    class SAM(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+            self.base_optimizer = torch.optim.SGD(self.param_groups, lr=0.1)
+
+        def second_step(self):
+            self.base_optimizer.step()
+
+    optimizer = SAM(model.head.parameters())
+    with bnfreeze.guard(model, optimizer=optimizer) as watched:
+        for _ in range(2):
+            model(torch.randn(3, 4)).backward()
+            optimizer.second_step()
+    assert watched.step == 2

@@ -1,0 +1,95 @@
+"""Calling ``model.train()`` or ``eval()`` for a look, and undoing it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfreeze.norm_layers import is_norm
+from bnfreeze.policies.transaction import transaction
+
+__all__ = ["modes_put_back", "training_flags"]
+
+
+def training_flags(model: nn.Module) -> dict[int, bool]:
+    """By module identity, the training flag that ``model.train()`` would leave.
+
+    ``model.train()`` is really called, because any module may override ``train`` (mmdetection's
+    ``norm_eval`` backbones do, and set requires_grad there as well), and then undone. An override
+    in a module without a norm layer inside is not called: a LoRA layer, for example, merges its
+    weights there. If the call raises, the flags at that moment count.
+    """
+    modules = list(model.modules())
+    with modes_put_back(modules, True):
+        for module in modules:
+            if _has_own_train(module) and not any(map(is_norm, module.modules())):
+                vars(module)["train"] = lambda mode=True, module=module: module
+        # An error here will come again in the user's own loop; it is not reported twice.
+        with contextlib.suppress(Exception):
+            model.train()
+        return {id(module): module.training for module in modules}
+
+
+@contextlib.contextmanager
+def modes_put_back(
+    modules: Sequence[nn.Module], mode: bool, *, buffers: bool = False
+) -> Iterator[None]:
+    """Undo on leaving what ``train`` and ``eval`` have done inside: flags, and bits of tensors.
+
+    A module's own ``train`` may do more than set flags: LoRA layers merge their weights there, and
+    torchvision's feature extractors change their graph. So it is called again with the mode that
+    the module had.
+
+    Args:
+        modules: all of the model's, as ``model.modules()`` gives them.
+        mode: what is called inside. The tensors below a module with a ``train`` of its own are put
+            back if it has another mode.
+        buffers: put back all buffers.
+    """
+    flags = [(module, module.training) for module in modules]
+    switched = {
+        id(inner)
+        for module, flag in flags
+        if flag is not mode and _has_own_train(module)
+        for inner in module.modules()
+    }
+    owners: list[tuple[nn.Module, dict[str, Any]]] = [
+        (module, owner) for module in modules for owner in (module._parameters, module._buffers)
+    ]
+    held = [
+        (owner, name, tensor)
+        for module, owner in owners
+        for name, tensor in owner.items()
+        # Not a shard of FSDP2.
+        if (id(module) in switched and type(tensor) in (Tensor, nn.Parameter))
+        or (buffers and owner is module._buffers and tensor is not None)
+    ]
+    values = [None if tensor.is_meta else tensor.detach().clone() for _, _, tensor in held]
+    with transaction(modules, keep=False):
+        try:
+            yield
+        finally:
+            for module, flag in flags:  # outer modules first, as their train() sets inner flags
+                if module.training is not flag and _has_own_train(module):
+                    with contextlib.suppress(Exception):
+                        module.train(flag)
+            with torch.no_grad():
+                for (owner, name, tensor), before in zip(held, values, strict=True):
+                    if owner.get(name) is not tensor:
+                        owner[name] = tensor
+                    if before is not None and not torch.equal(_bytes(tensor), _bytes(before)):
+                        tensor.copy_(before)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _has_own_train(module: nn.Module) -> bool:
+    # torch's own, such as that of DistributedDataParallel, set flags and nothing else.
+    home = getattr(module.train, "__module__", None) or ""
+    return home.partition(".")[0] != "torch"
