@@ -130,8 +130,7 @@ class FreezeCallback:
         """
         self.close(DriftError())
         changed = self.prepare(model)
-        if self._probe is not False:
-            self._look(model, training_data)
+        self._look(model, training_data)
         return changed
 
     def at_epoch(
@@ -179,6 +178,8 @@ class FreezeCallback:
         return changed
 
     def _look(self, model: nn.Module, training_data: Iterable[Any] | None) -> None:
+        if self._probe is False:
+            return
         data, most = (training_data, _PROBED) if self._probe is True else (self._probe, None)
         if data is None:
             raise PolicyError(
