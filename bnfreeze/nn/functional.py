@@ -103,7 +103,7 @@ def backend(
     if why := why_formula(x, norm, residual, None):
         return Backend("formula", why)
     why = unsupported(x, residual) if _on_cuda(x) else "The input is not on a CUDA device."
-    if not why and _kernel.run("forward", x[:1].detach(), norm) is None:
+    if not why and _kernel.run("alone", x[:1].detach(), norm, None, "forward") is None:
         why = _kernel.trouble or UNUSUAL
     if why:
         return Backend("aten", why)
@@ -115,7 +115,7 @@ class _FrozenBatchNormAlone(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
-        y, _, on_kernel = _computed(x, norm, None, None, None)
+        (y, _), on_kernel = _computed(x, norm, None, None, None)
         _, var, weight, _, _ = norm
         # Autograd would check the versions of saved tensors itself, in twice the time.
         ctx.how = norm, on_kernel, var._version, weight is not None and weight._version
@@ -150,7 +150,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         # double backward can go through it.
         alone, from_input = residual is None, activation in FROM_INPUT
         keep_sum = from_input and not alone
-        y, total, on_kernel = _computed(x, norm, residual, branch, activation, keep_sum)
+        (y, total), on_kernel = _computed(x, norm, residual, branch, activation, keep_sum)
         kept = total if keep_sum else x if from_input else None if activation is None else y
         needs_x = None if weight is None else x
         ctx.save_for_backward(kept, needs_x)
@@ -199,7 +199,7 @@ def _apply(
             raise TypeError(f"The input must be of a floating dtype; it is {x.dtype}.")
         return reference.forward(x, norm, residual, branch, activation)[0]
     if not torch.is_grad_enabled():
-        return _computed(x, norm, residual, branch, activation)[0]
+        return _computed(x, norm, residual, branch, activation)[0][0]
     _, _, weight, bias, _ = norm
     # Autograd takes a microsecond for each tensor, so it gets only those that are trained.
     weight = weight if weight is not None and weight.requires_grad else None
@@ -211,7 +211,7 @@ def _apply(
     elif trained or x.requires_grad or (residual is not None and residual.requires_grad):
         out: Any = _FrozenBatchNorm.apply(x, residual, weight, bias, norm, branch, activation)
         return out[0]  # type: ignore[no-any-return]
-    return _computed(x, norm, residual, branch, activation)[0]
+    return _computed(x, norm, residual, branch, activation)[0][0]
 
 
 def _computed(
@@ -221,15 +221,20 @@ def _computed(
     branch: Norm | None,
     activation: str | None,
     keep_sum: bool = False,
-) -> tuple[Tensor, Tensor | None, bool]:
+) -> tuple[tuple[Tensor, Tensor | None], bool]:
     """Return the results of `reference.forward`, and whether the kernel computed them."""
     if _on_cuda(x):
-        done = _kernel.run("forward", x, norm, residual, branch, activation, keep_sum)
+        done: Any
+        if residual is None:
+            y = _kernel.run("alone", x, norm, activation, "forward")
+            done = None if y is None else (y, None)
+        else:
+            done = _kernel.run("forward", x, norm, residual, branch, activation, keep_sum)
         if done is not None:
-            return *done, True
+            return done, True
     _check_shapes(x, norm, residual)
-    done = reference.forward(x, norm, residual, branch, activation, keep_sum=keep_sum, eager=True)
-    return *done, False
+    both = reference.forward(x, norm, residual, branch, activation, keep_sum=keep_sum, eager=True)
+    return both, False
 
 
 def _check_shapes(x: Tensor, norm: Norm, residual: Tensor | None) -> None:

@@ -135,10 +135,11 @@ class _FrozenBatchNormNd(nn.Module):
 
     def _norm(self) -> Norm:
         # nn.Module's own lookup of the four takes as long as the launch of a kernel.
-        own: dict[str, Any] = {**self._buffers, **self._parameters}
+        buffers: Any = self._buffers
+        affine: Any = self._parameters or buffers
         try:
-            mean, var = own["running_mean"], own["running_var"]
-            return mean, var, own["weight"], own["bias"], self.eps
+            mean, var = buffers["running_mean"], buffers["running_var"]
+            return mean, var, affine["weight"], affine["bias"], self.eps
         except KeyError:
             # Parametrized, or a replica of DataParallel: they are attributes.
             return self.running_mean, self.running_var, self.weight, self.bias, self.eps

@@ -76,15 +76,12 @@ class Launcher:
         self,
         x: Tensor,
         norm: Norm,
-        residual: Tensor | None = None,
-        branch: Norm | None = None,
-        activation: str | None = None,
-        keep_sum: bool = False,
+        residual: Tensor,
+        branch: Norm | None,
+        activation: str | None,
+        keep_sum: bool,
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Compute `bnfreeze.nn.reference.forward`."""
-        if residual is None:
-            y = self.alone(x, norm, activation, "forward")
-            return None if y is None else (y, None)
+        """Compute `bnfreeze.nn.reference.forward`, with a residual."""
         if unsupported(x, residual):
             return None
         residual = like(residual, x)
@@ -99,7 +96,7 @@ class Launcher:
     ) -> Tensor | None:
         """Make one pass from ``x`` to a new tensor; None if the tensors are not supported.
 
-        Forward: `forward` without a residual. Backward, without an activation: the gradient of x
+        Forward, without a residual. Backward, without an activation too: the gradient of x
         from that of the output. These are by far the most frequent calls, so this is written out.
         """
         shape, device, in0 = x.shape, x.get_device(), x.data_ptr()
