@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnfreeze.nn import functional
 from bnfreeze.nn.activations import ACTIVATIONS
 from bnfreeze.nn.eager import PLAIN
-from bnfreeze.nn.functional import _frozen_batch_norm_add
 
 __all__ = ["is_drop", "norm_add"]
 
@@ -64,7 +64,7 @@ def norm_add(
             return layer(x, residual, activation)  # type: ignore[no-any-return]
         ranks = x.dim() in layer._ranks and x.dim() in branch._ranks
         if ranks and branch.running_mean.shape == layer.running_mean.shape:
-            return _frozen_batch_norm_add(x, layer._norm(), residual, branch._norm(), activation)
+            return functional._apply(x, layer._norm(), residual, branch._norm(), activation)
         # The layers say what does not fit.
     out = layer(x)
     other = residual if branch is None else branch(residual)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, distributed, nn
-from torch.optim import Optimizer
 
 from bnfreeze.calibration.probe import probe
 from bnfreeze.calibration.recalibrate import recalibrate
@@ -20,11 +19,10 @@ from bnfreeze.inspection.in_memory import shard_of
 from bnfreeze.inspection.live import inspect_model
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import frozen_names, recorded
-from bnfreeze.torch_private import _BatchNorm
 from bnfreeze.verification.drift_report import DriftError
 from bnfreeze.verification.guard import Guard, guard
 
-__all__ = ["FreezeCallback", "frozen_pairs"]
+__all__ = ["FreezeCallback", "frozen_pairs", "world"]
 
 _PROBED = 32  # batches
 
@@ -97,13 +95,8 @@ class FreezeCallback:
         gone = {"report": None, "recalibrated": None, "started": False, "_guard": None}
         return self.__dict__ | gone
 
-    @property
-    def starts_late(self) -> bool:
-        """Whether the model trains for a while before it is frozen."""
-        return self._start_epoch > 0 or self._start_step > 0
-
-    # Freezing. A trainer calls `prepare` before it wraps the model, `reset` when a training
-    # begins, `at_epoch` and `at_batch` during it, and `close` at its end.
+    # A trainer calls `prepare` before it wraps the model, `begin` when a training begins,
+    # `at_epoch` and `at_batch` during it, and `close` at its end.
 
     def prepare(self, model: nn.Module) -> bool:
         """Freeze the model; if it is frozen later, only try whether that is possible.
@@ -115,32 +108,42 @@ class FreezeCallback:
             PolicyError: the policy is impossible here, or the model has no norm layer.
             CalibrationError: the data to recalibrate with cannot be used.
         """
-        if self.starts_late:
+        if self._start_epoch > 0 or self._start_step > 0:
             freeze(model, self._policy, dry_run=True)
             self._frozen = 0
             return False
         return self.freeze(model)
 
-    def reset(self) -> None:
-        """A training begins. The guard of one that failed ends without a check."""
+    def begin(self, model: nn.Module, training_data: Iterable[Any] | None = None) -> bool:
+        """A training begins: as `prepare`, then probe the model, if that was asked for.
+
+        The guard of a training that failed ends without a check.
+
+        Args:
+            model: the trainer's model.
+            training_data: what the trainer loads, if its batches are the model's input.
+
+        Raises:
+            PolicyError: as `prepare`; or ``probe=True`` without `training_data`.
+            TypeError: nothing in a batch looks like the model's input.
+            CalibrationError: the data cannot be used.
+        """
         self.close(DriftError())
+        changed = self.prepare(model)
+        self._look(model, training_data)
+        return changed
 
     def at_epoch(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer] | None = None,
-        *,
-        epoch: float = 0,
-        step: int = 0,
+        self, model: nn.Module, optimizers: Iterable[Any], epoch: float, step: int
     ) -> None:
         """Freeze the model if it is time, and freeze again what something has thawed.
 
-        The first time in a training this also drops what the optimizer stores for the frozen
+        The first time in a training this also drops what the optimizers store for the frozen
         parameters, and starts the guard.
 
         Args:
             model: the trainer's model.
-            optimizer: the trainer's, or several.
+            optimizers: the trainer's.
             epoch: how many epochs were trained.
             step: how many steps were trained.
 
@@ -151,21 +154,20 @@ class FreezeCallback:
             return
         self.freeze(model)
         if not self.started:
+            _drop_state(model, optimizers)
+            self.watch(model, list(optimizers))
             self.started = True
-            several = optimizer if isinstance(optimizer, Iterable) else filter(None, [optimizer])
-            _drop_state(model, several)
-            self.watch(model, optimizer)
 
-    def at_batch(self, *args: Any, **now: Any) -> None:
+    def at_batch(self, *now: Any) -> None:
         """As `at_epoch`; does nothing if this training has started to freeze already."""
         if not self.started:
-            self.at_epoch(*args, **now)
+            self.at_epoch(*now)
 
     def freeze(self, model: nn.Module) -> bool:
         """Freeze the model, or freeze again what something else has thawed; as `prepare`."""
         if self._data is not None:
             self.recalibrated = recalibrate(
-                model, self._data, forward=self._forward, process_group=_world()
+                model, self._data, forward=self._forward, process_group=world()
             )
             self._data = None
         report = freeze(model, self._policy)
@@ -175,14 +177,7 @@ class FreezeCallback:
             self.report = report
         return changed
 
-    def look(self, model: nn.Module, training_data: Iterable[Any] | None) -> None:
-        """Probe the model, if that was asked for, and warn if its statistics do not fit.
-
-        Raises:
-            PolicyError: ``probe=True`` with a trainer whose batches are not the model's input.
-            TypeError: nothing in a batch looks like the model's input.
-            CalibrationError: the data cannot be used.
-        """
+    def _look(self, model: nn.Module, training_data: Iterable[Any] | None) -> None:
         if self._probe is False:
             return
         data, most = (training_data, _PROBED) if self._probe is True else (self._probe, None)
@@ -192,19 +187,10 @@ class FreezeCallback:
                 "data, as probe=loader, with forward= if the model is not called on it directly."
             )
         self.probed = probe(
-            model, data, forward=self._forward, max_batches=most, process_group=_world()
+            model, data, forward=self._forward, max_batches=most, process_group=world()
         )
         if any(finding.code == "stats-shifted" for finding in self.probed.findings):
-            warnings.warn(self.probed.advice, BnfreezeWarning, stacklevel=2)
-
-    def looks_live(self, model: nn.Module) -> bool:
-        """Whether a tool that looks for torch's batch norm would find a frozen layer."""
-        layers = inspect_model(model).layers
-        still = {layer.name for layer in layers if not layer.updates_statistics}
-        return any(
-            isinstance(module, _BatchNorm) and name in still
-            for name, module in model.named_modules()
-        )
+            warnings.warn(self.probed.advice, BnfreezeWarning, stacklevel=3)
 
     def check(self, model: nn.Module) -> None:
         """Check that no frozen layer was replaced by a live one.
@@ -221,26 +207,22 @@ class FreezeCallback:
                 f"replace."
             )
 
-    # The guard.
-
-    def watch(
-        self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] | None = None
-    ) -> None:
+    def watch(self, model: nn.Module, optimizers: list[Any] | None = None) -> None:
         """Start the guard; `close` ends it. A guard of an earlier training is dropped.
 
         Args:
             model: the trainer's model.
-            optimizer: the optimizer whose steps count, or several; None for all in this process.
+            optimizers: those whose steps count; None for all in this process.
 
         Raises:
             PolicyError: nothing is frozen.
         """
-        self._end(DriftError())
+        self.close(DriftError())
         if self._guarded:
             # With sharded parameters each rank sees only its own part, so all check together.
             sharded = any(shard_of(parameter) is not None for parameter in model.parameters())
             group = distributed.group.WORLD if sharded else None
-            watch = guard(model, optimizer=optimizer, process_group=group, **self._options)
+            watch = guard(model, optimizer=optimizers, process_group=group, **self._options)
             self._guard = watch.__enter__()
 
     def close(self, error: BaseException | None = None) -> None:
@@ -254,9 +236,6 @@ class FreezeCallback:
             DriftError: something has changed.
         """
         self.started = False
-        self._end(error)
-
-    def _end(self, error: BaseException | None) -> None:
         watch, self._guard = self._guard, None
         if watch is not None:
             watch.__exit__(type(error) if error else None, error, None)
@@ -277,7 +256,7 @@ def _frozen(model: nn.Module) -> int:
     return sum(layer.policy != "none" for layer in inspect_model(model).layers)
 
 
-def _drop_state(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+def _drop_state(model: nn.Module, optimizers: Iterable[Any]) -> None:
     frozen = [p for module in model.modules() for _, p, flag in recorded(module) if flag]
     for one in optimizers:
         for parameter in frozen:
@@ -287,7 +266,7 @@ def _drop_state(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
                 one.state[parameter] = settings
 
 
-def _world() -> distributed.ProcessGroup | None:
-    """All processes, if there are several."""
+def world() -> distributed.ProcessGroup | None:
+    """Return the group of all processes, if there are several."""
     several = distributed.is_available() and distributed.is_initialized()
     return distributed.group.WORLD if several else None

@@ -33,17 +33,15 @@ class FreezeBatchNorm(FreezeCallback, Callback):
 
     def before_fit(self) -> None:
         if self.learn.opt is not None:  # so not for validate() and predict() of a new learner
-            self.reset()
-            self.prepare(self.learn.model)
-            self.look(self.learn.model, None)
+            self.begin(self.learn.model)
 
     def before_train(self) -> None:
         self.check(self.learn.model)
-        self.at_epoch(self.learn.model, self._optimizer(), epoch=self._epochs, step=self._steps)
+        self.at_epoch(*self._now())
 
     def before_batch(self) -> None:
         if self.learn.training:
-            self.at_batch(self.learn.model, self._optimizer(), epoch=self._epochs, step=self._steps)
+            self.at_batch(*self._now())
 
     def after_step(self) -> None:
         self._steps += 1
@@ -56,9 +54,11 @@ class FreezeBatchNorm(FreezeCallback, Callback):
     def after_fit(self) -> None:
         self.close()
 
-    def watch(self, model: nn.Module, optimizer: Any = None) -> None:
+    def watch(self, model: nn.Module, optimizers: Any = None) -> None:
         # fastai's own optimizers have no hooks for the guard: after_step is called instead.
-        super().watch(model, optimizer if isinstance(optimizer, Optimizer) else [])
+        super().watch(model, [one for one in optimizers if isinstance(one, Optimizer)])
 
-    def _optimizer(self) -> Any:
-        return self.learn.opt.opt if isinstance(self.learn.opt, OptimWrapper) else self.learn.opt
+    def _now(self) -> tuple[Any, ...]:
+        opt = self.learn.opt
+        opt = opt.opt if isinstance(opt, OptimWrapper) else opt
+        return self.learn.model, [opt], self._epochs, self._steps

@@ -12,7 +12,9 @@ except ImportError:  # the same library under its other name
     from pytorch_lightning import Callback, LightningModule, Trainer
 
 from bnfreeze.errors import PolicyError
+from bnfreeze.inspection.live import inspect_model
 from bnfreeze.integrations.callback import FreezeCallback
+from bnfreeze.torch_private import _BatchNorm
 
 __all__ = ["FreezeBatchNorm"]
 
@@ -30,16 +32,16 @@ class FreezeBatchNorm(FreezeCallback, Callback):
         if stage != "fit":
             return
         self.prepare(pl_module)
-        behind = trainer.callbacks[trainer.callbacks.index(self) + 1 :]
-        for other in trainer.callbacks:
+        own = trainer.callbacks.index(self)
+        for place, other in enumerate(trainer.callbacks):
             # How to know BaseFinetuning, WeightAveraging and StochasticWeightAveraging.
             writes = hasattr(other, "freeze_before_training") or hasattr(other, "should_update")
-            if other in behind and writes:
+            if writes and place > own:
                 raise PolicyError(
                     f"{type(other).__name__} would change the model after FreezeBatchNorm has "
                     f"frozen it: put FreezeBatchNorm after it in the list of callbacks."
                 )
-            if hasattr(other, "reset_batch_norm_and_save_state") and self.looks_live(pl_module):
+            if hasattr(other, "reset_batch_norm_and_save_state") and _looks_live(pl_module):
                 raise PolicyError(
                     f"{type(other).__name__} gives each batch norm new statistics at its end: "
                     f"use the policy 'fused', whose layers it leaves alone."
@@ -49,19 +51,15 @@ class FreezeBatchNorm(FreezeCallback, Callback):
         self.check(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.reset()
-        self.prepare(pl_module)  # again: the strategy has wrapped it
-        self.look(pl_module, trainer.train_dataloader)
+        self.begin(pl_module, trainer.train_dataloader)  # again: the strategy has wrapped it
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        now = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        self.at_epoch(pl_module, trainer.optimizers, **now)
+        self.at_epoch(*_now(trainer, pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        now = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        self.at_batch(pl_module, trainer.optimizers, **now)
+        self.at_batch(*_now(trainer, pl_module))
 
-    def watch(self, model: nn.Module, optimizer: Any = None) -> None:
+    def watch(self, model: nn.Module, optimizers: Any = None) -> None:
         super().watch(model)  # finetuning callbacks add groups to the optimizers, and may
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,3 +69,14 @@ class FreezeBatchNorm(FreezeCallback, Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self.close(exception)
+
+
+def _looks_live(model: nn.Module) -> bool:
+    """Whether who looks for torch's batch norm would find a frozen layer."""
+    still = {layer.name for layer in inspect_model(model).layers if not layer.updates_statistics}
+    modules = model.named_modules()
+    return any(isinstance(module, _BatchNorm) and name in still for name, module in modules)
+
+
+def _now(trainer: Trainer, model: nn.Module) -> tuple[Any, ...]:
+    return model, trainer.optimizers, trainer.current_epoch, trainer.global_step

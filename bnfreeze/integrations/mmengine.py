@@ -8,7 +8,6 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch.optim import Optimizer
 
 from bnfreeze.integrations.callback import FreezeCallback, frozen_pairs
 
@@ -36,16 +35,14 @@ class FreezeBatchNormHook(FreezeCallback, Hook):
     priority = "ABOVE_NORMAL"  # before EMAHook, which is NORMAL
 
     def before_train(self, runner: Runner) -> None:
-        self.reset()
-        self.prepare(runner.model)
-        self.look(runner.model, None)
+        self.begin(runner.model)
 
     def before_train_epoch(self, runner: Runner) -> None:
         self.check(runner.model)
-        self.at_epoch(runner.model, _optimizers(runner), epoch=runner.epoch, step=runner.iter)
+        self.at_epoch(*_now(runner))
 
     def before_train_iter(self, runner: Runner, *_: Any, **batch: Any) -> None:
-        self.at_batch(runner.model, _optimizers(runner), epoch=runner.epoch, step=runner.iter)
+        self.at_batch(*_now(runner))
 
     def before_val_epoch(self, runner: Runner) -> None:
         self._align(runner)
@@ -65,7 +62,7 @@ class FreezeBatchNormHook(FreezeCallback, Hook):
                     average.copy_(live)
 
 
-def _optimizers(runner: Runner) -> list[Optimizer]:
+def _now(runner: Runner) -> tuple[Any, ...]:
     wrapper = runner.optim_wrapper
     several = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-    return [one.optimizer for one in several]
+    return runner.model, [one.optimizer for one in several], runner.epoch, runner.iter

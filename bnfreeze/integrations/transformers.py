@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import distributed, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from bnfreeze.errors import PolicyError
-from bnfreeze.integrations.callback import FreezeCallback
+from bnfreeze.integrations.callback import FreezeCallback, world
 
 __all__ = ["FreezeBatchNorm"]
 
@@ -28,28 +28,23 @@ class FreezeBatchNorm(FreezeCallback, TrainerCallback):
             self.prepare(model)
 
     def on_train_begin(self, *_: Any, model: nn.Module, **events: Any) -> None:
-        self.reset()
-        if self.prepare(model) and distributed.is_available() and distributed.is_initialized():
+        changed = self.begin(model, events.get("train_dataloader"))
+        if changed and world() is not None:
             raise PolicyError(
                 "The model was frozen only when training began, and it is already wrapped for "
                 "several devices: pass FreezeBatchNorm to the Trainer when you build it, or call "
                 "bnfreeze.freeze at the end of model_init."
             )
-        self.look(model, events.get("train_dataloader"))
 
-    def on_epoch_begin(
-        self, _: Any, state: Any, *args: Any, model: nn.Module, **events: Any
-    ) -> None:
-        self.at_epoch(model, events["optimizer"], **_now(state))
+    def on_epoch_begin(self, _: Any, state: Any, *args: Any, **events: Any) -> None:
+        self.at_epoch(*_now(state, **events))
 
-    def on_step_begin(
-        self, _: Any, state: Any, *args: Any, model: nn.Module, **events: Any
-    ) -> None:
-        self.at_batch(model, events["optimizer"], **_now(state))
+    def on_step_begin(self, _: Any, state: Any, *args: Any, **events: Any) -> None:
+        self.at_batch(*_now(state, **events))
 
     def on_train_end(self, *_: Any, **events: Any) -> None:
         self.close()
 
 
-def _now(state: Any) -> dict[str, Any]:
-    return {"epoch": state.epoch or 0, "step": state.global_step}
+def _now(state: Any, *, model: nn.Module, optimizer: Any, **events: Any) -> tuple[Any, ...]:
+    return model, [optimizer], state.epoch or 0, state.global_step

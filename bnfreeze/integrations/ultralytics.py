@@ -63,18 +63,16 @@ class FreezeBatchNorm(FreezeCallback):
     _average: Any = None  # the trainer's ModelEMA
 
     def on_pretrain_routine_end(self, trainer: BaseTrainer) -> None:
-        self.reset()
         self._average = trainer.ema  # a copy of the model, made before it was frozen
-        self.prepare(trainer.model)
-        self.look(trainer.model, None)
+        self.begin(trainer.model)
 
     def on_train_epoch_start(self, trainer: BaseTrainer) -> None:
         if trainer.ema is not self._average:
             self._recover(trainer)
-        self.at_epoch(trainer.model, trainer.optimizer, **_now(trainer))
+        self.at_epoch(*_now(trainer))
 
     def on_train_batch_start(self, trainer: BaseTrainer) -> None:
-        self.at_batch(trainer.model, trainer.optimizer, **_now(trainer))
+        self.at_batch(*_now(trainer))
 
     def on_train_epoch_end(self, trainer: BaseTrainer) -> None:
         # Some versions round the average of equal numbers; before a late start they differ.
@@ -100,5 +98,5 @@ class FreezeBatchNorm(FreezeCallback):
 EVENTS = tuple(name for name in vars(FreezeBatchNorm) if not name.startswith("_"))
 
 
-def _now(trainer: BaseTrainer) -> dict[str, int]:
-    return {"epoch": trainer.epoch, "step": trainer.ema.updates}
+def _now(trainer: BaseTrainer) -> tuple[Any, ...]:
+    return trainer.model, [trainer.optimizer], trainer.epoch, trainer.ema.updates

@@ -30,7 +30,6 @@ __all__ = [
     "FROM_INPUT",
     "FROM_OUTPUT",
     "GRADIENTS",
-    "KERNEL_NAMES",
     "TABLE",
     "TORCH_KEEPS_OUTPUT",
     "Activation",
@@ -136,10 +135,6 @@ FROM_OUTPUT = frozenset(each.name for each in TABLE if each.from_output)
 TORCH_KEEPS_OUTPUT = frozenset(each.name for each in TABLE if each.torch_keeps_output)
 FROM_INPUT = frozenset(each.name for each in TABLE if not each.from_output)
 EXACT = frozenset({None, *(each.name for each in TABLE if each.exact)})
-KERNEL_NAMES: dict[str | None, str] = {
-    None: "NONE",
-    **{each.name: each.name.upper() for each in TABLE},
-}
 
 # What calls an activation in the graph of a traced model: functions, and methods of a tensor.
 ACTIVATION_FUNCTIONS: dict[Any, str] = {f: each.name for each in TABLE for f in each.functions}

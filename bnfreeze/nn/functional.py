@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bnfreeze.nn import reference
 from bnfreeze.nn.activations import ACTIVATIONS, FROM_INPUT
-from bnfreeze.nn.cuda.build import KernelError
+from bnfreeze.nn.cuda.layouts import UNUSUAL, unsupported
 from bnfreeze.nn.cuda.load import kernel as _kernel
 from bnfreeze.nn.eager import TRACING, backward_needs_formula, why_formula
 from bnfreeze.nn.reference import Norm
@@ -65,17 +65,6 @@ def frozen_batch_norm(
     return _apply(x, norm, residual, None, activation)
 
 
-def _frozen_batch_norm_add(
-    x: Tensor, norm: Norm, residual: Tensor, branch: Norm, activation: str | None = None
-) -> Tensor:
-    """``activation(norm(x) + branch(residual))``: the sum of two frozen norm layers.
-
-    For a fused residual block whose downsample branch ends in a norm layer. As
-    `frozen_batch_norm`, but ``residual`` is first normalised with ``branch``. Not public.
-    """
-    return _apply(x, norm, residual, branch, activation)
-
-
 @dataclass(frozen=True)
 class Backend:
     """Which path an input takes, and why.
@@ -111,10 +100,11 @@ def backend(
     if running_var is None:
         running_var = running_mean
     norm = running_mean, running_var, weight, bias, 1e-5
-    why = why_formula(x, norm, residual, None)
-    if why:
+    if why := why_formula(x, norm, residual, None):
         return Backend("formula", why)
-    why = _why_aten(x, norm, residual)
+    why = unsupported(x, residual) if _on_cuda(x) else "The input is not on a CUDA device."
+    if not why and _kernel.run("alone", x[:1].detach(), norm, None, "forward") is None:
+        why = _kernel.trouble or UNUSUAL
     if why:
         return Backend("aten", why)
     return Backend("kernel", "The CUDA kernel supports this input.")
@@ -161,29 +151,23 @@ class _FrozenBatchNorm(torch.autograd.Function):
         alone, from_input = residual is None, activation in FROM_INPUT
         keep_sum = from_input and not alone
         (y, total), on_kernel = _computed(x, norm, residual, branch, activation, keep_sum)
-        kept = None
-        if activation is not None:
-            kept = y if not from_input else x if alone else total
+        kept = total if keep_sum else x if from_input else None if activation is None else y
         needs_x = None if weight is None else x
-        saves = kept is not None or needs_x is not None
-        if saves:
-            ctx.save_for_backward(kept, needs_x)
+        ctx.save_for_backward(kept, needs_x)
         # Mean and bias are read in backward only if x is.
         read = norm[:4] if kept is x or needs_x is not None else norm[1:3]
         read = read if branch is None else (*read, *branch[1:3])
         versions = [each._version for each in read if each is not None]
-        ctx.how = norm, branch, activation, alone, saves, on_kernel, read, versions
-        if not keep_sum:
-            return y
+        ctx.how = norm, branch, activation, alone, on_kernel, read, versions
         ctx.set_materialize_grads(False)
         return y, total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None = None) -> Any:
-        norm, branch, activation, alone, saves, on_kernel, read, versions = ctx.how
+    def backward(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None) -> Any:
+        norm, branch, activation, alone, on_kernel, read, versions = ctx.how
         if [each._version for each in read if each is not None] != versions:
             raise RuntimeError(_MODIFIED)
-        kept, x = ctx.saved_tensors if saves else (None, None)
+        kept, x = ctx.saved_tensors
         if grad is None:  # only the sum has a gradient, in a double backward
             if grad_sum is None:
                 return (None,) * 7
@@ -226,7 +210,7 @@ def _apply(
             return _FrozenBatchNormAlone.apply(x, norm)  # type: ignore[no-any-return]
     elif trained or x.requires_grad or (residual is not None and residual.requires_grad):
         out: Any = _FrozenBatchNorm.apply(x, residual, weight, bias, norm, branch, activation)
-        return out[0] if type(out) is tuple else out  # type: ignore[no-any-return]
+        return out[0]  # type: ignore[no-any-return]
     return _computed(x, norm, residual, branch, activation)[0][0]
 
 
@@ -239,17 +223,18 @@ def _computed(
     keep_sum: bool = False,
 ) -> tuple[tuple[Tensor, Tensor | None], bool]:
     """Return the results of `reference.forward`, and whether the kernel computed them."""
-    launcher = (_kernel.launcher or _kernel.load()) if _on_cuda(x) else None
-    if launcher is not None:
-        try:  # as `Kernel.run`, without the time of a call
-            done = launcher.forward(x, norm, residual, branch, activation, keep_sum)
-            if done is not None:
-                return done, True
-        except KernelError as error:
-            _kernel.give_up(error)
+    if _on_cuda(x):
+        done: Any
+        if residual is None:
+            y = _kernel.run("alone", x, norm, activation, "forward")
+            done = None if y is None else (y, None)
+        else:
+            done = _kernel.run("forward", x, norm, residual, branch, activation, keep_sum)
+        if done is not None:
+            return done, True
     _check_shapes(x, norm, residual)
-    done = reference.forward(x, norm, residual, branch, activation, keep_sum=keep_sum, eager=True)
-    return done, False
+    both = reference.forward(x, norm, residual, branch, activation, keep_sum=keep_sum, eager=True)
+    return both, False
 
 
 def _check_shapes(x: Tensor, norm: Norm, residual: Tensor | None) -> None:
@@ -265,17 +250,6 @@ def _check_shapes(x: Tensor, norm: Norm, residual: Tensor | None) -> None:
             f"The residual has the shape {tuple(residual.shape)} and the input "
             f"{tuple(shape)}; they must be equal, because a residual is not broadcast."
         )
-
-
-def _why_aten(x: Tensor, norm: Norm, residual: Tensor | None) -> str:
-    """Why plain eager tensors do not take the kernel, as a sentence; empty if they do."""
-    if not _on_cuda(x):
-        return "The input is not on a CUDA device."
-    launcher = _kernel.launcher or _kernel.load()
-    why = launcher.refusal(x, norm, residual, None) if launcher else _kernel.trouble
-    if not why and _kernel.run("forward", x[:1].detach(), norm) is None:
-        why = _kernel.trouble
-    return why
 
 
 _on_cuda = attrgetter("is_cuda")

@@ -25,7 +25,6 @@ __all__ = ["FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3d"]
 # For torch.fx.symbolic_trace, which has no sizes, the layer is one call.
 torch.fx.wrap("_apply")
 _Proxy = torch.fx.Proxy
-
 _Self = TypeVar("_Self", bound="_FrozenBatchNormNd")
 
 
@@ -135,17 +134,15 @@ class _FrozenBatchNormNd(nn.Module):
         return _apply(x, self._norm(), residual, None, activation)
 
     def _norm(self) -> Norm:
-        parameters: Any = self._parameters
+        # nn.Module's own lookup of the four takes as long as the launch of a kernel.
         buffers: Any = self._buffers
+        affine: Any = self._parameters or buffers
         try:
-            # nn.Module's own lookup of the four takes as long as the launch of a kernel.
             mean, var = buffers["running_mean"], buffers["running_var"]
-            affine = parameters if "weight" in parameters else buffers
-            weight, bias = affine["weight"], affine["bias"]
+            return mean, var, affine["weight"], affine["bias"], self.eps
         except KeyError:
             # Parametrized, or a replica of DataParallel: they are attributes.
-            mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        return mean, var, weight, bias, self.eps
+            return self.running_mean, self.running_var, self.weight, self.bias, self.eps
 
     @property
     def training(self) -> bool:
@@ -158,19 +155,12 @@ class _FrozenBatchNormNd(nn.Module):
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         """As in nn.Module, but the statistics are not cast below fp32."""
-        statistics = [s for s in (self.running_mean, self.running_var) if s is not None]
-
-        def apply(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            if (
-                applied.dtype.itemsize < 4 <= tensor.dtype.itemsize
-                and tensor.is_floating_point()
-                and any(tensor is s for s in statistics)
-            ):
-                return tensor.to(applied.device, torch.float32)
-            return applied
-
-        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        before = [(name, getattr(self, name)) for name in STATISTICS[:2]]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, kept in before:
+            now = getattr(self, name)
+            if kept is not None and now.dtype.itemsize < 4 <= kept.dtype.itemsize:
+                setattr(self, name, kept.to(now.device, torch.float32))
         return self
 
     def _load_from_state_dict(

@@ -12,7 +12,7 @@ algorithm 2), followed by an addition and an activation::
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ __all__ = ["Norm", "backward", "forward", "scaled"]
 # Up to this many elements, the time of an operation is the time of calling it.
 _TINY = 2**11
 
-_zeros = lru_cache(torch.zeros)
+_zeros = lru_cache(partial(torch.zeros, device="cpu", dtype=torch.float32))
 
 # Mean, var, weight, bias and eps of one frozen norm layer; each tensor has the shape (C,). A plain
 # tuple, because making a named one takes a twentieth of a call's time on the host.
@@ -145,11 +145,7 @@ def scaled(grad: Tensor, norm: Norm, eager: bool, in_place: bool = False) -> Ten
         # tensor it is one operation where the formula takes five. For a large fp32 tensor it can
         # take twice as long.
         # Cached on the CPU only: memory made while a CUDA graph is captured belongs to the graph.
-        zeros = (
-            _zeros(var.numel(), device="cpu", dtype=torch.float32)
-            if var.is_cpu
-            else torch.zeros_like(var)
-        )
+        zeros = _zeros(var.numel()) if var.is_cpu else torch.zeros_like(var)
         return _normalise(grad, (zeros, var, weight, None, eps), math)
     scale = (_cast(var, math) + eps).rsqrt()
     scale = _over(scale if weight is None else scale * _cast(weight, math), grad)

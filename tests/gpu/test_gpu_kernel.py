@@ -15,7 +15,7 @@ from torch import nn
 from bnfreeze import FrozenBatchNorm2d
 from bnfreeze.nn import functional
 from bnfreeze.nn.activations import ACTIVATIONS, FROM_INPUT
-from bnfreeze.nn.functional import _frozen_batch_norm_add, backend, frozen_batch_norm
+from bnfreeze.nn.functional import _apply, backend, frozen_batch_norm
 from bnfreeze.nn.reference import forward as aten_forward
 from tests.helpers import FAKE, Affine
 
@@ -92,7 +92,7 @@ def norm_of(made):
 
 def call(x, residual, main, branch, activation):
     if branch is not None:
-        return _frozen_batch_norm_add(x, main, residual, branch, activation)
+        return _apply(x, main, residual, branch, activation)
     return frozen_batch_norm(x, *main, residual=residual, activation=activation)
 
 

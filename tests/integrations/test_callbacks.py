@@ -84,16 +84,16 @@ def test_a_probe_warns_if_the_statistics_do_not_fit(model, images):
     callback.freeze(model)
     model.stem[1].running_mean += 10
     with pytest.warns(BnfreezeWarning, match="do not fit"):
-        callback.look(model, [(images, None)] * 3)
+        callback.begin(model, [(images, None)] * 3)
     assert callback.probed.layers[0].verdict == "shifted"
     other = FreezeCallback("eval", probe=[images, images])
     with pytest.warns(BnfreezeWarning):
-        other.look(model, None)
+        other.begin(model)
     assert other.probed.batches == 2
     with pytest.raises(PolicyError, match="probe=loader"):
-        callback.look(model, None)
+        callback.begin(model)
     quiet = FreezeCallback("eval")
-    quiet.look(model, [images])
+    quiet.begin(model, [images])
     assert quiet.probed is None
 
 
@@ -110,7 +110,7 @@ def test_a_late_start_waits_for_epoch_and_step(model, images):
     optimizer = step(model, images)
     frozen = []
     for epoch, steps in [(0, 0), (0, 5), (1, 2), (1, 3)]:
-        late.at_batch(model, optimizer, epoch=epoch, step=steps)
+        late.at_batch(model, [optimizer], epoch, steps)
         frozen.append(late.started)
     assert frozen == [False, False, False, True]
     assert model.stem[1].weight not in optimizer.state

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnfreeze.nn.activations import ACTIVATIONS, KERNEL_NAMES, TABLE, activation_of, settings_of
+from bnfreeze.nn.activations import ACTIVATIONS, TABLE, activation_of, settings_of
 from bnfreeze.nn.cuda.build import program
 
 
@@ -64,10 +64,10 @@ def test_a_module_is_an_activation_only_if_it_computes_just_that():
 def test_the_cuda_source_knows_every_activation():
     source = program([])
     (names,) = re.findall(r"enum Activation \{ (.*) \};", source)
-    assert names.split(", ") == list(KERNEL_NAMES.values())
+    assert names.split(", ") == ["NONE", *(entry.name.upper() for entry in TABLE)]
     for function in ("activate", "deactivate"):
         body = re.search(rf"float {function}\(.*?\n}}", source, re.DOTALL)[0]
-        assert re.findall(r"ACT == (\w+)", body) == [KERNEL_NAMES[entry.name] for entry in TABLE]
+        assert re.findall(r"ACT == (\w+)", body) == [entry.name.upper() for entry in TABLE]
     (line,) = re.findall(r"constexpr bool from_input = (.*);", source)
-    from_input = [KERNEL_NAMES[entry.name] for entry in TABLE if not entry.from_output]
+    from_input = [entry.name.upper() for entry in TABLE if not entry.from_output]
     assert re.findall(r"ACT == (\w+)", line) == from_input

@@ -9,25 +9,28 @@ import itertools
 import os
 import re
 import subprocess
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from bnfreeze.nn.activations import KERNEL_NAMES
+from bnfreeze.nn.activations import ACTIVATIONS
 from bnfreeze.nn.cuda import build
 from bnfreeze.nn.cuda import plan as plans
 from bnfreeze.nn.cuda.build import KernelError, compile_source, cubin, program
-from bnfreeze.nn.cuda.plan import Variant
+from bnfreeze.nn.cuda.plan import entry_point
 
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+NAMES = [str(name).upper() for name in ACTIVATIONS]
 RESIDUALS = ["ALONE", "ADD", "AFFINE_ADD"]
 
 
 @functools.cache
 def has_nvrtc():
     try:
-        build._nvrtc()
+        build.bindings("nvrtc")
     except KernelError:
         return False
     return True
@@ -39,7 +42,7 @@ needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC")
 def every_variant():
     found = ["finish"]
     for (dtype, lanes), activation, residual in itertools.product(
-        plans._LANES.items(), KERNEL_NAMES.values(), RESIDUALS
+        plans._LANES.items(), NAMES, RESIDUALS
     ):
         forward = f"Forward<{activation}, {residual}>"
         backward = f"Backward<{activation}, {residual}>"
@@ -49,7 +52,7 @@ def every_variant():
                 found += [f"planes{head}{op}, {wide}>" for wide in ("false", "true")]
                 found.append(f"rows{head}{op}, false>")
             found += [f"rows{head}{backward}, true>", f"planes_trained{head}{backward}>"]
-    return [Variant(text) for text in found]
+    return found
 
 
 EVERY = every_variant()
@@ -76,7 +79,7 @@ def check(variants, arch, folder):
     file.write_bytes(code)
     pattern = r"Function (bnfreeze_\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
     resources = re.findall(pattern, output_of("cuobjdump", "-res-usage", file))
-    assert {name for name, *_ in resources} == {variant.name for variant in variants}
+    assert {name for name, *_ in resources} == {entry_point(variant) for variant in variants}
     for name, registers, stack, local in resources:
         assert (stack, local) == ("0", "0"), f"{name} spills"
         assert int(registers) <= 128, f"{name}: two blocks must fit"
@@ -116,9 +119,9 @@ def test_an_error_of_the_compiler_is_reported():
 
 
 def test_without_nvrtc_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
     with pytest.raises(KernelError, match="pip install cuda-bindings"):
-        cubin(Variant("finish"), "sm_90")
+        cubin("finish", "sm_90")
 
 
 @pytest.fixture
@@ -132,8 +135,13 @@ def compiler(monkeypatch, tmp_path):
 
     monkeypatch.setenv("BNFREEZE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "compile_source", compile_source)
-    monkeypatch.setattr(build, "_nvrtc_version", lambda: (13, 2))
+    installed(monkeypatch, 2)
     return calls
+
+
+def installed(monkeypatch, minor):
+    nvrtc = SimpleNamespace(nvrtcVersion=lambda: (0, 13, minor))
+    monkeypatch.setattr(build, "bindings", lambda part: nvrtc)
 
 
 VARIANT, OTHER = EVERY[1], EVERY[2]
@@ -151,7 +159,7 @@ def test_the_cache_knows_source_architecture_version_and_options(compiler, monke
     cubin(VARIANT, "sm_90")
     cubin(VARIANT, "sm_80")
     cubin(OTHER, "sm_90")
-    monkeypatch.setattr(build, "_nvrtc_version", lambda: (13, 3))
+    installed(monkeypatch, 3)
     cubin(VARIANT, "sm_90")
     monkeypatch.setattr(build, "_OPTIONS", ("--std=c++20",))
     cubin(VARIANT, "sm_90")

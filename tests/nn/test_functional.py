@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import batch_norm
 
 from bnfreeze.nn.activations import ACTIVATIONS
-from bnfreeze.nn.functional import _frozen_batch_norm_add, backend, frozen_batch_norm
+from bnfreeze.nn.functional import _apply, backend, frozen_batch_norm
 from tests.helpers import Affine
 
 EPS = 1e-3
@@ -42,7 +42,7 @@ def tensors(shape, dtype=torch.float32, *, grad=False, seed=0, affine=True):
 
 def call(x, residual, norm, branch, activation, mode):
     if mode == "affine+add":
-        return _frozen_batch_norm_add(x, norm, residual, branch, activation)
+        return _apply(x, norm, residual, branch, activation)
     residual = residual if mode == "add" else None
     return frozen_batch_norm(x, *norm, residual=residual, activation=activation)
 

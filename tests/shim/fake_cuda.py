@@ -9,10 +9,11 @@ import shutil
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 from bnfreeze.nn.cuda.build import program
-from bnfreeze.nn.cuda.launch import Host
-from bnfreeze.nn.cuda.plan import THREADS
+from bnfreeze.nn.cuda.launch import Launcher
+from bnfreeze.nn.cuda.plan import THREADS, entry_point
 
 SHIM = Path(__file__).with_name("cuda_shim.h")
 GXX = shutil.which("g++")
@@ -24,7 +25,7 @@ def compile_all(variants, folder, *, flags=(), source=None, parts=2):
 
     ``source`` replaces the text that comes before the entry points.
     """
-    variants = sorted(set(variants), key=lambda variant: variant.name)
+    variants = sorted(set(variants))
     shares = [variants[start::parts] for start in range(parts) if variants[start::parts]]
     running, where = [], {}
     for number, part in enumerate(shares):
@@ -37,7 +38,7 @@ def compile_all(variants, folder, *, flags=(), source=None, parts=2):
         command = [GXX, "-std=c++17", "-O0", "-shared", "-fPIC", "-ffp-contract=off"]
         command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-variable"]
         running.append(subprocess.Popen([*command, *flags, str(file), "-o", str(library)]))
-        where |= {variant.name: library for variant in part}
+        where |= {entry_point(variant): library for variant in part}
     assert [process.wait() for process in running] == [0] * len(running)
     return where
 
@@ -84,9 +85,6 @@ class FakeDriver:
     def cuDevicePrimaryCtxRetain(self, device):
         return self._said("cuDevicePrimaryCtxRetain", 100 + device)
 
-    def cuCtxGetCurrent(self):
-        return self._said("cuCtxGetCurrent", self.context)
-
     def cuCtxSetCurrent(self, context):
         self.context = context
         return self._said("cuCtxSetCurrent")
@@ -116,15 +114,14 @@ class FakeDriver:
         return (0,)
 
 
-def fake_host(driver, **changes):
-    """Return a Host around the driver, for CPU tensors."""
-    parts = {
-        "driver": driver,
-        "cubin": lambda variant, arch: variant.name.encode(),
-        "current_device": lambda: -1,
-        "on_device": lambda device: nullcontext(),
-        "stream": lambda device: 7,
-        "capability": lambda device: (9, 0),
-        "processors": lambda device: PROCESSORS,
-    }
-    return Host(**(parts | changes))
+def fake_launcher(driver, **changes):
+    """Return a Launcher for CPU tensors; what differs is given by name."""
+    launcher = Launcher(driver)
+    launcher.cubin = lambda variant, arch: entry_point(variant).encode()
+    launcher.current_device = lambda: -1
+    launcher.on_device = lambda device: nullcontext()
+    launcher.stream = lambda device: 7
+    device = SimpleNamespace(major=9, minor=0, multi_processor_count=PROCESSORS)
+    launcher.properties = lambda index: device
+    vars(launcher).update(changes)
+    return launcher

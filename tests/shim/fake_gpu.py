@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from bnfreeze.nn.activations import KERNEL_NAMES
-from bnfreeze.nn.cuda.plan import _LANES, _RESIDUALS, ARGS, Variant
+from bnfreeze.nn.activations import ACTIVATIONS
+from bnfreeze.nn.cuda.plan import _LANES, _RESIDUALS, ARGS
 from tests.shim.fake_cuda import GXX, compile_all
 
 HERE = Path(__file__).parent
@@ -71,22 +71,22 @@ def build(folder, kernels=None):
 
 
 # Each activation with one kind of residual: the kernels themselves are tested without a fake GPU.
-COMBINATIONS = [(name, kind % 3) for kind, name in enumerate(KERNEL_NAMES)]
+COMBINATIONS = [(name, kind % 3) for kind, name in enumerate(ACTIVATIONS)]
 
 
 def variants():
     """The kernels of `COMBINATIONS` and of other tests in bf16, and of a residual block in fp32."""
-    yield Variant("finish")
+    yield "finish"
     plain = set(itertools.product((None, "relu", "silu"), (0, 1)))
     block = {(None, 0), ("relu", 0), ("relu", 1), ("relu", 2)}
     needed = {"bf16": plain | set(COMBINATIONS), "f32": block}
     for dtype, pairs in needed.items():
         for name, kind in pairs:
-            activation, residual = KERNEL_NAMES[name], _RESIDUALS[kind]
+            activation, residual = str(name).upper(), _RESIDUALS[kind]
             for lanes in (1, _LANES[dtype]):
                 forward = f"{dtype}, {lanes}, Forward<{activation}, {residual}>"
                 backward = f"{dtype}, {lanes}, Backward<{activation}, {residual}>"
-                yield from (Variant(f"planes<{op}, false>") for op in (forward, backward))
-                yield from (Variant(f"rows<{op}, false>") for op in (forward, backward))
-                yield Variant(f"rows<{backward}, true>")
-                yield Variant(f"planes_trained<{backward}>")
+                yield from (f"planes<{op}, false>" for op in (forward, backward))
+                yield from (f"rows<{op}, false>" for op in (forward, backward))
+                yield f"rows<{backward}, true>"
+                yield f"planes_trained<{backward}>"

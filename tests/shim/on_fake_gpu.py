@@ -92,13 +92,13 @@ def test_a_model_launches_as_much_less_as_is_fused():
 
 
 def test_a_launch_on_the_default_stream_is_found(launcher):
-    object.__setattr__(launcher._host, "stream", lambda device: 0)
+    launcher.stream = lambda device: 0
     assert not on_gpu.on_a_side_stream()
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_kernel_loaded_while_a_graph_is_captured_is_found(launcher, monkeypatch):
-    driver = launcher._host.driver
+    driver = launcher.driver
     mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
     monkeypatch.setattr(driver, "cuThreadExchangeStreamCaptureMode", lambda _: (0, mode))
     with pytest.raises(BnfreezeWarning, match="CAPTURE_UNSUPPORTED"):
@@ -111,13 +111,13 @@ def test_a_context_that_was_taken_away_is_put_back(broken, launcher, monkeypatch
     expected = made(x).cpu()
     if broken:
         monkeypatch.setattr(type(launcher), "_bind", lambda *_: None)
-    launcher._host.driver.cuCtxSetCurrent(0)
+    launcher.driver.cuCtxSetCurrent(0)
     with pytest.raises(BnfreezeWarning, match="INVALID_CONTEXT") if broken else nullcontext():
         assert torch.equal(made(x).cpu(), expected)
 
 
 def test_ptx_in_place_of_a_cubin_is_found(launcher):
-    object.__setattr__(launcher._host, "cubin", lambda variant, arch: b".version 8.0\n" + b" " * 99)
+    launcher.cubin = lambda variant, arch: b".version 8.0\n" + b" " * 99
     with pytest.raises(BnfreezeWarning, match="INVALID_IMAGE"):
         on_gpu.layer().cuda()(torch.randn(2, 8, 7, 7).cuda())
 
@@ -155,11 +155,11 @@ def test_a_negated_view_is_resolved_or_left_to_aten():
 
 
 def test_each_device_has_its_own_architecture_and_size(launcher):
-    host = launcher._host
-    assert [host.capability(device) for device in (0, 1)] == [(9, 0), (8, 0)]
-    assert [host.processors(device) for device in (0, 1)] == [3, 5]
-    built, cubin = [], host.cubin
-    object.__setattr__(host, "cubin", lambda *asked: built.append(asked[1]) or cubin(*asked))
+    devices = [launcher.properties(device) for device in (0, 1)]
+    assert [(each.major, each.minor) for each in devices] == [(9, 0), (8, 0)]
+    assert [each.multi_processor_count for each in devices] == [3, 5]
+    built, cubin = [], launcher.cubin
+    launcher.cubin = lambda *asked: built.append(asked[1]) or cubin(*asked)
     for device in ("cuda:0", "cuda:1"):
         on_gpu.layer().to(device)(torch.randn(2, 8, 7, 7).to(device))
     assert built == ["sm_90", "sm_80"]

@@ -13,10 +13,9 @@ import torch
 from bnfreeze.nn import functional
 from bnfreeze.nn.cuda import plan as plans
 from bnfreeze.nn.cuda.build import program
-from bnfreeze.nn.cuda.launch import Launcher
-from bnfreeze.nn.cuda.plan import Variant
+from bnfreeze.nn.cuda.plan import entry_point
 from tests.shim import fake_cuda
-from tests.shim.fake_cuda import PROCESSORS, FakeDriver, Libraries, compile_all, fake_host
+from tests.shim.fake_cuda import PROCESSORS, FakeDriver, Libraries, compile_all, fake_launcher
 
 pytestmark = pytest.mark.skipif(fake_cuda.GXX is None, reason="needs g++")
 
@@ -47,7 +46,7 @@ def sanitizer_runtime():
 
 
 def written(plan):
-    return plan.variant.name, plan.grid, plan.geometry.hex()
+    return entry_point(plan.variant), plan.grid, plan.geometry.hex()
 
 
 def described(shape, dtype, *rest):
@@ -67,7 +66,7 @@ def sanitized(cases, folder, change=None):
     runtime = sanitizer_runtime()
     if runtime is None:
         pytest.skip("needs the address sanitizer's library")
-    variants = [Variant("finish"), *(plans.elementwise(*case, 3).variant for case in cases)]
+    variants = ["finish", *(plans.elementwise(*case, 3).variant for case in cases)]
     source = program([])
     if change is not None:
         assert change[0] in source
@@ -126,9 +125,9 @@ def test_a_deleted_barrier_is_found(nth, tmp_path, monkeypatch):
         for rows in layouts
     ]
     source = "__syncthreads();".join(parts)
-    where = compile_all([Variant("finish"), *kernels], tmp_path, source=source, parts=1)
+    where = compile_all(["finish", *kernels], tmp_path, source=source, parts=1)
     monkeypatch.setattr(functional, "_on_cuda", lambda x: True)
-    launcher = Launcher(fake_host(FakeDriver(Libraries(where))))
+    launcher = fake_launcher(FakeDriver(Libraries(where)))
     monkeypatch.setattr(functional._kernel, "launcher", launcher)
     for rows in layouts:
         x = torch.randn(shape)

@@ -13,13 +13,11 @@ import torch
 from bnfreeze.nn import functional
 from bnfreeze.nn.activations import ACTIVATIONS, EXACT, FROM_INPUT
 from bnfreeze.nn.cuda import plan as plans
-from bnfreeze.nn.cuda.launch import Launcher
 from bnfreeze.nn.cuda.layouts import DTYPES as NAMES
-from bnfreeze.nn.cuda.plan import Variant
-from bnfreeze.nn.functional import _frozen_batch_norm_add, frozen_batch_norm
+from bnfreeze.nn.functional import _apply, frozen_batch_norm
 from tests.helpers import Affine
 from tests.shim import fake_cuda
-from tests.shim.fake_cuda import PROCESSORS, FakeDriver, Libraries, compile_all, fake_host
+from tests.shim.fake_cuda import PROCESSORS, FakeDriver, Libraries, compile_all, fake_launcher
 
 pytestmark = pytest.mark.skipif(fake_cuda.GXX is None, reason="needs g++")
 
@@ -52,7 +50,7 @@ OTHERS += [((6, 8, 5, 5), rows, torch.float16, not rows, None, 1) for rows in (F
 
 
 def variants():
-    yield Variant("finish")
+    yield "finish"
     for shape, rows, dtype, aligned, activation, residual in CASES + OTHERS:
         for direction in ("forward", "backward", "trained"):
             for kind in {residual, 0 if activation in EXACT else residual}:
@@ -63,7 +61,7 @@ def variants():
     for _, _, dtype, *_ in WIDE:
         for op in ("Forward", "Backward"):
             name = NAMES[dtype]
-            yield Variant(f"planes<{name}, {plans._LANES[name]}, {op}<RELU, ADD>, true>")
+            yield f"planes<{name}, {plans._LANES[name]}, {op}<RELU, ADD>, true>"
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +73,7 @@ def libraries(tmp_path_factory):
 def driver(libraries, monkeypatch):
     driver = FakeDriver(libraries, seed=random.randrange(10**6))
     monkeypatch.setattr(functional, "_on_cuda", lambda x: True)
-    monkeypatch.setattr(functional._kernel, "launcher", Launcher(fake_host(driver)))
+    monkeypatch.setattr(functional._kernel, "launcher", fake_launcher(driver))
     yield driver
     assert functional._kernel.trouble == ""
 
@@ -106,7 +104,7 @@ def run(x, residual, main, branch, activation, grad, *, trained):
     def call(x, residual, main, activation=activation):
         if branch is None:
             return frozen_batch_norm(x, *main, residual=residual, activation=activation)
-        return _frozen_batch_norm_add(x, main, residual, branch, activation)
+        return _apply(x, main, residual, branch, activation)
 
     out = call(x, residual, main)
     double = [None if t is None else t.detach().double() for t in (x, residual, *main[:4])]

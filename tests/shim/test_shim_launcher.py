@@ -11,12 +11,11 @@ from bnfreeze import BnfreezeWarning, FrozenBatchNorm2d
 from bnfreeze.nn import functional
 from bnfreeze.nn.cuda import load
 from bnfreeze.nn.cuda.build import KernelError
-from bnfreeze.nn.cuda.launch import Launcher
-from bnfreeze.nn.cuda.plan import Variant
+from bnfreeze.nn.cuda.plan import entry_point
 from bnfreeze.nn.functional import backend, frozen_batch_norm
 from tests.helpers import Affine
 from tests.shim import fake_cuda
-from tests.shim.fake_cuda import FakeDriver, Libraries, compile_all, fake_host
+from tests.shim.fake_cuda import FakeDriver, Libraries, compile_all, fake_launcher
 
 pytestmark = pytest.mark.skipif(fake_cuda.GXX is None, reason="needs g++")
 
@@ -39,8 +38,7 @@ NAMES = [
 
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory):
-    variants = [Variant(name) for name in NAMES]
-    return Libraries(compile_all(variants, tmp_path_factory.mktemp("launcher")))
+    return Libraries(compile_all(NAMES, tmp_path_factory.mktemp("launcher")))
 
 
 @pytest.fixture
@@ -50,10 +48,10 @@ def driver(libraries):
 
 @pytest.fixture
 def install(driver, monkeypatch):
-    """Send CPU tensors to a launcher; what differs from the usual host is given by name."""
+    """Send CPU tensors to a launcher; what differs from the usual one is given by name."""
 
     def install(**changes):
-        launcher = Launcher(fake_host(driver, **changes))
+        launcher = fake_launcher(driver, **changes)
         monkeypatch.setattr(functional, "_on_cuda", lambda x: True)
         monkeypatch.setattr(functional, "_kernel", load.Kernel())
         functional._kernel.launcher = launcher
@@ -87,8 +85,8 @@ def test_a_variant_is_compiled_and_loaded_once_for_each_device(driver, install):
     asked = []
 
     def cubin(variant, arch):
-        asked.append((variant.expression, arch))
-        return variant.name.encode()
+        asked.append((variant, arch))
+        return entry_point(variant).encode()
 
     install(cubin=cubin)
     x = torch.randn(2, 8, 4, 4)
@@ -292,9 +290,9 @@ def test_a_driver_that_fails_is_reported_once_and_aten_takes_over(call, driver, 
 
 def test_a_compiler_that_refuses_in_backward_is_survived_there(driver, install):
     def cubin(variant, arch):
-        if "Backward" in variant.expression:
+        if "Backward" in variant:
             raise KernelError("no such luck")
-        return variant.name.encode()
+        return entry_point(variant).encode()
 
     install(cubin=cubin)
     made, x = layer(), torch.randn(2, 8, 4, 4, requires_grad=True)
@@ -305,12 +303,12 @@ def test_a_compiler_that_refuses_in_backward_is_survived_there(driver, install):
 
 
 def test_a_kernel_that_is_turned_off_or_not_installed(install, monkeypatch):
-    def nothing():
+    def nothing(part):
         raise KernelError("cuda.bindings is not there")
 
     install()
     x = torch.randn(2, 8, 4, 4)
-    monkeypatch.setattr(load, "real_host", nothing)
+    monkeypatch.setattr(load, "bindings", nothing)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with monkeypatch.context() as patch:
         patch.setenv("BNFREEZE_KERNEL", "0")

@@ -9,7 +9,7 @@
 `bnfreeze.nn.cuda.build`
     NVRTC and the cache on disk. Each variant is compiled when it is first used.
 `bnfreeze.nn.cuda.launch`
-    cuda.bindings: arguments, contexts, streams. `Host` is what it needs from outside.
+    cuda.bindings: arguments, contexts, streams.
 `bnfreeze.nn.cuda.load`
     Whether this process has a kernel, and if not, why not.
 

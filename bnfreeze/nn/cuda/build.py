@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import os
 import sys
-import tempfile
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from bnfreeze.nn.cuda.plan import Variant
+from bnfreeze.files import replacement
+from bnfreeze.nn.cuda.plan import entry_point
 
-__all__ = ["KernelError", "cache_folder", "compile_source", "cubin", "program"]
+__all__ = ["KernelError", "bindings", "cache_folder", "compile_source", "cubin", "program"]
 
 _OPTIONS = ("--std=c++17", "--fmad=false")
 
@@ -26,7 +28,7 @@ class KernelError(Exception):
     """The kernel is unavailable; the message says why. bnfreeze catches it and uses ATen."""
 
 
-def cubin(variant: Variant, arch: str) -> bytes:
+def cubin(variant: str, arch: str) -> bytes:
     """Return the cubin with the entry point of ``variant``, from the cache if it is there.
 
     Args:
@@ -36,8 +38,8 @@ def cubin(variant: Variant, arch: str) -> bytes:
     Raises:
         KernelError: NVRTC is not installed, or refuses.
     """
-    source = program([variant])
-    key = hashlib.sha256(repr((source, arch, _nvrtc_version(), _OPTIONS)).encode()).hexdigest()
+    source, version = program([variant]), bindings("nvrtc").nvrtcVersion()
+    key = hashlib.sha256(repr((source, arch, version, _OPTIONS)).encode()).hexdigest()
     path = cache_folder() / f"{key}.cubin"
     code = _read(path)
     if code is None:
@@ -46,15 +48,15 @@ def cubin(variant: Variant, arch: str) -> bytes:
     return code
 
 
-def program(variants: list[Variant]) -> str:
+def program(variants: Iterable[str]) -> str:
     """Return the source with an entry point for each of ``variants``."""
     source = (resources.files(__package__) / "frozen_bn.cu").read_text(encoding="utf-8")
-    return source + "".join(f"ENTRY({v.name}, {v.expression})\n" for v in variants)
+    return source + "".join(f"ENTRY({entry_point(each)}, {each})\n" for each in variants)
 
 
 def compile_source(source: str, arch: str) -> bytes:
     """Compile with NVRTC to a cubin for ``arch``. Raises `KernelError`."""
-    nvrtc = _nvrtc()
+    nvrtc = bindings("nvrtc")
     success = nvrtc.nvrtcResult.NVRTC_SUCCESS
     error, handle = nvrtc.nvrtcCreateProgram(source.encode(), b"frozen_bn.cu", 0, [], [])
     if error != success:
@@ -97,36 +99,26 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, code: bytes) -> None:
-    """Write by rename, so that a reader sees all or nothing, and one of two writers wins."""
     # A cache that cannot be written is no error: the next process compiles again.
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacement(path) as fresh:
+            fresh.write_bytes(hashlib.sha256(code).digest() + code)
 
 
-def _nvrtc_version() -> tuple[int, int]:
-    error, major, minor = _nvrtc().nvrtcVersion()
-    if error != 0:
-        raise KernelError(f"NVRTC does not report its version: {error!r}")
-    return int(major), int(minor)
+def bindings(part: Literal["driver", "nvrtc"]) -> Any:
+    """Return ``cuda.bindings.driver`` or ``cuda.bindings.nvrtc``, whose library must be there.
 
-
-def _nvrtc() -> Any:
+    Raises:
+        KernelError: it is not; the message says what to install.
+    """
     try:
-        from cuda.bindings import nvrtc
-
-        nvrtc.nvrtcVersion()
+        module = importlib.import_module(f"cuda.bindings.{part}")
+        getattr(module, {"driver": "cuDriverGetVersion", "nvrtc": "nvrtcVersion"}[part])()
     except Exception as error:
         # cuda.bindings raises errors of its own kinds when the library is not found.
         raise KernelError(
-            f"NVRTC is not installed ({type(error).__name__}: {error}); install it with "
-            f"`pip install cuda-bindings nvidia-cuda-nvrtc`"
+            f"cuda.bindings.{part} does not work ({type(error).__name__}: {error}); install it "
+            f"with `pip install cuda-bindings nvidia-cuda-nvrtc`"
         ) from error
-    return nvrtc
+    return module

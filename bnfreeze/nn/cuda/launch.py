@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bnfreeze.nn.cuda import build
 from bnfreeze.nn.cuda import plan as plans
 from bnfreeze.nn.cuda.build import KernelError
-from bnfreeze.nn.cuda.layouts import DTYPES, KINDS, fits, is_dense, like, unsupported
-from bnfreeze.nn.cuda.plan import ARGS, THREADS, Plan, Variant
+from bnfreeze.nn.cuda.layouts import DTYPES, is_dense, like, parameters, unsupported
+from bnfreeze.nn.cuda.plan import ARGS, THREADS, Plan
 from bnfreeze.nn.reference import Norm
+from bnfreeze.torch_private import _cuda_getCurrentRawStream, _cuda_getDevice
 
-__all__ = ["Host", "Launcher"]
+__all__ = ["Launcher"]
 
 # The thread has another context than before, or none. cuCtxSetCurrent repairs that.
 _CONTEXT_ERRORS = frozenset({201, 400, 709})
@@ -31,19 +32,9 @@ _CONTEXT_ERRORS = frozenset({201, 400, 709})
 _Op = tuple[str | None, int, plans.Direction]
 # A plan, and the function loaded for it.
 _Loaded = tuple[Plan, Any]
-
-
-@dataclass(frozen=True)
-class Host:
-    """The driver, the compiler, and torch's functions for devices. The tests replace them."""
-
-    driver: Any
-    cubin: Callable[[Variant, str], bytes]
-    current_device: Callable[[], int]
-    on_device: Callable[[int], Any]
-    stream: Callable[[int], int]
-    capability: Callable[[int], tuple[int, int]]
-    processors: Callable[[int], int]
+# What `layouts.parameters` returns, and this for no norm layer.
+_Parameters = tuple[int, int, int, int, float, int]
+_NO_PARAMETERS = (0, 0, 0, 0, 0.0, 0)
 
 
 class _Frame(threading.local):
@@ -59,80 +50,74 @@ class _Frame(threading.local):
 
 
 class Launcher:
-    """Runs the kernel on tensors that it supports (`refusal` returns an empty string for them).
+    """Runs the kernel on tensors that it supports; see `bnfreeze.nn.cuda.layouts`.
 
-    `forward` and `backward` take and return the same as in `bnfreeze.nn.reference`. They raise
-    `KernelError` if the kernel cannot be compiled, loaded or launched.
+    `forward` and `backward` take and return the same as in `bnfreeze.nn.reference`, or return None
+    if the tensors are not supported. They raise `KernelError` if the kernel cannot be compiled,
+    loaded or launched.
     """
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self._frame = _Frame()
-        self._lock = threading.Lock()
-        self._functions: dict[tuple[Variant, int], Any] = {}
-        self._contexts: dict[int, Any] = {}
-        self._plans: dict[Any, _Loaded] = {}
-        self._as_stream = cache(host.driver.CUstream)
+    # The compiler, and torch's functions for devices. The tests replace them.
+    cubin = staticmethod(build.cubin)
+    current_device = staticmethod(_cuda_getDevice)  # there are CUDA tensors: it is initialized
+    on_device: Any = torch.cuda.device
+    stream = staticmethod(_cuda_getCurrentRawStream)
+    properties: Any = staticmethod(torch.cuda.get_device_properties)
 
-    def refusal(self, x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | None) -> str:
-        """Return why the kernel does not support these tensors; empty if it does."""
-        why = unsupported(x, norm, residual, branch)
-        if not why and x.numel() > 2**30:
-            forward: _Op = None, 0, "forward"
-            trained: _Op = None, 0, "trained"
-            if not (self._plan(x, forward, False) and self._plan(x, trained, False)):
-                return "The input is too large."
-        return why
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+        self._frame = _Frame()
+        self._plans: dict[Any, list[_Loaded]] = {}
+        self._as_stream = cache(driver.CUstream)
+        self._context = cache(self._retain)
+        self._function = cache(self._load)
 
     def forward(
         self,
         x: Tensor,
         norm: Norm,
-        residual: Tensor | None = None,
-        branch: Norm | None = None,
-        activation: str | None = None,
-        keep_sum: bool = False,
+        residual: Tensor,
+        branch: Norm | None,
+        activation: str | None,
+        keep_sum: bool,
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Compute `bnfreeze.nn.reference.forward`; None if the tensors are not supported."""
-        if residual is None:
-            y = self.alone(x, norm, activation, "forward")
-            return None if y is None else (y, None)
-        if self.refusal(x, norm, residual, branch):
+        """Compute `bnfreeze.nn.reference.forward`, with a residual."""
+        if unsupported(x, residual):
             return None
         residual = like(residual, x)
         y = torch.empty_like(x)
         total = torch.empty_like(x) if keep_sum else None
-        op: _Op = activation, _kind(False, branch), "forward"
-        self._run(op, (x, residual, None, y, total), norm, branch)
-        return y, total
+        op: _Op = activation, 1 if branch is None else 2, "forward"
+        done = self._run(op, (x, residual, None, y, total), norm, branch)
+        return (y, total) if done else None
 
     def alone(
         self, x: Tensor, norm: Norm, activation: str | None, direction: plans.Direction
     ) -> Tensor | None:
         """Make one pass from ``x`` to a new tensor; None if the tensors are not supported.
 
-        Forward: `forward` without a residual. Backward, without an activation: the gradient of x
+        Forward, without a residual. Backward, without an activation too: the gradient of x
         from that of the output. These are by far the most frequent calls, so this is written out.
         """
         shape, device, in0 = x.shape, x.get_device(), x.data_ptr()
         aligned = not in0 & 15  # torch's allocators align the output to more
-        # All that `refusal` checks of x. If there is a plan, x is supported.
+        # All that `unsupported` checks of x. If there is a plan, x is supported.
         layout = x.is_contiguous() or x.stride()
         key = shape, layout, x.dtype, x.is_neg(), device, aligned, activation, direction
         loaded = self._plans.get(key)
         if loaded is None:
             if direction == "backward" and (x.is_neg() or not is_dense(x)):
                 return self.alone(x.resolve_neg().contiguous(), norm, activation, direction)
-            if self.refusal(x, norm, None, None):
+            if unsupported(x, None):
                 return None
-            if not x.numel():
-                return torch.empty_like(x)
-            plan = self._plan(x, (activation, 0, direction), aligned)
-            loaded = self._loaded(key, plan, device)
-        elif direction == "forward" and not fits(norm, shape[1], device):
+            if x.numel():
+                loaded = self._loaded(key, x, (activation, 0, direction), aligned)
+        own = parameters(norm, shape[1], device)
+        if own is None:
             return None
         y = torch.empty_like(x)
-        self._launch(device, loaded, (in0, 0, 0, y.data_ptr(), 0), 0, norm, None)
+        if loaded is not None:
+            self._launch(device, loaded[0], (in0, 0, 0, y.data_ptr(), 0), 0, own, _NO_PARAMETERS)
         return y
 
     def backward(
@@ -145,8 +130,8 @@ class Launcher:
         alone: bool,
         x: Tensor | None,
         needs: tuple[bool, bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Compute `bnfreeze.nn.reference.backward`."""
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None:
+        """Compute `bnfreeze.nn.reference.backward`, where the kernel has computed the forward."""
         needs_x, needs_residual, needs_weight, needs_bias = needs
         # All in one layout. Saved tensors have the layout of x, unless a hook changed it.
         layout = kept if kept is not None else x if x is not None else grad
@@ -157,9 +142,8 @@ class Launcher:
         x = None if x is None else like(x, layout)
         grad_x = torch.empty_like(grad) if needs_x else None
         # Without an activation and a branch, the residual's gradient is the output's.
-        grad_r = passed_on = grad if needs_residual and activation is None and not branch else None
-        if needs_residual and passed_on is None:
-            grad_r = torch.empty_like(grad)
+        passed_on = grad if activation is None and branch is None else None
+        written = torch.empty_like(grad) if needs_residual and passed_on is None else None
         _, _, weight, bias, _ = norm
         make = torch.empty_like if grad.numel() else torch.zeros_like
         grad_w = make(weight) if needs_weight and weight is not None else None
@@ -169,10 +153,10 @@ class Launcher:
             direction = "trained"
             # For bias alone any x will do: the sum made of it is not read.
             x = grad if x is None else x
-        op: _Op = activation, _kind(alone, branch), direction
-        written = grad_r if passed_on is None else None
-        self._run(op, (grad, kept, x, grad_x, written), norm, branch, grad_w, grad_b)
-        return grad_x, grad_r, grad_w, grad_b
+        op: _Op = activation, 0 if alone else 1 if branch is None else 2, direction
+        done = self._run(op, (grad, kept, x, grad_x, written), norm, branch, grad_w, grad_b)
+        grad_r = (passed_on if written is None else written) if needs_residual else None
+        return (grad_x, grad_r, grad_w, grad_b) if done else None
 
     def _run(
         self,
@@ -182,47 +166,49 @@ class Launcher:
         branch: Norm | None,
         grad_w: Tensor | None = None,
         grad_b: Tensor | None = None,
-    ) -> None:
-        """Make one pass over tensors of one layout, and the sums for weight and bias if asked."""
+    ) -> bool:
+        """Make one pass over tensors of one layout, and the sums for weight and bias if asked.
+
+        Returns False if the tensors of a norm layer are not supported.
+        """
         x = tensors[0]
+        channels, device = x.shape[1], x.get_device()
+        own = parameters(norm, channels, device)
+        other = parameters(branch, channels, device) if branch else _NO_PARAMETERS
+        if own is None or other is None:
+            return False
         if not x.numel():
-            return
+            return True
         pointers = [0 if each is None else each.data_ptr() for each in tensors]
         in0, in1, in2, out0, out1 = pointers
         aligned = not (in0 | in1 | in2 | out0 | out1) & 15
-        device = x.get_device()
         key = x.shape, x.dtype, x.is_contiguous(), aligned, op, device
-        loaded = self._plans.get(key)
-        if loaded is None:
-            loaded = self._loaded(key, self._plan(x, op, aligned), device)
-        blocks = loaded[0].blocks
-        if not blocks:
-            return self._launch(device, loaded, pointers, 0, norm, branch)
-        channels = x.shape[1]
-        sums = torch.empty(2 * blocks * channels, dtype=torch.float32, device=x.device)
-        partial = sums.data_ptr()
-        self._launch(device, loaded, pointers, partial, norm, branch)
-        last = self._plans.get((channels, blocks, device)) or self._loaded(
-            (channels, blocks, device), plans.finish(channels, blocks), device
-        )
+        main, *finish = self._plans.get(key) or self._loaded(key, x, op, aligned)
+        partial, sums = 0, None
+        if finish:
+            size = 2 * main[0].blocks * channels
+            sums = torch.empty(size, dtype=torch.float32, device=x.device)
+            partial = sums.data_ptr()
+        self._launch(device, main, pointers, partial, own, other)
         outs = [0 if each is None else each.data_ptr() for each in (grad_w, grad_b)]
-        self._launch(device, last, [0, 0, 0, *outs], partial, norm, None)
+        for last in finish:
+            self._launch(device, last, [0, 0, 0, *outs], partial, own, _NO_PARAMETERS)
+        return True
 
-    def _plan(self, x: Tensor, op: _Op, aligned: bool) -> Plan | None:
+    def _loaded(self, key: Any, x: Tensor, op: _Op, aligned: bool) -> list[_Loaded]:
+        """Plan a pass over ``x`` and what follows it; keep both with their functions."""
         activation, residual, direction = op
+        device, shape = x.get_device(), x.shape
         # If a plane is a single element, the two layouts are the same, and rows is faster.
-        rows = not x.is_contiguous() or x.numel() == x.shape[0] * x.shape[1]
-        processors = self._host.processors(x.get_device())
-        return plans.elementwise(
-            x.shape, DTYPES[x.dtype], rows, aligned, direction, activation, residual, processors
+        rows = not x.is_contiguous() or x.numel() == shape[0] * shape[1]
+        busy = self.properties(device).multi_processor_count
+        plan = plans.elementwise(
+            shape, DTYPES[x.dtype], rows, aligned, direction, activation, residual, busy
         )
-
-    def _loaded(self, key: Any, plan: Plan | None, device: int) -> _Loaded:
-        """Load the plan's function, and keep both under the key."""
-        assert plan is not None  # `refusal` has checked it
-        with self._host.on_device(device):
+        several = [plan, plans.finish(shape[1], plan.blocks)] if plan.blocks else [plan]
+        with self.on_device(device):
             self._bind(device)
-            loaded = plan, self._load(plan.variant, device)
+            loaded = [(each, self._function(each.variant, device)) for each in several]
         if len(self._plans) >= 10_000:  # every input has a new shape
             self._plans.clear()
         self._plans[key] = loaded
@@ -234,24 +220,20 @@ class Launcher:
         loaded: _Loaded,
         pointers: Sequence[int],  # of three inputs and two outputs; 0 for none
         partial: int,
-        norm: Norm,
-        branch: Norm | None,
+        own: _Parameters,
+        other: _Parameters,
     ) -> None:
-        host = self._host
-        if host.current_device() != device:
-            with host.on_device(device):
-                return self._launch(device, loaded, pointers, partial, norm, branch)
+        if self.current_device() != device:
+            with self.on_device(device):
+                return self._launch(device, loaded, pointers, partial, own, other)
         arguments, address, bound = self._frame.room
         if device not in bound:
             self._bind(device)
         plan, function = loaded
         across, down = plan.grid
         in0, in1, in2, out0, out1 = pointers
-        mean, var, weight, bias, eps, kind = _parameters(norm)
-        mean_r = var_r = weight_r = bias_r = kind_r = 0
-        eps_r = 0.0
-        if branch is not None:
-            mean_r, var_r, weight_r, bias_r, eps_r, kind_r = _parameters(branch)
+        mean, var, weight, bias, eps, kind = own
+        mean_r, var_r, weight_r, bias_r, eps_r, kind_r = other
         ARGS.pack_into(  # unpacking a tuple here would take a third of the time more
             arguments, 0,
             in0, in1, in2, out0, out1,
@@ -259,13 +241,13 @@ class Launcher:
             mean_r, var_r, weight_r, bias_r,
             partial, eps, eps_r, kind, kind_r, plan.geometry,
         )  # fmt: skip
-        launch, stream = host.driver.cuLaunchKernel, self._as_stream(host.stream(device))
+        launch, stream = self.driver.cuLaunchKernel, self._as_stream(self.stream(device))
         (error,) = launch(function, across, down, 1, THREADS, 1, 1, 0, stream, address, 0)
         if error and int(error) in _CONTEXT_ERRORS:
             self._bind(device)
             (error,) = launch(function, across, down, 1, THREADS, 1, 1, 0, stream, address, 0)
         if error:
-            raise KernelError(f"the launch of {plan.variant.expression} failed: {error!r}")
+            raise KernelError(f"the launch of {plan.variant} failed: {error!r}")
 
     def _bind(self, device: int) -> None:
         """Make the device's primary context, which is torch's, this thread's current one.
@@ -273,62 +255,30 @@ class Launcher:
         torch does this at its first CUDA call in a thread. But a thread that has only got memory
         from torch's cache has made no such call yet.
         """
-        driver = self._host.driver
-        with self._lock:
-            if device not in self._contexts:
-                handle = _checked(driver.cuDeviceGet(device), "cuDeviceGet")
-                # Never released: torch keeps it until the process ends, too.
-                self._contexts[device] = _checked(
-                    driver.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain"
-                )
-        current = _checked(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")
-        if int(current) != int(self._contexts[device]):
-            _checked(driver.cuCtxSetCurrent(self._contexts[device]), "cuCtxSetCurrent")
+        self._call("cuCtxSetCurrent", self._context(device))
         self._frame.room[2].add(device)
 
-    def _load(self, variant: Variant, device: int) -> Any:
-        driver = self._host.driver
-        with self._lock:
-            if (variant, device) in self._functions:
-                return self._functions[variant, device]
-            major, minor = self._host.capability(device)
-            code = self._host.cubin(variant, f"sm_{major}{minor}")
-            # While a stream of this thread is captured into a graph, loading is only allowed in
-            # relaxed mode. It does not become a part of the graph.
-            relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-            before = _checked(driver.cuThreadExchangeStreamCaptureMode(relaxed), "the capture mode")
-            try:
-                module = _checked(driver.cuModuleLoadData(code), "cuModuleLoadData")
-                name = variant.name.encode()
-                function = _checked(driver.cuModuleGetFunction(module, name), "cuModuleGetFunction")
-            finally:
-                driver.cuThreadExchangeStreamCaptureMode(before)
-            self._functions[variant, device] = function
-            return function
+    def _retain(self, device: int) -> Any:
+        # Never released: torch keeps it until the process ends, too.
+        return self._call("cuDevicePrimaryCtxRetain", self._call("cuDeviceGet", device))
 
+    def _load(self, variant: str, device: int) -> Any:
+        found = self.properties(device)
+        code = self.cubin(variant, f"sm_{found.major}{found.minor}")
+        # While a stream of this thread is captured into a graph, loading is only allowed in
+        # relaxed mode. It does not become a part of the graph.
+        relaxed = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        before = self._call("cuThreadExchangeStreamCaptureMode", relaxed)
+        try:
+            module = self._call("cuModuleLoadData", code)
+            name = plans.entry_point(variant).encode()
+            return self._call("cuModuleGetFunction", module, name)
+        finally:
+            self.driver.cuThreadExchangeStreamCaptureMode(before)
 
-def _parameters(norm: Norm) -> tuple[int, int, int, int, float, int]:
-    """The addresses of a norm layer's tensors, its eps, and the dtype of weight and bias."""
-    mean, var, weight, bias, eps = norm
-    one = bias if weight is None else weight
-    return (
-        mean.data_ptr(),
-        var.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        eps,
-        0 if one is None else KINDS[one.dtype],
-    )
-
-
-def _kind(alone: bool, branch: Norm | None) -> int:
-    """The kind of residual, as in `plans.elementwise`."""
-    return 0 if alone else 1 if branch is None else 2
-
-
-def _checked(result: tuple[Any, ...], what: str) -> Any:
-    """Return what a driver's function returned; raise `KernelError` for an error."""
-    error, *values = result
-    if error:
-        raise KernelError(f"{what} failed: {error!r}")
-    return values[0] if values else None
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """Return what a function of the driver returns; raise `KernelError` for an error."""
+        error, *values = getattr(self.driver, name)(*arguments)
+        if error:
+            raise KernelError(f"{name} failed: {error!r}")
+        return values[0] if values else None

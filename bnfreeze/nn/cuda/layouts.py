@@ -8,16 +8,21 @@ from torch import Tensor
 from bnfreeze.nn.cuda.plan import Dtype
 from bnfreeze.nn.reference import Norm
 
-__all__ = ["DTYPES", "KINDS", "fits", "is_dense", "like", "unsupported"]
+__all__ = ["DTYPES", "UNUSUAL", "is_dense", "like", "parameters", "unsupported"]
 
 DTYPES: dict[torch.dtype, Dtype] = {
     torch.float32: "f32",
     torch.float16: "f16",
     torch.bfloat16: "bf16",
 }
-KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
 _FP32 = torch.float32
+# How the kernel knows the dtype of weight and bias.
+_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+UNUSUAL = (
+    "Statistics, weight or bias have an unusual dtype, size, stride or device: "
+    "the statistics must be fp32, weight and bias of one dtype, on the input's device."
+)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -38,12 +43,9 @@ def like(tensor: Tensor, x: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=last)
 
 
-def unsupported(x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | None) -> str:
-    """Return why the kernel does not support these tensors; empty if it does.
-
-    Only their size is not looked at.
-    """
-    shape, device = x.shape, x.get_device()
+def unsupported(x: Tensor, residual: Tensor | None) -> str:
+    """Return why the kernel does not support these tensors; empty if it does."""
+    shape = x.shape
     channels = shape[1] if len(shape) > 1 else 0
     if not channels:
         return "The input has no channels."
@@ -53,35 +55,42 @@ def unsupported(x: Tensor, norm: Norm, residual: Tensor | None, branch: Norm | N
         return "The input is neither contiguous nor channels_last."
     if x.is_neg():
         return "The input is a lazily negated view."
+    if channels >= 2**23 or x.numel() // channels >= 2**30:
+        return "The input is too large."
     if residual is not None and not (
         residual.shape == shape
         and residual.dtype is x.dtype
-        and residual.get_device() == device
+        and residual.get_device() == x.get_device()
         and not residual.is_neg()
     ):
         return "The residual has another shape, dtype or device than the input, or is negated."
-    if not fits(norm, channels, device) or (
-        branch is not None and not fits(branch, channels, device)
-    ):
-        return (
-            "Statistics, weight or bias have an unusual dtype, size, stride or device: "
-            "the statistics must be fp32, weight and bias of one dtype, on the input's device."
-        )
     return ""
 
 
-def fits(norm: Norm, channels: int, device: int) -> bool:
-    """Whether a norm layer's tensors have the shape (C,), contiguous, on the device."""
-    mean, var, weight, bias, _ = norm
+def parameters(
+    norm: Norm, channels: int, device: int
+) -> tuple[int, int, int, int, float, int] | None:
+    """The addresses of a norm layer's tensors, its eps, and the dtype of weight and bias.
+
+    None if a tensor is `UNUSUAL`: each must have the shape (C,), contiguous, on the device.
+    """
+    mean, var, weight, bias, eps = norm
     for tensor in (mean, var, weight, bias):
         if tensor is not None and not (
             tensor.numel() == channels and tensor.get_device() == device and tensor.is_contiguous()
         ):
-            return False
-    one = weight if weight is not None else bias
+            return None
+    one = bias if weight is None else weight
     dtype = _FP32 if one is None else one.dtype
+    if not (mean.dtype is var.dtype is _FP32 and dtype in _KINDS):
+        return None
+    if bias is not None and bias.dtype is not dtype:
+        return None
     return (
-        mean.dtype is var.dtype is _FP32
-        and dtype in KINDS
-        and (bias is None or bias.dtype is dtype)
+        mean.data_ptr(),
+        var.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        eps,
+        _KINDS[dtype],
     )

@@ -10,11 +10,10 @@ from typing import Any, Literal
 import torch
 
 from bnfreeze.errors import BnfreezeWarning
-from bnfreeze.nn.cuda.build import KernelError, cubin
-from bnfreeze.nn.cuda.launch import Host, Launcher
-from bnfreeze.torch_private import _cuda_getCurrentRawStream, _cuda_getDevice
+from bnfreeze.nn.cuda.build import KernelError, bindings
+from bnfreeze.nn.cuda.launch import Launcher
 
-__all__ = ["Kernel", "kernel", "real_host"]
+__all__ = ["Kernel", "kernel"]
 
 
 class Kernel:
@@ -31,7 +30,7 @@ class Kernel:
         self._lock = threading.Lock()
 
     def load(self) -> Launcher | None:
-        """Load the kernel once; return None if there is `trouble`."""
+        """Load the kernel once; return None if there is `trouble`. Raises `KernelError`."""
         with self._lock:
             if self.launcher is None and not self.trouble:
                 if os.environ.get("BNFREEZE_KERNEL") == "0":
@@ -39,56 +38,24 @@ class Kernel:
                 elif torch.version.cuda is None:
                     self.trouble = "This torch is built for ROCm; the kernel needs CUDA."
                 else:
-                    try:
-                        self.launcher = Launcher(real_host())
-                    except KernelError as error:
-                        self.give_up(error)
+                    self.launcher = Launcher(bindings("driver"))
         return self.launcher
 
     def run(self, method: Literal["forward", "backward", "alone"], *arguments: Any) -> Any:
         """Call a method of the launcher; None if the kernel is unavailable, also from now on."""
-        launcher = self.launcher or self.load()
-        if launcher is None:
-            return None
         try:
-            return getattr(launcher, method)(*arguments)
+            launcher = self.launcher or self.load()
+            return None if launcher is None else getattr(launcher, method)(*arguments)
         except KernelError as error:
-            self.give_up(error)
-
-    def give_up(self, error: KernelError) -> None:
-        """Use ATen from now on; warn the first time."""
-        if self.trouble:
-            return
-        self.launcher, self.trouble = None, f"CUDA kernel unavailable: {error}."
-        warnings.warn(
-            f"CUDA kernel unavailable: {error}; falling back to ATen. The results are the same, "
-            f"but slower. Set BNFREEZE_KERNEL=0 to use ATen without this warning.",
-            BnfreezeWarning,
-            stacklevel=2,
-        )
-
-
-def real_host() -> Host:
-    """Return the host of a CUDA build of torch. Raises `KernelError` without cuda.bindings."""
-    try:
-        from cuda.bindings import driver
-
-        driver.cuDriverGetVersion()
-    except Exception as error:
-        # cuda.bindings raises errors of its own kinds when the library is not found.
-        raise KernelError(
-            f"cuda.bindings is not installed or finds no driver ({type(error).__name__}: {error}); "
-            f"install it with `pip install cuda-bindings`"
-        ) from error
-    return Host(
-        driver=driver,
-        cubin=cubin,
-        current_device=_cuda_getDevice,  # there are CUDA tensors, so CUDA is initialized
-        on_device=torch.cuda.device,
-        stream=_cuda_getCurrentRawStream,
-        capability=torch.cuda.get_device_capability,
-        processors=lambda device: torch.cuda.get_device_properties(device).multi_processor_count,
-    )
+            if not self.trouble:
+                self.launcher, self.trouble = None, f"CUDA kernel unavailable: {error}."
+                warnings.warn(
+                    f"CUDA kernel unavailable: {error}; falling back to ATen. The results are the "
+                    f"same, but slower. Set BNFREEZE_KERNEL=0 to use ATen without this warning.",
+                    BnfreezeWarning,
+                    stacklevel=2,
+                )
+            return None
 
 
 kernel = Kernel()
