@@ -70,7 +70,6 @@ class TensorInMemory(StoredTensor):
 
     def __init__(self, tensor: Tensor) -> None:
         self.why = why_unreadable(tensor)
-        self.has_values = not self.why
         self.tensor = tensor if self.why else read_tensor(tensor)
         self.dtype = str(tensor.dtype).removeprefix("torch.")
         unseen = isinstance(tensor, UninitializedParameter | UninitializedBuffer)

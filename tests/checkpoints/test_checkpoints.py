@@ -14,7 +14,7 @@ from torch import nn
 import bnfreeze
 from bnfreeze import UnsupportedFormatError, inspect
 from bnfreeze.checkpoints import open_checkpoint
-from bnfreeze.checkpoints.torch_names import STORAGES, TORCH_NAMES
+from bnfreeze.checkpoints.torch_calls import STORAGES, TORCH_NAMES
 from bnfreeze.inspection.origin import Found
 from bnfreeze.verification.diff import diff_found
 from tests.checkpoints.formats import FORMATS, safetensors_file, save_zip
