@@ -135,9 +135,9 @@ class Opcodes:
         self._begin += self._at
         self._at = 0
         left = self._source.size - self._begin
+        check_limit(self._taken + count, MAX_PICKLE_BYTES, "bytes of a pickle and more")
         if count > left:
             raise CorruptCheckpointError("Damaged: its pickle ends or breaks off.")
-        check_limit(self._taken + count, MAX_PICKLE_BYTES, "bytes of a pickle and more")
         self._window = self._source.read(self._begin, min(max(count, _WINDOW), left))
 
     def _counted(
