@@ -106,7 +106,10 @@ class Opcodes:
         """
         code = -1
         while code != _STOP:
-            code = self.read(1)[0]
+            if self._at == len(self._window):
+                self._refill(1)
+            code = self._window[self._at]
+            self._at += 1
             if code in _COUNTED:
                 yield code, self._counted(*_COUNTED[code])
             else:
