@@ -66,7 +66,6 @@ class PickleReader:
         # A dict, so that a claimed index is no claim on memory.
         self._memo: dict[int, object] = {}
         self._marks: list[int] = []
-        self._root: object = None
         self._stack: list[Any] = []
 
     def called(self, call: Opaque) -> object:
@@ -95,6 +94,7 @@ class PickleReader:
                     name = _NAMES.get(code, f"the byte {code:#04x}")
                     raise CorruptCheckpointError(f"Its pickle uses {name}, which is not read here.")
                 step(argument)
+            (root,) = self._popped(1)
         # With python -W error a warning is an error, such as one about a bad escape in a string.
         except (ValueError, IndexError, OverflowError, Warning) as error:
             raise CorruptCheckpointError(
@@ -102,8 +102,8 @@ class PickleReader:
             ) from None
         except CheckpointError as error:
             raise type(error)(f"{error}{would_call(self.made)}") from None
-        check_nesting(self._root)
-        return Content(self._root, tuple(self.made), end=opcodes.position)
+        check_nesting(root)
+        return Content(root, tuple(self.made), end=opcodes.position)
 
     def _steps(self) -> dict[int, Callable[[Any], object]]:
         push = self._stack.append
@@ -145,7 +145,7 @@ class PickleReader:
             "OBJ": self._make_of_marked,
             "BUILD": self._build,
             "BINPERSID": lambda _: push(self.referred(*self._popped(1))),
-            "STOP": self._stop,
+            "STOP": lambda _: None,
         }
         return {CODES[name]: step for name, step in steps.items()}
 
@@ -198,11 +198,10 @@ class PickleReader:
         if type(arguments) is not tuple:
             raise CorruptCheckpointError("Damaged: its pickle calls what is no function.")
         if isinstance(function, Global):
-            described = Opaque(function.name, arguments)
-            made = self.called(described)
+            made = self.called(Opaque(function.name, arguments))
         elif isinstance(function, Opaque):
             name = function.name if function.at_run_time else f"{function.name}(…)"
-            made = described = Opaque(name, (function, arguments), at_run_time=True)
+            made = Opaque(name, (function, arguments), at_run_time=True)
         else:
             raise CorruptCheckpointError("Damaged: its pickle calls what is no function.")
         if isinstance(made, Opaque):
@@ -236,9 +235,6 @@ class PickleReader:
         # An OrderedDict gets attributes alone. A tensor would get other values.
         elif type(made) is not Pairs:
             _refuse_change(made)
-
-    def _stop(self, _: object) -> None:
-        (self._root,) = self._popped(1)
 
     def _name(self, module: object, name: object) -> Global:
         if type(module) is not str or type(name) is not str:

@@ -98,7 +98,7 @@ def _walk(root: Any) -> tuple[dict[int, _Place], tuple[Uninterpreted, ...]]:
                 if value.name not in found and len(found) < _ENOUGH:
                     found[value.name] = Uninterpreted(value.name, place.path())
         for key, child in children_of(value):
-            if isinstance(child, (Global, *HOLDERS)) and id(child) not in seen:
+            if isinstance(child, _LOOKED_INTO) and id(child) not in seen:
                 seen.add(id(child))
                 text = key_text(key)
                 inside = place if text in _PARTS else _Place(place, text)
@@ -110,5 +110,6 @@ def _is_interpreted(value: Opaque | Global) -> bool:
     return value.name in VALUES or is_module(value) or value.name.startswith(_SCRIPT)
 
 
+_LOOKED_INTO: Final = (Global, *HOLDERS)
 # The parts of a module, which are no keys of their own.
 _PARTS: Final = frozenset({"", "_modules", "_parameters", "_buffers"})

@@ -32,33 +32,12 @@ _VERSION: Final = 1001
 def read_torch_legacy(file: OpenFile) -> Content:
     """What was saved, with a `StoredTensor` for each tensor.
 
-    Raises:
-        CheckpointError: refused or damaged.
-    """
-    return _read_storage(file.source)
-
-
-def read_plain_pickle(file: OpenFile) -> Content:
-    """What was saved, with a `StoredTensor` for each array and each tensor.
+    A single storage, where the file stands for one inside a plain pickle.
 
     Raises:
         CheckpointError: refused or damaged.
     """
-    content = TorchPickleReader(None, nested=_read_storage).read(file.source)
-    if content.end != file.source.size:
-        # A second pickle would not be read, and nothing be said of it.
-        raise CorruptCheckpointError(
-            f"Damaged: {file.source.size - content.end:,} bytes follow after its pickle."
-        )
-    return content
-
-
-def _read_storage(source: Source) -> Content:
-    """What was saved; a single storage, where the file stands for one inside a plain pickle.
-
-    Raises:
-        CheckpointError: refused or damaged.
-    """
+    source = file.source
     records: dict[str, Record] = {}
     elements: dict[str, int] = {}
     starts: dict[str, int] = {}
@@ -93,6 +72,25 @@ def _read_storage(source: Source) -> Content:
     except CorruptCheckpointError as error:
         raise CorruptCheckpointError(f"{error}{would_call(made)}") from None
     return replace(content, made=made)
+
+
+def read_plain_pickle(file: OpenFile) -> Content:
+    """What was saved, with a `StoredTensor` for each array and each tensor.
+
+    Raises:
+        CheckpointError: refused or damaged.
+    """
+
+    def nested(source: Source) -> Content:
+        return read_torch_legacy(OpenFile(source, file.path))
+
+    content = TorchPickleReader(None, nested).read(file.source)
+    if content.end != file.source.size:
+        # A second pickle would not be read, and nothing be said of it.
+        raise CorruptCheckpointError(
+            f"Damaged: {file.source.size - content.end:,} bytes follow after its pickle."
+        )
+    return content
 
 
 def _preamble(source: Source) -> int:
