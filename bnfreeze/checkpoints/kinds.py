@@ -37,8 +37,8 @@ def _is_safetensors(file: OpenFile) -> bool:
 
 
 def _is_export(file: OpenFile) -> bool:
-    return "serialized_state_dict.pt" in file.names or any(
-        name.startswith("data/weights/") for name in file.names
+    return "serialized_state_dict.pt" in file.entries or any(
+        name.startswith("data/weights/") for name in file.entries
     )
 
 
@@ -46,15 +46,15 @@ def _is_export(file: OpenFile) -> bool:
 # whether a file is of it. The first that matches is taken.
 _FORMATS: Final[dict[str, tuple[str, Callable[[OpenFile], bool]]]] = {
     "safetensors": ("safetensors_file.read_safetensors", _is_safetensors),
-    "TorchScript": ("torch_zip.read_torchscript", lambda file: "constants.pkl" in file.names),
+    "TorchScript": ("torch_zip.read_torchscript", lambda file: "constants.pkl" in file.entries),
     "torch zip": (
         "torch_zip.read_torch_zip",
-        lambda file: any(f"/{name}".endswith("/data.pkl") for name in file.names),
+        lambda file: any(f"/{name}".endswith("/data.pkl") for name in file.entries),
     ),
     "torch.export": ("torch_export.read_export", _is_export),
     "npz": (
         "npz.read_npz",
-        lambda file: bool(file.names) and all(name.endswith(".npy") for name in file.names),
+        lambda file: bool(file.entries) and all(name.endswith(".npy") for name in file.entries),
     ),
     "torch legacy": (
         "torch_legacy.read_torch_legacy",
@@ -88,7 +88,7 @@ def read_file(file: OpenFile, *, shard: bool = False) -> tuple[str, Content]:
             module, _, function = reader.rpartition(".")
             read = getattr(import_module(f"bnfreeze.checkpoints.{module}"), function)
             return kind, read(file)
-    if file.names:
+    if file.entries:
         raise UnsupportedFormatError(_archive(file))
     if not file.head.strip(b"\0"):
         raise CorruptCheckpointError("It begins with zeros: it was not downloaded or copied whole.")
@@ -124,7 +124,7 @@ def _archive(file: OpenFile) -> str:
     """What to do with a zip file that holds something else."""
     inside = sorted(
         name
-        for name in file.names
+        for name in file.entries
         if name.endswith((".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".pkl"))
     )
     if not inside:

@@ -40,20 +40,14 @@ def _integer(data: bytes) -> int:
 
 # The size that comes first, what to make of the bytes, and whether they may stay in the file.
 _COUNTED: Final[dict[int, tuple[struct.Struct, Callable[[bytes], Any], bool]]] = {
-    CODES[name]: (struct.Struct(form), decode, name.endswith(("BYTES", "BYTES8", "STRING", "Y8")))
-    for form, decode, names in (
-        ("<B", _text, ("SHORT_BINUNICODE",)),
-        ("<I", _text, ("BINUNICODE",)),
-        ("<Q", _text, ("BINUNICODE8",)),
-        ("<B", bytes, ("SHORT_BINBYTES",)),
-        ("<I", bytes, ("BINBYTES",)),
-        ("<Q", bytes, ("BINBYTES8", "BYTEARRAY8")),
-        ("<B", _old_text, ("SHORT_BINSTRING",)),
-        ("<i", _old_text, ("BINSTRING",)),
-        ("<B", _integer, ("LONG1",)),
-        ("<i", _integer, ("LONG4",)),
+    CODES[name]: (struct.Struct(form), decode, decode in (bytes, _old_text))
+    for decode, forms in (
+        (_text, {"SHORT_BINUNICODE": "<B", "BINUNICODE": "<I", "BINUNICODE8": "<Q"}),
+        (bytes, {"SHORT_BINBYTES": "<B", "BINBYTES": "<I", "BINBYTES8": "<Q", "BYTEARRAY8": "<Q"}),
+        (_old_text, {"SHORT_BINSTRING": "<B", "BINSTRING": "<i"}),
+        (_integer, {"LONG1": "<B", "LONG4": "<i"}),
     )
-    for name in names
+    for name, form in forms.items()
 }
 
 

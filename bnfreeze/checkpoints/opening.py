@@ -17,7 +17,7 @@ from bnfreeze.checkpoints.placeholders import placeholders_in
 from bnfreeze.checkpoints.reading import OpenFile
 from bnfreeze.checkpoints.remote import RemotePath, is_remote, standard_input
 from bnfreeze.checkpoints.source import FilePath, Source, opened
-from bnfreeze.checkpoints.state_dicts import StateDict, StateDicts, find_state_dicts
+from bnfreeze.checkpoints.state_dicts import StateDicts, find_state_dicts
 from bnfreeze.errors import BnfreezeError, CheckpointError, UnsupportedFormatError
 
 __all__ = ["Checkpoint", "naming_file", "open_checkpoint"]
@@ -45,15 +45,6 @@ class Checkpoint:
         self.remarks = content.remarks
         self.uninterpreted, self.calls = placeholders_in(content)
         self._made = content.made
-
-    @property
-    def models(self) -> tuple[StateDict, ...]:
-        """All models in it that have norm layers; all its state_dicts where none has any.
-
-        Raises:
-            UnsupportedFormatError: there are no tensors by name.
-        """
-        return self.state_dicts.models
 
     @cached_property
     def state_dicts(self) -> StateDicts:

@@ -40,9 +40,13 @@ class OpenFile:
     def entries(self) -> dict[str, Entry]:
         """The entries of a zip file by name, without the archive's own folder at the top.
 
+        There are none where it is no zip file.
+
         Raises:
             CheckpointError: it is no sound zip file.
         """
+        if not self.head.startswith(b"PK\3\4"):
+            return {}
         found = read_directory(self.source)
         folders = {name.partition("/")[0] for name in found}
         if len(folders) != 1 or any("/" not in name for name in found):
@@ -58,13 +62,6 @@ class OpenFile:
         if name not in self.entries:
             raise CorruptCheckpointError(f"Damaged: '{name:.80}' is missing in it.")
         return self.entries[name]
-
-    @cached_property
-    def names(self) -> frozenset[str]:
-        """The names of `entries`; none where it is no zip file."""
-        if not self.head.startswith(b"PK\3\4"):
-            return frozenset()
-        return frozenset(self.entries)
 
     def beside(self, path: FilePath) -> OpenFile:
         """Another file, open as long as this one; the same for the same path.

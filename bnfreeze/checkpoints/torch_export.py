@@ -39,7 +39,7 @@ def read_export(file: OpenFile) -> Content:
     Raises:
         CheckpointError: refused or damaged.
     """
-    if _OLD in file.names:
+    if _OLD in file.entries:
         # Before torch 2.8 the weights were a file of torch.save inside the archive.
         return read_torch_zip(OpenFile(file.entry(_OLD).source, file.path))
     configs = [

@@ -121,7 +121,7 @@ def test_files_and_live_models_give_the_same_cause(prepare, change, code, count,
     change(model)
     torch.save(model.state_dict(), tmp_path / "end.pt")
     with open_checkpoint(tmp_path / "end.pt") as checkpoint:
-        tensors = checkpoint.models[0].tensors
+        tensors = checkpoint.state_dicts.models[0].tensors
         stored = verify_stored(tensors, bnfreeze.Snapshot.load(tmp_path / "before"))
     live = bnfreeze.verify(model, before)
     files = [c for c in bnfreeze.diff(start, tmp_path / "end.pt").tensors if c.kind != "identical"]
