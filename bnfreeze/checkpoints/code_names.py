@@ -11,75 +11,74 @@ import sys
 from collections.abc import Iterable
 from typing import Final
 
+from bnfreeze.checkpoints.numpy_arrays import NUMPY_BUILDERS
 from bnfreeze.checkpoints.pickled import Opaque
-from bnfreeze.checkpoints.torch_names import TORCH_NAMES
+from bnfreeze.checkpoints.torch_calls import TORCH_NAMES
 from bnfreeze.findings import Level
 
 __all__ = ["VALUES", "is_ordinary", "level_of", "would_call"]
 
 
-def _each(module: str, names: str) -> set[str]:
-    return {f"{module}.{name}" for name in names.split()}
+def _each(names: dict[str, str]) -> frozenset[str]:
+    """The full names, of the names in each module."""
+    return frozenset(f"{module}.{name}" for module in names for name in names[module].split())
 
 
 # Plain values. They are not listed among what was left uninterpreted.
-VALUES: Final[frozenset[str]] = (
+VALUES: Final = (
     TORCH_NAMES
+    | NUMPY_BUILDERS.keys()
     | _each(
-        "builtins", "bool int float complex str bytes bytearray list tuple dict set frozenset slice"
+        {
+            "builtins": "bool int float complex str bytes bytearray list tuple dict set frozenset "
+            "slice range object",
+            "collections": "OrderedDict defaultdict Counter deque",
+            "datetime": "date datetime time timedelta timezone",
+            # The scalar types, as a checkpoint names them beside arrays and generators.
+            "numpy": "dtype bool bool_ float16 float32 float64 int8 int16 int32 int64 uint8 uint16 "
+            "uint32 uint64 complex64 complex128 str_ bytes_",
+            "_codecs": "encode",
+            "decimal": "Decimal",
+            "fractions": "Fraction",
+            "uuid": "UUID",
+            # Lists, as TorchScript writes them.
+            "torch.jit._pickle": "build_intlist build_doublelist build_boollist build_tensorlist "
+            "restore_type_tag",
+            # What bnfreeze notes on a layer that it froze.
+            "bnfreeze.policies.record": "FreezeRecord",
+            "bnfreeze.policies.policy": "Policy",
+        }
     )
-    | _each("builtins", "range object")
-    | _each("collections", "OrderedDict defaultdict Counter deque")
-    | _each("datetime", "date datetime time timedelta timezone")
-    | _each("numpy", "dtype")
-    # The scalar types, as a checkpoint names them beside arrays and generators.
-    | _each("numpy", "bool bool_ float16 float32 float64 int8 int16 int32 int64 uint8 uint16")
-    | _each("numpy", "uint32 uint64 complex64 complex128 str_ bytes_")
-    # NumPy 2 moved `numpy.core` to `numpy._core`; files have both.
-    | {
-        f"numpy.{core}.{name}"
-        for core in ("core", "_core")
-        for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
-    }
-    | _each("_codecs", "encode")
-    | _each("decimal", "Decimal")
-    | _each("fractions", "Fraction")
-    | _each("uuid", "UUID")
-    # Lists, as TorchScript writes them.
-    | _each("torch.jit._pickle", "build_intlist build_doublelist build_boollist build_tensorlist")
-    | _each("torch.jit._pickle", "restore_type_tag")
-    # What bnfreeze notes on a layer that it froze.
-    | {"bnfreeze.policies.record.FreezeRecord", "bnfreeze.policies.policy.Policy"}
 )
 
 # Objects that training scripts save beside the weights. Making one sets attributes and does no
 # more. Each is here because a well-known tool writes it.
-_BYSTANDERS: Final[frozenset[str]] = frozenset(
-    _each("argparse", "Namespace")  # parsed options: timm, torchvision's references, most scripts
-    | _each("types", "SimpleNamespace")
-    | _each("pathlib", "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath")
-    | _each("pathlib._local", "Path PosixPath WindowsPath PurePosixPath PureWindowsPath")
-    | _each("torch.torch_version", "TorchVersion")  # torch.__version__ in the metadata
-    # Optimizers saved whole; their `__setstate__` fills in defaults.
-    | {f"torch.optim.{name.lower()}.{name}" for name in ("SGD", "Adam", "AdamW", "RMSprop")}
-    | _each(
-        "torch.optim.lr_scheduler",
-        "StepLR MultiStepLR ExponentialLR CosineAnnealingLR ReduceLROnPlateau OneCycleLR",
-    )
-    | _each("numpy.random._pickle", "__randomstate_ctor __generator_ctor __bit_generator_ctor")
-    | _each("mmengine.logging.history_buffer", "HistoryBuffer")
-    | _each("mmengine.config.config", "ConfigDict")
-    | _each("omegaconf.dictconfig", "DictConfig")
-    | _each("omegaconf.listconfig", "ListConfig")
-    | _each("omegaconf.base", "ContainerMetadata Metadata")
-    | _each("omegaconf.nodes", "AnyNode StringNode IntegerNode FloatNode BooleanNode")
-    | _each("typing", "Any")
-    # Given to what makes an array. Called by itself it is an array that is not read here.
-    | _each("numpy", "ndarray")
-    | _each("lightning.fabric.utilities.data", "AttributeDict")
-    | _each("lightning_fabric.utilities.data", "AttributeDict")
-    | _each("pytorch_lightning.utilities.parsing", "AttributeDict")
-    | _each("ultralytics.utils", "IterableSimpleNamespace")
+_BYSTANDERS: Final = _each(
+    {
+        "argparse": "Namespace",  # parsed options: timm, torchvision's references, most scripts
+        "types": "SimpleNamespace",
+        "pathlib": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
+        "pathlib._local": "Path PosixPath WindowsPath PurePosixPath PureWindowsPath",
+        "torch.torch_version": "TorchVersion",  # torch.__version__ in the metadata
+        # Optimizers saved whole; their `__setstate__` fills in defaults.
+        **{f"torch.optim.{name.lower()}": name for name in ("SGD", "Adam", "AdamW", "RMSprop")},
+        "torch.optim.lr_scheduler": "StepLR MultiStepLR ExponentialLR CosineAnnealingLR "
+        "ReduceLROnPlateau OneCycleLR",
+        "numpy.random._pickle": "__randomstate_ctor __generator_ctor __bit_generator_ctor",
+        "mmengine.logging.history_buffer": "HistoryBuffer",
+        "mmengine.config.config": "ConfigDict",
+        "omegaconf.dictconfig": "DictConfig",
+        "omegaconf.listconfig": "ListConfig",
+        "omegaconf.base": "ContainerMetadata Metadata",
+        "omegaconf.nodes": "AnyNode StringNode IntegerNode FloatNode BooleanNode",
+        "typing": "Any",
+        # Given to what makes an array. Called by itself it is an array that is not read here.
+        "numpy": "ndarray",
+        "lightning.fabric.utilities.data": "AttributeDict",
+        "lightning_fabric.utilities.data": "AttributeDict",
+        "pytorch_lightning.utilities.parsing": "AttributeDict",
+        "ultralytics.utils": "IterableSimpleNamespace",
+    }
 )
 
 # Packages that are installed beside most checkpoints, and so are there for a payload to call:

@@ -8,28 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from bnfreeze.checkpoints.code_names import would_call
 from bnfreeze.checkpoints.limits import (
-    MAX_DIMENSIONS,
     MAX_NESTING,
     MAX_PICKLE_BYTES,
     MAX_TENSORS,
     check_limit,
-    is_shape,
     is_size,
 )
-from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs
+from bnfreeze.checkpoints.pickled import Content, Global, Opaque, Pairs
 from bnfreeze.checkpoints.pickles import read_pickle
-from bnfreeze.checkpoints.reading import Content, OpenFile
+from bnfreeze.checkpoints.reading import OpenFile
 from bnfreeze.checkpoints.shards import beside
-from bnfreeze.checkpoints.source import FilePath, Reopened, Source, opened
+from bnfreeze.checkpoints.source import FilePath, Source, opened
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES, StoredTensor, Words
-from bnfreeze.checkpoints.torch_names import DTYPES
-from bnfreeze.checkpoints.torch_zip import read_archive
+from bnfreeze.checkpoints.torch_calls import DTYPES, checked_shape
+from bnfreeze.checkpoints.torch_zip import read_torch_zip
 from bnfreeze.errors import CheckpointError, CorruptCheckpointError, UnsupportedFormatError
 
 __all__ = ["read_distributed"]
@@ -63,10 +62,10 @@ def read_distributed(folder: FilePath) -> Content:
     """
     with opened(folder / ".metadata") as source:
         check_limit(source.size, MAX_PICKLE_BYTES, "bytes of a pickle")
-        described = read_pickle(Source.of(source.read(0, source.size)))
-    made = [made for made in described.made if made.name not in _EXPECTED]
+        content = read_pickle(Source.of(source.read(0, source.size)))
+    made = [made for made in content.made if made.name not in _EXPECTED]
     try:
-        return Content(_tree(described.root, folder, made), tuple(made))
+        return Content(_tree(content.root, folder, made), tuple(made))
     except CheckpointError as error:
         raise type(error)(f"{error}{would_call(made)}") from None
 
@@ -85,14 +84,14 @@ def _tree(root: Any, folder: FilePath, made: list[Opaque]) -> dict[str, Any]:
         if isinstance(entry, Opaque) and entry.name == f"{_METADATA}BytesStorageMetadata":
             # An object that is no tensor, which torch unpickles without `weights_only`.
             path, start, length = _place_of(places, name, None)
-            described = read_archive(OpenFile(Source(Reopened(path), start, length), path))
-            pickled += described.end
+            content = read_torch_zip(OpenFile(Source(path, start, length), path))
+            pickled += content.end
             check_limit(pickled, MAX_PICKLE_BYTES, "bytes of pickles")
-            made += described.made
-            _put(tree, paths.get(name), name, described.root)
+            made += content.made
+            _put(tree, paths.get(name), name, content.root)
             continue
         tensor = _tensor(name, entry, places)
-        pieces += tensor.pieces_count
+        pieces += len(tensor.parts)
         check_limit(pieces, MAX_TENSORS, "pieces of tensors")
         _put(tree, paths.get(name), name, tensor)
     return tree
@@ -116,12 +115,10 @@ def _pairs(value: object) -> Pairs:
 def _numbers(value: object) -> tuple[int, ...]:
     """The numbers of a `torch.Size`."""
     inner: Any = value.arguments[0] if isinstance(value, Opaque) and value.arguments else value
-    if type(inner) not in {tuple, list}:
-        raise CorruptCheckpointError("Damaged: its metadata has a size that is none.")
-    check_limit(len(inner), MAX_DIMENSIONS, "dimensions of a tensor")
-    if not is_shape(inner):
-        raise CorruptCheckpointError("Damaged: its metadata has a size that is none.")
-    return tuple(inner)
+    try:
+        return checked_shape(inner)
+    except (TypeError, ValueError):
+        raise CorruptCheckpointError("Damaged: its metadata has a size that is none.") from None
 
 
 _Place = tuple[FilePath, int, int]
@@ -167,11 +164,7 @@ def _place_of(places: _Places, name: str, offsets: tuple[int, ...] | None) -> _P
     return places[name, offsets]
 
 
-def _tensor(
-    name: str,
-    entry: object,
-    places: _Places,
-) -> _PiecedTensor:
+def _tensor(name: str, entry: object, places: _Places) -> _PiecedTensor:
     fields = _fields(entry, f"{_METADATA}TensorStorageMetadata")
     properties, chunks = fields.get("properties"), fields.get("chunks")
     state = properties.state if isinstance(properties, Opaque) else None
@@ -197,27 +190,22 @@ def _tensor(
     return _PiecedTensor(dtype, shape, pieces)
 
 
+@dataclass(frozen=True, eq=False)
 class _PiecedTensor(StoredTensor):
-    """A tensor in pieces, each a file of torch.save inside another file."""
+    """A tensor in pieces, each a file of torch.save inside another file.
 
-    def __init__(
-        self,
-        dtype: str,
-        shape: tuple[int, ...],
-        pieces: list[tuple[tuple[int, ...], tuple[int, ...], _Place]],
-    ) -> None:
-        self.dtype = dtype
-        self.shape = shape
-        self._pieces = pieces
-        self.pieces_count = len(pieces)
+    Attributes:
+        parts: of each piece, where it begins in the tensor, its shape, and where it lies.
+    """
 
-    def storage(self) -> tuple[object, int]:
-        return self, self.numel * ITEM_SIZES[self.dtype]
+    dtype: str
+    shape: tuple[int, ...]
+    parts: list[tuple[tuple[int, ...], tuple[int, ...], _Place]]
 
     def words(self) -> Words:
         pair = (2,) if self.dtype == "complex128" else ()
         whole: Words | None = None
-        for offsets, sizes, (path, start, length) in self._pieces:
+        for offsets, sizes, (path, start, length) in self.parts:
             words = self._piece(path, start, length, sizes)
             if whole is None:
                 # The bytes are there: the pieces' sizes add up to the whole.
@@ -234,18 +222,15 @@ class _PiecedTensor(StoredTensor):
 
     def _piece(self, path: FilePath, start: int, length: int, sizes: tuple[int, ...]) -> Words:
         with opened(path) as source:
-            described = read_archive(OpenFile(source.part(start, length), path))
-            piece = described.root
-            if (
-                not isinstance(piece, StoredTensor)
-                or piece.dtype != self.dtype
-                or piece.shape != sizes
-            ):
-                raise CorruptCheckpointError(
-                    "Damaged: a file has another tensor than its metadata say."
-                    f"{would_call(described.made)}"
-                )
-            return piece.words()
+            content = read_torch_zip(OpenFile(source.part(start, length), path))
+            piece = content.root
+            expected = (self.dtype, sizes)
+            if isinstance(piece, StoredTensor) and (piece.dtype, piece.shape) == expected:
+                return piece.words()
+            raise CorruptCheckpointError(
+                "Damaged: a file has another tensor than its metadata say."
+                f"{would_call(content.made)}"
+            )
 
 
 def _put(tree: dict[str, Any], path: object, name: str, value: Any) -> None:

@@ -7,29 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Final
 
-from bnfreeze.checkpoints.reading import Content, OpenFile
+from bnfreeze.checkpoints.pickled import Content
+from bnfreeze.checkpoints.reading import OpenFile
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
 __all__ = ["read_file"]
-
-
-@dataclass(frozen=True)
-class _Format:
-    """A format of files.
-
-    Attributes:
-        kind: what it is called.
-        reader: the module and the function that read it, imported when they are needed.
-        matches: whether a file is of this format; the first that matches is taken.
-    """
-
-    kind: str
-    reader: str
-    matches: Callable[[OpenFile], bool]
 
 
 # The magic number of files of torch.save before torch 1.6, as their first pickle has it.
@@ -52,36 +37,33 @@ def _is_safetensors(file: OpenFile) -> bool:
 
 
 def _is_export(file: OpenFile) -> bool:
-    return "serialized_state_dict.pt" in file.names or any(
-        name.startswith("data/weights/") for name in file.names
+    return "serialized_state_dict.pt" in file.entries or any(
+        name.startswith("data/weights/") for name in file.entries
     )
 
 
-_FORMATS: Final = (
-    _Format("safetensors", "safetensors_file.read_safetensors", _is_safetensors),
-    _Format(
-        "TorchScript", "torch_zip.read_torchscript", lambda file: "constants.pkl" in file.names
-    ),
-    _Format(
-        "torch zip",
+# By name: the module and the function that read the format, imported when they are needed; and
+# whether a file is of it. The first that matches is taken.
+_FORMATS: Final[dict[str, tuple[str, Callable[[OpenFile], bool]]]] = {
+    "safetensors": ("safetensors_file.read_safetensors", _is_safetensors),
+    "TorchScript": ("torch_zip.read_torchscript", lambda file: "constants.pkl" in file.entries),
+    "torch zip": (
         "torch_zip.read_torch_zip",
-        lambda file: any(f"/{name}".endswith("/data.pkl") for name in file.names),
+        lambda file: any(f"/{name}".endswith("/data.pkl") for name in file.entries),
     ),
-    _Format("torch.export", "torch_export.read_export", _is_export),
-    _Format(
-        "npz",
+    "torch.export": ("torch_export.read_export", _is_export),
+    "npz": (
         "npz.read_npz",
-        lambda file: bool(file.names) and all(name.endswith(".npy") for name in file.names),
+        lambda file: bool(file.entries) and all(name.endswith(".npy") for name in file.entries),
     ),
-    _Format(
-        "torch legacy",
+    "torch legacy": (
         "torch_legacy.read_torch_legacy",
         lambda file: _is_pickle(file) and _LEGACY in file.head[:24],
     ),
-    _Format("pickle", "torch_legacy.read_plain_pickle", _is_pickle),
-    _Format("shard index", "shards.read_shards", lambda file: file.head.lstrip()[:1] == b"{"),
-    _Format("ONNX", "onnx_file.read_onnx", lambda file: bool(_ONNX.match(file.head))),
-)
+    "pickle": ("torch_legacy.read_plain_pickle", _is_pickle),
+    "shard index": ("shards.read_shards", lambda file: file.head.lstrip()[:1] == b"{"),
+    "ONNX": ("onnx_file.read_onnx", lambda file: bool(_ONNX.match(file.head))),
+}
 
 
 def read_file(file: OpenFile, *, shard: bool = False) -> tuple[str, Content]:
@@ -99,35 +81,42 @@ def read_file(file: OpenFile, *, shard: bool = False) -> tuple[str, Content]:
     """
     if not file.head:
         raise CorruptCheckpointError("The file is empty.")
-    for known in _FORMATS:
-        if known.matches(file):
-            if shard and known.kind == "shard index":
+    for kind, (reader, matches) in _FORMATS.items():
+        if matches(file):
+            if shard and kind == "shard index":
                 raise UnsupportedFormatError("An index, where a file with tensors should be.")
-            module, _, function = known.reader.rpartition(".")
-            reader = getattr(import_module(f"bnfreeze.checkpoints.{module}"), function)
-            content: Content = reader(file)
-            return known.kind, content
-    if file.names:
+            module, _, function = reader.rpartition(".")
+            read = getattr(import_module(f"bnfreeze.checkpoints.{module}"), function)
+            return kind, read(file)
+    if file.entries:
         raise UnsupportedFormatError(_archive(file))
     if not file.head.strip(b"\0"):
         raise CorruptCheckpointError("It begins with zeros: it was not downloaded or copied whole.")
     raise UnsupportedFormatError(_other(file.head))
 
 
+# What else a file may be, by its beginning.
 _OTHERS: Final = {
-    b"\x1f\x8b": "compressed with gzip, as a .nemo or .tar.gz may be: unpack it first, with "
-    "`tar -xzf FILE` or `gunzip FILE`",
-    b"\xfd7zXZ\0": "compressed with xz: unpack it first, with `unxz FILE`",
-    b"BZh": "compressed with bzip2: unpack it first, with `bunzip2 FILE`",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it first, with `unzstd FILE`",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it first, with `7z x FILE`",
-    b"Rar!": "a RAR archive: unpack it first, with `unrar x FILE`",
-    b"\x89HDF": "HDF5, as Keras writes it",
-    b"GGUF": "GGUF, which has no running statistics",
-    b"\x93NUMPY": "one NumPy array",
-    b"\x7fELF": "a program",
-    b"%PDF": "a PDF",
-    b"#!": "a script",
+    rb"version https://git-lfs\.github\.com/spec/": "A Git LFS pointer, which stands for the "
+    "checkpoint and does not hold it. Get the file with `git lfs pull`.",
+    rb"(?i)\s*<(!doctype html|html|\?xml|head|body)": "A web page: what was downloaded is an error "
+    "or a login, and no checkpoint. Open it in a browser to see what it asks for.",
+    rb"(?s).{257}ustar": "A tar archive, as NeMo's .nemo is: unpack it with `tar -xf FILE`, and "
+    "name the checkpoint in it.",
+    rb"\x1f\x8b": "No checkpoint: it is compressed with gzip, as a .nemo or .tar.gz may be: unpack "
+    "it first, with `tar -xzf FILE` or `gunzip FILE`.",
+    rb"\xfd7zXZ\0": "No checkpoint: it is compressed with xz: unpack it first, with `unxz FILE`.",
+    rb"BZh": "No checkpoint: it is compressed with bzip2: unpack it first, with `bunzip2 FILE`.",
+    rb"\x28\xb5\x2f\xfd": "No checkpoint: it is compressed with zstd: unpack it first, with "
+    "`unzstd FILE`.",
+    rb"7z\xbc\xaf\x27\x1c": "No checkpoint: it is a 7z archive: unpack it first, with `7z x FILE`.",
+    rb"Rar!": "No checkpoint: it is a RAR archive: unpack it first, with `unrar x FILE`.",
+    rb"\x89HDF": "No checkpoint: it is HDF5, as Keras writes it.",
+    rb"GGUF": "No checkpoint: it is GGUF, which has no running statistics.",
+    rb"\x93NUMPY": "No checkpoint: it is one NumPy array.",
+    rb"\x7fELF": "No checkpoint: it is a program.",
+    rb"%PDF": "No checkpoint: it is a PDF.",
+    rb"#!": "No checkpoint: it is a script.",
 }
 
 
@@ -135,7 +124,7 @@ def _archive(file: OpenFile) -> str:
     """What to do with a zip file that holds something else."""
     inside = sorted(
         name
-        for name in file.names
+        for name in file.entries
         if name.endswith((".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".pkl"))
     )
     if not inside:
@@ -149,27 +138,11 @@ def _archive(file: OpenFile) -> str:
 
 
 def _other(head: bytes) -> str:
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        return (
-            "A Git LFS pointer, which stands for the checkpoint and does not hold it. "
-            "Get the file with `git lfs pull`."
-        )
-    text = head.lstrip().lower()
-    if text.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head", b"<body")):
-        return (
-            "A web page: what was downloaded is an error or a login, and no checkpoint. "
-            "Open it in a browser to see what it asks for."
-        )
-    if head[257:262] == b"ustar":
-        return (
-            "A tar archive, as NeMo's .nemo is: unpack it with `tar -xf FILE`, and name the "
-            "checkpoint in it."
-        )
-    for magic, what in _OTHERS.items():
-        if head.startswith(magic):
-            return f"No checkpoint: it is {what}."
+    for beginning, what in _OTHERS.items():
+        if re.match(beginning, head):
+            return what
     return (
         f"No checkpoint of a known kind: it begins with {head[:8].hex(' ')}. Known are "
-        f"{', '.join(known.kind for known in _FORMATS)}, and folders of "
+        f"{', '.join(_FORMATS)}, and folders of "
         f"torch.distributed.checkpoint and Hugging Face."
     )

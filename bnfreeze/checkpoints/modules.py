@@ -18,22 +18,14 @@ from bnfreeze.checkpoints.limits import (
     MAX_TENSORS,
     check_limit,
 )
-from bnfreeze.checkpoints.numpy_arrays import PickledArray
-from bnfreeze.checkpoints.pickled import Opaque, Pairs, Stateful, key_text
+from bnfreeze.checkpoints.pickled import HOLDERS, Opaque, Pairs, key_text, tensor_in
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 
-__all__ = [
-    "LayerSettings",
-    "Model",
-    "Work",
-    "is_module",
-    "model_of",
-    "plain_number",
-    "tensor_in",
-]
+__all__ = ["LayerSettings", "Model", "is_module", "model_of", "plain_number"]
 
 _PARTS: Final = ("_parameters", "_buffers", "_modules")
 _UNSAVED: Final = "_non_persistent_buffers_set"
+_COUNTED: Final = (*_PARTS, _UNSAVED)
 _STATISTICS: Final = frozenset({"running_mean", "running_var"})
 _SCRIPT: Final = "__torch__."
 # What TorchScript puts between the parts of a name to keep names apart.
@@ -71,19 +63,14 @@ class Model:
         layers: the settings of its norm layers, by name.
         visited: the identities of its modules.
         besides: what its modules hold beside tensors and modules, by dotted name.
+        looked: how many entries of modules were looked through, for this one and those before it.
     """
 
     tensors: Mapping[str, StoredTensor]
     layers: Mapping[str, LayerSettings]
-    visited: frozenset[int]
-    besides: tuple[tuple[str, Any], ...]
-
-
-def tensor_in(value: object) -> StoredTensor | None:
-    """The value, if it is a tensor or an array of numbers."""
-    if isinstance(value, PickledArray) and not value.is_number:
-        return None
-    return value if isinstance(value, StoredTensor) else None
+    visited: frozenset[int] = frozenset()
+    besides: tuple[tuple[str, Any], ...] = ()
+    looked: int = 0
 
 
 def is_module(value: object) -> bool:
@@ -99,28 +86,12 @@ def is_module(value: object) -> bool:
     return all(isinstance(names.get(part), (Pairs, Opaque)) for part in _PARTS)
 
 
-class Work:
-    """How many entries of modules were looked through: a module may be in many others."""
-
-    def __init__(self) -> None:
-        self._done = 0
-
-    def add(self, entries: int) -> None:
-        """Count some more.
-
-        Raises:
-            UnsafeCheckpointError: they are more than any model has.
-        """
-        self._done += entries
-        check_limit(self._done, MAX_OPCODES, "entries of modules")
-
-
-def model_of(root: Opaque | Pairs, work: Work) -> Model:
+def model_of(root: Opaque | Pairs, looked: int) -> Model:
     """The tensors of a module and of all that are in it, in the order of its `state_dict`.
 
     Args:
         root: the module.
-        work: counts along; the same for all modules of a file.
+        looked: how many entries of modules were looked through before, for others of the file.
 
     Raises:
         UnsafeCheckpointError: nested too deep, or more than the limits allow.
@@ -138,31 +109,34 @@ def model_of(root: Opaque | Pairs, work: Work) -> Model:
         check_limit(count, MAX_TENSORS, "modules")
         check_limit(depth, MAX_NESTING, "levels of modules")
         check_limit(len(name), MAX_NAME_LENGTH, "characters of a module's name")
-        is_new = id(module) not in visited
-        visited.add(id(module))
         attributes = _attributes(module)
-        parts = (*_PARTS, _UNSAVED)
-        work.add(1 + len(attributes) + sum(_length(attributes.get(part)) for part in parts))
-        own = dict(_own_tensors(module, attributes))
+        looked += 1 + len(attributes) + sum(_length(attributes.get(part)) for part in _COUNTED)
+        check_limit(looked, MAX_OPCODES, "entries of modules")
+        own, children = _parts_of(module, attributes)
         prefix = f"{name}." if name else ""
         tensors |= {f"{prefix}{part}": tensor for part, tensor in own.items()}
         check_limit(len(tensors), MAX_TENSORS, "tensors")
         if not _STATISTICS.isdisjoint(own):
             layers[name] = _settings(module, attributes)
-        children = [
-            (f"{prefix}{part}", child, depth + 1) for part, child in _children(module, attributes)
+        waiting += [
+            (f"{prefix}{part}", child, depth + 1) for part, child in reversed(children.items())
         ]
-        waiting += reversed(children)
-        if is_new:
+        if id(module) not in visited:
+            visited.add(id(module))
             besides += [
                 (f"{prefix}{part}" if part else name, value)
                 for part, value in _besides(module, attributes)
+                if isinstance(value, HOLDERS)
             ]
-    return Model(tensors, layers, frozenset(visited), tuple(besides))
+    return Model(tensors, layers, frozenset(visited), tuple(besides), looked)
 
 
 def _attributes(module: Opaque | Pairs) -> Mapping[str, Any]:
     return module.attributes() if isinstance(module, Opaque) else module.named()
+
+
+def _is_script(module: Opaque | Pairs) -> bool:
+    return isinstance(module, Opaque) and module.name.startswith(_SCRIPT)
 
 
 def _length(holder: object) -> int:
@@ -176,55 +150,34 @@ def _items(holder: object) -> dict[str, Any]:
     return {key: value for key, value in pairs if type(key) is str}
 
 
-def _is_script(module: Opaque | Pairs) -> bool:
-    return isinstance(module, Opaque) and module.name.startswith(_SCRIPT)
-
-
-def _own_tensors(
+def _parts_of(
     module: Opaque | Pairs, attributes: Mapping[str, Any]
-) -> Iterator[tuple[str, StoredTensor]]:
+) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """The tensors and the modules that a module holds directly, by name."""
     if _is_script(module):
-        found = dict(attributes)
+        entries = modules = attributes
     else:
         given = attributes.get(_UNSAVED)
         unsaved = {name for name in given if type(name) is str} if type(given) is list else set()
-        found = {
-            **_items(attributes.get("_parameters")),
-            **{
-                name: value
-                for name, value in _items(attributes.get("_buffers")).items()
-                if name not in unsaved
-            },
+        buffers = _items(attributes.get("_buffers"))
+        entries = _items(attributes.get("_parameters")) | {
+            name: value for name, value in buffers.items() if name not in unsaved
         }
-    for name, value in found.items():
-        tensor = tensor_in(value)
-        if tensor is not None:
-            yield name, tensor
-
-
-def _children(
-    module: Opaque | Pairs, attributes: Mapping[str, Any]
-) -> Iterator[tuple[str, Opaque | Pairs]]:
-    found = attributes if _is_script(module) else _items(attributes.get("_modules"))
-    for name, value in found.items():
-        if isinstance(value, (Opaque, Pairs)) and is_module(value):
-            yield name, value
+        modules = _items(attributes.get("_modules"))
+    found = {name: tensor_in(value) for name, value in entries.items()}
+    tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+    return tensors, {name: value for name, value in modules.items() if is_module(value)}
 
 
 def _besides(module: Opaque | Pairs, attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """What could hold another model: a list of modules that are kept out of `_modules`, say."""
-    found = [
-        (name, value)
-        for name, value in attributes.items()
-        if name not in _PARTS and not (_is_script(module) and is_module(value))
-    ]
+    for name, value in attributes.items():
+        if name not in _PARTS and not (_is_script(module) and is_module(value)):
+            yield name, value
     if isinstance(module, Opaque):
         # Its class may be one of dicts or lists as well.
-        found += [("", module.arguments), ("", module.items)]
-        found += [(key_text(key), value) for key, value in module.pairs]
-    for name, value in found:
-        if isinstance(value, (Opaque, Stateful)) or _length(value):
-            yield name, value
+        yield from (("", module.arguments), ("", module.items))
+        yield from ((key_text(key), value) for key, value in module.pairs)
 
 
 def _settings(module: Opaque | Pairs, attributes: Mapping[str, Any]) -> LayerSettings:

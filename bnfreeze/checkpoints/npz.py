@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import zlib
 from typing import Final
 
 from bnfreeze.checkpoints.limits import MAX_TENSORS, check_limit
-from bnfreeze.checkpoints.numpy_arrays import numpy_dtype, strided_array
-from bnfreeze.checkpoints.reading import Content, OpenFile
-from bnfreeze.checkpoints.stored_tensor import DescribedTensor, Record, StoredTensor
+from bnfreeze.checkpoints.numpy_arrays import numpy_dtype
+from bnfreeze.checkpoints.pickled import Content
+from bnfreeze.checkpoints.reading import OpenFile
+from bnfreeze.checkpoints.stored_tensor import (
+    DescribedTensor,
+    Record,
+    StoredTensor,
+    packed_tensor,
+)
 from bnfreeze.checkpoints.zips import Entry
 from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError
 
@@ -58,20 +64,7 @@ def _array(entry: Entry) -> StoredTensor:
     if number is None:
         return DescribedTensor("uint8", (0,), "its elements are not numbers")
     shape = tuple(int(size) for size in sizes.split(",") if size.strip())
-    data = source.part(begin + length, source.size - begin - length)
-    record = _ArrayRecord(data, swapped=number[1], entry=entry)
-    return strided_array(record, number, shape, fortran == "True")
-
-
-@dataclass(frozen=True, eq=False)
-class _ArrayRecord(Record):
-    """The bytes behind a header; the checksum is that of both."""
-
-    entry: Entry | None = None
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Bytes of it, checked against the checksum where they are all of it."""
-        if self.entry is None or length != self.source.size:
-            return super().read(offset, length)
-        whole = self.entry.read()
-        return whole[len(whole) - length :]
+    begin += length
+    data = source.part(begin, source.size - begin)
+    record = Record(data, number[1], entry.checksum, before=zlib.crc32(source.read(0, begin)))
+    return packed_tensor(number[0], shape, record, fortran == "True")

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Final
 
 import numpy as np
 
-from bnfreeze.checkpoints.limits import MAX_DIMENSIONS, check_limit, is_shape
-from bnfreeze.checkpoints.pickled import Opaque, Stateful
+from bnfreeze.checkpoints.limits import is_shape
+from bnfreeze.checkpoints.pickled import Opaque
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import (
     ITEM_SIZES,
     NUMPY_DTYPES,
+    DescribedTensor,
     Record,
-    StoredTensor,
-    StridedTensor,
-    Words,
+    packed_tensor,
 )
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["NUMPY_BUILDERS", "PickledArray", "numpy_dtype", "strided_array"]
+__all__ = ["NUMPY_BUILDERS", "fill_array", "numpy_dtype"]
 
 _LONGEST_TEXT: Final = 1 << 12
 # NumPy's short names, such as `f4`, and torch's.
@@ -45,87 +43,38 @@ def numpy_dtype(text: str) -> tuple[str, bool] | None:
     return _DTYPES[plain], text.startswith(">")
 
 
-def strided_array(
-    data: Record | Source | bytes, dtype: tuple[str, bool], shape: Any, fortran: bool
-) -> StoredTensor:
-    """An array of plain bytes.
+# What NumPy makes empty and fills afterwards, by its newer name.
+_EMPTY_ARRAY: Final = "numpy._core.multiarray._reconstruct"
+
+
+def fill_array(made: Opaque) -> None:
+    """Give an array its content: a version, shape, dtype, whether it is in Fortran's order, bytes.
+
+    An object that is no array stays as it is.
 
     Raises:
-        CorruptCheckpointError: the shape does not fit the bytes.
+        CorruptCheckpointError: its state is not that of an array.
     """
+    if made.name != _EMPTY_ARRAY:
+        return
+    state, made.state, made.given = made.state, None, True
+    if type(state) is not tuple or len(state) not in (4, 5):
+        raise CorruptCheckpointError("Damaged: an array's state is none.")
+    shape, described, fortran, data = state[-4:]
+    try:
+        dtype = _dtype_of(described)
+    except UnsupportedFormatError:
+        shape = shape if type(shape) is tuple and is_shape(shape) else (0,)
+        made.array = DescribedTensor("uint8", shape, "its dtype is not known here")
+        return
+    if dtype is None:
+        # Its elements are not numbers, and may be anything.
+        made.state = data if type(data) is list else None
+        return
+    if fortran not in (False, True):
+        raise CorruptCheckpointError("Damaged: an array's order is none.")
     name, swapped = dtype
-    if type(shape) is not tuple or not is_shape(shape):
-        raise CorruptCheckpointError("Damaged: an array whose shape makes no sense.")
-    check_limit(len(shape), MAX_DIMENSIONS, "dimensions of an array")
-    if not isinstance(data, Record):
-        data = Record(data if isinstance(data, Source) else Source.of(data), swapped)
-    if math.prod(shape) * ITEM_SIZES[name] != data.source.size:
-        raise CorruptCheckpointError(
-            f"Damaged: an array of {math.prod(shape):,} elements of {name} is said to lie in "
-            f"{data.source.size:,} bytes."
-        )
-    axes = range(len(shape))
-    stride = tuple(math.prod(shape[:axis] if fortran else shape[axis + 1 :]) for axis in axes)
-    return StridedTensor(name, shape, stride, data)
-
-
-class PickledArray(StoredTensor, Stateful):
-    """An array that NumPy makes empty and fills afterwards.
-
-    Attributes:
-        is_number: whether it has numbers in it, and so is a tensor.
-    """
-
-    dtype: str = "uint8"
-    shape: tuple[int, ...] = (0,)
-    has_values = False
-    why = "it was never filled"
-
-    def __init__(self) -> None:
-        self.is_number = False
-        self._filled: StoredTensor | None = None
-        self._is_set = False
-
-    def set_state(self, state: object) -> None:
-        """Fill it: a version, shape, dtype, whether it is in Fortran's order, and the bytes."""
-        if self._is_set:
-            raise CorruptCheckpointError(
-                "Ambiguous: its pickle changes something after it was made."
-            )
-        self._is_set = True
-        if type(state) is not tuple or len(state) not in (4, 5):
-            raise CorruptCheckpointError("Damaged: an array's state is none.")
-        shape, described, fortran, data = state[-4:]
-        try:
-            dtype = _dtype_of(described)
-        except UnsupportedFormatError:
-            self.is_number, self.why = True, "its dtype is not known here"
-            self.shape = shape if type(shape) is tuple and is_shape(shape) else (0,)
-            return
-        if dtype is None:
-            self.why = "its elements are not numbers"
-            self.held = data if type(data) is list else ()
-            return
-        if fortran not in (False, True):
-            raise CorruptCheckpointError("Damaged: an array's order is none.")
-        self._filled = filled = strided_array(_bytes_of(data), dtype, shape, bool(fortran))
-        self.dtype, self.shape = filled.dtype, filled.shape
-        self.is_number = self.has_values = True
-        self.why = ""
-
-    def storage(self) -> tuple[object, int]:
-        """The bytes."""
-        return self._filled.storage() if self._filled else (self, 0)
-
-    def words(self) -> Words:
-        """All elements in row-major order, as unsigned integers.
-
-        Raises:
-            CheckpointError: they cannot be read.
-        """
-        if self._filled is None:
-            raise UnsupportedFormatError(f"An array cannot be read: {self.why}.")
-        return self._filled.words()
+    made.array = packed_tensor(name, shape, Record(_bytes_of(data), swapped), bool(fortran))
 
 
 def _dtype_of(described: object) -> tuple[str, bool] | None:
@@ -141,17 +90,19 @@ def _dtype_of(described: object) -> tuple[str, bool] | None:
     return numpy_dtype(order[:1] + text.lstrip("<>|=") if order else text)
 
 
-def _bytes_of(data: object) -> Source | bytes:
+def _bytes_of(data: object) -> Source:
     if type(data) is str and len(data) <= _LONGEST_TEXT:
         # Python 2's byte strings; those that are longer stay in the file.
-        return data.encode("latin-1")
-    if isinstance(data, (bytes, Source)):
+        data = data.encode("latin-1")
+    if isinstance(data, Source):
         return data
-    raise CorruptCheckpointError("Damaged: an array's bytes are none.")
+    if type(data) is not bytes:
+        raise CorruptCheckpointError("Damaged: an array's bytes are none.")
+    return Source.of(data)
 
 
-def _reconstruct(_: tuple[Any, ...]) -> PickledArray:
-    return PickledArray()
+def _empty(_: tuple[Any, ...]) -> Opaque:
+    return Opaque(_EMPTY_ARRAY, ())
 
 
 def _from_buffer(arguments: tuple[Any, ...]) -> object:
@@ -160,8 +111,8 @@ def _from_buffer(arguments: tuple[Any, ...]) -> object:
         raise ValueError
     dtype = _dtype_of(described)
     if dtype is None:
-        return PickledArray()
-    return strided_array(_bytes_of(data), dtype, shape, order == "F")
+        return None
+    return packed_tensor(dtype[0], shape, Record(_bytes_of(data), dtype[1]), order == "F")
 
 
 def _scalar(arguments: tuple[Any, ...]) -> object:
@@ -171,17 +122,17 @@ def _scalar(arguments: tuple[Any, ...]) -> object:
         return None
     data = _bytes_of(arguments[1])
     name, swapped = dtype
-    # A number is short, and long bytes stay in the file.
-    if isinstance(data, Source) or len(data) != ITEM_SIZES[name]:
+    if data.size != ITEM_SIZES[name]:
         raise CorruptCheckpointError("Damaged: a number of another size than its dtype.")
-    return np.frombuffer(data, np.dtype(name).newbyteorder(">" if swapped else "<"))[0].item()
+    kind = np.dtype(name).newbyteorder(">" if swapped else "<")
+    return np.frombuffer(data.read(0, data.size), kind)[0].item()
 
 
 NUMPY_BUILDERS: Final = {
     f"numpy.{core}.{name}": builder
     for core in ("core", "_core")
     for name, builder in {
-        "multiarray._reconstruct": _reconstruct,
+        "multiarray._reconstruct": _empty,
         "multiarray.scalar": _scalar,
         "numeric._frombuffer": _from_buffer,
     }.items()

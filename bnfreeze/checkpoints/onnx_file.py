@@ -7,11 +7,17 @@ from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, MAX_TENSORS, check_limit
 from bnfreeze.checkpoints.modules import LayerSettings, Model, plain_number
-from bnfreeze.checkpoints.numpy_arrays import strided_array
-from bnfreeze.checkpoints.reading import Content, OpenFile
+from bnfreeze.checkpoints.pickled import Content
+from bnfreeze.checkpoints.reading import OpenFile
 from bnfreeze.checkpoints.shards import beside
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.checkpoints.stored_tensor import DescribedTensor, StoredTensor, numbered
+from bnfreeze.checkpoints.stored_tensor import (
+    DescribedTensor,
+    Record,
+    StoredTensor,
+    numbered,
+    packed_tensor,
+)
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
 __all__ = ["read_onnx"]
@@ -72,7 +78,7 @@ def read_onnx(file: OpenFile) -> Content:
     remarks: tuple[str, ...] = () if layers else (_FOLDED,)
     if unread:
         remarks = (f"{unread} of its {_NORM} nodes {_UNREAD}",)
-    return Content(Model(tensors, layers, frozenset(), ()), remarks=remarks)
+    return Content(Model(tensors, layers), remarks=remarks)
 
 
 def _with_subgraphs(graph: Any) -> Iterator[Any]:
@@ -149,16 +155,17 @@ def _tensor(proto: Any, file: OpenFile) -> StoredTensor:
     if dtype is None:
         return DescribedTensor("uint8", (0,), "its elements are of a kind that torch has not")
     if proto.data_location == _EXTERNAL:
-        return strided_array(_beside(proto, file), (dtype, False), shape, fortran=False)
-    if proto.HasField("raw_data"):
-        return strided_array(proto.raw_data, (dtype, False), shape, fortran=False)
-    from onnx import numpy_helper
+        data = _beside(proto, file)
+    elif proto.HasField("raw_data"):
+        data = Source.of(proto.raw_data)
+    else:
+        from onnx import numpy_helper
 
-    try:
-        data = numpy_helper.to_array(proto).tobytes()
-    except (ValueError, TypeError):
-        raise CorruptCheckpointError(f"Damaged: {proto.name!r:.200} is no tensor.") from None
-    return strided_array(data, (dtype, False), shape, fortran=False)
+        try:
+            data = Source.of(numpy_helper.to_array(proto).tobytes())
+        except (ValueError, TypeError):
+            raise CorruptCheckpointError(f"Damaged: {proto.name!r:.200} is no tensor.") from None
+    return packed_tensor(dtype, shape, Record(data))
 
 
 def _beside(proto: Any, file: OpenFile) -> Source:

@@ -24,8 +24,6 @@ CODES: Final = {opcode.name: ord(opcode.code) for opcode in pickletools.opcodes}
 _WINDOW: Final = 1 << 16
 # Byte strings that are longer stay in the file.
 _LONG: Final = 1 << 12
-# An opcode and the longest argument of fixed size.
-_MARGIN: Final = 9
 
 
 def _text(data: bytes) -> str:
@@ -40,82 +38,57 @@ def _integer(data: bytes) -> int:
     return int.from_bytes(data, "little", signed=True)
 
 
-_FIXED: Final = {
-    CODES[name]: struct.Struct(form)
-    for name, form in {
-        "BININT": "<i",
-        "BININT1": "<B",
-        "BININT2": "<H",
-        "BINFLOAT": ">d",
-        "PROTO": "<B",
-        "FRAME": "<Q",
-        "BINPUT": "<B",
-        "LONG_BINPUT": "<I",
-        "BINGET": "<B",
-        "LONG_BINGET": "<I",
-        "EXT1": "<B",
-        "EXT2": "<H",
-        "EXT4": "<i",
-    }.items()
-}
-
 # The size that comes first, what to make of the bytes, and whether they may stay in the file.
 _COUNTED: Final[dict[int, tuple[struct.Struct, Callable[[bytes], Any], bool]]] = {
-    CODES[name]: (struct.Struct(form), decode, name.endswith(("BYTES", "BYTES8", "STRING", "Y8")))
-    for form, decode, names in (
-        ("<B", _text, ("SHORT_BINUNICODE",)),
-        ("<I", _text, ("BINUNICODE",)),
-        ("<Q", _text, ("BINUNICODE8",)),
-        ("<B", bytes, ("SHORT_BINBYTES",)),
-        ("<I", bytes, ("BINBYTES",)),
-        ("<Q", bytes, ("BINBYTES8", "BYTEARRAY8")),
-        ("<B", _old_text, ("SHORT_BINSTRING",)),
-        ("<i", _old_text, ("BINSTRING",)),
-        ("<B", _integer, ("LONG1",)),
-        ("<i", _integer, ("LONG4",)),
+    CODES[name]: (struct.Struct(form), decode, decode in (bytes, _old_text))
+    for decode, forms in (
+        (_text, {"SHORT_BINUNICODE": "<B", "BINUNICODE": "<I", "BINUNICODE8": "<Q"}),
+        (bytes, {"SHORT_BINBYTES": "<B", "BINBYTES": "<I", "BINBYTES8": "<Q", "BYTEARRAY8": "<Q"}),
+        (_old_text, {"SHORT_BINSTRING": "<B", "BINSTRING": "<i"}),
+        (_integer, {"LONG1": "<B", "LONG4": "<i"}),
     )
-    for name in names
+    for name, form in forms.items()
 }
 
 
-def _number(line: bytes) -> int | bool:
-    return line == b"01" if line in (b"00", b"01") else int(line)
-
-
-def _quoted(line: bytes) -> str:
+def _quoted(opcodes: Opcodes) -> str:
+    line = opcodes.readline()[:-1]
     if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"'\"":
         raise ValueError("a string without quotes")
     return _old_text(codecs.escape_decode(line[1:-1])[0])
 
 
-_LINES: Final[dict[int, Callable[[bytes], Any]]] = {
-    CODES["INT"]: _number,
-    CODES["LONG"]: lambda line: int(line.removesuffix(b"L")),
-    CODES["FLOAT"]: float,
+def _two_lines(opcodes: Opcodes) -> tuple[str, str]:
+    return _text(opcodes.readline()[:-1]), _text(opcodes.readline()[:-1])
+
+
+# What reads the argument of the others: Python's own readers, but for names, which may have spaces
+# in them, and for strings of Python 2, which may have any bytes.
+_READERS: Final[dict[int, Callable[[Any], Any]]] = {
+    **{ord(opcode.code): opcode.arg.reader for opcode in pickletools.opcodes if opcode.arg},
     CODES["STRING"]: _quoted,
-    CODES["UNICODE"]: lambda line: line.decode("raw-unicode-escape"),
-    CODES["PUT"]: int,
-    CODES["GET"]: int,
-    CODES["PERSID"]: _text,
+    CODES["GLOBAL"]: _two_lines,
+    CODES["INST"]: _two_lines,
 }
-_TWO_LINES: Final = frozenset({CODES["GLOBAL"], CODES["INST"]})
 _STOP: Final = CODES["STOP"]
 
 
 class Opcodes:
-    """The opcodes of the pickle at a position of a file; iterating ends after its STOP.
-
-    Attributes:
-        position: after the iteration, where the pickle ends.
-    """
+    """The opcodes of the pickle at a position of a file; iterating ends after its STOP."""
 
     def __init__(self, source: Source, start: int) -> None:
-        self.position = start
         self._source = source
+        # A part of the file, where it begins, and how far it was read.
         self._window = b""
+        self._begin = start
         self._at = 0
-        # Bytes that were looked at, without those that stay in the file.
+        # Bytes that were looked at before it, without those that stay in the file.
         self._taken = 0
+
+    @property
+    def position(self) -> int:
+        """How far the file was read; after the iteration, where the pickle ends."""
+        return self._begin + self._at
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """The byte of each opcode, and its argument (None where it has none).
@@ -125,74 +98,55 @@ class Opcodes:
             UnsafeCheckpointError: more bytes than the limit.
             ValueError: an argument that is not what it should be.
         """
-        while True:
-            if len(self._window) - self._at < _MARGIN:
-                self._refill(_WINDOW)
-                if self._at >= len(self._window):
-                    raise CorruptCheckpointError("Damaged: its pickle ends too early.")
+        code = -1
+        while code != _STOP:
+            if self._at == len(self._window):
+                self._refill(1)
             code = self._window[self._at]
             self._at += 1
-            if code in _FIXED:
-                form = _FIXED[code]
-                argument = form.unpack(self._take(form.size))[0]
-            elif code in _COUNTED:
-                argument = self._counted(*_COUNTED[code])
-            elif code in _LINES:
-                argument = _LINES[code](self._line())
-            elif code in _TWO_LINES:
-                argument = (_text(self._line()), _text(self._line()))
+            if code in _COUNTED:
+                yield code, self._counted(*_COUNTED[code])
             else:
-                argument = None
-            if code == _STOP:
-                self.position += self._at
-                self._window, self._at = b"", 0
-                yield code, None
-                return
-            yield code, argument
+                reader = _READERS.get(code)
+                yield code, reader(self) if reader else None
 
-    def _refill(self, wanted: int) -> None:
-        """Have `wanted` bytes in the window from here, or as many as there are."""
-        self._taken += self._at
-        check_limit(self._taken, MAX_PICKLE_BYTES, "bytes of a pickle and more")
-        self.position += self._at
-        left = self._source.size - self.position
-        self._window = self._source.read(self.position, max(0, min(wanted, left)))
-        self._at = 0
-
-    def _take(self, count: int) -> bytes:
+    def read(self, count: int) -> bytes:
+        """The next bytes."""
         if len(self._window) - self._at < count:
-            check_limit(self._taken + count, MAX_PICKLE_BYTES, "bytes of a pickle and more")
-            if count > self._source.size - self.position - self._at:
-                raise CorruptCheckpointError("Damaged: its pickle ends or breaks off.")
-            self._refill(max(count, _WINDOW))
+            self._refill(count)
         data = self._window[self._at : self._at + count]
         self._at += count
         return data
 
+    def readline(self) -> bytes:
+        """The bytes to the end of the line, and that end."""
+        while (end := self._window.find(b"\n", self._at)) < 0:
+            have = len(self._window) - self._at
+            more = self._source.size - self.position - have
+            self._refill(have + max(1, min(have, more)))
+        return self.read(end + 1 - self._at)
+
+    def _refill(self, count: int) -> None:
+        """Have so many bytes in the window from here, and more where there are more."""
+        self._taken += self._at
+        self._begin += self._at
+        self._at = 0
+        left = self._source.size - self._begin
+        check_limit(self._taken + count, MAX_PICKLE_BYTES, "bytes of a pickle and more")
+        if count > left:
+            raise CorruptCheckpointError("Damaged: its pickle ends or breaks off.")
+        self._window = self._source.read(self._begin, min(max(count, _WINDOW), left))
+
     def _counted(
         self, form: struct.Struct, decode: Callable[[bytes], Any], may_stay: bool
     ) -> object:
-        (count,) = form.unpack(self._take(form.size))
+        (count,) = form.unpack(self.read(form.size))
         if count < 0:
             raise CorruptCheckpointError("Damaged: its pickle has a text of negative length.")
         if not may_stay or count <= _LONG:
-            return decode(self._take(count))
-        there = self.position + self._at
-        if count > self._source.size - there:
-            raise CorruptCheckpointError("Damaged: its pickle ends or breaks off.")
+            return decode(self.read(count))
+        there = self._source.part(self.position, count)
         self._taken += self._at
+        self._begin = self.position + count
         self._window, self._at = b"", 0
-        self.position = there + count
-        return self._source.part(there, count)
-
-    def _line(self) -> bytes:
-        wanted = _WINDOW
-        while (end := self._window.find(b"\n", self._at)) < 0:
-            if self.position + len(self._window) >= self._source.size:
-                raise CorruptCheckpointError("Damaged: its pickle ends or breaks off.")
-            check_limit(self._taken + wanted, MAX_PICKLE_BYTES, "bytes of a pickle and more")
-            self._refill(wanted)
-            wanted *= 2
-        line = self._window[self._at : end]
-        self._at = end + 1
-        return line
+        return there

@@ -7,21 +7,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from bnfreeze.checkpoints.code_names import would_call
 from bnfreeze.checkpoints.distributed import read_distributed
 from bnfreeze.checkpoints.kinds import read_file
-from bnfreeze.checkpoints.placeholders import CodeCall, Uninterpreted, placeholders_in
-from bnfreeze.checkpoints.reading import Content, OpenFile
+from bnfreeze.checkpoints.pickled import Content
+from bnfreeze.checkpoints.placeholders import placeholders_in
+from bnfreeze.checkpoints.reading import OpenFile
 from bnfreeze.checkpoints.remote import RemotePath, is_remote, standard_input
 from bnfreeze.checkpoints.source import FilePath, Source, opened
-from bnfreeze.checkpoints.state_dicts import StateDict, StateDicts, find_state_dicts
-from bnfreeze.errors import (
-    BnfreezeError,
-    CheckpointError,
-    UnsupportedFormatError,
-)
+from bnfreeze.checkpoints.state_dicts import StateDicts, find_state_dicts
+from bnfreeze.errors import BnfreezeError, CheckpointError, UnsupportedFormatError
 
 __all__ = ["Checkpoint", "naming_file", "open_checkpoint"]
 
@@ -34,29 +31,20 @@ class Checkpoint:
         kind: what it is: ``"torch zip"``, ``"torch legacy"``, ``"TorchScript"``,
             ``"torch.export"``, ``"pickle"``, ``"npz"``, ``"safetensors"``, ``"shard index"``,
             ``"ONNX"`` or ``"distributed"``.
+        root: what was saved: dicts, lists, placeholders, and a `StoredTensor` for each tensor.
         remarks: sentences about the file that a person should read.
+        uninterpreted: the objects that were left as placeholders, each class once.
+        calls: what loading it would call that is not known to be harmless, the worst first.
     """
 
     def __init__(self, path: str, kind: str, content: Content) -> None:
         """Take what was read."""
         self.path = path
         self.kind = kind
+        self.root = content.root
         self.remarks = content.remarks
-        self._content = content
-
-    @property
-    def root(self) -> Any:
-        """What was saved: dicts, lists, placeholders, and a `StoredTensor` for each tensor."""
-        return self._content.root
-
-    @property
-    def models(self) -> tuple[StateDict, ...]:
-        """All models in it that have norm layers; all its state_dicts where none has any.
-
-        Raises:
-            UnsupportedFormatError: there are no tensors by name.
-        """
-        return self.state_dicts.models
+        self.uninterpreted, self.calls = placeholders_in(content)
+        self._made = content.made
 
     @cached_property
     def state_dicts(self) -> StateDicts:
@@ -69,7 +57,7 @@ class Checkpoint:
             try:
                 return find_state_dicts(self.root)
             except UnsupportedFormatError as error:
-                raise UnsupportedFormatError(f"{error}{would_call(self._content.made)}") from None
+                raise UnsupportedFormatError(f"{error}{would_call(self._made)}") from None
 
     def chosen(self, key: str | None) -> StateDicts:
         """The state_dict under a key alone; all of them where there is no key.
@@ -79,20 +67,6 @@ class Checkpoint:
         """
         with naming_file(self.path):
             return self.state_dicts.chosen(key)
-
-    @property
-    def uninterpreted(self) -> tuple[Uninterpreted, ...]:
-        """The objects that were left as placeholders, each class once."""
-        return self._placeholders[0]
-
-    @property
-    def calls(self) -> tuple[CodeCall, ...]:
-        """What loading it would call that is not known to be harmless, the worst first."""
-        return self._placeholders[1]
-
-    @cached_property
-    def _placeholders(self) -> tuple[tuple[Uninterpreted, ...], tuple[CodeCall, ...]]:
-        return placeholders_in(self._content)
 
 
 @contextmanager

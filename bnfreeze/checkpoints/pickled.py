@@ -4,23 +4,36 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_NESTING, check_limit, is_size
+from bnfreeze.checkpoints.stored_tensor import StoredTensor
+from bnfreeze.errors import CorruptCheckpointError
 
-__all__ = ["Global", "Opaque", "Pairs", "Stateful", "check_nesting", "children_of", "key_text"]
+__all__ = [
+    "HOLDERS",
+    "Content",
+    "Global",
+    "Opaque",
+    "Pairs",
+    "check_nesting",
+    "check_new",
+    "children_of",
+    "key_text",
+    "tensor_in",
+]
 
 
+@dataclass(slots=True, eq=False)
 class Global:
     """The name of something that the pickle would import."""
 
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: str
 
 
+@dataclass(slots=True, eq=False)
 class Opaque:
     """An object that the pickle would make by a call: a placeholder with a name.
 
@@ -33,18 +46,17 @@ class Opaque:
         at_run_time: whether what is called is itself the result of a call, so that its name says
             nothing about it.
         given: whether something else was made from it, so that a later change would be missed.
+        array: of an array of NumPy, its numbers.
     """
 
-    __slots__ = ("arguments", "at_run_time", "given", "items", "name", "pairs", "state")
-
-    def __init__(self, name: str, arguments: tuple[Any, ...], at_run_time: bool = False) -> None:
-        self.name = name
-        self.arguments = arguments
-        self.at_run_time = at_run_time
-        self.state: Any = None
-        self.items: list[Any] = []
-        self.pairs: list[tuple[object, object]] = []
-        self.given = False
+    name: str
+    arguments: tuple[Any, ...]
+    at_run_time: bool = False
+    state: Any = None
+    items: list[Any] = field(default_factory=list)
+    pairs: list[tuple[object, object]] = field(default_factory=list)
+    given: bool = False
+    array: StoredTensor | None = None
 
     def attributes(self) -> Mapping[str, Any]:
         """The attributes that its state would set, by name; nothing is copied."""
@@ -55,6 +67,7 @@ class Opaque:
         return self.state.named() if isinstance(self.state, Pairs) else {}
 
 
+@dataclass(slots=True, eq=False)
 class Pairs:
     """A dict as its pairs, in order. Keys are not hashed: that could take for ever.
 
@@ -63,12 +76,9 @@ class Pairs:
             missed.
     """
 
-    __slots__ = ("_named", "given", "pairs")
-
-    def __init__(self, pairs: list[tuple[object, object]] | None = None) -> None:
-        self.pairs = pairs or []
-        self.given = False
-        self._named: tuple[int, dict[str, object]] = (0, {})
+    pairs: list[tuple[object, object]] = field(default_factory=list)
+    given: bool = False
+    _named: tuple[int, dict[str, object]] = field(default_factory=lambda: (0, {}))
 
     def named(self) -> dict[str, object]:
         """The pairs whose keys are strings; the last of a name counts, as in Python."""
@@ -79,25 +89,52 @@ class Pairs:
         return self._named[1]
 
 
-class Stateful:
-    """What a builder gives for an object whose content comes later, as its state.
+@dataclass(frozen=True)
+class Content:
+    """What was saved in a file, or in a pickle in it.
 
     Attributes:
-        held: the objects in it, of which nothing is known.
+        root: dicts, lists, tuples, strings, numbers, `Pairs`, `Global`, `Opaque`, parts of the
+            file for long byte strings, and a `StoredTensor` for each tensor.
+        made: the objects that loading it would make by calls, without those that are interpreted.
+        remarks: sentences about the file that a person should read.
+        end: of a pickle, the position after it.
     """
 
-    held: tuple[Any, ...] | list[Any] = ()
-
-    def set_state(self, state: object) -> None:
-        """Take the content.
-
-        Raises:
-            CorruptCheckpointError: it is not of that kind, or the second.
-        """
-        raise NotImplementedError
+    root: Any
+    made: tuple[Opaque, ...] = ()
+    remarks: tuple[str, ...] = ()
+    end: int = 0
 
 
-_HOLDERS: Final = (list, tuple, Pairs, Opaque, Stateful)
+# Their `__new__` makes them empty, whatever it is given; what they are given is for `__init__`.
+_MADE_EMPTY: Final = frozenset(
+    {f"collections.{name}" for name in ("OrderedDict", "Counter", "defaultdict", "deque")}
+    | {f"builtins.{name}" for name in ("list", "set", "dict", "bytearray")}
+)
+
+
+def check_new(name: str, arguments: tuple[Any, ...]) -> None:
+    """Refuse a container that is made by its `__new__` out of others.
+
+    Raises:
+        CorruptCheckpointError: its content would be read, and not be there after loading.
+    """
+    if arguments and name in _MADE_EMPTY:
+        raise CorruptCheckpointError(
+            f"Ambiguous: its pickle makes a {name} of something and leaves it empty."
+        )
+
+
+def tensor_in(value: object) -> StoredTensor | None:
+    """The value, if it is a tensor or an array of numbers."""
+    if isinstance(value, Opaque):
+        return value.array
+    return value if isinstance(value, StoredTensor) else None
+
+
+# What may have tensors in it.
+HOLDERS: Final = (dict, list, tuple, Pairs, Opaque)
 
 
 def check_nesting(root: object) -> None:
@@ -113,7 +150,7 @@ def check_nesting(root: object) -> None:
         below: list[object] = []
         for holder in level:
             for item in chain.from_iterable(children_of(holder)):
-                if isinstance(item, _HOLDERS) and id(item) not in seen:
+                if isinstance(item, HOLDERS) and id(item) not in seen:
                     seen.add(id(item))
                     below.append(item)
         level, depth = below, depth + 1
@@ -130,8 +167,6 @@ def children_of(holder: object) -> Iterator[tuple[object, Any]]:
         yield from holder.items()
     elif isinstance(holder, (list, tuple)):
         yield from enumerate(holder)
-    elif isinstance(holder, Stateful):
-        yield "", holder.held
 
 
 def key_text(key: object) -> str:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from bnfreeze.checkpoints.code_names import VALUES, level_of
 from bnfreeze.checkpoints.modules import is_module
-from bnfreeze.checkpoints.pickled import (
-    Global,
-    Opaque,
-    Pairs,
-    Stateful,
-    children_of,
-    key_text,
-)
-from bnfreeze.checkpoints.reading import Content
+from bnfreeze.checkpoints.pickled import HOLDERS, Content, Global, Opaque, children_of, key_text
 from bnfreeze.findings import Level
 
 __all__ = ["CodeCall", "Uninterpreted", "placeholders_in"]
@@ -74,14 +67,11 @@ def placeholders_in(content: Content) -> tuple[tuple[Uninterpreted, ...], tuple[
 _SEVERITY: Final = {"error": 0, "warning": 1, "note": 2}
 
 
-class _Place:
+class _Place(NamedTuple):
     """A place in the file: a key in another place."""
 
-    __slots__ = ("above", "key")
-
-    def __init__(self, above: _Place | None, key: str) -> None:
-        self.above = above
-        self.key = key
+    above: _Place | None
+    key: str
 
     def path(self) -> str:
         keys = []
@@ -97,24 +87,22 @@ def _walk(root: Any) -> tuple[dict[int, _Place], tuple[Uninterpreted, ...]]:
     places: dict[int, _Place] = {}
     found: dict[str, Uninterpreted] = {}
     seen = {id(root)}
-    level: list[tuple[_Place, Any, bool]] = [(_Place(None, ""), root, False)]
-    while level:
-        below: list[tuple[_Place, Any, bool]] = []
-        for place, value, is_inside in level:
-            if isinstance(value, (Opaque, Global)):
-                places[id(value)] = place
-                # What is in an object that is left out is left out with it.
-                if not is_inside and not _is_interpreted(value):
-                    is_inside = True
-                    if value.name not in found and len(found) < _ENOUGH:
-                        found[value.name] = Uninterpreted(value.name, place.path())
-            for key, child in children_of(value):
-                if isinstance(child, _HOLDERS) and id(child) not in seen:
-                    seen.add(id(child))
-                    text = key_text(key)
-                    inside = place if text in _PARTS else _Place(place, text)
-                    below.append((inside, child, is_inside))
-        level = below
+    waiting: deque[tuple[_Place, Any, bool]] = deque([(_Place(None, ""), root, False)])
+    while waiting:
+        place, value, is_inside = waiting.popleft()
+        if isinstance(value, (Opaque, Global)):
+            places[id(value)] = place
+            # What is in an object that is left out is left out with it.
+            if not is_inside and not _is_interpreted(value):
+                is_inside = True
+                if value.name not in found and len(found) < _ENOUGH:
+                    found[value.name] = Uninterpreted(value.name, place.path())
+        for key, child in children_of(value):
+            if isinstance(child, _LOOKED_INTO) and id(child) not in seen:
+                seen.add(id(child))
+                text = key_text(key)
+                inside = place if text in _PARTS else _Place(place, text)
+                waiting.append((inside, child, is_inside))
     return places, tuple(found.values())
 
 
@@ -122,6 +110,6 @@ def _is_interpreted(value: Opaque | Global) -> bool:
     return value.name in VALUES or is_module(value) or value.name.startswith(_SCRIPT)
 
 
-_HOLDERS: Final = (Opaque, Global, Pairs, Stateful, dict, list, tuple)
+_LOOKED_INTO: Final = (Global, *HOLDERS)
 # The parts of a module, which are no keys of their own.
 _PARTS: Final = frozenset({"", "_modules", "_parameters", "_buffers"})

@@ -3,53 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from bnfreeze.checkpoints.pickled import Opaque
 from bnfreeze.checkpoints.source import FilePath, Source
 from bnfreeze.checkpoints.zips import Entry, read_directory
 from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError
 
-__all__ = ["Content", "OpenFile", "entry_of", "read_json"]
+__all__ = ["OpenFile", "read_json"]
 
 
-@dataclass(frozen=True)
-class Content:
-    """What was saved in a file.
-
-    Attributes:
-        root: dicts, lists, `Pairs`, `Opaque`, and a `StoredTensor` for each tensor.
-        made: the objects that loading the file would make by calls.
-        remarks: sentences about the file that a person should read.
-    """
-
-    root: Any
-    made: tuple[Opaque, ...] = ()
-    remarks: tuple[str, ...] = field(default=())
-
-
+@dataclass(eq=False)
 class OpenFile:
     """A file that was opened for reading.
 
     Attributes:
         source: its bytes.
         path: where it lies.
+        open_file: opens another file until this one is closed; None where there is no other.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        path: FilePath,
-        open_file: Callable[[FilePath], OpenFile] | None = None,
-    ) -> None:
-        """Take the bytes, their place, and what opens another file until this one is closed."""
-        self.source = source
-        self.path = path
-        self._open = open_file
-        self._opened: dict[FilePath, OpenFile] = {}
+    source: Source
+    path: FilePath
+    open_file: Callable[[FilePath], OpenFile] | None = None
+    _opened: dict[str, OpenFile] = field(default_factory=dict)
 
     @cached_property
     def head(self) -> bytes:
@@ -60,21 +40,28 @@ class OpenFile:
     def entries(self) -> dict[str, Entry]:
         """The entries of a zip file by name, without the archive's own folder at the top.
 
+        There are none where it is no zip file.
+
         Raises:
             CheckpointError: it is no sound zip file.
         """
+        if not self.head.startswith(b"PK\3\4"):
+            return {}
         found = read_directory(self.source)
         folders = {name.partition("/")[0] for name in found}
         if len(folders) != 1 or any("/" not in name for name in found):
             return found
         return {name.partition("/")[2]: entry for name, entry in found.items()}
 
-    @cached_property
-    def names(self) -> frozenset[str]:
-        """The names of `entries`; none where it is no zip file."""
-        if not self.head.startswith(b"PK\3\4"):
-            return frozenset()
-        return frozenset(self.entries)
+    def entry(self, name: str) -> Entry:
+        """An entry of a zip file that must be there.
+
+        Raises:
+            CorruptCheckpointError: it is not.
+        """
+        if name not in self.entries:
+            raise CorruptCheckpointError(f"Damaged: '{name:.80}' is missing in it.")
+        return self.entries[name]
 
     def beside(self, path: FilePath) -> OpenFile:
         """Another file, open as long as this one; the same for the same path.
@@ -82,22 +69,11 @@ class OpenFile:
         Raises:
             CheckpointError: it cannot be opened.
         """
-        if self._open is None:
+        if self.open_file is None:
             raise CorruptCheckpointError("A part of a file that refers to other files.")
-        if path not in self._opened:
-            self._opened[path] = self._open(path)
-        return self._opened[path]
-
-
-def entry_of(file: OpenFile, name: str) -> Entry:
-    """An entry of a zip file that must be there.
-
-    Raises:
-        CorruptCheckpointError: it is not.
-    """
-    if name not in file.entries:
-        raise CorruptCheckpointError(f"Damaged: '{name:.80}' is missing in it.")
-    return file.entries[name]
+        if str(path) not in self._opened:
+            self._opened[str(path)] = self.open_file(path)
+        return self._opened[str(path)]
 
 
 def read_json(data: bytes, what: str) -> dict[str, Any]:
@@ -121,9 +97,6 @@ def read_json(data: bytes, what: str) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise CorruptCheckpointError(f"Ambiguous: {what} has the name {key!r:.200} twice.")
-            seen.add(key)
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise CorruptCheckpointError(f"Ambiguous: {what} has the name {name!r:.200} twice.")
     return found

@@ -11,7 +11,6 @@ import re
 import shutil
 import sys
 import tempfile
-from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, BinaryIO, Final, cast
@@ -58,12 +57,6 @@ class RemotePath:
 
     def __str__(self) -> str:
         return self.url
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RemotePath) and self.url == other.url
-
-    def __hash__(self) -> int:
-        return hash(self.url)
 
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(f"{self.url}/{name}")
@@ -115,21 +108,17 @@ class RangedFile:
 
     Attributes:
         size: of the file, in bytes.
-        bytes_read: how many were fetched.
-        requests: in how many requests.
         identity: the same for the same file.
     """
 
     def __init__(self, system: Any, name: str, size: int) -> None:
         """Take a file system of fsspec, a name in it, and the file's size."""
         self.size = size
-        self.bytes_read = 0
-        self.requests = 0
         self.identity = (hash(name), size)
         self._system = system
         self._name = name
         self._at = 0
-        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._blocks: dict[int, bytes] = {}
 
     def seek(self, position: int) -> None:
         """Go to a position."""
@@ -156,17 +145,13 @@ class RangedFile:
             for block in range(first, last + 1):
                 self._blocks[block] = data[block * _BLOCK - begin : (block + 1) * _BLOCK - begin]
         found = b"".join(self._blocks[block] for block in blocks)
-        for block in blocks:
-            self._blocks.move_to_end(block)
         while len(self._blocks) > _KEPT:
-            self._blocks.popitem(last=False)
+            del self._blocks[next(iter(self._blocks))]
         return found[start - blocks[0] * _BLOCK : end - blocks[0] * _BLOCK]
 
     def _fetch(self, start: int, end: int) -> bytes:
         with _plain_errors():
             data = bytes(self._system.cat_file(self._name, start=start, end=end))
-        self.bytes_read += len(data)
-        self.requests += 1
         if len(data) != end - start:
             raise CorruptCheckpointError(
                 f"The server gave {len(data):,} bytes, and {end - start:,} were asked for: "

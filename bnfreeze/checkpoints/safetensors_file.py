@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Final
 
-from bnfreeze.checkpoints.limits import (
-    MAX_DIMENSIONS,
-    MAX_HEADER_BYTES,
-    MAX_TENSORS,
-    check_limit,
-    is_shape,
-    is_size,
-)
-from bnfreeze.checkpoints.reading import Content, OpenFile, read_json
+from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_limit, is_size
+from bnfreeze.checkpoints.pickled import Content
+from bnfreeze.checkpoints.reading import OpenFile, read_json
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import (
     ITEM_SIZES,
     NUMPY_DTYPES,
     Record,
     StoredTensor,
-    StridedTensor,
+    packed_tensor,
 )
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
@@ -87,10 +80,8 @@ def _tensor(name: str, description: dict[str, Any], data: Source) -> StoredTenso
         raise CorruptCheckpointError("Damaged: its header does not describe tensors.")
     if dtype not in DTYPES:
         raise UnsupportedFormatError(f"{name!r:.200} is of dtype {dtype!r:.40}, unknown here.")
-    check_limit(len(shape), MAX_DIMENSIONS, "dimensions of a tensor")
     begin, end = description["data_offsets"]
-    if not is_shape(shape) or math.prod(shape) * ITEM_SIZES[DTYPES[dtype]] != end - begin:
-        raise CorruptCheckpointError(f"Damaged: {name!r:.200} has another size than its shape.")
-    stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    record = Record(data.part(begin, end - begin))
-    return StridedTensor(DTYPES[dtype], tuple(shape), stride, record)
+    try:
+        return packed_tensor(DTYPES[dtype], shape, Record(data.part(begin, end - begin)))
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(f"{name!r:.200}: {error}") from None

@@ -6,8 +6,8 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 from bnfreeze.checkpoints.kinds import read_file
 from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_limit
-from bnfreeze.checkpoints.pickled import Opaque, Pairs
-from bnfreeze.checkpoints.reading import Content, OpenFile, read_json
+from bnfreeze.checkpoints.pickled import Content, Opaque, Pairs, tensor_in
+from bnfreeze.checkpoints.reading import OpenFile, read_json
 from bnfreeze.checkpoints.source import FilePath
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.errors import (
@@ -69,8 +69,8 @@ def _tensors_of(shard: OpenFile) -> tuple[dict[str, StoredTensor], tuple[Opaque,
     root = content.root.named() if isinstance(content.root, Pairs) else content.root
     if not isinstance(root, dict):
         raise CheckpointError("It holds no tensors by name.")
-    tensors = {name: value for name, value in root.items() if isinstance(value, StoredTensor)}
-    return tensors, content.made
+    found = {name: tensor_in(value) for name, value in root.items()}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}, content.made
 
 
 def beside(folder: FilePath, name: str) -> FilePath:

@@ -13,40 +13,25 @@ from typing import BinaryIO, cast
 from bnfreeze.checkpoints.remote import RangedFile, RemotePath
 from bnfreeze.errors import CheckpointError, CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["FilePath", "Reopened", "Source", "opened"]
+__all__ = ["FilePath", "Source", "opened"]
 
 FilePath = Path | RemotePath
 
 
-class Reopened:
-    """A file that is opened anew for each read: of some there are thousands."""
-
-    def __init__(self, path: FilePath) -> None:
-        """Take its path."""
-        self._path = path
-        self._at = 0
-
-    def seek(self, position: int) -> None:
-        """Go to a position."""
-        self._at = position
-
-    def read(self, length: int) -> bytes:
-        """The next bytes, of which there must be so many."""
-        with opened(self._path) as source:
-            return source.read(self._at, length)
-
-
 class Source:
-    """A range of an open file that is read by position.
+    """A range of a file that is read by position.
 
     Reading rather than mapping: a map dies with a signal where the file shrinks meanwhile, and
     its pages count as the reader's memory.
     """
 
     def __init__(
-        self, file: BinaryIO | RangedFile | Reopened, start: int | Callable[[], int], size: int
+        self, file: BinaryIO | RangedFile | FilePath, start: int | Callable[[], int], size: int
     ) -> None:
-        """Take `size` bytes of an open file from `start`, which may be found out when needed."""
+        """Take `size` bytes of an open file from `start`, which may be found out when needed.
+
+        By its path, the file is opened anew for each read: of some there are thousands.
+        """
         self._file = file
         self._start = start
         self.size = size
@@ -63,6 +48,9 @@ class Source:
             CorruptCheckpointError: they do not lie in the range, or the file has shrunk meanwhile.
         """
         start = self._place(offset, length)
+        if isinstance(self._file, (Path, RemotePath)):
+            with opened(self._file) as whole:
+                return whole.read(start, length)
         try:
             self._file.seek(start)
             data = self._file.read(length)
@@ -71,18 +59,6 @@ class Source:
         if len(data) != length:
             raise CorruptCheckpointError("The file became shorter while it was read.")
         return data
-
-    def placed(self, start: int, inside: Source) -> None:
-        """Say where this range lies, where the file says so later than how long it is.
-
-        Raises:
-            CorruptCheckpointError: not inside the other range.
-        """
-        self._start = inside._place(start, self.size)
-
-    def unplaced(self, size: int) -> Source:
-        """A range of the same file; to be read once it has been `placed`."""
-        return Source(self._file, 0, size)
 
     def later(self, place: Callable[[], int], size: int) -> Source:
         """A range of this range whose place is found out when it is first read."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_DICTS, MAX_NAME_LENGTH, check_limit, is_size
-from bnfreeze.checkpoints.modules import LayerSettings, Model, Work, is_module, model_of, tensor_in
-from bnfreeze.checkpoints.pickled import Opaque, Pairs, Stateful, children_of, key_text
+from bnfreeze.checkpoints.modules import LayerSettings, Model, is_module, model_of
+from bnfreeze.checkpoints.pickled import HOLDERS, Opaque, children_of, key_text, tensor_in
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
@@ -64,23 +64,19 @@ class StateDicts:
     def chosen(self, key: str | None) -> StateDicts:
         """The one under a key alone; all of them where there is no key.
 
-        Raises:
-            UnsupportedFormatError: as `under`.
-        """
-        return self if key is None else StateDicts((self.under(key),), {})
-
-    def under(self, key: str) -> StateDict:
-        """The one under a key: the dotted key, or the last part of it where that is clear.
+        A key is the dotted key, or the last part of it where that is clear.
 
         Raises:
             UnsupportedFormatError: none, or several; the message names those there are.
         """
+        if key is None:
+            return self
         keys = {found.key: found for found in self.all}
         keys |= {alias: replace(keys[there], key=alias) for alias, there in self.aliases.items()}
         named = [path for path in keys if path == key]
         named = named or [path for path in keys if path.split(".")[-1] == key]
         if len(named) == 1:
-            return keys[named[0]]
+            return StateDicts((keys[named[0]],), {})
         shown = ", ".join(repr(path) for path in list(named or keys)[:8] if path)
         if named:
             raise UnsupportedFormatError(f"Several are named {key!r:.200}: {shown}.")
@@ -131,61 +127,53 @@ def find_state_dicts(root: Any) -> StateDicts:
     return StateDicts(tuple(found), aliases)
 
 
-def _is_empty(holder: object) -> bool:
-    return isinstance(holder, (list, tuple, dict)) and not holder
-
-
 def _is_counter(one: StateDict) -> bool:
     """Whether these are counters or losses that stand beside a model."""
-    if one.has_norm_layers:
-        return False
-    return all(tensor.numel <= 1 for tensor in one.tensors.values())
+    return not one.has_norm_layers and all(tensor.numel <= 1 for tensor in one.tensors.values())
 
 
 def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
     """Every dict that has tensors by name and every whole model, level by level, each once."""
-    count = 0
-    level: list[tuple[str, Any, bool]] = [("", root, False)]
+    waiting: deque[tuple[str, Any, bool]] = deque([("", root, False)])
     # The key under which each object was met first.
     seen = {id(root): ""}
     yielded: set[str] = set()
     alike: Counter[str] = Counter()
-    work = Work()
-    while level:
-        below: list[tuple[str, Any, bool]] = []
-        for key, holder, in_optimizer in level:
-            model = holder if isinstance(holder, Model) else None
-            model = model_of(holder, work) if is_module(holder) else model
-            parts = [_state_dict(key, holder, model)]
-            if model and isinstance(holder, Opaque):
-                # Its class may be one of dicts as well.
-                parts.append(_state_dict(key, holder, None))
-            for found in parts:
-                if found is None or (in_optimizer and not found.has_norm_layers):
-                    continue
-                count += 1
-                check_limit(count, MAX_DICTS, "dicts of tensors")
-                # 0 and "0" are two keys, and look alike; as long keys do, which are cut.
-                unique = found.key
-                while unique in yielded:
-                    alike[found.key] += 1
-                    unique = f"{found.key}'{alike[found.key]}"
-                yielded.add(unique)
-                yield replace(found, key=unique)
-            if model:
-                seen |= {module: key for module in model.visited if module not in seen}
-            for part, child in model.besides if model else children_of(holder):
-                if not isinstance(child, _HOLDERS) or _is_empty(child):
-                    continue
-                name = key_text(part)
-                path = _joined(key, name)
-                if id(child) not in seen:
-                    seen[id(child)] = path
-                    optimizer = in_optimizer or name.startswith(_OPTIMIZERS)
-                    below.append((path, child, optimizer))
-                elif seen[id(child)] != path and len(aliases) < MAX_DICTS:
-                    aliases[path] = seen[id(child)]
-        level = below
+    looked = 0
+    while waiting:
+        key, holder, in_optimizer = waiting.popleft()
+        model = holder if isinstance(holder, Model) else None
+        if is_module(holder):
+            model = model_of(holder, looked)
+            looked = model.looked
+        parts = [_state_dict(key, holder, model)]
+        if model and isinstance(holder, Opaque):
+            # Its class may be one of dicts as well.
+            parts.append(_state_dict(key, holder, None))
+        for found in parts:
+            if found is None or (in_optimizer and not found.has_norm_layers):
+                continue
+            # 0 and "0" are two keys, and look alike; as long keys do, which are cut.
+            unique = found.key
+            while unique in yielded:
+                alike[found.key] += 1
+                unique = f"{found.key}'{alike[found.key]}"
+            yielded.add(unique)
+            check_limit(len(yielded), MAX_DICTS, "dicts of tensors")
+            yield replace(found, key=unique)
+        if model:
+            seen |= {module: key for module in model.visited if module not in seen}
+        for part, child in model.besides if model else children_of(holder):
+            # Python has one empty tuple for all, which would be the same in many places.
+            if not isinstance(child, HOLDERS) or not child:
+                continue
+            name = key_text(part)
+            path = _joined(key, name)
+            if id(child) not in seen:
+                seen[id(child)] = path
+                waiting.append((path, child, in_optimizer or name.startswith(_OPTIMIZERS)))
+            elif seen[id(child)] != path and len(aliases) < MAX_DICTS:
+                aliases[path] = seen[id(child)]
     for alias in [alias for alias, there in aliases.items() if there not in yielded]:
         del aliases[alias]
 
@@ -225,9 +213,6 @@ def _tensors_of(holder: Any) -> dict[str, StoredTensor]:
         elif tensor is not None and is_size(key):
             numbered[str(key)] = tensor
     return {f"{key}'" if key in named else key: value for key, value in numbered.items()} | named
-
-
-_HOLDERS: Final = (Pairs, Opaque, Stateful, dict, list, tuple)
 
 
 def _joined(key: str, name: str) -> str:

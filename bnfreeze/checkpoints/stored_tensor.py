@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,6 +26,7 @@ __all__ = [
     "check_claims",
     "decoded",
     "numbered",
+    "packed_tensor",
     "shown",
 ]
 
@@ -74,37 +74,40 @@ def decoded(words: Words, dtype: str) -> NDArray[Any] | None:
     return values
 
 
-class StoredTensor(ABC):
+class StoredTensor:
     """A tensor's description, and its bytes on demand.
 
     Attributes:
         dtype: torch's name of it, such as ``"float32"``.
         shape: the sizes.
-        has_values: whether there is more than the description.
-        why: why there is not; empty where there is.
+        why: why there is no more than the description; empty where there is.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    has_values: bool = True
     why: str = ""
+
+    @property
+    def has_values(self) -> bool:
+        """Whether there is more than the description."""
+        return not self.why
 
     @property
     def numel(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)
 
-    @abstractmethod
     def storage(self) -> tuple[object, int]:
         """What identifies the storage it lies in, and that storage's bytes."""
+        return self, self.numel * ITEM_SIZES.get(self.dtype, 1) if self.has_values else 0
 
-    @abstractmethod
     def words(self) -> Words:
         """All elements in row-major order, as unsigned integers.
 
         Raises:
             CheckpointError: they cannot be read.
         """
+        raise UnsupportedFormatError(f"A tensor cannot be read: {self.why}.")
 
     def pieces(self) -> Iterator[Words]:
         """As `words`, in pieces that are as long for every tensor."""
@@ -123,27 +126,13 @@ class StoredTensor(ABC):
         return None if values is None or values.dtype.kind == "c" else values.item()
 
 
+@dataclass(frozen=True, eq=False)
 class DescribedTensor(StoredTensor):
     """A tensor of which the description is read, and not the values."""
 
-    has_values = False
-
-    def __init__(self, dtype: str, shape: tuple[int, ...], why: str) -> None:
-        self.dtype = dtype
-        self.shape = shape
-        self.why = why
-
-    def storage(self) -> tuple[object, int]:
-        """Nothing, of no bytes."""
-        return self, 0
-
-    def words(self) -> Words:
-        """There are none.
-
-        Raises:
-            UnsupportedFormatError: always.
-        """
-        raise UnsupportedFormatError(f"A tensor cannot be read: {self.why}.")
+    dtype: str
+    shape: tuple[int, ...]
+    why: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,17 +143,19 @@ class Record:
         source: the storage's bytes.
         swapped: whether they are big-endian.
         checksum: the CRC-32 of all of them, as far as the file has one.
+        before: the CRC-32 of what stands before them, where the checksum is that of both.
     """
 
     source: Source
     swapped: bool = False
     checksum: int | None = None
+    before: int = 0
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of it, checked against the checksum where they are all of it."""
         data = self.source.read(offset, length)
         whole = self.checksum is not None and length == self.source.size
-        if whole and zlib.crc32(data) != self.checksum:
+        if whole and zlib.crc32(data, self.before) != self.checksum:
             raise CorruptCheckpointError(
                 "Damaged: a tensor's bytes do not match the checksum stored with them."
             )
@@ -247,13 +238,12 @@ class StridedTensor(StoredTensor):
         words = self._read(0, self._span)
         if self._contiguous:
             return words
-        pair = len(words) // self._span
-        size = words.itemsize
-        shape, steps = [*self.shape], [stride * size * pair for stride in self.stride]
-        if pair > 1:
-            shape, steps = [*shape, pair], [*steps, size]
-        view = np.lib.stride_tricks.as_strided(words, shape, steps, writeable=False)
-        return np.ascontiguousarray(view).reshape(-1)
+        # Of complex128 an element is two words.
+        size = ITEM_SIZES[self.dtype]
+        elements = words.view(f"V{size}")
+        steps = [stride * size for stride in self.stride]
+        view = np.lib.stride_tricks.as_strided(elements, self.shape, steps, writeable=False)
+        return np.ascontiguousarray(view).reshape(-1).view(words.dtype)
 
     def pieces(self) -> Iterator[Words]:
         """As `words`, in pieces; of a contiguous tensor never more than one is in memory."""
@@ -276,6 +266,25 @@ class StridedTensor(StoredTensor):
         if self.dtype in {"complex64", "complex32"}:
             words = words.view(f"<u{size * 2}")
         return words
+
+
+def packed_tensor(dtype: str, shape: Any, record: Record, fortran: bool = False) -> StridedTensor:
+    """A tensor whose elements fill its record, in row-major order or in Fortran's.
+
+    Raises:
+        CorruptCheckpointError: the shape is none, or does not fit the bytes.
+    """
+    if type(shape) not in {tuple, list} or not is_shape(shape):
+        raise CorruptCheckpointError("Damaged: a tensor whose shape makes no sense.")
+    check_limit(len(shape), MAX_DIMENSIONS, "dimensions of a tensor")
+    if math.prod(shape) * ITEM_SIZES[dtype] != record.source.size:
+        raise CorruptCheckpointError(
+            f"Damaged: a tensor of {math.prod(shape):,} elements of {dtype} is said to lie in "
+            f"{record.source.size:,} bytes."
+        )
+    axes = range(len(shape))
+    stride = tuple(math.prod(shape[:axis] if fortran else shape[axis + 1 :]) for axis in axes)
+    return StridedTensor(dtype, tuple(shape), stride, record)
 
 
 def check_claims(tensors: Iterable[StoredTensor]) -> None:

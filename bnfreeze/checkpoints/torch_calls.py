@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_DIMENSIONS, MAX_NAME_LENGTH, check_limit, is_shape
-from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs
-from bnfreeze.checkpoints.pickles import check_new
+from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs, check_new, tensor_in
 from bnfreeze.checkpoints.stored_tensor import (
+    ITEM_SIZES,
     DescribedTensor,
     Record,
     StoredTensor,
     StridedTensor,
 )
-from bnfreeze.checkpoints.torch_names import DTYPES
 
 __all__ = [
+    "DTYPES",
+    "STORAGES",
     "TORCH_BUILDERS",
+    "TORCH_NAMES",
     "Storage",
     "attribute",
     "check_attributes",
@@ -26,15 +29,40 @@ __all__ = [
     "object_of",
 ]
 
+# By the name of a typed storage, the dtype of its elements.
+STORAGES: Final[dict[str, str]] = {
+    f"torch.{device}{name}Storage": dtype
+    # Before torch 1.0 a storage on a GPU had a name of its own.
+    for device in ("", "cuda.")
+    for name, dtype in {
+        "Double": "float64",
+        "Float": "float32",
+        "Half": "float16",
+        "BFloat16": "bfloat16",
+        "ComplexDouble": "complex128",
+        "ComplexFloat": "complex64",
+        "Long": "int64",
+        "Int": "int32",
+        "Short": "int16",
+        "Char": "int8",
+        "Byte": "uint8",
+        "Bool": "bool",
+        "QUInt8": "quint8",
+        "QInt8": "qint8",
+        "QInt32": "qint32",
+    }.items()
+    if not (device and name.startswith("Q"))
+} | {"torch.storage.UntypedStorage": "uint8"}
 
+DTYPES: Final[dict[str, str]] = {f"torch.{dtype}": dtype for dtype in ITEM_SIZES}
+
+
+@dataclass(frozen=True, eq=False)
 class Storage:
     """A storage that the pickle refers to, and the dtype that it says it has."""
 
-    __slots__ = ("dtype", "record")
-
-    def __init__(self, record: Record, dtype: str) -> None:
-        self.record = record
-        self.dtype = dtype
+    record: Record
+    dtype: str
 
 
 # What makes a layer that bnfreeze froze: of its class, of how it behaves, and of how it was made.
@@ -95,20 +123,32 @@ def attribute(arguments: tuple[Any, ...]) -> Global | None:
     return Global(name)
 
 
-def _view(arguments: tuple[Any, ...]) -> tuple[Storage, Any, Any, Any]:
-    """The storage, offset, shape and stride of a tensor."""
+def _view(arguments: tuple[Any, ...], dtype: str, flags: tuple[Any, ...] = ()) -> StoredTensor:
+    """A tensor by its storage, offset, shape and stride.
+
+    Of a conjugated or negated view, whose stored values are others, there are no values.
+    """
     storage, offset, shape, stride = arguments[:4]
     if not isinstance(storage, Storage):
         raise TypeError
-    return storage, offset, shape, stride
-
-
-def _flagged(tensor: StoredTensor, flags: tuple[Any, ...]) -> StoredTensor:
-    """The tensor; of a conjugated or negated view, whose stored values are others, no values."""
+    tensor = StridedTensor(dtype, tuple(shape), tuple(stride), storage.record, offset)
     flag = flags[0] if flags else None
     if flag is None or (isinstance(flag, Pairs) and not flag.pairs):
         return tensor
     return DescribedTensor(tensor.dtype, tensor.shape, "it is a conjugated or negated view")
+
+
+def _tensor(arguments: tuple[Any, ...]) -> StoredTensor:
+    return _view(arguments, arguments[0].dtype, arguments[6:7])
+
+
+def _tensor_v3(arguments: tuple[Any, ...]) -> StoredTensor:
+    return _view(arguments, DTYPES[arguments[6].name], arguments[7:8])
+
+
+def _quantised(arguments: tuple[Any, ...]) -> StoredTensor:
+    tensor = _view(arguments, arguments[0].dtype)
+    return DescribedTensor(tensor.dtype, tensor.shape, "it is quantised")
 
 
 def _parameter(arguments: tuple[Any, ...]) -> StoredTensor:
@@ -128,6 +168,10 @@ def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return arguments[0]
 
 
+def _described(dtype: Any, shape: Any, why: str) -> DescribedTensor:
+    return DescribedTensor(DTYPES[dtype.name], checked_shape(shape), why)
+
+
 def _meta(arguments: tuple[Any, ...]) -> DescribedTensor:
     return _described(arguments[0], arguments[1], "it was saved without values")
 
@@ -137,7 +181,8 @@ def _wrapper(arguments: tuple[Any, ...]) -> DescribedTensor:
 
 
 def _elsewhere(arguments: tuple[Any, ...]) -> DescribedTensor:
-    return _described(arguments[1], arguments[0].shape, "it lay on a device of another kind")
+    array: Any = tensor_in(arguments[0])
+    return _described(arguments[1], array.shape, "it lay on a device of another kind")
 
 
 def _sparse(arguments: tuple[Any, ...]) -> DescribedTensor:
@@ -152,10 +197,6 @@ def _constructed(_: tuple[Any, ...]) -> object:
     raise ValueError
 
 
-def _described(dtype: Any, shape: Any, why: str) -> DescribedTensor:
-    return DescribedTensor(DTYPES[dtype.name], checked_shape(shape), why)
-
-
 def checked_shape(shape: Any) -> tuple[int, ...]:
     """The shape of a tensor that is only described.
 
@@ -167,24 +208,6 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
     if not is_shape(shape):
         raise ValueError
     return tuple(shape)
-
-
-def _tensor(arguments: tuple[Any, ...]) -> StoredTensor:
-    storage, offset, shape, stride = _view(arguments)
-    tensor = StridedTensor(storage.dtype, tuple(shape), tuple(stride), storage.record, offset)
-    return _flagged(tensor, arguments[6:7])
-
-
-def _tensor_v3(arguments: tuple[Any, ...]) -> StoredTensor:
-    storage, offset, shape, stride = _view(arguments)
-    dtype = DTYPES[arguments[6].name]
-    tensor = StridedTensor(dtype, tuple(shape), tuple(stride), storage.record, offset)
-    return _flagged(tensor, arguments[7:8])
-
-
-def _quantised(arguments: tuple[Any, ...]) -> StoredTensor:
-    tensor = _tensor(arguments[:4])
-    return DescribedTensor(tensor.dtype, tensor.shape, "it is quantised")
 
 
 TORCH_BUILDERS: Final[dict[str, Callable[[tuple[Any, ...]], object]]] = {
@@ -203,3 +226,21 @@ TORCH_BUILDERS: Final[dict[str, Callable[[tuple[Any, ...]], object]]] = {
     "torch.Tensor": _constructed,
     "torch.Size": _size,
 }
+
+# The names of torch that occur in what torch.save writes, as torch's own `weights_only` allows
+# them. They are kept as text, so that torch is not needed; a test compares them with torch's list.
+TORCH_NAMES: Final = (
+    TORCH_BUILDERS.keys()
+    | STORAGES.keys()
+    | DTYPES.keys()
+    | {
+        "torch._tensor._rebuild_from_type_v2",
+        "torch.device",
+        "torch.serialization._get_layout",
+        "torch.per_tensor_affine",
+        "torch.per_tensor_symmetric",
+        "torch.per_channel_affine",
+        "torch.per_channel_symmetric",
+        "torch.per_channel_affine_float_qparams",
+    }
+)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_limit
-from bnfreeze.checkpoints.reading import Content, OpenFile, entry_of, read_json
+from bnfreeze.checkpoints.pickled import Content
+from bnfreeze.checkpoints.reading import OpenFile, read_json
 from bnfreeze.checkpoints.stored_tensor import (
     DescribedTensor,
     Record,
@@ -38,9 +39,9 @@ def read_export(file: OpenFile) -> Content:
     Raises:
         CheckpointError: refused or damaged.
     """
-    if _OLD in file.names:
+    if _OLD in file.entries:
         # Before torch 2.8 the weights were a file of torch.save inside the archive.
-        return read_torch_zip(OpenFile(entry_of(file, _OLD).source, file.path))
+        return read_torch_zip(OpenFile(file.entry(_OLD).source, file.path))
     configs = [
         name for name in file.entries if name.startswith("data/weights/") and name.endswith(_CONFIG)
     ]
@@ -57,7 +58,7 @@ def read_export(file: OpenFile) -> Content:
 
 
 def _weights(file: OpenFile, config: str) -> dict[str, StoredTensor]:
-    entry = entry_of(file, config)
+    entry = file.entry(config)
     weights = read_json(entry.read(), "the list of weights").get("config")
     if type(weights) is not dict:
         raise CorruptCheckpointError("Damaged: the list of weights has no config.")
@@ -77,7 +78,7 @@ def _tensor(file: OpenFile, weight: Any, records: dict[str, Record]) -> StoredTe
                 dtype, checked_shape(shape), "its class keeps its values in its own way"
             )
         if name not in records:
-            entry = entry_of(file, f"data/weights/{name}")
+            entry = file.entry(f"data/weights/{name}")
             records[name] = Record(entry.source, checksum=entry.checksum)
         offset = meta["storage_offset"]["as_int"]
         return StridedTensor(dtype, shape, stride, records[name], offset)

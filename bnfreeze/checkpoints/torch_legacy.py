@@ -9,17 +9,18 @@ keys, and for each key a count and that many elements.
 from __future__ import annotations
 
 import struct
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Final
 
 from bnfreeze.checkpoints.code_names import would_call
 from bnfreeze.checkpoints.limits import MAX_TENSORS, check_limit
-from bnfreeze.checkpoints.pickled import Pairs
-from bnfreeze.checkpoints.pickles import Described, read_pickle
-from bnfreeze.checkpoints.reading import Content, OpenFile
+from bnfreeze.checkpoints.pickled import Content, Pairs
+from bnfreeze.checkpoints.pickles import read_pickle
+from bnfreeze.checkpoints.reading import OpenFile
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import Record
-from bnfreeze.checkpoints.torch_tensors import read_torch_pickle
+from bnfreeze.checkpoints.torch_tensors import TorchPickleReader
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
 __all__ = ["read_plain_pickle", "read_torch_legacy"]
@@ -31,11 +32,46 @@ _VERSION: Final = 1001
 def read_torch_legacy(file: OpenFile) -> Content:
     """What was saved, with a `StoredTensor` for each tensor.
 
+    A single storage, where the file stands for one inside a plain pickle.
+
     Raises:
         CheckpointError: refused or damaged.
     """
-    described = _read_storage(file.source)
-    return Content(described.root, described.made)
+    source = file.source
+    records: dict[str, Record] = {}
+    elements: dict[str, int] = {}
+    starts: dict[str, int] = {}
+
+    def find(key: str, size: int, item_size: int) -> Record:
+        if key not in records:
+            records[key] = Record(source.later(lambda: starts[key], size))
+            elements[key] = size // item_size
+        if records[key].source.size != size:
+            raise CorruptCheckpointError("Damaged: a storage is said to have several sizes.")
+        return records[key]
+
+    content = TorchPickleReader(find).read(source, _preamble(source))
+    keys = read_pickle(source, content.end)
+    made = (*content.made, *keys.made)
+    try:
+        _check_keys(keys.root, elements)
+        position = keys.end
+        for key in keys.root:
+            (count,) = struct.unpack("<q", source.read(position, 8))
+            if count != elements[key]:
+                raise CorruptCheckpointError(
+                    f"Damaged: a storage is said to have {elements[key]:,} elements here and "
+                    f"{count:,} there."
+                )
+            starts[key] = position + 8
+            position += 8 + source.part(position + 8, records[key].source.size).size
+        if position != source.size:
+            raise CorruptCheckpointError(
+                f"Damaged: {source.size - position:,} bytes follow after the last storage."
+            )
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(f"{error}{would_call(made)}") from None
+    return replace(content, made=made)
 
 
 def read_plain_pickle(file: OpenFile) -> Content:
@@ -44,47 +80,24 @@ def read_plain_pickle(file: OpenFile) -> Content:
     Raises:
         CheckpointError: refused or damaged.
     """
-    described = read_torch_pickle(file.source, None, nested=_read_storage)
-    if described.end != file.source.size:
+
+    def nested(source: Source) -> Content:
+        return read_torch_legacy(OpenFile(source, file.path))
+
+    content = TorchPickleReader(None, nested).read(file.source)
+    if content.end != file.source.size:
         # A second pickle would not be read, and nothing be said of it.
         raise CorruptCheckpointError(
-            f"Damaged: {file.source.size - described.end:,} bytes follow after its pickle."
+            f"Damaged: {file.source.size - content.end:,} bytes follow after its pickle."
         )
-    return Content(described.root, described.made)
-
-
-def _read_storage(source: Source) -> Described:
-    """What was saved; a single storage, where the file stands for one inside a plain pickle.
-
-    Raises:
-        CheckpointError: refused or damaged.
-    """
-    records: dict[str, Record] = {}
-    elements: dict[str, int] = {}
-
-    def find(key: str, size: int, item_size: int) -> Record:
-        if key not in records:
-            records[key] = Record(source.unplaced(size))
-            elements[key] = size // item_size
-        if records[key].source.size != size:
-            raise CorruptCheckpointError("Damaged: a storage is said to have several sizes.")
-        return records[key]
-
-    described = read_torch_pickle(source, find, start=_preamble(source))
-    keys = read_pickle(source, start=described.end)
-    made = (*described.made, *keys.made)
-    try:
-        _place(source, keys.end, keys.root, records, elements)
-    except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{error}{would_call(made)}") from None
-    return replace(described, made=made)
+    return content
 
 
 def _preamble(source: Source) -> int:
     """Check what comes before the saved object, and give the position where that begins."""
     magic = read_pickle(source)
-    version = read_pickle(source, start=magic.end)
-    system = read_pickle(source, start=version.end)
+    version = read_pickle(source, magic.end)
+    system = read_pickle(source, version.end)
     if magic.root != _MAGIC or version.root != _VERSION or not isinstance(system.root, Pairs):
         raise CorruptCheckpointError("Damaged: the beginning is not that of a file of torch.save.")
     if system.root.named().get("little_endian") is not True:
@@ -92,30 +105,10 @@ def _preamble(source: Source) -> int:
     return system.end
 
 
-def _place(
-    source: Source,
-    position: int,
-    keys: object,
-    records: dict[str, Record],
-    elements: dict[str, int],
-) -> None:
-    """Find each storage's bytes, which lie one after the other in the order of `keys`."""
+def _check_keys(keys: object, elements: Collection[str]) -> None:
+    """Check that the storages listed are those that tensors use."""
     if type(keys) is not list or any(type(key) is not str for key in keys):
         raise CorruptCheckpointError("Damaged: the list of storages is none.")
     check_limit(len(keys), MAX_TENSORS, "storages")
-    if len(set(keys)) != len(keys) or set(keys) != records.keys():
+    if len(set(keys)) != len(keys) or set(keys) != set(elements):
         raise CorruptCheckpointError("Damaged: the storages listed are not those that tensors use.")
-    for key in keys:
-        (count,) = struct.unpack("<q", source.read(position, 8))
-        record = records[key].source
-        if count != elements[key]:
-            raise CorruptCheckpointError(
-                f"Damaged: a storage is said to have {elements[key]:,} elements here and "
-                f"{count:,} there."
-            )
-        record.placed(position + 8, source)
-        position += 8 + record.size
-    if position != source.size:
-        raise CorruptCheckpointError(
-            f"Damaged: {source.size - position:,} bytes follow after the last storage."
-        )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, Final
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, Final
 
 from bnfreeze.checkpoints.code_names import is_ordinary
 from bnfreeze.checkpoints.limits import (
@@ -14,93 +15,52 @@ from bnfreeze.checkpoints.limits import (
     check_limit,
     is_size,
 )
-from bnfreeze.checkpoints.numpy_arrays import NUMPY_BUILDERS
-from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs
-from bnfreeze.checkpoints.pickles import Described, read_pickle
+from bnfreeze.checkpoints.numpy_arrays import NUMPY_BUILDERS, fill_array
+from bnfreeze.checkpoints.pickled import Content, Global, Opaque, Pairs
+from bnfreeze.checkpoints.pickles import PickleReader
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.checkpoints.stored_tensor import (
-    ITEM_SIZES,
-    Record,
-    StoredTensor,
-)
+from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES, Record, StoredTensor
 from bnfreeze.checkpoints.torch_calls import (
+    STORAGES,
     TORCH_BUILDERS,
     Storage,
     attribute,
     check_attributes,
     object_of,
 )
-from bnfreeze.checkpoints.torch_names import STORAGES
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["read_torch_pickle"]
+__all__ = ["TorchPickleReader"]
 
 
-def read_torch_pickle(
-    source: Source,
-    find: Callable[[str, int, int], Record] | None,
-    *,
-    start: int = 0,
-    nested: Callable[[Source], Described] | None = None,
-) -> Described:
-    """Describe what a pickle would build, with a `StoredTensor` for each tensor and array.
-
-    Args:
-        source: the bytes.
-        find: is given a storage's key, the bytes that it is said to have, and an element's;
-            gives back its record, or raises CorruptCheckpointError. None where the pickle
-            cannot refer to storages.
-        start: where the pickle begins.
-        nested: reads the file of torch.save that stands for a storage where a tensor was pickled
-            without torch.save.
-
-    Raises:
-        CheckpointError: as `read_pickle`.
-    """
-    reader = _Reader(find, nested)
-    described = read_pickle(
-        source, start=start, call=reader.called, persistent=reader.referred if find else None
-    )
-    return replace(described, made=(*described.made, *reader.called_besides.values()))
+_BUILDERS: Final = TORCH_BUILDERS | NUMPY_BUILDERS | {"builtins.getattr": attribute}
 
 
-_FROM_TYPE: Final = "torch._tensor._rebuild_from_type_v2"
+class TorchPickleReader(PickleReader):
+    """A reader of pickles that gives a `StoredTensor` for each tensor and array."""
 
-
-class _Reader:
     def __init__(
         self,
         find: Callable[[str, int, int], Record] | None,
-        nested: Callable[[Source], Described] | None,
+        nested: Callable[[Source], Content] | None = None,
     ) -> None:
+        """Take what finds storages.
+
+        Args:
+            find: is given a storage's key, the bytes that it is said to have, and an element's;
+                gives back its record, or raises CorruptCheckpointError. None where the pickle
+                cannot refer to storages.
+            nested: reads the file of torch.save that stands for a storage where a tensor was
+                pickled without torch.save.
+        """
+        super().__init__()
         self._find = find
         self._nested = nested
-        self._tensors = 0
-        self._copied = 0
-        self._copied_bytes = 0
-        self._nested_bytes = 0
+        self._used: Counter[str] = Counter()
         self._storages: dict[int, tuple[object, Storage]] = {}
         self._dtypes: dict[str, str] = {}
         # What would be called by a call that is harmless by itself.
-        self.called_besides: dict[str, Opaque] = {}
-        self._builders: Mapping[str, Callable[[tuple[Any, ...]], object]] = {
-            **TORCH_BUILDERS,
-            _FROM_TYPE: self._inner,
-            "torch.storage._load_from_bytes": self._storage_of_bytes,
-            "collections.OrderedDict": self._ordered,
-            "collections.Counter": self._counter,
-            "collections.defaultdict": lambda arguments: self._ordered(arguments[1:]),
-            "collections.deque": self._list,
-            "builtins.list": self._list,
-            "builtins.set": self._list,
-            "builtins.frozenset": self._list,
-            "builtins.tuple": lambda arguments: tuple(self._list(arguments)),
-            "builtins.dict": self._ordered,
-            "builtins.bytearray": self._bytes,
-            "builtins.getattr": attribute,
-            "_codecs.encode": self._bytes,
-            **NUMPY_BUILDERS,
-        }
+        self._besides: set[str] = set()
 
     def called(self, call: Opaque) -> object:
         """What a call gives: a tensor, a dict, or, where it is not interpreted, the call itself."""
@@ -110,8 +70,9 @@ class _Reader:
             self._charge(len(call.arguments))
             for argument in call.arguments:
                 if isinstance(argument, Global) and not is_ordinary(argument.name):
-                    self.called_besides.setdefault(argument.name, Opaque(argument.name, ()))
-        builder = self._builders.get(call.name)
+                    self._add(Opaque(argument.name, ()))
+        method = self._methods.get(call.name)
+        builder = partial(method, self) if method else _BUILDERS.get(call.name)
         if builder is None:
             return call
         try:
@@ -121,19 +82,33 @@ class _Reader:
                 f"Damaged: {call.name} is called with arguments that it does not take."
             ) from None
         if isinstance(made, StoredTensor):
-            self._tensors += 1
-            check_limit(self._tensors, MAX_TENSORS, "tensors")
+            self._charge(1, "tensors", MAX_TENSORS)
         return call if made is None else made
+
+    def filled(self, made: Opaque) -> None:
+        """Take the state of an object: an array of NumPy is made empty, and filled by it."""
+        fill_array(made)
+        if made.array is not None:
+            self._charge(1, "tensors", MAX_TENSORS)
+
+    def _add(self, made: Opaque) -> None:
+        if made.name not in self._besides:
+            self._besides.add(made.name)
+            self.made.append(made)
+
+    def _charge(self, amount: int, what: str = "copied entries", limit: int = MAX_OPCODES) -> None:
+        """Count what calls look through or copy; few opcodes can give the same to many calls."""
+        self._used[what] += amount
+        check_limit(self._used[what], limit, what)
 
     def referred(self, key: object) -> object:
         """What a persistent id means: a storage, or a class of modules with its source code."""
+        if self._find is None:
+            return super().referred(key)
         if type(key) is tuple and len(key) == 4 and key[0] == "module":
             if not isinstance(key[1], Global):
                 raise CorruptCheckpointError("Damaged: a class of modules that is none.")
             return key[1]
-        return self._storage(key)
-
-    def _storage(self, key: object) -> Storage:
         if type(key) is not tuple or len(key) < 5 or key[0] not in ("storage", b"storage"):
             raise CorruptCheckpointError(
                 "Damaged: its pickle refers to something that is no storage."
@@ -152,7 +127,6 @@ class _Reader:
             raise CorruptCheckpointError(
                 f"Ambiguous: a storage is said to hold {first} here and {dtype} there."
             )
-        assert self._find is not None
         return Storage(self._find(name, count * ITEM_SIZES[dtype], ITEM_SIZES[dtype]), dtype)
 
     def _storage_of_bytes(self, arguments: tuple[Any, ...]) -> Storage:
@@ -163,20 +137,20 @@ class _Reader:
             return self._storages[id(data)][1]
         if self._nested is None:
             raise ValueError
-        described = self._nested(Source.of(data) if type(data) is bytes else data)
-        self._nested_bytes += described.end
-        check_limit(self._nested_bytes, MAX_PICKLE_BYTES, "bytes of pickles in a pickle")
-        if not isinstance(described.root, Storage):
+        content = self._nested(Source.of(data) if type(data) is bytes else data)
+        self._charge(content.end, "bytes of pickles in a pickle", MAX_PICKLE_BYTES)
+        if not isinstance(content.root, Storage):
             raise TypeError
-        self.called_besides |= {made.name: made for made in described.made}
-        self._storages[id(data)] = (data, described.root)
-        return described.root
+        for made in content.made:
+            self._add(made)
+        self._storages[id(data)] = (data, content.root)
+        return content.root
 
     def _inner(self, arguments: tuple[Any, ...]) -> object:
         """A tensor with attributes of its own: the tensor."""
         function, _, inner, state = arguments
         # One inside another is nothing that torch writes, and could be nested without end.
-        if function.name not in self._builders or function.name == _FROM_TYPE:
+        if function.name not in _BUILDERS:
             raise ValueError
         check_attributes(state)
         return self.called(Opaque(function.name, inner))
@@ -184,14 +158,8 @@ class _Reader:
     def _ordered(self, arguments: tuple[Any, ...]) -> Pairs:
         given = arguments[0] if arguments else []
         pairs = given.pairs if isinstance(given, Pairs) else given
-        # A few opcodes can ask for a long list to be copied again and again.
         self._charge(len(pairs))
         return Pairs([(key, value) for key, value in pairs])
-
-    def _charge(self, entries: int) -> None:
-        """Count what a call looks through; few opcodes can give the same to many calls."""
-        self._copied += entries
-        check_limit(self._copied, MAX_OPCODES, "copied entries")
 
     def _list(self, arguments: tuple[Any, ...]) -> list[Any]:
         given = arguments[0] if arguments else []
@@ -205,11 +173,27 @@ class _Reader:
         text, *encoding = arguments or (b"",)
         if type(text) is not str or encoding not in (["latin1"], ["latin-1"]):
             return text if type(text) is bytes and not encoding else None
-        self._copied_bytes += len(text)
-        check_limit(self._copied_bytes, 4 * MAX_PICKLE_BYTES, "bytes of copied texts")
+        self._charge(len(text), "bytes of copied texts", 4 * MAX_PICKLE_BYTES)
         return text.encode("latin-1")
 
     def _counter(self, arguments: tuple[Any, ...]) -> Pairs:
         if arguments and not isinstance(arguments[0], Pairs):
             raise TypeError
         return self._ordered(arguments)
+
+    # By name, without a reference to the reader: it goes as soon as it has read.
+    _methods: ClassVar[dict[str, Callable[[Any, tuple[Any, ...]], object]]] = {
+        "torch._tensor._rebuild_from_type_v2": _inner,
+        "torch.storage._load_from_bytes": _storage_of_bytes,
+        "collections.OrderedDict": _ordered,
+        "collections.Counter": _counter,
+        "collections.defaultdict": lambda self, arguments: self._ordered(arguments[1:]),
+        "collections.deque": _list,
+        "builtins.list": _list,
+        "builtins.set": _list,
+        "builtins.frozenset": _list,
+        "builtins.tuple": lambda self, arguments: tuple(self._list(arguments)),
+        "builtins.dict": _ordered,
+        "builtins.bytearray": _bytes,
+        "_codecs.encode": _bytes,
+    }

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from bnfreeze.checkpoints.limits import MAX_PICKLE_BYTES, check_limit
-from bnfreeze.checkpoints.pickles import Described
-from bnfreeze.checkpoints.reading import Content, OpenFile, entry_of
+from bnfreeze.checkpoints.pickled import Content
+from bnfreeze.checkpoints.reading import OpenFile
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import Record
-from bnfreeze.checkpoints.torch_tensors import read_torch_pickle
+from bnfreeze.checkpoints.torch_tensors import TorchPickleReader
 from bnfreeze.errors import CorruptCheckpointError
 
-__all__ = ["read_archive", "read_torch_zip", "read_torchscript"]
-
-
-def read_torch_zip(file: OpenFile) -> Content:
-    """What was saved, with a `StoredTensor` for each tensor.
-
-    Raises:
-        CheckpointError: refused or damaged.
-    """
-    described = read_archive(file)
-    return Content(described.root, described.made)
+__all__ = ["read_torch_zip", "read_torchscript"]
 
 
 def read_torchscript(file: OpenFile) -> Content:
@@ -32,16 +24,16 @@ def read_torchscript(file: OpenFile) -> Content:
     Raises:
         CheckpointError: refused or damaged.
     """
-    described = read_archive(file)
-    return Content(
-        described.root,
-        tuple(made for made in described.made if not made.name.startswith("__torch__.")),
-        ("TorchScript: its code was not looked at. Calling the model runs that code.",),
+    content = read_torch_zip(file)
+    return replace(
+        content,
+        made=tuple(made for made in content.made if not made.name.startswith("__torch__.")),
+        remarks=("TorchScript: its code was not looked at. Calling the model runs that code.",),
     )
 
 
-def read_archive(file: OpenFile) -> Described:
-    """What the pickle in the archive describes, with its tensors in the archive's records.
+def read_torch_zip(file: OpenFile) -> Content:
+    """What was saved, with a `StoredTensor` for each tensor.
 
     Raises:
         CheckpointError: refused or damaged.
@@ -49,7 +41,7 @@ def read_archive(file: OpenFile) -> Described:
     folders = {name.partition("/")[0] for name in file.entries}
     if "data.pkl" not in file.entries and len(folders) > 1:
         raise CorruptCheckpointError("Ambiguous: the zip file has several folders at its top.")
-    pickle = entry_of(file, "data.pkl")
+    pickle = file.entry("data.pkl")
     check_limit(pickle.source.size, MAX_PICKLE_BYTES, "bytes of a pickle")
     swapped = _is_big_endian(file)
     found: dict[str, Record] = {}
@@ -69,7 +61,7 @@ def read_archive(file: OpenFile) -> Described:
             )
         return found[key]
 
-    return read_torch_pickle(Source.of(pickle.read()), find)
+    return TorchPickleReader(find).read(Source.of(pickle.read()))
 
 
 def _is_big_endian(file: OpenFile) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 from typing import Final
 
 from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, MAX_RECORDS, check_limit
@@ -31,24 +31,30 @@ _SIZES_FOLLOW: Final = 0x8
 _IS_FOLDER: Final = 0x10
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Entry:
-    """A file in the archive.
+    """A file in the archive, as the directory has it.
 
     Attributes:
-        name: as the directory has it.
+        name: its name.
         size: of its bytes.
         checksum: the CRC-32 of its bytes; None where it was left out.
         refusal: why it must not be read; None where it may.
+        at: where its local header begins.
+        packed: how many bytes it takes behind that.
+        end: where the next entry begins.
     """
 
     name: str
     size: int
     checksum: int | None
     refusal: CheckpointError | None
-    _source: Source
+    at: int
+    packed: int
+    _archive: Source
+    end: int = 0
 
-    @property
+    @cached_property
     def source(self) -> Source:
         """Its bytes. What stands before them in the file is checked when they are first read.
 
@@ -57,7 +63,7 @@ class Entry:
         """
         if self.refusal is not None:
             raise self.refusal
-        return self._source
+        return self._archive.later(self._begin, self.size)
 
     def read(self) -> bytes:
         """All of it, checked against the checksum."""
@@ -66,48 +72,30 @@ class Entry:
             raise CorruptCheckpointError(f"Damaged: {self.name!r} does not match its checksum.")
         return data
 
-
-@dataclass
-class _Place:
-    """What the directory says of where an entry lies.
-
-    Attributes:
-        name: as its bytes.
-        at: where its local header begins.
-        packed: how many bytes it takes behind that.
-        size: how many it has.
-        end: where the next begins.
-    """
-
-    name: bytes
-    at: int
-    packed: int
-    size: int
-    end: int = 0
-
-    def begin(self, source: Source) -> int:
+    def _begin(self) -> int:
         """Where its bytes begin, by its local header.
 
         Raises:
             CorruptCheckpointError: that is not there, or says something else.
         """
-        shown = self.name.decode(errors="replace")
-        local = _LOCAL.unpack(source.read(self.at, _LOCAL.size))
+        local = _LOCAL.unpack(self._archive.read(self.at, _LOCAL.size))
         begin: int = self.at + _LOCAL.size + local[9] + local[10]
         if (
             local[0] != b"PK\3\4"
             or local[2] & _ENCRYPTED
             or local[3]
-            or source.read(self.at + _LOCAL.size, local[9]) != self.name
+            or self._archive.read(self.at + _LOCAL.size, local[9]) != self.name.encode()
         ):
             raise CorruptCheckpointError(
-                f"Damaged: {shown!r} is not where the zip file's directory says."
+                f"Damaged: {self.name!r} is not where the zip file's directory says."
             )
         sizes = zip((local[7], local[8]), (self.packed, self.size), strict=True)
         if not local[2] & _SIZES_FOLLOW and any(
             here not in (there, 0xFFFFFFFF) for here, there in sizes
         ):
-            raise CorruptCheckpointError(f"Damaged: {shown!r} has one size here and another there.")
+            raise CorruptCheckpointError(
+                f"Damaged: {self.name!r} has one size here and another there."
+            )
         if begin + self.packed > self.end:
             raise CorruptCheckpointError("Damaged: entries of the zip file overlap.")
         return begin
@@ -126,10 +114,9 @@ def read_directory(source: Source) -> dict[str, Entry]:
     directory = source.read(start, end - start)
     entries: dict[str, Entry] = {}
     folded: set[str] = set()
-    places: list[_Place] = []
     position = 0
     for _ in range(count):
-        entry, place, position = _entry(source, directory, position)
+        entry, position = _entry(source, directory, position)
         # torch's reader finds names whatever their case.
         if entry.name.casefold() in folded:
             raise CorruptCheckpointError(
@@ -137,16 +124,15 @@ def read_directory(source: Source) -> dict[str, Entry]:
             )
         folded.add(entry.name.casefold())
         entries[entry.name] = entry
-        places.append(place)
     if position != len(directory):
         raise CorruptCheckpointError(
             "Damaged: the zip file's directory does not have its own length."
         )
-    places.sort(key=lambda place: place.at)
-    for place, following in pairwise([*places, _Place(b"", start, 0, 0)]):
-        place.end = following.at
-        if place.at + _LOCAL.size + len(place.name) + place.packed > place.end:
+    end = start
+    for entry in sorted(entries.values(), key=lambda entry: entry.at, reverse=True):
+        if entry.at + _LOCAL.size + len(entry.name.encode()) + entry.packed > end:
             raise CorruptCheckpointError("Damaged: entries of the zip file overlap.")
+        entry.end, end = end, entry.at
     return entries
 
 
@@ -163,6 +149,7 @@ def _directory(source: Source) -> tuple[int, int, int]:
     )
     if magic != b"PK\5\6" or comment:
         raise truncated
+    contradiction = CorruptCheckpointError("Damaged: the end of the zip file contradicts itself.")
     end = at
     if at >= _LOCATOR.size:
         magic, _, end64, _ = _LOCATOR.unpack(source.read(at - _LOCATOR.size, _LOCATOR.size))
@@ -170,23 +157,20 @@ def _directory(source: Source) -> tuple[int, int, int]:
             end = end64
             wide = _END64.unpack(source.read(end64, _END64.size))
             if wide[0] != b"PK\6\6" or end64 + _END64.size != at - _LOCATOR.size:
-                raise CorruptCheckpointError("Damaged: the end of the zip file contradicts itself.")
+                raise contradiction
             # Where the narrow fields do hold a number, both must say the same.
-            for narrow, full, most in ((count, wide[7], 0xFFFF), (size, wide[8], 0xFFFFFFFF)):
-                if narrow not in (most, full):
-                    raise CorruptCheckpointError(
-                        "Damaged: the end of the zip file contradicts itself."
-                    )
-            if start not in (0xFFFFFFFF, wide[9]):
-                raise CorruptCheckpointError("Damaged: the end of the zip file contradicts itself.")
+            narrow = ((count, 0xFFFF), (size, 0xFFFFFFFF), (start, 0xFFFFFFFF))
+            for (short, most), full in zip(narrow, wide[7:], strict=True):
+                if short not in (most, full):
+                    raise contradiction
             disk, first_disk, here, count, size, start = wide[4:]
     if disk or first_disk or here != count or start + size != end:
-        raise CorruptCheckpointError("Damaged: the end of the zip file contradicts itself.")
+        raise contradiction
     return count, start, end
 
 
-def _entry(source: Source, directory: bytes, position: int) -> tuple[Entry, _Place, int]:
-    """One entry of the directory, where it lies, and the position of the next."""
+def _entry(source: Source, directory: bytes, position: int) -> tuple[Entry, int]:
+    """One entry of the directory, and the position of the next."""
     if position + _CENTRAL.size > len(directory):
         raise CorruptCheckpointError("Damaged: the zip file's directory breaks off.")
     fields = _CENTRAL.unpack_from(directory, position)
@@ -218,10 +202,8 @@ def _entry(source: Source, directory: bytes, position: int) -> tuple[Entry, _Pla
             f"Refused: {name!r} in it is compressed and may grow without bounds. "
             f"If you trust the file, unpack it and zip it again with `zip -0`."
         )
-    place = _Place(raw, at, packed, size)
-    data = source.later(lambda: place.begin(source), packed)
     # torch writes a checksum of 0 when checksums are switched off.
-    return Entry(name, size, checksum or None, refusal, data), place, after
+    return Entry(name, size, checksum or None, refusal, at, packed, source), after
 
 
 def _wide_sizes(extra: bytes, size: int, packed: int, at: int) -> tuple[int, int, int]:

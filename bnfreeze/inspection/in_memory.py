@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bnfreeze.checkpoints import Checkpoint, StoredTensor, find_state_dicts
-from bnfreeze.checkpoints.reading import Content
+from bnfreeze.checkpoints.pickled import Content
 from bnfreeze.checkpoints.stored_tensor import Words
 from bnfreeze.inspection.origin import Found
 from bnfreeze.torch_private import DisableTorchFunctionSubclass
@@ -71,7 +71,6 @@ class TensorInMemory(StoredTensor):
 
     def __init__(self, tensor: Tensor) -> None:
         self.why = why_unreadable(tensor)
-        self.has_values = not self.why
         self.tensor = tensor if self.why else read_tensor(tensor)
         self.dtype = str(tensor.dtype).removeprefix("torch.")
         unseen = isinstance(tensor, UninitializedParameter | UninitializedBuffer)

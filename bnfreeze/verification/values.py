@@ -18,10 +18,6 @@ class KeptTensor(StoredTensor):
     def __init__(self, dtype: str, shape: tuple[int, ...], words: Words) -> None:
         self.dtype, self.shape, self._words = dtype, shape, words
 
-    def storage(self) -> tuple[object, int]:
-        """The tensor itself, and its bytes."""
-        return self, self._words.nbytes
-
     def words(self) -> Words:
         """All elements in row-major order, as unsigned integers."""
         return self._words
