@@ -58,6 +58,9 @@ def read_onnx(file: OpenFile) -> Content:
     tensors: dict[str, StoredTensor] = {}
     layers: dict[str, LayerSettings] = {}
     graphs = list(_with_subgraphs(model.graph))
+    # Protobuf gives bytes for a text that is no UTF-8.
+    if any(type(text) is not str for graph in graphs for text in _texts(graph)):
+        raise CorruptCheckpointError("Damaged: a name in it is no text.")
     for proto in _tensors_in(graphs):
         check_limit(len(proto.name), MAX_NAME_LENGTH, "characters of a tensor's name")
         if proto.name in tensors:
@@ -93,6 +96,13 @@ def _with_subgraphs(graph: Any) -> Iterator[Any]:
             for attribute in node.attribute
             if attribute.HasField("g")
         ]
+
+
+def _texts(graph: Any) -> Iterator[object]:
+    yield from (tensor.name for tensor in graph.initializer)
+    for node in graph.node:
+        yield from (node.name, node.op_type, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
 
 
 def _tensors_in(graphs: Iterable[Any]) -> Iterator[Any]:

@@ -6,6 +6,7 @@ import pickle
 import struct
 import warnings
 import zipfile
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -126,6 +127,17 @@ def save_npz(state, path):
     return path.with_suffix(".npz")
 
 
+def save_onnx(state, path):
+    import onnx
+
+    names = [f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
+    node = onnx.helper.make_node("BatchNormalization", ["x", *names], ["y"])
+    stored = [onnx.numpy_helper.from_array(value, name) for name, value in arrays(state).items()]
+    graph = onnx.helper.make_graph([node], "net", [], [], stored)
+    onnx.save(onnx.helper.make_model(graph), path.with_suffix(".onnx"))
+    return path.with_suffix(".onnx")
+
+
 # Formats that say less than a state_dict in memory, or more, or that NumPy's dtypes limit.
 FURTHER_FORMATS = {
     "whole model": save_whole,
@@ -134,6 +146,8 @@ FURTHER_FORMATS = {
     "pickle": save_pickle,
     "npz": save_npz,
 }
+if find_spec("onnx"):
+    FURTHER_FORMATS["ONNX"] = save_onnx
 
 
 def zip_file(path, entries, compression=zipfile.ZIP_STORED):
