@@ -105,23 +105,25 @@ def conv_norm_add(
 def _dtype(conv: Any, norm: Norm, x: Tensor) -> torch.dtype | None:
     """The dtype in which the folded convolution runs; None if the two layers must be called."""
     mean, var, gamma, beta, _ = norm
-    weight, bias, dtype = conv.weight, conv.bias, x.dtype
+    weight, bias, shape, dtype = conv.weight, conv.bias, x.shape, x.dtype
     # With other ranks the norm layer's channels are not the convolution's.
-    if x.dim() != _RANKS[type(conv)] or mean.numel() != weight.shape[0]:
+    if len(shape) != _RANKS[type(conv)] or mean.numel() != weight.shape[0]:
         return None
-    # Where the weight is larger than the output, it is cheaper to scale the output.
-    positions = x.shape[0] * math.prod(x.shape[2:])
-    if weight[0].numel() * math.prod(getattr(conv, "stride", ())) > positions > 0:
-        return None
-    # On CUDA no GPU has shown yet that folding is faster than the kernel.
     for tensor in (x, weight, bias, mean, var, gamma, beta):
-        if tensor is not None and not (
-            type(tensor) in PLAIN and tensor.is_cpu and tensor.layout is torch.strided
-        ):
+        if tensor is not None and type(tensor) not in PLAIN:
             return None
+    # On CUDA no GPU has shown yet that folding is faster than the kernel.
+    if not (x.is_cpu and x.layout is weight.layout is torch.strided):
+        return None
     if (gamma is not None and gamma.requires_grad) or (beta is not None and beta.requires_grad):
         return None  # thawed by hand
     if getattr(conv, "padding_mode", "zeros") != "zeros":
+        return None
+    # Where the weight is larger than the output, it is cheaper to scale the output.
+    positions = shape[0] * math.prod(shape[2:])
+    kept = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
+    elements = weight.numel() // weight.shape[0] * math.prod(getattr(conv, "stride", ()))
+    if elements > positions * (1 if kept else 4) > 0:
         return None
     if torch.is_autocast_enabled("cpu"):
         return (
@@ -136,13 +138,14 @@ def _dtype(conv: Any, norm: Norm, x: Tensor) -> torch.dtype | None:
 def _folded(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, how: _How) -> Tensor:
     """The convolution, folded in the precision of the statistics (at least fp32), rounded once."""
     mean, var, gamma, beta, eps = norm
-    scale = torch.rsqrt(var + eps)
+    scale = (var + eps).rsqrt_()
     if gamma is not None:
         scale = scale * gamma
-    shift = (-mean if bias is None else bias - mean) * scale
-    if beta is not None:
-        shift = shift + beta
-    weight = (weight * scale.view(-1, *[1] * (weight.dim() - 1))).to(x.dtype)
+    shift = (mean if bias is None else mean - bias) * scale
+    shift = -shift if beta is None else beta - shift
+    weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    if weight.dtype is not x.dtype or shift.dtype is not x.dtype:
+        weight, shift = weight.to(x.dtype), shift.to(x.dtype)
     if how is None:
-        return nn.functional.linear(x, weight, shift.to(x.dtype))
-    return _CONVOLUTIONS[x.dim()](x, weight, shift.to(x.dtype), *how)
+        return nn.functional.linear(x, weight, shift)
+    return _CONVOLUTIONS[x.dim()](x, weight, shift, *how)

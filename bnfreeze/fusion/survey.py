@@ -1,9 +1,10 @@
 """Which blocks of a model get a generated forward, and what each norm layer fuses in them.
 
-Blocks are looked at from the innermost on. If a block's output is a norm layer's, the block is
-open: what follows may be in the block around it. That one is traced with the forward of the open
-block inlined, and keeps it inlined if the norm layer finds something there. So a generated forward
-covers as few modules as it must.
+Each block with frozen layers inside gets one, from the innermost to the model itself. The blocks
+inside become part of the graph where they can be traced: what follows a block's last layer may
+stand in the block around it, and one large function frees each value as soon as it is used. Where
+it may not run, because a module deep inside has got a hook, say, the block's own forward calls the
+next smaller blocks, which have theirs.
 """
 
 from __future__ import annotations
@@ -68,21 +69,18 @@ def survey(
 
 
 @dataclass
-class _Attempt:
-    """A block traced in both modes, with some modules inlined.
+class _Look:
+    """A block traced in one mode.
 
     Attributes:
-        calls: by mode the calls of norm layers, those for lists behind those for tensors.
+        calls: the calls of norm layers, those for lists behind those for tensors.
         forwards: what was generated.
         called: the names of the modules that the graphs call or look up.
     """
 
-    calls: dict[bool, list[FusedCall]] = field(default_factory=dict)
+    calls: list[FusedCall] = field(default_factory=list)
     forwards: dict[Key, Forward] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
-
-    def fusing(self) -> list[FusedCall]:
-        return [call for calls in self.calls.values() for call in calls if call.fuses]
 
 
 class _Walk:
@@ -90,88 +88,67 @@ class _Walk:
         self.traceable = traceable
         # The layers that may fuse more than their own activation.
         self.layers = {id(m): m for m in model.modules() if _may_fuse_more(m)}
-        # By identity of the layer and mode.
-        self.calls: dict[tuple[int, bool], list[FusedCall]] = {}
-        self.settled: set[int] = set()
         self.blocks: list[tuple[nn.Module, Generated]] = []
-        # By identity the open blocks, and the layer that each ends in.
-        self.open: dict[int, nn.Module] = {}
         self.visited: set[int] = set()
+        # By mode the blocks that can be a part of the graph of the block around them.
+        self.traced: dict[bool, set[int]] = {mode: set() for mode in _MODES}
+        # By identity of a layer and mode its calls, with the block in whose graph each stands.
+        self.calls: dict[tuple[int, bool], list[tuple[nn.Module, FusedCall]]] = {}
 
-    def visit(self, module: nn.Module) -> None:
+    def visit(self, block: nn.Module) -> None:
         """Look at the blocks inside, and then at the block itself."""
-        if id(module) in self.visited or id(module) in self.layers:
+        if id(block) in self.visited or id(block) in self.layers:
             return
-        self.visited.add(id(module))
-        for child in module.children():
+        self.visited.add(id(block))
+        for child in block.children():
             self.visit(child)
-        inside = {id(m): m for m in module.modules() if id(m) in self.layers}
-        pending = [layer for key, layer in inside.items() if key not in self.settled]
-        if pending and layer_class(module).forward is not nn.Module.forward:
-            why = why_not_traced(module, self.traceable)
-            if "forward" in module.__dict__:
-                why = f"a forward is set on the {layer_class(module).__name__}"
-            if why:
-                refused = [FusedCall(layer, note=why) for layer in pending]
-                self.record(module, dict.fromkeys(_MODES, refused))
-            else:
-                self.look(module, pending)
-
-    def look(self, block: nn.Module, pending: Sequence[nn.Module]) -> None:
-        keys = set(map(id, pending))
-        inner = [m for m in block.modules() if id(self.open.get(id(m))) in keys]
-        attempt = self.attempt(block, inner, pending)
-        found = attempt.calls
-        gaining = {
-            id(call.layer)
-            for mode, calls in found.items()
-            for call in calls
-            if call.fuses and call.fuses not in self.known(call.layer, mode)
-        }
-        needed = [m for m in inner if id(self.open[id(m)]) in gaining]
-        if attempt.fusing() and len(needed) < len(inner):
-            dropped = {id(self.open[id(m)]) for m in inner if m not in needed}
-            attempt = self.attempt(block, needed, pending)
-            found = {
-                mode: [
-                    *attempt.calls[mode],
-                    *(call for call in found[mode] if id(call.layer) in dropped),
-                ]
-                for mode in _MODES
-            }
-        if fusing := attempt.fusing():
+        kind = layer_class(block)
+        inside = [m for m in block.modules() if id(m) in self.layers]
+        if not inside or kind.forward is nn.Module.forward:
+            return
+        why = why_not_traced(block, self.traceable)
+        if "forward" in block.__dict__:
+            why = f"a forward is set on the {kind.__name__}"
+        looks = [self.look(block, inside, mode, why) for mode in _MODES]
+        fusing = [call for look in looks for call in look.calls if call.fuses]
+        if fusing:
+            forwards = {**looks[0].forwards, **looks[1].forwards}
+            looked_into = visible(block, looks[0].called | looks[1].called)
             passed = [module for call in fusing for module in call.passed]
-            looked_into = visible(block, needed, attempt.called)
-            self.blocks.append((block, generate(block, attempt.forwards, looked_into, passed)))
-        self.record(block, found)
+            self.blocks.append((block, generate(block, forwards, looked_into, passed)))
 
-    def known(self, layer: nn.Module, mode: bool) -> list[str]:
-        return [call.fuses for call in self.calls.get((id(layer), mode), [])]
-
-    def attempt(
-        self, block: nn.Module, inlined: Sequence[nn.Module], pending: Sequence[nn.Module]
-    ) -> _Attempt:
-        """Generate the block's forwards for both modes; without inlining where that fails."""
-        attempt = _Attempt()
-        for mode in _MODES:
-            refused: list[FusedCall] = []
-            for tried in (inlined, ()) if inlined else ((),):
+    def look(self, block: nn.Module, inside: Sequence[nn.Module], mode: bool, why: str) -> _Look:
+        """Generate the block's forwards for one mode; without the blocks inside if that fails."""
+        name, look, inlined = layer_class(block).__name__, _Look(), []
+        if not why:
+            traced = self.traced[mode]
+            inner = [m for m in block.modules() if id(m) in traced and not has_hooks(m)]
+            for inlined in (inner, []) if inner else ([],):
                 try:
-                    attempt.calls[mode] = [*self.add(attempt, block, tried, mode), *refused]
+                    look = self.traced_with(block, inlined, mode)
                     break
                 except UntraceableError as error:
-                    note = f"{layer_class(block).__name__} cannot be traced: {error}"
-                    lost = [self.open[id(m)] for m in tried] or pending
-                    refused = [FusedCall(layer, note=note) for layer in lost]
-            else:
-                attempt.calls[mode] = refused
-        return attempt
+                    why = why or f"{name} cannot be traced: {error}"
+        if not why:
+            traced.add(id(block))
+        for layer in inside:
+            key = id(layer), mode
+            # Their graphs are a part of this one.
+            calls = [c for c in self.calls.get(key, []) if not any(c[0] is m for m in inlined)]
+            for call in look.calls:
+                if call.layer is layer:
+                    if call.last and has_hooks(block):
+                        note = "" if call.fuses else f"{name} has a hook"
+                        call = replace(call, note=note, last=False)
+                    calls.append((block, call))
+            if why and all(call.last for _, call in calls):
+                calls.append((block, FusedCall(layer, note=why)))
+            self.calls[key] = calls
+        return look
 
-    def add(
-        self, attempt: _Attempt, block: nn.Module, inlined: Sequence[nn.Module], mode: bool
-    ) -> list[FusedCall]:
+    def traced_with(self, block: nn.Module, inlined: Sequence[nn.Module], mode: bool) -> _Look:
         """Generate the forwards for one mode: for tensors and, if it asks for that, for lists."""
-        found: list[FusedCall] = []
+        look = _Look()
         for kind in (Tensor, list):
             try:
                 traced = trace(block, inlined, mode, kind)
@@ -183,29 +160,14 @@ class _Walk:
                 if kind is Tensor:
                     raise
                 break
-            attempt.called |= names
-            found += calls
+            look.called |= names
+            look.calls += calls
             for kinds in itertools.product((Tensor, list), repeat=traced.arguments):
                 if all(kinds[index] is kind for index in traced.asked):
-                    attempt.forwards[mode, kinds] = forward
+                    look.forwards[mode, kinds] = forward
             if not traced.asked:
                 break
-        return found
-
-    def record(self, block: nn.Module, found: dict[bool, list[FusedCall]]) -> None:
-        """Remember what was found in a block."""
-        hooked = f"{layer_class(block).__name__} has a hook" if has_hooks(block) else ""
-        seen, last = set(), set()
-        for mode, calls in found.items():
-            for call in calls:
-                if call.last and hooked:
-                    call = replace(call, note="" if call.fuses else hooked, last=False)
-                self.calls.setdefault((id(call.layer), mode), []).append(call)
-                seen.add(id(call.layer))
-                if call.last:
-                    last.add(id(call.layer))
-                    self.open[id(block)] = call.layer
-        self.settled |= seen - last
+        return look
 
     def result(self, layer: nn.Module) -> Fusion:
         """What all calls of a layer in both modes come to."""
@@ -223,8 +185,8 @@ class _Walk:
         own = own_activation(layer)
         if id(layer) not in self.layers:
             return Fusion(own or "", "" if own else "its activation has a hook")
-        calls = self.calls.get((id(layer), mode), [])
-        # The block around an open one knows better.
+        calls = [call for _, call in self.calls.get((id(layer), mode), [])]
+        # The block around one that ends in the layer knows better.
         calls = [call for call in calls if not call.last] or calls
         if not calls:
             return Fusion(own or "", "no traced forward calls it")

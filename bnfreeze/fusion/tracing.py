@@ -139,12 +139,11 @@ def trace(
     return Trace(graph, count, frozenset(tracer.asked))
 
 
-def visible(block: nn.Module, inlined: Collection[nn.Module], called: set[str]) -> list[nn.Module]:
+def visible(block: nn.Module, called: set[str]) -> list[nn.Module]:
     """Return the modules that a traced forward may look into: those that it does not call whole.
 
     Args:
         block: the block that was traced.
-        inlined: as for `trace`.
         called: the names of the modules that its graphs call or look up.
     """
     leaves = {id(block.get_submodule(name)) for name in called}
@@ -156,7 +155,7 @@ def visible(block: nn.Module, inlined: Collection[nn.Module], called: set[str]) 
         if id(module) not in found and not ends and not isinstance(module, torch.jit.ScriptModule):
             found[id(module)] = module
             todo += module.children()
-    return list({**found, **{id(module): module for module in inlined}}.values())
+    return list(found.values())
 
 
 def _clone(
