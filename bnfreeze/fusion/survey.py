@@ -9,15 +9,14 @@ next smaller blocks, which have theirs.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from bnfreeze.fusion.generated import Forward, Generated, Key, compiled, generate
 from bnfreeze.fusion.matching import FusedCall, fuse_calls
-from bnfreeze.fusion.tracing import UntraceableError, trace, visible, why_not_traced
+from bnfreeze.fusion.tracing import UntraceableError, trace, why_not_traced
 from bnfreeze.policies.fused import has_hooks, own_activation
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, record_of
@@ -68,106 +67,84 @@ def survey(
     return walk.blocks, {id(m): walk.result(m) for m in model.modules() if fuses_more(m)}
 
 
-@dataclass
-class _Look:
-    """A block traced in one mode.
-
-    Attributes:
-        calls: the calls of norm layers, those for lists behind those for tensors.
-        forwards: what was generated.
-        called: the names of the modules that the graphs call or look up.
-    """
-
-    calls: list[FusedCall] = field(default_factory=list)
-    forwards: dict[Key, Forward] = field(default_factory=dict)
-    called: set[str] = field(default_factory=set)
-
-
 class _Walk:
     def __init__(self, model: nn.Module, traceable: Sequence[str]) -> None:
         self.traceable = traceable
         # The layers that may fuse more than their own activation.
-        self.layers = {id(m): m for m in model.modules() if _may_fuse_more(m)}
+        self.layers = {m for m in model.modules() if _may_fuse_more(m)}
         self.blocks: list[tuple[nn.Module, Generated]] = []
-        self.visited: set[int] = set()
+        self.visited: set[nn.Module] = set()
         # By mode the blocks that can be a part of the graph of the block around them.
-        self.traced: dict[bool, set[int]] = {mode: set() for mode in _MODES}
-        # By identity of a layer and mode its calls, with the block in whose graph each stands.
-        self.calls: dict[tuple[int, bool], list[tuple[nn.Module, FusedCall]]] = {}
+        self.traced: dict[bool, set[nn.Module]] = {mode: set() for mode in _MODES}
+        # By layer and mode its calls, with the block in whose graph each stands.
+        self.calls: dict[tuple[nn.Module, bool], list[tuple[nn.Module, FusedCall]]] = {}
 
     def visit(self, block: nn.Module) -> None:
         """Look at the blocks inside, and then at the block itself."""
-        if id(block) in self.visited or id(block) in self.layers:
+        if block in self.visited or block in self.layers:
             return
-        self.visited.add(id(block))
+        self.visited.add(block)
         for child in block.children():
             self.visit(child)
         kind = layer_class(block)
-        inside = [m for m in block.modules() if id(m) in self.layers]
+        inside = [m for m in block.modules() if m in self.layers]
         if not inside or kind.forward is nn.Module.forward:
             return
         why = why_not_traced(block, self.traceable)
         if "forward" in block.__dict__:
             why = f"a forward is set on the {kind.__name__}"
-        looks = [self.look(block, inside, mode, why) for mode in _MODES]
-        fusing = [call for look in looks for call in look.calls if call.fuses]
-        if fusing:
-            forwards = {**looks[0].forwards, **looks[1].forwards}
-            looked_into = visible(block, looks[0].called | looks[1].called)
-            passed = [module for call in fusing for module in call.passed]
-            self.blocks.append((block, generate(block, forwards, looked_into, passed)))
-
-    def look(self, block: nn.Module, inside: Sequence[nn.Module], mode: bool, why: str) -> _Look:
-        """Generate the block's forwards for one mode; without the blocks inside if that fails."""
-        name, look, inlined = layer_class(block).__name__, _Look(), []
-        if not why:
-            traced = self.traced[mode]
-            inner = [m for m in block.modules() if id(m) in traced and not has_hooks(m)]
-            for inlined in (inner, []) if inner else ([],):
+        forwards: dict[Key, Forward] = {}
+        called: set[nn.Module] = set()
+        opened: set[nn.Module] = set()
+        fuses = False
+        for mode in _MODES:
+            inner = [m for m in block.modules() if m in self.traced[mode] and not has_hooks(m)]
+            calls: list[FusedCall] = []
+            note = why
+            # With the blocks inside as parts of its graph; if that fails, without.
+            for inlined in () if why else (inner, []) if inner else ([],):
                 try:
-                    look = self.traced_with(block, inlined, mode)
-                    break
+                    graph, kinds = trace(block, inlined, mode)
+                    nodes = [node for node in graph.nodes if node.op == "call_module"]
+                    whole = {block.get_submodule(str(node.target)) for node in nodes}
+                    calls = fuse_calls(graph, block, self.layers, mode)
+                    forward = compiled(graph, kind.__name__)
                 except UntraceableError as error:
-                    why = why or f"{name} cannot be traced: {error}"
-        if not why:
-            traced.add(id(block))
-        for layer in inside:
-            key = id(layer), mode
-            # Their graphs are a part of this one.
-            calls = [c for c in self.calls.get(key, []) if not any(c[0] is m for m in inlined)]
-            for call in look.calls:
-                if call.layer is layer:
-                    if call.last and has_hooks(block):
-                        note = "" if call.fuses else f"{name} has a hook"
-                        call = replace(call, note=note, last=False)
-                    calls.append((block, call))
-            if why and all(call.last for _, call in calls):
-                calls.append((block, FusedCall(layer, note=why)))
-            self.calls[key] = calls
-        return look
+                    note = note or f"{kind.__name__} cannot be traced: {error}"
+                    continue
+                forwards.update(((mode, each), forward) for each in kinds)
+                called |= whole
+                opened |= set(inlined)
+                break
+            if not note:
+                self.traced[mode].add(block)
+            fuses = fuses or any(call.fuses for call in calls)
+            self.record(block, inside, mode, calls, note)
+        if fuses:
+            self.blocks.append((block, generate(block, forwards, called - opened)))
 
-    def traced_with(self, block: nn.Module, inlined: Sequence[nn.Module], mode: bool) -> _Look:
-        """Generate the forwards for one mode: for tensors and, if it asks for that, for lists."""
-        look = _Look()
-        for kind in (Tensor, list):
-            try:
-                traced = trace(block, inlined, mode, kind)
-                nodes = [node for node in traced.graph.nodes if node.op == "call_module"]
-                names = {str(node.target) for node in nodes}
-                calls = fuse_calls(traced.graph, block, list(self.layers.values()), mode)
-                forward = compiled(traced.graph, layer_class(block).__name__)
-            except UntraceableError:
-                if kind is Tensor:
-                    raise
-                break
-            look.called |= names
-            look.calls += calls
-            for kinds in itertools.product((Tensor, list), repeat=traced.arguments):
-                if all(kinds[index] is kind for index in traced.asked):
-                    look.forwards[mode, kinds] = forward
-            if not traced.asked:
-                break
-        return look
+    def record(
+        self,
+        block: nn.Module,
+        inside: Sequence[nn.Module],
+        mode: bool,
+        found: Sequence[FusedCall],
+        why: str,
+    ) -> None:
+        """Remember what was found in a block, and why there is not more."""
+        parts = set(block.modules()) - {block} if not why else set()
+        for layer in inside:
+            known = self.calls.setdefault((layer, mode), [])
+            if calls := [call for call in found if call.layer is layer]:
+                # This graph has the smaller ones in it.
+                known[:] = [entry for entry in known if entry[0] not in parts]
+            for call in calls:
+                if call.last and has_hooks(block):
+                    hooked = "" if call.fuses else f"{layer_class(block).__name__} has a hook"
+                    call = replace(call, note=hooked, last=False)
+                known.append((block, call))
+            if why and all(call.last for _, call in known):
+                known.append((block, FusedCall(layer, note=why)))
 
     def result(self, layer: nn.Module) -> Fusion:
         """What all calls of a layer in both modes come to."""
@@ -183,9 +160,9 @@ class _Walk:
 
     def in_mode(self, layer: nn.Module, mode: bool) -> Fusion:
         own = own_activation(layer)
-        if id(layer) not in self.layers:
+        if layer not in self.layers:
             return Fusion(own or "", "" if own else "its activation has a hook")
-        calls = [call for _, call in self.calls.get((id(layer), mode), [])]
+        calls = [call for _, call in self.calls.get((layer, mode), [])]
         # The block around one that ends in the layer knows better.
         calls = [call for call in calls if not call.last] or calls
         if not calls:
