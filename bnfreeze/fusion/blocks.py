@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from bnfreeze.fusion.generated import Generated
-from bnfreeze.fusion.survey import Fusion, fuses_more, survey
+from bnfreeze.fusion.matching import Fusion
+from bnfreeze.fusion.survey import fuses_more, survey
 from bnfreeze.fusion.tracing import names_of
 from bnfreeze.nn.eager import observer
 from bnfreeze.norm_layers import NamedModule

@@ -26,7 +26,7 @@ from bnfreeze.policies.fused import has_hooks, own_activation
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, record_of
 
-__all__ = ["FusedCall", "fuse_calls"]
+__all__ = ["Fusion", "fuse_calls"]
 
 # Modules whose output is a new tensor, which they do not keep.
 _MAKERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -35,17 +35,18 @@ _SUMS = (operator.add, torch.add, IN_PLACE_ADD)
 
 
 @dataclass(frozen=True)
-class FusedCall:
-    """One call of a norm layer in a graph.
+class Fusion:
+    """What a norm layer fuses.
 
     Attributes:
-        layer: the norm layer.
-        fuses: what runs in its kernel or convolution, in the words of `Fusion.fuses`.
-        note: why it fuses nothing, or is not folded, as a sentence's end.
+        fuses: what runs in its kernel: an activation (``"relu"``), ``"add"``, ``"add+relu"``, or
+            with another norm layer that it is added to ``"affine+add+relu"``; that other layer
+            says ``"fused"``. Folded into a convolution it says ``"conv"``, ``"conv+add+relu"``;
+            into a linear layer ``"linear"``. Empty if it fuses nothing.
+        note: why it fuses nothing, when it does not, or why it is not folded.
         last: whether its output is the block's output, so that something may follow outside.
     """
 
-    layer: nn.Module
     fuses: str = ""
     note: str = ""
     last: bool = False
@@ -53,7 +54,7 @@ class FusedCall:
 
 def fuse_calls(
     graph: fx.Graph, block: nn.Module, layers: Collection[nn.Module], training: bool
-) -> list[FusedCall]:
+) -> list[tuple[nn.Module, Fusion]]:
     """Fuse into each call of a norm layer what follows it. The graph is changed.
 
     Args:
@@ -63,7 +64,7 @@ def fuse_calls(
         training: the mode for which the graph was made.
 
     Returns:
-        Each call of one of the layers, in the graph's order.
+        Each call of one of the layers, in the graph's order, and what is fused into it.
     """
     for node in graph.nodes:
         # Pass over modules that return their input as it is.
@@ -75,7 +76,7 @@ def fuse_calls(
                 graph.erase_node(node)
     view = _View(graph, block, layers)
     chains = {norm: _Chain(view, norm) for norm in view.before}
-    calls = {norm: chain.call() for norm, chain in chains.items()}
+    found = {norm: chain.result() for norm, chain in chains.items()}
     # Two norm layers may meet in one sum, which only one of them computes: the one that can take
     # the other's place too or is folded, or else the left one.
     sums: dict[fx.Node, list[_Chain]] = {}
@@ -90,14 +91,14 @@ def fuse_calls(
             other.total = other.activation = None
             other.note = "the other summand fuses the add"
             other.nodes = [node for node in (other.conv, other.norm) if node is not None]
-            calls[other.norm] = other.call()
+            found[other.norm] = other.result()
         if first.branch is not None:
-            calls[first.branch] = FusedCall(view.modules[first.branch], "fused")
+            found[first.branch] = Fusion("fused")
             del chains[first.branch]
     for chain in chains.values():
         if chain.fuses():
             chain.rewrite(graph)
-    return list(calls.values())
+    return [(view.modules[norm], fusion) for norm, fusion in found.items()]
 
 
 class _View:
@@ -215,9 +216,8 @@ class _Chain:
         )
         return "+".join(str(word) for word in words if word)
 
-    def call(self) -> FusedCall:
-        note = "" if self.conv is not None else self.note
-        return FusedCall(self.view.modules[self.norm], self.fuses(), note, self.last)
+    def result(self) -> Fusion:
+        return Fusion(self.fuses(), self.note if self.conv is None else "", self.last)
 
     def _follow(self) -> None:
         if not _is_plain_call(self.norm):

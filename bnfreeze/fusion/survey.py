@@ -10,36 +10,20 @@ next smaller blocks, which have theirs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import nn
 
 from bnfreeze.fusion.generated import Forward, Generated, Key, compiled, generate
-from bnfreeze.fusion.matching import FusedCall, fuse_calls
+from bnfreeze.fusion.matching import Fusion, fuse_calls
 from bnfreeze.fusion.tracing import UntraceableError, trace, why_not_traced
 from bnfreeze.policies.fused import has_hooks, own_activation
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, record_of
 
-__all__ = ["Fusion", "fuses_more", "survey"]
+__all__ = ["fuses_more", "survey"]
 
 _MODES = (True, False)
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """What a norm layer fuses.
-
-    Attributes:
-        fuses: what runs in its kernel: an activation (``"relu"``), ``"add"``, ``"add+relu"``, or
-            with another norm layer that it is added to ``"affine+add+relu"``; that other layer
-            says ``"fused"``. Folded into a convolution it says ``"conv"``, ``"conv+add+relu"``;
-            into a linear layer ``"linear"``. Empty if it fuses nothing.
-        note: why it fuses nothing, when it does not, or why it is not folded.
-    """
-
-    fuses: str
-    note: str
 
 
 def fuses_more(module: nn.Module) -> bool:
@@ -76,8 +60,8 @@ class _Walk:
         self.visited: set[nn.Module] = set()
         # By mode the blocks that can be a part of the graph of the block around them.
         self.traced: dict[bool, set[nn.Module]] = {mode: set() for mode in _MODES}
-        # By layer and mode its calls, with the block in whose graph each stands.
-        self.calls: dict[tuple[nn.Module, bool], list[tuple[nn.Module, FusedCall]]] = {}
+        # By layer and mode what its calls fuse, with the block in whose graph each stands.
+        self.calls: dict[tuple[nn.Module, bool], list[tuple[nn.Module, Fusion]]] = {}
 
     def visit(self, block: nn.Module) -> None:
         """Look at the blocks inside, and then at the block itself."""
@@ -90,61 +74,61 @@ class _Walk:
         inside = [m for m in block.modules() if m in self.layers]
         if not inside or kind.forward is nn.Module.forward:
             return
-        why = why_not_traced(block, self.traceable)
+        refused = why_not_traced(block, self.traceable)
         if "forward" in block.__dict__:
-            why = f"a forward is set on the {kind.__name__}"
+            refused = f"a forward is set on the {kind.__name__}"
         forwards: dict[Key, Forward] = {}
         called: set[nn.Module] = set()
         opened: set[nn.Module] = set()
         fuses = False
         for mode in _MODES:
-            inner = [m for m in block.modules() if m in self.traced[mode] and not has_hooks(m)]
-            calls: list[FusedCall] = []
-            note = why
+            inner = {m for m in block.modules() if m in self.traced[mode] and not has_hooks(m)}
+            found: list[tuple[nn.Module, Fusion]] = []
+            why = refused
             # With the blocks inside as parts of its graph; if that fails, without.
-            for inlined in () if why else (inner, []) if inner else ([],):
+            for inlined in () if refused else (inner, set()) if inner else (inner,):
                 try:
-                    graph, kinds = trace(block, inlined, mode)
+                    graph, types = trace(block, inlined, mode)
                     nodes = [node for node in graph.nodes if node.op == "call_module"]
-                    whole = {block.get_submodule(str(node.target)) for node in nodes}
-                    calls = fuse_calls(graph, block, self.layers, mode)
+                    called |= {block.get_submodule(str(node.target)) for node in nodes}
+                    fusions = fuse_calls(graph, block, self.layers, mode)
                     forward = compiled(graph, kind.__name__)
                 except UntraceableError as error:
-                    note = note or f"{kind.__name__} cannot be traced: {error}"
+                    why = why or f"{kind.__name__} cannot be traced: {error}"
                     continue
-                forwards.update(((mode, each), forward) for each in kinds)
-                called |= whole
-                opened |= set(inlined)
+                found, opened = fusions, opened | inlined
+                forwards.update(((mode, each), forward) for each in types)
                 break
-            if not note:
+            if not why:
                 self.traced[mode].add(block)
-            fuses = fuses or any(call.fuses for call in calls)
-            self.record(block, inside, mode, calls, note)
+            fuses = fuses or any(fusion.fuses for _, fusion in found)
+            for layer in inside:
+                mine = [fusion for each, fusion in found if each is layer]
+                self.record(block, inner if not why else set(), (layer, mode), mine, why)
         if fuses:
             self.blocks.append((block, generate(block, forwards, called - opened)))
 
     def record(
         self,
         block: nn.Module,
-        inside: Sequence[nn.Module],
-        mode: bool,
-        found: Sequence[FusedCall],
+        inlined: set[nn.Module],
+        key: tuple[nn.Module, bool],
+        found: list[Fusion],
         why: str,
     ) -> None:
-        """Remember what was found in a block, and why there is not more."""
-        parts = set(block.modules()) - {block} if not why else set()
-        for layer in inside:
-            known = self.calls.setdefault((layer, mode), [])
-            if calls := [call for call in found if call.layer is layer]:
-                # This graph has the smaller ones in it.
-                known[:] = [entry for entry in known if entry[0] not in parts]
-            for call in calls:
-                if call.last and has_hooks(block):
-                    hooked = "" if call.fuses else f"{layer_class(block).__name__} has a hook"
-                    call = replace(call, note=hooked, last=False)
-                known.append((block, call))
-            if why and all(call.last for _, call in known):
-                known.append((block, FusedCall(layer, note=why)))
+        """Remember what a layer fuses in a block, and why that may not be all."""
+        # A larger graph has the calls of a smaller one in it.
+        known = [
+            (b, fusion) for b, fusion in self.calls.get(key, []) if not (found and b in inlined)
+        ]
+        for fusion in found:
+            if fusion.last and has_hooks(block):
+                note = "" if fusion.fuses else f"{layer_class(block).__name__} has a hook"
+                fusion = replace(fusion, note=note, last=False)
+            known.append((block, fusion))
+        if why and all(fusion.last for _, fusion in known):
+            known.append((block, Fusion(note=why)))
+        self.calls[key] = known
 
     def result(self, layer: nn.Module) -> Fusion:
         """What all calls of a layer in both modes come to."""
@@ -162,15 +146,15 @@ class _Walk:
         own = own_activation(layer)
         if layer not in self.layers:
             return Fusion(own or "", "" if own else "its activation has a hook")
-        calls = [call for _, call in self.calls.get((layer, mode), [])]
+        calls = [fusion for _, fusion in self.calls.get((layer, mode), [])]
         # The block around one that ends in the layer knows better.
-        calls = [call for call in calls if not call.last] or calls
+        calls = [fusion for fusion in calls if not fusion.last] or calls
         if not calls:
             return Fusion(own or "", "no traced forward calls it")
-        call = next((call for call in calls if call.fuses), calls[-1])
-        if call.fuses and len({(call.fuses, call.note) for call in calls}) > 1:
-            return Fusion(call.fuses, "not each time that it is called")
-        return Fusion(call.fuses or own or "", call.note)
+        most = next((fusion for fusion in calls if fusion.fuses), calls[-1])
+        if most.fuses and any(fusion != most for fusion in calls):
+            return Fusion(most.fuses, "not each time that it is called")
+        return Fusion(most.fuses or own or "", most.note)
 
 
 def _may_fuse_more(module: nn.Module) -> bool:
