@@ -15,8 +15,11 @@ from torch import fx, nn
 from bnfreeze.fusion.sums import is_drop
 from bnfreeze.fusion.tracing import UntraceableError
 from bnfreeze.nn.activations import settings_of
+from bnfreeze.nn.eager import observer
 from bnfreeze.policies.fused import has_hooks
+from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, record_of
+from bnfreeze.torch_private import _has_any_global_hook
 
 __all__ = ["Generated", "compiled", "generate"]
 
@@ -40,6 +43,7 @@ class _Watched(NamedTuple):
         module: the module; None for the block, which must not refer to itself.
         kind: its class; of a frozen layer that of freezing, of others that without it.
         forward: of the class.
+        policy: by which it is frozen.
         children: its submodules by name.
         in_mode: whether its mode must be the block's.
         own: its attributes that are plain values.
@@ -48,6 +52,7 @@ class _Watched(NamedTuple):
     module: nn.Module | None
     kind: type[nn.Module]
     forward: Any
+    policy: Policy | None
     children: dict[str, nn.Module | None]
     in_mode: bool
     own: list[tuple[str, Any]]
@@ -66,18 +71,23 @@ class Generated:
     watched: list[_Watched]
 
     def choose(self, block: nn.Module, args: tuple[Any, ...]) -> Forward | None:
-        """Return the forward for these arguments; None if something has changed since the trace."""
+        """Return the forward that may run on these arguments, here and now; None if there is none.
+
+        There is none if anything has changed since the trace.
+        """
         mode = block.training
         run = self.forwards.get((mode, tuple(map(type, args))))
-        if run is None:
+        if run is None or _has_any_global_hook() or observer():  # type: ignore[no-untyped-call]
             return None
-        for module, kind, forward, children, in_mode, own in self.watched:
+        for module, kind, forward, policy, children, in_mode, own in self.watched:
             if module is None:
                 module = block
             elif has_hooks(module):
                 return None
             # One that is a block itself may have got its generated forward since.
             if type(module) is not kind and layer_class(module) is not kind:
+                return None
+            if policy is not None and getattr(record_of(module), "policy", None) is not policy:
                 return None
             if kind.forward is not forward or module._modules != children:
                 return None
@@ -124,15 +134,16 @@ def generate(
     def watch(module: nn.Module, looked_into: bool) -> None:
         if module in watched or isinstance(module, torch.jit.ScriptModule):
             return
-        frozen = record_of(module) is not None
-        looked_into = looked_into and not frozen and module not in called
-        kind = type(module) if frozen else layer_class(module)
+        record = record_of(module)
+        looked_into = looked_into and record is None and module not in called
+        kind = layer_class(module) if record is None else type(module)
         read = looked_into or settings_of(module)
         own = [item for item in vars(module).items() if _is_setting(*item)] if read else []
         watched[module] = _Watched(
             None if module is block else module,
             kind,
             kind.forward,
+            None if record is None else record.policy,
             dict(module._modules),
             looked_into or is_drop(module),
             own,

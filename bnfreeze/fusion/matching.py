@@ -89,6 +89,7 @@ def fuse_calls(
         )
         for other in others:
             other.total = other.activation = None
+            other.follows = []
             other.note = "the other summand fuses the add"
             other.nodes = [node for node in (other.conv, other.norm) if node is not None]
             found[other.norm] = other.result()
@@ -96,7 +97,7 @@ def fuse_calls(
             found[first.branch] = Fusion("fused")
             del chains[first.branch]
     for chain in chains.values():
-        if chain.fuses():
+        if chain.result().fuses:
             chain.rewrite(graph)
     return [(view.modules[norm], fusion) for norm, fusion in found.items()]
 
@@ -184,6 +185,8 @@ class _Chain:
     Attributes:
         norm: the call.
         nodes: what one new node replaces.
+        folded: what it is folded into, in the words of `Fusion.fuses`.
+        follows: what follows, in the same words.
         conv: the convolution that the layer is folded into.
         total: the sum.
         branch: the norm layer of the other summand, if its place is taken too.
@@ -194,7 +197,11 @@ class _Chain:
 
     def __init__(self, view: _View, norm: fx.Node) -> None:
         self.view, self.norm, self.nodes = view, norm, [norm]
-        self.conv = self.total = self.branch = None  # type: fx.Node | None
+        self.folded: list[str] = []
+        self.follows: list[str] = []
+        self.conv: fx.Node | None = None
+        self.total: fx.Node | None = None
+        self.branch: fx.Node | None = None
         self.activation: str | None = None
         self.own = own_activation(view.modules[norm])
         self.note, self.last = "", False
@@ -204,20 +211,10 @@ class _Chain:
             if self.total is None:
                 self.last, self.note = end.last, self.note or str(end)
 
-    def fuses(self) -> str:
-        """What it comes to, in the words of `Fusion.fuses`."""
-        linear = self.conv is not None and type(self.view.modules[self.conv]) is nn.Linear
-        words = (
-            self.conv and ("linear" if linear else "conv"),
-            self.conv and self.own,
-            self.branch and "affine",
-            self.total and "add",
-            self.activation,
-        )
-        return "+".join(str(word) for word in words if word)
-
     def result(self) -> Fusion:
-        return Fusion(self.fuses(), self.note if self.conv is None else "", self.last)
+        """What it comes to."""
+        note = "" if self.folded else self.note
+        return Fusion("+".join(self.folded + self.follows), note, self.last)
 
     def _follow(self) -> None:
         if not _is_plain_call(self.norm):
@@ -227,6 +224,8 @@ class _Chain:
         if isinstance(conv, fx.Node):
             self.conv = conv
             self.nodes.append(conv)
+            kind = "linear" if type(self.view.modules[conv]) is nn.Linear else "conv"
+            self.folded = [kind, self.own] if self.own else [kind]
         else:
             self.note = conv
         if self.own:
@@ -244,6 +243,7 @@ class _Chain:
         self.view.check_hooks(node)
         self._check_backward(node, activation)
         self.activation = activation
+        self.follows.append(activation)
         self.nodes.append(node)
         return True
 
@@ -261,6 +261,7 @@ class _Chain:
             raise _End("it is added in place onto another tensor")
         self.view.check_later(self.conv or self.norm, node)
         self.total = node
+        self.follows = ["add"]
         self.nodes.append(node)
         # Take the other summand's norm layer in, if it has one that nobody else reads.
         other = right if left is self.norm else left
@@ -275,6 +276,7 @@ class _Chain:
             except _End:
                 return
             self.branch = other
+            self.follows = ["affine", "add"]
             self.nodes.append(other)
 
     def _check_backward(self, node: fx.Node, activation: str) -> None:
