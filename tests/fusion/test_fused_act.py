@@ -413,6 +413,16 @@ def test_a_later_change_takes_effect(name, x, calls):
     assert set(calls) == {""}
 
 
+def test_where_a_blocks_forward_may_not_run_those_of_the_blocks_inside_do(model, x, calls):
+    fuse(model)
+    model(x)
+    assert calls == ALL == ["relu", "*relu", "relu", "relu", "*relu"]
+    del calls[:]
+    model[2].register_forward_hook(lambda *_: None)
+    model(x)
+    assert calls == ["relu", "*relu", "", "relu", "*relu"]
+
+
 def test_a_hook_that_is_put_on_later_sees_what_it_always_saw(x):
     model = block(residual)
     twin = copy.deepcopy(model)
