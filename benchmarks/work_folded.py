@@ -30,7 +30,8 @@ from benchmarks.setting import LAYOUTS, Setting, in_precision
 from benchmarks.work_model import calibrated, resnet50
 
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
-EAGER = ("MMEngine efficient_conv_bn_eval", "bnfreeze fused-act")
+# The fastest of the eager peers.
+EAGER = "MMEngine efficient_conv_bn_eval"
 COMPILED = (f"compile: {BASE}", "compile: efficient_conv_bn_eval pass")
 # Inductor computes what depends on frozen weights alone when it compiles: without gradients only.
 FREEZING = Arm(
@@ -109,9 +110,10 @@ def _with_pages_kept(setting: Setting) -> Iterable[Record]:
 
 def _here(setting: Setting, malloc: str) -> Iterator[Record]:
     cases = [*product(("fp32", "bf16"), ("channels_last", "NCHW"))]
+    main = cases[0]
     models = setting.pick(tiny=("MobileNetV2",), quick=tuple(MODELS), full=tuple(MODELS))
     height = setting.pick(tiny=64, quick=224, full=224)
-    for precision, layout in setting.pick(tiny=cases[:1], quick=cases[:1], full=cases):
+    for precision, layout in setting.pick(tiny=cases[:1], quick=cases[:3], full=cases):
         for name in models:
             model = MODELS[name]
             if peers.is_absent(model.peer):
@@ -123,22 +125,25 @@ def _here(setting: Setting, malloc: str) -> Iterator[Record]:
                 x = torch.randn(setting.pick(tiny=2, quick=batch, full=batch), 3, height, height)
                 x = in_precision(nn.ParameterList([x]), precision, layout, setting.device)[0]
                 works = {}
-                first = precision == "fp32" and layout == "channels_last" and malloc == "default"
-                for arm in _arms(setting, what, first):
+                first = (precision, layout) == main
+                for arm in _arms(setting, what, first, first and malloc == "default"):
                     works[arm.name] = partial(_work, arm, live, model, what, x.detach())
                 works = _that_agree(setting, setting.prepared(works), name)
                 samplers = {arm: _sampler(work, setting) for arm, work in works.items()}
-                times = in_turns(samplers, setting.effort(quick=14.0, full=14.0, gpu=3.0))
+                effort = setting.effort(quick=20.0 if first else 3.0, full=14.0, gpu=3.0)
+                times = in_turns(samplers, effort)
                 case = {"model": name, "what": what, "batch": str(len(x)), "precision": precision,
                         "layout": layout, "malloc": malloc}  # fmt: skip
                 yield from ratios("folded", case, times, BASE)
 
 
-def _arms(setting: Setting, what: str, first: bool) -> Iterator[Arm]:
+def _arms(setting: Setting, what: str, first: bool, compiled: bool) -> Iterator[Arm]:
     """The arms of one case. Compiling takes longer than measuring."""
     frozen = what in (FORWARD, HEAD)
-    names = {BASE, *EAGER, "bnfreeze folded+weights" if frozen else "bnfreeze folded"}
-    if first and setting.size != "tiny" and (what == FORWARD or setting.size == "full"):
+    names = {BASE, EAGER, "bnfreeze folded+weights" if frozen else "bnfreeze folded"}
+    if first or setting.size == "full":
+        names.add("bnfreeze fused-act")
+    if compiled and setting.size != "tiny" and (what == FORWARD or setting.size == "full"):
         names |= set(COMPILED)
     every = [arm for arm in ARMS if arm.name in names]
     if what == FORWARD and COMPILED[0] in names:

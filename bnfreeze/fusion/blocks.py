@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -18,13 +18,12 @@ import torch
 from torch import nn
 
 from bnfreeze.fusion.generated import Generated
-from bnfreeze.fusion.survey import Fusion, fuses_more, survey
+from bnfreeze.fusion.matching import Fusion
+from bnfreeze.fusion.survey import fuses_more, survey
 from bnfreeze.fusion.tracing import names_of
-from bnfreeze.nn.eager import observer
 from bnfreeze.norm_layers import NamedModule
 from bnfreeze.policies.class_swap import Swapped, make_class
 from bnfreeze.policies.record import layer_class, record_of, set_record
-from bnfreeze.torch_private import _has_any_global_hook
 
 __all__ = ["GENERATED", "Fusion", "fuse_blocks", "release"]
 
@@ -42,7 +41,8 @@ class _FusedBlock(Swapped):
         @functools.wraps(base.forward)  # tools look at its signature
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not kwargs and not torch.compiler.is_compiling():
-                run = _choose(self, args)
+                generated: Generated | None = self.__dict__.get(GENERATED)
+                run = None if generated is None else generated.choose(self, args)
                 if run is not None:
                     return run(self, *args)
             # As it is now: it may be set on the class.
@@ -58,14 +58,6 @@ class _FusedBlock(Swapped):
             with contextlib.suppress(Exception):
                 blocks, _ = survey(self, _named(self))
                 self.__dict__[GENERATED] = {id(b): made for b, made in blocks}.get(id(self))
-
-
-def _choose(block: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any] | None:
-    """The generated forward that may run on these arguments, here and now."""
-    generated: Generated | None = block.__dict__.get(GENERATED)
-    if generated is None or _has_any_global_hook() or observer():  # type: ignore[no-untyped-call]
-        return None
-    return generated.choose(block, args)
 
 
 def fuse_blocks(

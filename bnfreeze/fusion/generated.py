@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import enum
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -15,8 +15,11 @@ from torch import fx, nn
 from bnfreeze.fusion.sums import is_drop
 from bnfreeze.fusion.tracing import UntraceableError
 from bnfreeze.nn.activations import settings_of
+from bnfreeze.nn.eager import observer
 from bnfreeze.policies.fused import has_hooks
-from bnfreeze.policies.record import layer_class
+from bnfreeze.policies.policy import Policy
+from bnfreeze.policies.record import layer_class, record_of
+from bnfreeze.torch_private import _has_any_global_hook
 
 __all__ = ["Generated", "compiled", "generate"]
 
@@ -33,40 +36,26 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _MISSING = object()
 
 
-@dataclass(frozen=True)
-class _Holder:
+class _Watched(NamedTuple):
     """What a module had when the block was traced.
 
     Attributes:
         module: the module; None for the block, which must not refer to itself.
+        kind: its class; of a frozen layer that of freezing, of others that without it.
+        forward: of the class.
+        policy: by which it is frozen.
+        children: its submodules by name.
         in_mode: whether its mode must be the block's.
-        forward: of its class.
-        children: names and submodules, in their order.
         own: its attributes that are plain values.
     """
 
     module: nn.Module | None
-    in_mode: bool
+    kind: type[nn.Module]
     forward: Any
-    children: list[tuple[str, nn.Module | None]]
+    policy: Policy | None
+    children: dict[str, nn.Module | None]
+    in_mode: bool
     own: list[tuple[str, Any]]
-
-    def has_changed(self, block: nn.Module) -> bool:
-        module = block if self.module is None else self.module
-        if module is not block and has_hooks(module):
-            return True
-        if self.in_mode and module.training is not block.training:
-            return True
-        if layer_class(module).forward is not self.forward:
-            return True
-        if [*module._modules.items()] != self.children:
-            return True
-        now = module.__dict__
-        for name, value in self.own:
-            found = now.get(name, _MISSING)
-            if found is not value and not (type(found) is type(value) and found == value):
-                return True
-        return False
 
 
 @dataclass(frozen=True)
@@ -75,40 +64,44 @@ class Generated:
 
     Attributes:
         forwards: by the mode and the types of the arguments.
-        holders: the modules of which it matters what they have.
-        passed: the modules that are not called any more or are called in another way, and their
-            classes.
-        drops: those of them that must be in eval mode when the block is.
+        watched: what the modules in the block were like, the block among them.
     """
 
     forwards: dict[Key, Forward]
-    holders: tuple[_Holder, ...]
-    passed: tuple[tuple[nn.Module, type[nn.Module]], ...]
-    drops: tuple[nn.Module, ...]
+    watched: list[_Watched]
 
     def choose(self, block: nn.Module, args: tuple[Any, ...]) -> Forward | None:
-        """Return the forward for these arguments; None if something has changed since the trace."""
+        """Return the forward that may run on these arguments, here and now; None if there is none.
+
+        There is none if anything has changed since the trace.
+        """
         mode = block.training
         run = self.forwards.get((mode, tuple(map(type, args))))
-        if run is None:
+        if run is None or _has_any_global_hook() or observer():  # type: ignore[no-untyped-call]
             return None
-        for module, kind in self.passed:
+        for module, kind, forward, policy, children, in_mode, own in self.watched:
+            if module is None:
+                module = block
+            elif has_hooks(module):
+                return None
             # One that is a block itself may have got its generated forward since.
             if type(module) is not kind and layer_class(module) is not kind:
                 return None
-            if has_hooks(module):
+            if policy is not None and getattr(record_of(module), "policy", None) is not policy:
                 return None
-        if any(holder.has_changed(block) for holder in self.holders):
-            return None
-        if not mode and any(module.training for module in self.drops):
-            return None
+            if kind.forward is not forward or module._modules != children:
+                return None
+            if in_mode and module.training is not mode:
+                return None
+            now = module.__dict__
+            for name, value in own:
+                found = now.get(name, _MISSING)
+                if found is not value and not (type(found) is type(value) and found == value):
+                    return None
         return run
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Generated:
-        return Generated(
-            self.forwards,
-            *copy.deepcopy((self.holders, self.passed, self.drops), memo),
-        )
+        return Generated(self.forwards, copy.deepcopy(self.watched, memo))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Who reads the file generates them again, with the versions that are installed there.
@@ -127,38 +120,39 @@ def compiled(graph: fx.Graph, name: str) -> Forward:
 
 
 def generate(
-    block: nn.Module,
-    forwards: dict[Key, Forward],
-    looked_into: Collection[nn.Module],
-    passed: Collection[nn.Module],
+    block: nn.Module, forwards: Mapping[Key, Forward], called: set[nn.Module]
 ) -> Generated:
     """Put the guard around forwards.
 
     Args:
         block: the block.
         forwards: by the mode and the types of the arguments.
-        looked_into: the modules that the forwards look into, the block among them.
-        passed: the modules that are not called any more, or in another way.
+        called: the modules that the forwards call whole, or would call if nothing were fused.
     """
-    unique = {id(module): module for module in passed}.values()
-    # Of these it matters which children they have, and the settings of an activation.
-    more = [m for m in unique if m._modules or settings_of(m)]
-    holders = [(module, True) for module in looked_into] + [(module, False) for module in more]
-    return Generated(
-        forwards,
-        tuple(
-            _Holder(
-                None if module is block else module,
-                in_mode,
-                layer_class(module).forward,
-                [*module._modules.items()],
-                [item for item in vars(module).items() if _is_setting(*item)],
-            )
-            for module, in_mode in holders
-        ),
-        tuple((module, type(module)) for module in unique),
-        tuple(filter(is_drop, unique)),
-    )
+    watched: dict[nn.Module, _Watched] = {}
+
+    def watch(module: nn.Module, looked_into: bool) -> None:
+        if module in watched or isinstance(module, torch.jit.ScriptModule):
+            return
+        record = record_of(module)
+        looked_into = looked_into and record is None and module not in called
+        kind = layer_class(module) if record is None else type(module)
+        read = looked_into or settings_of(module)
+        own = [item for item in vars(module).items() if _is_setting(*item)] if read else []
+        watched[module] = _Watched(
+            None if module is block else module,
+            kind,
+            kind.forward,
+            None if record is None else record.policy,
+            dict(module._modules),
+            looked_into or is_drop(module),
+            own,
+        )
+        for child in module.children():
+            watch(child, looked_into)
+
+    watch(block, looked_into=True)
+    return Generated(dict(forwards), list(watched.values()))
 
 
 def _is_setting(name: str, value: Any) -> bool:

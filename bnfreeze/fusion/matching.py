@@ -26,7 +26,7 @@ from bnfreeze.policies.fused import has_hooks, own_activation
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, record_of
 
-__all__ = ["FusedCall", "fuse_calls"]
+__all__ = ["Fusion", "fuse_calls"]
 
 # Modules whose output is a new tensor, which they do not keep.
 _MAKERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -35,28 +35,26 @@ _SUMS = (operator.add, torch.add, IN_PLACE_ADD)
 
 
 @dataclass(frozen=True)
-class FusedCall:
-    """One call of a norm layer in a graph.
+class Fusion:
+    """What a norm layer fuses.
 
     Attributes:
-        layer: the norm layer.
-        fuses: what runs in its kernel or convolution, in the words of `Fusion.fuses`.
-        note: why it fuses nothing, or is not folded, as a sentence's end.
+        fuses: what runs in its kernel: an activation (``"relu"``), ``"add"``, ``"add+relu"``, or
+            with another norm layer that it is added to ``"affine+add+relu"``; that other layer
+            says ``"fused"``. Folded into a convolution it says ``"conv"``, ``"conv+add+relu"``;
+            into a linear layer ``"linear"``. Empty if it fuses nothing.
+        note: why it fuses nothing, when it does not, or why it is not folded.
         last: whether its output is the block's output, so that something may follow outside.
-        passed: the modules on which this rests: they are no longer called, or called in another
-            way, or must go on making new tensors.
     """
 
-    layer: nn.Module
     fuses: str = ""
     note: str = ""
     last: bool = False
-    passed: tuple[nn.Module, ...] = ()
 
 
 def fuse_calls(
     graph: fx.Graph, block: nn.Module, layers: Collection[nn.Module], training: bool
-) -> list[FusedCall]:
+) -> list[tuple[nn.Module, Fusion]]:
     """Fuse into each call of a norm layer what follows it. The graph is changed.
 
     Args:
@@ -66,73 +64,101 @@ def fuse_calls(
         training: the mode for which the graph was made.
 
     Returns:
-        Each call of one of the layers, in the graph's order.
+        Each call of one of the layers, in the graph's order, and what is fused into it.
     """
-    view = _View(graph, block, {id(layer) for layer in layers}, training)
-    chains = {node: _Chain(view, node) for node in view.modules if node in view.norms}
-    calls = {node: chain.call for node, chain in chains.items()}
+    for node in graph.nodes:
+        # Pass over modules that return their input as it is.
+        if node.op == "call_module" and node.all_input_nodes == [*node.args]:
+            module = block.get_submodule(str(node.target))
+            identity = type(module) is nn.Identity or (not training and is_drop(module))
+            if identity and _is_plain_call(node) and not has_hooks(module):
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                graph.erase_node(node)
+    view = _View(graph, block, layers)
+    chains = {norm: _Chain(view, norm) for norm in view.before}
+    found = {norm: chain.result() for norm, chain in chains.items()}
     # Two norm layers may meet in one sum, which only one of them computes: the one that can take
     # the other's place too or is folded, or else the left one.
     sums: dict[fx.Node, list[_Chain]] = {}
     for chain in chains.values():
-        if chain.total is not None and chain.call.fuses:
+        if chain.total is not None:
             sums.setdefault(chain.total, []).append(chain)
     for total, rivals in sums.items():
-        first = min(
-            rivals,
-            key=lambda c: (c.branch is None, c.conv is None, c.before is not total.args[0]),
+        first, *others = sorted(
+            rivals, key=lambda c: (c.branch is None, c.conv is None, c.norm is not total.args[0])
         )
-        for other in rivals:
-            if other is not first:
-                calls[other.norm] = other.without_sum()
+        for other in others:
+            other.total = other.activation = None
+            other.follows = []
+            other.note = "the other summand fuses the add"
+            other.nodes = [node for node in (other.conv, other.norm) if node is not None]
+            found[other.norm] = other.result()
         if first.branch is not None:
-            branch = view.modules[first.branch]
-            calls[first.branch] = FusedCall(branch, "fused", passed=first.call.passed)
-    for node, chain in chains.items():
-        if calls[node] is chain.call and chain.call.fuses:
+            found[first.branch] = Fusion("fused")
+            del chains[first.branch]
+    for chain in chains.values():
+        if chain.result().fuses:
             chain.rewrite(graph)
-    return list(calls.values())
+    return [(view.modules[norm], fusion) for norm, fusion in found.items()]
 
 
 class _View:
     """What all chains look at: the order of a graph's nodes, the modules that they call."""
 
-    def __init__(self, graph: fx.Graph, block: nn.Module, layers: set[int], training: bool) -> None:
-        self.training = training
-        self.order = {node: index for index, node in enumerate(graph.nodes)}
+    def __init__(self, graph: fx.Graph, block: nn.Module, layers: Collection[nn.Module]) -> None:
+        self.nodes = list(graph.nodes)
+        self.order = {node: index for index, node in enumerate(self.nodes)}
         self.modules = {
             node: block.get_submodule(str(node.target))
-            for node in graph.nodes
+            for node in self.nodes
             if node.op == "call_module"
         }
-        self.norms = {node for node, module in self.modules.items() if id(module) in layers}
         # The convolution that each norm layer can be folded into, or why it cannot be.
-        self.before = {node: self.convolution(node) for node in self.norms}
+        self.before: dict[fx.Node, fx.Node | str] = {
+            node: "" for node, module in self.modules.items() if module in layers
+        }
+        for norm in self.before:
+            self.before[norm] = self.convolution(norm)
 
     def convolution(self, norm: fx.Node) -> fx.Node | str:
         record = record_of(self.modules[norm])
         if record is None or Policy.FOLDED not in record.policy:
             return ""
-        node = norm.args[0] if len(norm.args) == 1 and not norm.kwargs else None
+        node = norm.args[0] if _is_plain_call(norm) else None
         if not isinstance(node, fx.Node) or node not in self.modules:
             return "not folded: no convolution comes before it"
-        module = self.modules[node]
-        if why := why_not_folded(module, self.modules[norm]):
+        if why := why_not_folded(self.modules[node], self.modules[norm]):
             return f"not folded: {why}"
-        if len(node.users) > 1 or len(node.args) != 1 or node.kwargs:
+        if len(node.users) > 1 or not _is_plain_call(node):
             return "not folded: the convolution's output is used elsewhere too"
+        try:
+            self.check_later(node, norm)
+        except _End as end:
+            return f"not folded: {end}"
         return node
 
-    def refuse_hooks(self, node: fx.Node) -> None:
+    def check_hooks(self, node: fx.Node) -> None:
         if node in self.modules and any(map(has_hooks, self.modules[node].modules())):
             raise _End(f"{node.target} has a hook")
 
-    def is_identity(self, node: fx.Node) -> bool:
-        """Whether the node returns its one input as it is."""
+    def check_later(self, early: fx.Node, late: fx.Node) -> None:
+        """Refuse to compute a layer at a later place if its input may change until then."""
+        for node in self.nodes[self.order[early] + 1 : self.order[late]]:
+            reads = node.op == "get_attr" or node in self.before or self.is_maker(node, 0)
+            if not reads and not self.is_new(early.all_input_nodes[0]):
+                raise _End("its input may be changed before it is computed")
+
+    def is_maker(self, node: fx.Node, place: int = -1) -> bool:
+        """Whether the module that the node calls is a maker, or has one first (0) or last (-1)."""
         module = self.modules.get(node)
-        if module is None or len(node.all_input_nodes) != 1:
-            return False
-        return type(module) is nn.Identity or (not self.training and is_drop(module))
+        while isinstance(module, nn.Sequential) and _is_plain(module) and len(module):
+            module = module[place]
+        # A subclass with a forward of its own may return its input.
+        return isinstance(module, _MAKERS) and _is_plain(module)
+
+    def is_new(self, node: fx.Node) -> bool:
+        """Whether the value is a new tensor that nobody but its one user has."""
+        return len(node.users) == 1 and (self.is_maker(node) or node.target is torch.cat)
 
     def name(self, node: fx.Node) -> str:
         """How a person calls what the node does."""
@@ -154,156 +180,104 @@ class _View:
 
 
 class _Chain:
-    """A call of a norm layer, and what follows it as far as it can be fused."""
+    """A call of a norm layer, and what follows it as far as it can be fused.
+
+    Attributes:
+        norm: the call.
+        nodes: what one new node replaces.
+        folded: what it is folded into, in the words of `Fusion.fuses`.
+        follows: what follows, in the same words.
+        conv: the convolution that the layer is folded into.
+        total: the sum.
+        branch: the norm layer of the other summand, if its place is taken too.
+        activation: the name.
+        note: why there is not more.
+        last: whether it is at the end of the block.
+    """
 
     def __init__(self, view: _View, norm: fx.Node) -> None:
-        self.view, self.norm = view, norm
-        self.nodes = [norm]  # the nodes that one new node replaces
-        self.makers: list[nn.Module] = []  # the modules that must go on making new tensors
+        self.view, self.norm, self.nodes = view, norm, [norm]
+        self.folded: list[str] = []
+        self.follows: list[str] = []
+        self.conv: fx.Node | None = None
         self.total: fx.Node | None = None
-        self.before = norm  # the summand that is the norm layer's output
         self.branch: fx.Node | None = None
         self.activation: str | None = None
-        self.conv: fx.Node | None = None
         self.own = own_activation(view.modules[norm])
-        last, fuses, note = False, "", ""
+        self.note, self.last = "", False
         try:
-            note = self._fold()
-            fuses = self._follow()
+            self._follow()
         except _End as end:
-            last, note = end.last, note or str(end)
-        self.call = self._called(fuses, note, last)
+            if self.total is None:
+                self.last, self.note = end.last, self.note or str(end)
 
-    def _called(self, fuses: str, note: str = "", last: bool = False) -> FusedCall:
-        """What the chain comes to."""
-        modules = self.view.modules
-        if self.conv is not None:
-            kind = "linear" if type(modules[self.conv]) is nn.Linear else "conv"
-            fuses, note = "+".join(filter(None, (kind, self.own, fuses))), ""
-        replaced = [modules[node] for node in self.nodes if node in modules] if fuses else []
-        rests_on = [m for module in (*replaced, *self.makers) for m in module.modules()]
-        return FusedCall(modules[self.norm], fuses, note, last, tuple(rests_on))
+    def result(self) -> Fusion:
+        """What it comes to."""
+        note = "" if self.folded else self.note
+        return Fusion("+".join(self.folded + self.follows), note, self.last)
 
-    def without_sum(self) -> FusedCall:
-        """Leave the sum to the other summand's chain."""
-        self.total = self.activation = None
-        self.nodes = [self.norm] if self.conv is None else [self.conv, self.norm]
-        self.call = self._called("", "the other summand fuses the add")
-        return self.call
-
-    def _fold(self) -> str:
-        """Take the convolution in; return why that cannot be done."""
-        if len(self.norm.args) != 1 or self.norm.kwargs:
+    def _follow(self) -> None:
+        if not _is_plain_call(self.norm):
             raise _End("it is called with more than its input")
-        self.view.refuse_hooks(self.norm)
+        self.view.check_hooks(self.norm)
         conv = self.view.before[self.norm]
-        if isinstance(conv, str):
-            return conv
-        try:
-            self._check_later(conv, self.norm)
-        except _End as end:
-            return f"not folded: {end}"
-        self.conv = conv
-        self.nodes.append(conv)
-        return ""
-
-    def _follow(self) -> str:
+        if isinstance(conv, fx.Node):
+            self.conv = conv
+            self.nodes.append(conv)
+            kind = "linear" if type(self.view.modules[conv]) is nn.Linear else "conv"
+            self.folded = [kind, self.own] if self.own else [kind]
+        else:
+            self.note = conv
         if self.own:
             raise _End("its own activation follows")
-        node = self._through(self.norm)
-        user = _sole_user(node)
-        if self._take_activation(user, node):
-            return str(self.activation)
-        self._take_sum(user, node)
-        fuses = "add" if self.branch is None else "affine+add"
-        try:
-            node = self._through(user)
-            if self._take_activation(_sole_user(node), node):
-                fuses += f"+{self.activation}"
-        except _End:
-            pass  # the sum is where it ends
-        return fuses
-
-    def _through(self, node: fx.Node) -> fx.Node:
-        """Pass the modules that return their input as it is."""
-        while len(node.users) == 1:
-            user = next(iter(node.users))
-            if user.args != (node,) or user.kwargs or not self.view.is_identity(user):
-                break
-            self.view.refuse_hooks(user)
-            self.nodes.append(user)
-            node = user
-        return node
+        user = _sole_user(self.norm)
+        if self._take_activation(user, self.norm):
+            return
+        self._take_sum(user)
+        self._take_activation(_sole_user(user), user)
 
     def _take_activation(self, node: fx.Node, before: fx.Node) -> bool:
         activation = self.view.activation(node)
         if activation is None or node.args[0] is not before:
             return False
-        self.view.refuse_hooks(node)
+        self.view.check_hooks(node)
         self._check_backward(node, activation)
         self.activation = activation
+        self.follows.append(activation)
         self.nodes.append(node)
         return True
 
-    def _take_sum(self, node: fx.Node, before: fx.Node) -> None:
+    def _take_sum(self, node: fx.Node) -> None:
         method = node.op == "call_method" and node.target in ("add", "add_")
         if not method and not (node.op == "call_function" and node.target in _SUMS):
+            self.view.check_hooks(node)
             raise _End(f"{self.view.name(node)} follows")
         if len(node.args) != 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
             raise _End("what is added to it is no tensor, or is scaled")
         left, right = node.args
         if left is right:
             raise _End("it is added to itself")
-        if _is_in_place(node) and left is not before:
+        if _is_in_place(node) and left is not self.norm:
             raise _End("it is added in place onto another tensor")
-        self._check_later(self.conv or self.norm, node)
-        self.total, self.before = node, before
+        self.view.check_later(self.conv or self.norm, node)
+        self.total = node
+        self.follows = ["add"]
         self.nodes.append(node)
-        self._take_branch()
-
-    def _take_branch(self) -> None:
-        """Take the other summand's norm layer in, if it has one that nobody else reads."""
-        assert self.total is not None
-        node, passed = self._other(), []
-        while self.view.is_identity(node) and len(node.users) == 1:
-            passed.append(node)
-            (node,) = node.all_input_nodes
-        if node not in self.view.norms or len(node.users) != 1:
-            return
-        if self.conv is not None or isinstance(self.view.before[node], fx.Node):
-            return
-        if len(node.args) != 1 or node.kwargs:
-            return
-        try:
-            for each in (node, *passed):
-                self.view.refuse_hooks(each)
-            self._check_later(node, self.total)
-        except _End:
-            return
-        self.branch = node
-        self.nodes += [node, *passed]
-
-    def _other(self) -> fx.Node:
-        """What is added to the norm layer's output."""
-        assert self.total is not None
-        left, right = self.total.args
-        other = right if left is self.before else left
+        # Take the other summand's norm layer in, if it has one that nobody else reads.
+        other = right if left is self.norm else left
         assert isinstance(other, fx.Node)
-        return other
-
-    def _check_later(self, early: fx.Node, late: fx.Node) -> None:
-        """Refuse to compute a layer at a later place if its input may change until then."""
-        view = self.view
-        start, end = view.order[early], view.order[late]
-        for node, place in view.order.items():
-            if not start < place < end or node.op == "get_attr":
-                continue
-            if readers := _ends(view.modules.get(node), 0):
-                self.makers += readers
-            elif node not in view.norms and not view.is_identity(node):
-                if self._is_own(early.all_input_nodes[0]):
-                    break
-                raise _End("its input may be changed before it is computed")
+        foldable = self.conv is not None or isinstance(self.view.before.get(other), fx.Node)
+        if other not in self.view.before or foldable or len(other.users) != 1:
+            return
+        if _is_plain_call(other):
+            try:
+                self.view.check_hooks(other)
+                self.view.check_later(other, node)
+            except _End:
+                return
+            self.branch = other
+            self.follows = ["affine", "add"]
+            self.nodes.append(other)
 
     def _check_backward(self, node: fx.Node, activation: str) -> None:
         """Refuse to keep for backward a tensor that may be changed in place until then."""
@@ -311,66 +285,49 @@ class _Chain:
             # torch keeps relu's output as well, but relu6's only if it works in place.
             inplace = node.kwargs.get("inplace") or node.args[1:] == (True,)
             inplace = inplace or getattr(self.view.modules.get(node), "inplace", False)
-            read = all(_is_maker(self.view.modules.get(user)) for user in node.users)
+            read = all(self.view.is_maker(user, 0) for user in node.users)
             if activation not in TORCH_KEEPS_OUTPUT and not (inplace or read):
                 raise _End(f"the output of {activation}, kept for backward, may be changed")
-        elif self.total is self.conv is None and not self._is_own(self.norm.all_input_nodes[0]):
+        elif self.total is self.conv is None and not self.view.is_new(self.norm.all_input_nodes[0]):
             raise _End(f"its input, from which {activation} goes backward, may be changed")
-
-    def _is_own(self, node: fx.Node) -> bool:
-        """Whether the value is a new tensor that nobody but its one user has."""
-        makers = _ends(self.view.modules.get(node), -1)
-        if len(node.users) != 1 or not (makers or node.target is torch.cat):
-            return False
-        self.makers += makers
-        return True
 
     def rewrite(self, graph: fx.Graph) -> None:
         """Put one node in the place of all of the chain's."""
+        first, total = self.conv or self.norm, self.total
         nodes = sorted(self.nodes, key=self.view.order.__getitem__)
         # Where the sum was, and not where the activation is: what is added may change in between.
-        with graph.inserting_before(self.total or self.norm):
-            x = (self.conv or self.norm).args[0]
-            if self.conv is None and self.total is None:
-                new = graph.call_module(str(self.norm.target), (x, None, self.activation))
+        with graph.inserting_before(total or self.norm):
+            if first is self.norm and total is None:
+                args = first.args[0], None, self.activation
+                new = graph.call_module(str(first.target), args)
             else:
                 conv, layer, branch = (
                     node and graph.create_node("get_attr", node.target)
                     for node in (self.conv, self.norm, self.branch)
                 )
-                residual, in_place, swapped = None, False, False
-                if self.total is not None:
-                    residual = self._other() if self.branch is None else self.branch.args[0]
-                    in_place = _is_in_place(self.total)
-                    swapped = self.total.args[0] is not self.before
-                args = (layer, x, residual, self.activation, branch, in_place, swapped)
-                if conv is None:
-                    new = graph.call_function(norm_add, args)
+                residual = None
+                if total is not None:
+                    residual = total.args[1 if total.args[0] is self.norm else 0]
+                    residual = residual if self.branch is None else self.branch.args[0]
+                in_place = total is not None and _is_in_place(total)
+                rest = layer, first.args[0], residual, self.activation, in_place
+                if conv is not None:
+                    new = graph.call_function(conv_norm_add, (conv, *rest))
                 else:
-                    new = graph.call_function(conv_norm_add, (conv, *args))
+                    new = graph.call_function(norm_add, (*rest, branch))
         nodes[-1].replace_all_uses_with(new)
         for node in reversed(nodes):
             graph.erase_node(node)
 
 
-def _is_maker(module: nn.Module | None) -> bool:
-    """Whether the module only reads its input, and its output is a new tensor."""
-    return isinstance(module, _MAKERS) and _is_plain(module)
-
-
-def _ends(module: nn.Module | None, place: int) -> list[nn.Module]:
-    """The module and what is in it first (0) or last (-1), if that is a maker; else nothing."""
-    found = [module] if module is not None else []
-    while isinstance(module, nn.Sequential) and _is_plain(module) and len(module):
-        module = module[place]
-        found.append(module)
-    return found if _is_maker(module) else []
-
-
 def _is_plain(module: nn.Module) -> bool:
     """Whether calling the module runs the forward of its class in torch, and nothing else."""
-    # A subclass with a forward of its own may return its input.
     return layer_class(module).forward in _FORWARDS and not has_hooks(module)
+
+
+def _is_plain_call(node: fx.Node) -> bool:
+    """Whether a module is called with one argument."""
+    return len(node.args) == 1 and not node.kwargs
 
 
 def _sole_user(node: fx.Node) -> fx.Node:

@@ -32,9 +32,8 @@ def norm_add(
     x: Tensor,
     residual: Tensor,
     activation: str | None,
-    branch: Any,
     in_place: bool,
-    swapped: bool,
+    branch: Any = None,
 ) -> Tensor:
     """Compute ``activation(layer(x) + branch(residual))``, in one kernel where that pays.
 
@@ -46,9 +45,8 @@ def norm_add(
         x: its input.
         residual: what is added.
         activation: its name, or None.
-        branch: the norm layer that `residual` goes through first, or None.
         in_place: whether the sum was written over its left side, and so has its dtype.
-        swapped: whether the residual is on the left.
+        branch: the norm layer that `residual` goes through first, or None.
     """
     if (
         # A subclass may add in another way.
@@ -71,7 +69,7 @@ def norm_add(
     if in_place:
         out += other
     else:
-        out = other + out if swapped else out + other
+        out = out + other
     if activation == "relu" and type(out) is Tensor:
         return torch.relu_(out)  # nobody else has it
     return ACTIVATIONS[activation](out)

@@ -1,45 +1,29 @@
 """Which blocks of a model get a generated forward, and what each norm layer fuses in them.
 
-Blocks are looked at from the innermost on. If a block's output is a norm layer's, the block is
-open: what follows may be in the block around it. That one is traced with the forward of the open
-block inlined, and keeps it inlined if the norm layer finds something there. So a generated forward
-covers as few modules as it must.
+Each block with frozen layers inside gets one, from the innermost to the model itself. The blocks
+inside become part of the graph where they can be traced: what follows a block's last layer may
+stand in the block around it, and one large function frees each value as soon as it is used. Where
+it may not run, because a module deep inside has got a hook, say, the block's own forward calls the
+next smaller blocks, which have theirs.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from bnfreeze.fusion.generated import Forward, Generated, Key, compiled, generate
-from bnfreeze.fusion.matching import FusedCall, fuse_calls
-from bnfreeze.fusion.tracing import UntraceableError, trace, visible, why_not_traced
+from bnfreeze.fusion.matching import Fusion, fuse_calls
+from bnfreeze.fusion.tracing import UntraceableError, trace, why_not_traced
 from bnfreeze.policies.fused import has_hooks, own_activation
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, record_of
 
-__all__ = ["Fusion", "fuses_more", "survey"]
+__all__ = ["fuses_more", "survey"]
 
 _MODES = (True, False)
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """What a norm layer fuses.
-
-    Attributes:
-        fuses: what runs in its kernel: an activation (``"relu"``), ``"add"``, ``"add+relu"``, or
-            with another norm layer that it is added to ``"affine+add+relu"``; that other layer
-            says ``"fused"``. Folded into a convolution it says ``"conv"``, ``"conv+add+relu"``;
-            into a linear layer ``"linear"``. Empty if it fuses nothing.
-        note: why it fuses nothing, when it does not, or why it is not folded.
-    """
-
-    fuses: str
-    note: str
 
 
 def fuses_more(module: nn.Module) -> bool:
@@ -67,145 +51,84 @@ def survey(
     return walk.blocks, {id(m): walk.result(m) for m in model.modules() if fuses_more(m)}
 
 
-@dataclass
-class _Attempt:
-    """A block traced in both modes, with some modules inlined.
-
-    Attributes:
-        calls: by mode the calls of norm layers, those for lists behind those for tensors.
-        forwards: what was generated.
-        called: the names of the modules that the graphs call or look up.
-    """
-
-    calls: dict[bool, list[FusedCall]] = field(default_factory=dict)
-    forwards: dict[Key, Forward] = field(default_factory=dict)
-    called: set[str] = field(default_factory=set)
-
-    def fusing(self) -> list[FusedCall]:
-        return [call for calls in self.calls.values() for call in calls if call.fuses]
-
-
 class _Walk:
     def __init__(self, model: nn.Module, traceable: Sequence[str]) -> None:
         self.traceable = traceable
         # The layers that may fuse more than their own activation.
-        self.layers = {id(m): m for m in model.modules() if _may_fuse_more(m)}
-        # By identity of the layer and mode.
-        self.calls: dict[tuple[int, bool], list[FusedCall]] = {}
-        self.settled: set[int] = set()
+        self.layers = {m for m in model.modules() if _may_fuse_more(m)}
         self.blocks: list[tuple[nn.Module, Generated]] = []
-        # By identity the open blocks, and the layer that each ends in.
-        self.open: dict[int, nn.Module] = {}
-        self.visited: set[int] = set()
+        self.visited: set[nn.Module] = set()
+        # By mode the blocks that can be a part of the graph of the block around them.
+        self.traced: dict[bool, set[nn.Module]] = {mode: set() for mode in _MODES}
+        # By layer and mode what its calls fuse, with the block in whose graph each stands.
+        self.calls: dict[tuple[nn.Module, bool], list[tuple[nn.Module, Fusion]]] = {}
 
-    def visit(self, module: nn.Module) -> None:
+    def visit(self, block: nn.Module) -> None:
         """Look at the blocks inside, and then at the block itself."""
-        if id(module) in self.visited or id(module) in self.layers:
+        if block in self.visited or block in self.layers:
             return
-        self.visited.add(id(module))
-        for child in module.children():
+        self.visited.add(block)
+        for child in block.children():
             self.visit(child)
-        inside = {id(m): m for m in module.modules() if id(m) in self.layers}
-        pending = [layer for key, layer in inside.items() if key not in self.settled]
-        if pending and layer_class(module).forward is not nn.Module.forward:
-            why = why_not_traced(module, self.traceable)
-            if "forward" in module.__dict__:
-                why = f"a forward is set on the {layer_class(module).__name__}"
-            if why:
-                refused = [FusedCall(layer, note=why) for layer in pending]
-                self.record(module, dict.fromkeys(_MODES, refused))
-            else:
-                self.look(module, pending)
-
-    def look(self, block: nn.Module, pending: Sequence[nn.Module]) -> None:
-        keys = set(map(id, pending))
-        inner = [m for m in block.modules() if id(self.open.get(id(m))) in keys]
-        attempt = self.attempt(block, inner, pending)
-        found = attempt.calls
-        gaining = {
-            id(call.layer)
-            for mode, calls in found.items()
-            for call in calls
-            if call.fuses and call.fuses not in self.known(call.layer, mode)
-        }
-        needed = [m for m in inner if id(self.open[id(m)]) in gaining]
-        if attempt.fusing() and len(needed) < len(inner):
-            dropped = {id(self.open[id(m)]) for m in inner if m not in needed}
-            attempt = self.attempt(block, needed, pending)
-            found = {
-                mode: [
-                    *attempt.calls[mode],
-                    *(call for call in found[mode] if id(call.layer) in dropped),
-                ]
-                for mode in _MODES
-            }
-        if fusing := attempt.fusing():
-            passed = [module for call in fusing for module in call.passed]
-            looked_into = visible(block, needed, attempt.called)
-            self.blocks.append((block, generate(block, attempt.forwards, looked_into, passed)))
-        self.record(block, found)
-
-    def known(self, layer: nn.Module, mode: bool) -> list[str]:
-        return [call.fuses for call in self.calls.get((id(layer), mode), [])]
-
-    def attempt(
-        self, block: nn.Module, inlined: Sequence[nn.Module], pending: Sequence[nn.Module]
-    ) -> _Attempt:
-        """Generate the block's forwards for both modes; without inlining where that fails."""
-        attempt = _Attempt()
+        kind = layer_class(block)
+        inside = [m for m in block.modules() if m in self.layers]
+        if not inside or kind.forward is nn.Module.forward:
+            return
+        refused = why_not_traced(block, self.traceable)
+        if "forward" in block.__dict__:
+            refused = f"a forward is set on the {kind.__name__}"
+        forwards: dict[Key, Forward] = {}
+        called: set[nn.Module] = set()
+        opened: set[nn.Module] = set()
+        fuses = False
         for mode in _MODES:
-            refused: list[FusedCall] = []
-            for tried in (inlined, ()) if inlined else ((),):
+            inner = {m for m in block.modules() if m in self.traced[mode] and not has_hooks(m)}
+            found: list[tuple[nn.Module, Fusion]] = []
+            why = refused
+            # With the blocks inside as parts of its graph; if that fails, without.
+            for inlined in () if refused else (inner, set()) if inner else (inner,):
                 try:
-                    attempt.calls[mode] = [*self.add(attempt, block, tried, mode), *refused]
-                    break
+                    graph, types = trace(block, inlined, mode)
+                    nodes = [node for node in graph.nodes if node.op == "call_module"]
+                    called |= {block.get_submodule(str(node.target)) for node in nodes}
+                    fusions = fuse_calls(graph, block, self.layers, mode)
+                    forward = compiled(graph, kind.__name__)
                 except UntraceableError as error:
-                    note = f"{layer_class(block).__name__} cannot be traced: {error}"
-                    lost = [self.open[id(m)] for m in tried] or pending
-                    refused = [FusedCall(layer, note=note) for layer in lost]
-            else:
-                attempt.calls[mode] = refused
-        return attempt
-
-    def add(
-        self, attempt: _Attempt, block: nn.Module, inlined: Sequence[nn.Module], mode: bool
-    ) -> list[FusedCall]:
-        """Generate the forwards for one mode: for tensors and, if it asks for that, for lists."""
-        found: list[FusedCall] = []
-        for kind in (Tensor, list):
-            try:
-                traced = trace(block, inlined, mode, kind)
-                nodes = [node for node in traced.graph.nodes if node.op == "call_module"]
-                names = {str(node.target) for node in nodes}
-                calls = fuse_calls(traced.graph, block, list(self.layers.values()), mode)
-                forward = compiled(traced.graph, layer_class(block).__name__)
-            except UntraceableError:
-                if kind is Tensor:
-                    raise
+                    why = why or f"{kind.__name__} cannot be traced: {error}"
+                    continue
+                found, opened = fusions, opened | inlined
+                forwards.update(((mode, each), forward) for each in types)
                 break
-            attempt.called |= names
-            found += calls
-            for kinds in itertools.product((Tensor, list), repeat=traced.arguments):
-                if all(kinds[index] is kind for index in traced.asked):
-                    attempt.forwards[mode, kinds] = forward
-            if not traced.asked:
-                break
-        return found
+            if not why:
+                self.traced[mode].add(block)
+            fuses = fuses or any(fusion.fuses for _, fusion in found)
+            for layer in inside:
+                mine = [fusion for each, fusion in found if each is layer]
+                self.record(block, inner if not why else set(), (layer, mode), mine, why)
+        if fuses:
+            self.blocks.append((block, generate(block, forwards, called - opened)))
 
-    def record(self, block: nn.Module, found: dict[bool, list[FusedCall]]) -> None:
-        """Remember what was found in a block."""
-        hooked = f"{layer_class(block).__name__} has a hook" if has_hooks(block) else ""
-        seen, last = set(), set()
-        for mode, calls in found.items():
-            for call in calls:
-                if call.last and hooked:
-                    call = replace(call, note="" if call.fuses else hooked, last=False)
-                self.calls.setdefault((id(call.layer), mode), []).append(call)
-                seen.add(id(call.layer))
-                if call.last:
-                    last.add(id(call.layer))
-                    self.open[id(block)] = call.layer
-        self.settled |= seen - last
+    def record(
+        self,
+        block: nn.Module,
+        inlined: set[nn.Module],
+        key: tuple[nn.Module, bool],
+        found: list[Fusion],
+        why: str,
+    ) -> None:
+        """Remember what a layer fuses in a block, and why that may not be all."""
+        # A larger graph has the calls of a smaller one in it.
+        known = [
+            (b, fusion) for b, fusion in self.calls.get(key, []) if not (found and b in inlined)
+        ]
+        for fusion in found:
+            if fusion.last and has_hooks(block):
+                note = "" if fusion.fuses else f"{layer_class(block).__name__} has a hook"
+                fusion = replace(fusion, note=note, last=False)
+            known.append((block, fusion))
+        if why and all(fusion.last for _, fusion in known):
+            known.append((block, Fusion(note=why)))
+        self.calls[key] = known
 
     def result(self, layer: nn.Module) -> Fusion:
         """What all calls of a layer in both modes come to."""
@@ -221,17 +144,17 @@ class _Walk:
 
     def in_mode(self, layer: nn.Module, mode: bool) -> Fusion:
         own = own_activation(layer)
-        if id(layer) not in self.layers:
+        if layer not in self.layers:
             return Fusion(own or "", "" if own else "its activation has a hook")
-        calls = self.calls.get((id(layer), mode), [])
-        # The block around an open one knows better.
-        calls = [call for call in calls if not call.last] or calls
+        calls = [fusion for _, fusion in self.calls.get((layer, mode), [])]
+        # The block around one that ends in the layer knows better.
+        calls = [fusion for fusion in calls if not fusion.last] or calls
         if not calls:
             return Fusion(own or "", "no traced forward calls it")
-        call = next((call for call in calls if call.fuses), calls[-1])
-        if call.fuses and len({(call.fuses, call.note) for call in calls}) > 1:
-            return Fusion(call.fuses, "not each time that it is called")
-        return Fusion(call.fuses or own or "", call.note)
+        most = next((fusion for fusion in calls if fusion.fuses), calls[-1])
+        if most.fuses and any(fusion != most for fusion in calls):
+            return Fusion(most.fuses, "not each time that it is called")
+        return Fusion(most.fuses or own or "", most.note)
 
 
 def _may_fuse_more(module: nn.Module) -> bool:

@@ -9,27 +9,25 @@ caller traces once for each mode and checks the flags later (`bnfreeze.fusion.ge
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from bnfreeze.norm_layers import KNOWN
-from bnfreeze.policies.record import layer_class, record_of
+from bnfreeze.policies.record import layer_class
 from bnfreeze.torch_private import TorchDispatchMode, _len_torch_function_stack
 
 __all__ = [
     "IN_PLACE_ADD",
-    "Trace",
     "UntraceableError",
     "names_of",
     "trace",
-    "visible",
     "why_not_traced",
 ]
 
@@ -80,49 +78,31 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-@dataclass(frozen=True)
-class Trace:
-    """A block's forward in one mode.
-
-    Attributes:
-        graph: what it computes from its required arguments. Targets are names below the block.
-        arguments: how many required arguments there are.
-        asked: the positions of those whose type the forward asked for.
-    """
-
-    graph: fx.Graph
-    arguments: int
-    asked: frozenset[int]
-
-
 def trace(
-    block: nn.Module, inlined: Collection[nn.Module], training: bool, kind: type = Tensor
-) -> Trace:
+    block: nn.Module, inlined: Collection[nn.Module], training: bool
+) -> tuple[fx.Graph, list[tuple[type, ...]]]:
     """Trace the forward of a block in one mode. Nothing of the block is changed.
 
     Args:
         block: any module.
         inlined: the modules below it whose forward becomes part of the graph.
         training: the mode.
-        kind: `Tensor` or `list`: the type of an argument, if the forward asks for it.
+
+    Returns:
+        What it computes from its required arguments, where targets are names below the block; and
+        the types that the arguments may have together: a list is used like a tensor, unless the
+        forward has asked.
 
     Raises:
         UntraceableError: a graph cannot stand for its forward.
     """
     inside = {id(block), *map(id, inlined)}
     clones: dict[int, nn.Module] = {}
-    root_block = _clone(block, inside, training, clones)
+    root = _clone(block, inside, training, clones)
     copies = [clones[key] for key in inside]
     before = [_contents(each) for each in copies]
-    tracer = _Tracer(copies, kind)
+    tracer = _Tracer(copies, _required_arguments(layer_class(block)))
     try:
-        count = _required_arguments(layer_class(block))
-        # A root of our own, so that no class is derived from the user's.
-        own = layer_class(block).forward
-        forward = _SIGNATURES[count - 1](lambda *args: _checked(tracer, own(root_block, *args)))
-        root = cast("nn.Module", type("Root", (nn.Module,), {"forward": forward})())
-        for name in ("_modules", "_parameters", "_buffers"):
-            root.__dict__[name] = root_block.__dict__[name]
         # Activation checkpointing works through these hooks and would be lost.
         with torch.autograd.graph.disable_saved_tensors_hooks("not traced"), _NoTensors():  # type: ignore[no-untyped-call]
             graph = tracer.trace(root)
@@ -136,27 +116,10 @@ def trace(
         raise UntraceableError("it computes with a tensor that is not registered in it")
     if [_contents(each) for each in copies] != before:
         raise UntraceableError("it changes its own attributes")
-    return Trace(graph, count, frozenset(tracer.asked))
-
-
-def visible(block: nn.Module, inlined: Collection[nn.Module], called: set[str]) -> list[nn.Module]:
-    """Return the modules that a traced forward may look into: those that it does not call whole.
-
-    Args:
-        block: the block that was traced.
-        inlined: as for `trace`.
-        called: the names of the modules that its graphs call or look up.
-    """
-    leaves = {id(block.get_submodule(name)) for name in called}
-    found: dict[int, nn.Module] = {}
-    todo = [block]
-    while todo:
-        module = todo.pop()
-        ends = id(module) in leaves or record_of(module) is not None
-        if id(module) not in found and not ends and not isinstance(module, torch.jit.ScriptModule):
-            found[id(module)] = module
-            todo += module.children()
-    return list({**found, **{id(module): module for module in inlined}}.values())
+    types = [
+        (Tensor,) if index in tracer.asked else (Tensor, list) for index in range(tracer.count)
+    ]
+    return graph, [*itertools.product(*types)]
 
 
 def _clone(
@@ -193,17 +156,9 @@ def _required_arguments(base: type[nn.Module]) -> int:
     if any(p.kind in (p.VAR_POSITIONAL, p.KEYWORD_ONLY) for p in parameters):
         raise UntraceableError("its forward takes *args or keywords only")
     count = sum(p.default is p.empty for p in parameters if p.kind is not p.VAR_KEYWORD)
-    if not 1 <= count <= len(_SIGNATURES):
-        raise UntraceableError(f"its forward takes {count} arguments")
+    if not count:
+        raise UntraceableError("its forward takes no argument")
     return count
-
-
-# torch.fx makes a placeholder for each argument in the signature.
-_SIGNATURES: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
-    lambda run: lambda self, a: run(a),
-    lambda run: lambda self, a, b: run(a, b),
-    lambda run: lambda self, a, b, c: run(a, b, c),
-)
 
 
 class _Value(fx.Proxy):
@@ -253,12 +208,18 @@ for _name in (
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, inside: list[nn.Module], kind: type) -> None:
+    def __init__(self, inside: list[nn.Module], count: int) -> None:
         super().__init__()
         self.inside = {id(module) for module in inside}
-        self.kind = kind
+        self.count = count
+        # The positions of the arguments whose type the forward asks for.
         self.asked: set[int] = set()
         self.modes = _modes()
+
+    def create_args_for_root(self, root_fn: Any, *_: Any) -> tuple[Any, list[Any]]:
+        names = [f"argument_{index}" for index in range(self.count)]
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
+        return lambda *args: _checked(self, root_fn(*args)), [self.root, *proxies]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return id(m) not in self.inside
@@ -278,7 +239,7 @@ class _Tracer(fx.Tracer):
         if node.op != "placeholder":
             raise UntraceableError("it asks for the type of an intermediate value")
         self.asked.add(list(self.graph.nodes).index(node))
-        return self.kind
+        return Tensor
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         raise UntraceableError("what it does depends on the values or shapes of tensors")

@@ -277,6 +277,7 @@ LATER = {
     "a parametrization": lambda m: parametrizations.spectral_norm(m.conv1),
     "affine thawed by hand": lambda m: m.bn1.requires_grad_(True),
     "the norm layer unfrozen": lambda m: unfreeze(m.bn1),
+    "another policy for the norm layer": lambda m: freeze(m.bn1, "fused"),
 }
 
 

@@ -37,7 +37,7 @@ def test_all_that_follows_a_norm_layer_is_fused_and_nothing_else_changes(name, m
     # The rest is followed by something else, and the report says by what.
     silent = [row for row in report.layers if not fusions.fused(report)[row.name]]
     assert len(silent) == nothing
-    assert all(row.note.endswith(" follows") for row in silent)
+    assert all(row.note.endswith((" follows", " is used elsewhere too")) for row in silent)
     assert fusions.same_as_fused(model, fusions.batch(name))
     freeze(model, "fused-act")
     whole = {name for name, fuses in fusions.fused(report).items() if fuses not in ("", "fused")}
@@ -80,7 +80,7 @@ def test_a_resnet_50_fuses_everything():
         ("r2plus1d_18", 0),
         ("timm/resnet50", 0),
         ("timm/efficientnet_b0", 7),
-        ("timm/dla34", 10),  # joins the tensors of a list
+        ("timm/dla34", 6),  # joins the tensors of a list
         ("timm/hrnet_w18_small", 12),  # writes to a list
     ],
 )
