@@ -8,27 +8,28 @@ see, and what runs if a hook, a mode or a replaced submodule could tell the diff
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnfreeze.fusion.generated import Generated
 from bnfreeze.fusion.matching import Fusion
 from bnfreeze.fusion.survey import fuses_more, survey
 from bnfreeze.fusion.tracing import names_of
+from bnfreeze.nn.eager import observer
 from bnfreeze.norm_layers import NamedModule
 from bnfreeze.policies.class_swap import Swapped, make_class
 from bnfreeze.policies.record import layer_class, record_of, set_record
 
 __all__ = ["GENERATED", "Fusion", "fuse_blocks", "release"]
 
-# Where a block keeps its generated forwards.
+# Where a block keeps its generated forwards; None if they have to be generated again.
 GENERATED = "_bnfreeze_generated"
+_NEVER = Generated({}, [])
 
 
 class _FusedBlock(Swapped):
@@ -41,8 +42,10 @@ class _FusedBlock(Swapped):
         @functools.wraps(base.forward)  # tools look at its signature
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not kwargs and not torch.compiler.is_compiling():
-                generated: Generated | None = self.__dict__.get(GENERATED)
-                run = None if generated is None else generated.choose(self, args)
+                generated: Generated | None = self.__dict__.get(GENERATED, _NEVER)
+                if generated is None and all(type(each) is Tensor for each in args):
+                    generated = _generated_again(self)
+                run = generated.choose(self, args) if generated else None
                 if run is not None:
                     return run(self, *args)
             # As it is now: it may be set on the class.
@@ -50,14 +53,26 @@ class _FusedBlock(Swapped):
 
         return {"forward": forward}
 
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if GENERATED in self.__dict__ and self.__dict__[GENERATED] is None:
-            # It comes out of a file. If modules refer to each other, one of them is not complete
-            # yet; then the block's own forward runs.
-            with contextlib.suppress(Exception):
-                blocks, _ = survey(self, _named(self))
-                self.__dict__[GENERATED] = {id(b): made for b, made in blocks}.get(id(self))
+
+def _generated_again(block: nn.Module) -> Generated | None:
+    """Generate the forwards of a block that came out of a file, and of those inside, at a call.
+
+    Not as it is read: there a block could not know that one around it comes, and do all for both.
+    """
+    if observer():
+        return None
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("not traced"):
+            pass
+    except RuntimeError:
+        return None  # Activation checkpointing is on; it may be off at a later call.
+    blocks, _ = survey(block, _named(block))
+    for each in (m for m in block.modules() if GENERATED in m.__dict__):
+        each.__dict__[GENERATED] = _NEVER
+    for each, generated in blocks:
+        if GENERATED in each.__dict__:
+            each.__dict__[GENERATED] = generated
+    return block.__dict__[GENERATED]  # type: ignore[no-any-return]
 
 
 def fuse_blocks(
