@@ -1,8 +1,8 @@
 """The command: `bnfreeze inspect`, `diff`, `snapshot`, `verify`, `explain`.
 
-Each calls a function of the library, and `_show` prints what it returns. What is in a table, that
-class lays out: `CheckpointInspection.sheet` in `bnfreeze.inspection.checkpoint`, `Diff.sheet` in
-`bnfreeze.verification.diff_report`. How it is drawn is in `bnfreeze.tables`.
+Each calls a function of the library, and `_show` prints what it returns. The class of the result
+decides what is in its table: `CheckpointInspection.sheet` in `bnfreeze.inspection.checkpoint`,
+`Diff.sheet` in `bnfreeze.verification.diff_report`. `bnfreeze.tables` draws it.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 clean; 1 findings of level error
 (`inspect`) or a difference (`diff`, `verify`); 2 wrong usage, unreadable or refused. Nothing that

@@ -2,11 +2,12 @@
 
 What is said of each kind stands in `findings.md`, a page for each code, and nowhere else: the pages
 of the documentation, `bnfreeze explain CODE` and the check of codes in `finding` are made from it.
-To add a finding, add its page there and call `finding(code, ...)` in the place that detects it.
+To add a finding, add its page to `findings.md` (sorted by code), call `finding("code", ...)` in the
+place that detects it, and run ``python docs/make_findings.py``.
 
 A code says first what it is about (``stats-``, ``affine-``, ``layer-``, ``model-``,
 ``optimizer-``) and then what is wrong with it. Codes that say so by themselves have no such
-beginning: ``never-trained``, ``batch-stats-in-train``, ``train-undoes-eval``. Codes never change.
+beginning: ``never-trained``, for example. Codes never change.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Printable", "Sheet", "draw", "shared_kind", "svg_of"]
 
+# By the tone of a cell (`bnfreeze.sheets.tone`), or the level of a finding.
 _STYLES: Final = {"good": "green", "warning": "yellow", "error": "bold red", "note": "cyan"}
 # Of findings that differ in their numbers alone, so many are shown with their own.
 _MOST_NUMBERS: Final = 8

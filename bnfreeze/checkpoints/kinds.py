@@ -1,6 +1,7 @@
-"""The formats that are read, recognised by their content; and what else a file may be.
+"""The formats that are read, recognised by their content; and errors that name other files.
 
-To add a format, write its reader in a module beside this one, and a line in `_FORMATS`.
+To add a format, write its reader in a module beside this one, and a line in `_FORMATS`. A reader
+takes an `OpenFile` and returns a `Content`. Formats that are a folder stand in `opening`.
 """
 
 from __future__ import annotations

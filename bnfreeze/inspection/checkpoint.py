@@ -27,7 +27,7 @@ def _kind(layer: StoredLayer) -> str:
     return f"{layer.kind} (frozen)" if layer.frozen_by else layer.kind
 
 
-# The columns that are empty if all layers have the same there; the last line says it then.
+# A column is left empty where all layers have the same value; the last line gives it instead.
 _SHARED: Final[dict[str, Callable[[StoredLayer], object]]] = {
     "kind": _kind,
     "batches": attrgetter("batches"),

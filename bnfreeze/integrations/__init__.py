@@ -1,6 +1,6 @@
 """One module for each trainer that runs the training loop for its user.
 
-Who writes the loop calls `bnfreeze.freeze` before it and `bnfreeze.guard` around it;
+If you write the loop yourself, call `bnfreeze.freeze` before it and `bnfreeze.guard` around it:
 docs/recipes.md shows where. A trainer that owns the loop needs the same two at the right moments,
 as a callback of its own kind: freeze before it wraps the model and builds the optimizer, guard from
 the first step to the last.

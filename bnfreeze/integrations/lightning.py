@@ -60,7 +60,7 @@ class FreezeBatchNorm(FreezeCallback, Callback):
         self.at_batch(*_now(trainer, pl_module))
 
     def watch(self, model: nn.Module, optimizers: Any = None) -> None:
-        super().watch(model)  # finetuning callbacks add groups to the optimizers, and may
+        super().watch(model)  # without optimizers: finetuning callbacks may add groups
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.close()

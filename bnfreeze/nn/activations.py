@@ -2,8 +2,9 @@
 
 To add an activation, change two files:
 
-1. Here: add an entry to `TABLE`. If the module has settings (GELU's ``approximate``), name the
-   ones that are computed in `Activation.settings`.
+1. Here: add an entry to `TABLE`. If the module has settings (GELU's ``approximate``), list those
+   that the kernel supports in `Activation.settings`; if its function has no ``inplace``, set
+   ``in_place=False``.
 2. ``cuda/frozen_bn.cu``: add its name in capitals to the end of ``enum Activation``, its formula
    to ``activate`` and its derivative to ``deactivate``, and, if its backward needs the input, its
    name to ``from_input``.

@@ -18,7 +18,7 @@ class ForceEval(FrozenLayer):
     prefix: ClassVar[str] = "Eval"
 
     # torch.jit.script must not compile the property. It reads the flag in the instance's dict,
-    # which is always False. The scripted copy is a model of its own: its train() does thaw it.
+    # which is always False. The scripted copy is not frozen: its train() takes effect.
     __jit_unused_properties__: tuple[str, ...] = ("training",)
 
     @property
@@ -57,4 +57,4 @@ class ForceEvalInstance(ForceEvalOnCopies):
 
     @track_running_stats.setter
     def track_running_stats(self, value: bool) -> None:
-        """Keep what was there before: a toggle, as VAT's, would read True and turn it off."""
+        """Ignore it: code that flips the flag and back would read True, and leave it False."""

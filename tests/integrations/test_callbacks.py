@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 import bnfreeze
+import bnfreeze.integrations
 from bnfreeze import BnfreezeWarning, DriftError, PolicyError
 from bnfreeze.integrations.callback import FreezeCallback
 from tests.helpers import step
@@ -120,19 +122,21 @@ def test_a_late_start_waits_for_epoch_and_step(model, images):
 
 
 def test_nothing_imports_a_trainer_but_who_asks_for_it():
+    folder = Path(bnfreeze.integrations.__file__).parent
+    modules = sorted({path.stem for path in folder.glob("*.py")} - {"__init__", "callback"})
+    trainers = [*modules, "pytorch_lightning"]
     code = (
         "import sys, importlib, bnfreeze, bnfreeze.cli, bnfreeze.integrations; bnfreeze.freeze\n"
-        "trainers = ('lightning', 'pytorch_lightning', 'transformers', 'ultralytics', 'mmengine',"
-        " 'fastai')\n"
+        f"trainers = {trainers}\n"
         "print([name for name in trainers if name in sys.modules])\n"
         "sys.modules.update(dict.fromkeys(trainers))\n"
-        "for name in ('lightning', 'transformers', 'ultralytics', 'mmengine', 'fastai'):\n"
+        f"for name in {modules}:\n"
         "    try: importlib.import_module(f'bnfreeze.integrations.{name}')\n"
         "    except ImportError as error: print(error.name.partition('.')[0])\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # What is missing where a trainer is not installed is named by the usual ImportError.
-    missing = ["pytorch_lightning", "transformers", "ultralytics", "mmengine", "fastai"]
+    missing = [{"lightning": "pytorch_lightning"}.get(name, name) for name in modules]
     assert ran.stdout.split("\n")[:-1] == ["[]", *missing]
 
 
