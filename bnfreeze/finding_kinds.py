@@ -309,7 +309,7 @@ KINDS: Final[tuple[FindingKind, ...]] = (
         ("warning", "note"),
         "The stored statistics do not fit this data",
         "More than 5 % of the layer's channels have, on this data, a mean that is off by more than "
-        "0.25 standard deviations, or a variance that is off by more than a factor of 1.5, and "
+        "0.15 standard deviations, or a variance that is off by more than a factor of 1.35, and "
         "this is not by chance. It is a note for a layer that fits once the layers before it "
         "normalise their inputs: the shift is carried to it.",
         "In eval mode, and frozen, the layer normalises with values that are not this data's. "
