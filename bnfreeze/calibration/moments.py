@@ -72,14 +72,15 @@ class Moments:
         each = torch.stack([a, second])
         centre = each.mean(1)
         off = each - centre[:, None]
+        products = (off[:, None] * off).mean(2)
         return replace(
             self,
             samples=len(a),
             elements=len(a) * size,
             batch_size=len(a),
             centre=centre,
-            products=(off[:, None] * off).mean(2),
-            m2=size * (v + off[0].square()).sum(0),
+            products=products,
+            m2=len(a) * size * (v.mean(0) + products[0, 0]),
         )
 
     def merged(self, other: Moments) -> Moments:
@@ -156,9 +157,9 @@ class Moments:
         return (squares.clamp(min=0) / (self.samples - 1)).sqrt()
 
 
-# fp32 sums are off by about 1e-6 of the second moment, so the variance by that times (mean/σ)².
-_FAR = 64.0
-_PIECE = 2**17  # values; a piece and its squares fit a CPU's cache
+# In fp32 a mean is off by up to 1e-5 of itself, and so is the second moment. So neither may be much
+# larger than σ and the variance.
+_FAR = 16.0  # of (mean / σ)²
 
 
 def _by_sample(values: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
@@ -167,33 +168,22 @@ def _by_sample(values: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     if size == 1:
         return values[..., 0], torch.zeros_like(values[..., 0])
     exact = exact and kind in ("cpu", "cuda")  # other accelerators may have no fp64
-    dtype = torch.float64 if exact or values.dtype is torch.float64 else torch.float32
+    wide = values.double() if exact or values.dtype is torch.float64 else values.float()
     if kind != "cpu":
-        variances, means = torch.var_mean(values.to(dtype), dim=2, correction=0)
+        variances, means = torch.var_mean(wide, dim=2, correction=0)
         return means, variances
-    # On a CPU torch.var_mean takes a hundred times as long as sums.
-    sums, squares = _sums(values, dtype)
-    means = sums / size
-    variances = squares / size - means.square()
+    # On a CPU torch.var_mean takes a hundred times as long as what is taken here.
+    if wide.stride(2) == 1:
+        means = wide.sum(2).double() / size
+        norms = torch.linalg.vector_norm(wide, dim=2).double()
+        variances = (norms.square() / size - means.square()).clamp(min=0)
+    else:  # channels_last, over which norms are slow
+        stats = [torch.batch_norm_update_stats(x[None, ..., None], None, None, 0) for x in wide]
+        means, variances = (torch.stack(each).double() for each in zip(*stats, strict=True))
     # Written so that NaN, and what overflows fp32, is computed again.
-    near = means.square() <= _FAR * (variances + variances.mean(0, keepdim=True))
-    far = ~(near & variances.isfinite()).all(0)
-    if bool(far.any()):
-        again = torch.var_mean(values[:, far].double(), dim=2, correction=0)
-        variances[:, far], means[:, far] = again
-    return means, variances.clamp(min=0)
-
-
-def _sums(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The sums of (N, C, values) over the values, and of their squares.
-
-    Each piece is summed in `dtype`, and the pieces' sums in fp64.
-    """
-    sums, squares = values.new_zeros(2, *values.shape[:2], dtype=torch.float64)
-    length = max(_PIECE // values.shape[1], 1)
-    for number, sample in enumerate(values):
-        for part in sample.split(length, dim=1):
-            wide = part.to(dtype)
-            sums[number] += wide.sum(1)
-            squares[number] += (wide * wide).sum(1)
-    return sums, squares
+    typical = variances.mean(0)
+    near = (means.square().amax(0) <= _FAR * typical) & typical.isfinite()
+    if not bool(near.all()):
+        again = torch.var_mean(values[:, ~near].double(), dim=2, correction=0)
+        variances[:, ~near], means[:, ~near] = again
+    return means, variances
