@@ -188,12 +188,10 @@ class Runs:
         }
         stored: dict[nn.Module, dict[str, Tensor | None]] = {}
 
-        def before(
-            name: str, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
-        ) -> None:
+        def before(name: str, module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            if isinstance(module, _InstanceNorm) and x.dim() == module._get_no_batch_dim():
-                x = x.unsqueeze(0)  # a single sample
+            if empty[name].within and x.dim() == module._get_no_batch_dim():
+                x = x.unsqueeze(0)  # instance norm takes a single sample, too
             if not x.numel():
                 return
             moments = empty[name].of_batch(x, exact=exact)

@@ -129,11 +129,6 @@ class Moments:
         return self.variance * (1 - (self.samples if self.within else 1) / self.elements)
 
     @property
-    def scatter(self) -> Tensor:
-        """The standard deviation of the samples' means."""
-        return self.mean_error * self.samples**0.5
-
-    @property
     def mean_error(self) -> Tensor:
         """The standard error of `mean`; infinite for a single sample."""
         return self._error(self.products[0, 0])

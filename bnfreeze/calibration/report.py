@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from bnfreeze.calibration.fit import LayerFit, PerChannel, Thresholds
 from bnfreeze.findings import Finding
@@ -114,9 +114,9 @@ def _factor(value: float) -> str:
     return f"{value:.2f}" if 0.05 <= value < 99.5 else f"{value:.0e}"
 
 
-def _plain(facts: dict[str, Any]) -> Any:
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
     """As strict JSON gives it back, which has neither tuples, NaN nor infinity."""
-    return json.loads(json.dumps(facts), parse_constant=lambda _: None)
+    return cast("dict[str, Any]", json.loads(json.dumps(facts), parse_constant=lambda _: None))
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,10 @@ class RecalibrationReport(Printable):
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data with stable keys. What is NaN is None."""
-        parts = {"before": self.before.to_dict(), "after": self.after.to_dict()}
-        parts["findings"] = [finding.to_dict() for finding in self.findings]
-        facts = {one.name: getattr(self, one.name) for one in fields(self) if one.repr}
-        return _plain({"schema": 2, **facts, **parts})
+        facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "undo"}
+        facts |= {"before": self.before.to_dict(), "after": self.after.to_dict()}
+        facts["findings"] = [finding.to_dict() for finding in self.findings]
+        return _plain({"schema": 2, **facts})
 
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
