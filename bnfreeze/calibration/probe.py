@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bnfreeze.calibration.advice import advice_before, probe_findings
 from bnfreeze.calibration.batches import Batches, Progress
-from bnfreeze.calibration.fit import THRESHOLDS, Origin, Verdict, layer_fit
+from bnfreeze.calibration.fit import THRESHOLDS, THRESHOLDS_APART, Origin, Verdict, layer_fit
 from bnfreeze.calibration.measuring import Measured, Runs, as_in_evaluation
 from bnfreeze.calibration.report import ProbeReport
 from bnfreeze.errors import PolicyError
@@ -101,7 +101,7 @@ def probe_report(
     for entry in layers:
         fit = layer_fit(entry, measured.moments.get(entry.name))
         if apart is not None and fit.verdict == "shifted":
-            alone = layer_fit(entry, apart.moments.get(entry.name))
+            alone = layer_fit(entry, apart.moments.get(entry.name), THRESHOLDS_APART)
             fit = replace(fit, origin=_ORIGINS[alone.verdict])
         fits.append(fit)
     return ProbeReport(
