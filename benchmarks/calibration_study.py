@@ -4,8 +4,8 @@ Four small networks learn scikit-learn's handwritten digits, moved, turned and n
 batches of 32 and of 8. Their running statistics are what training leaves: noisy averages over the
 last batches, of a network that was still changing. Then they are probed with digits that they have
 not seen, as they are (is there a false alarm?) and with stored statistics that are made wrong by a
-known amount (is it found?). Seeds 0 and 1 say how small the thresholds may be. bnfreeze uses wider
-ones, by choice; those are judged on seeds 2 to 4, and by other shifts.
+known amount (is it found?). Seeds 0 and 1 say how small the thresholds may be. bnfreeze uses these;
+they are judged on seeds 2 to 4, and by other shifts.
 
     nice python -m benchmarks.calibration_study [--quick] [--json FILE]
 """
@@ -27,9 +27,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
-from bnfreeze.calibration.batches import Batches
 from bnfreeze.calibration.fit import THRESHOLDS, LayerFit, Thresholds, layer_fit
-from bnfreeze.calibration.measuring import Measured, as_in_evaluation, measure
+from bnfreeze.calibration.measuring import Measured, Runs, as_in_evaluation
 from bnfreeze.norm_layers import NamedModule, named_modules
 
 SIZES = (32, 256, 2048)
@@ -151,7 +150,7 @@ def norm_layers(model: nn.Module) -> list[NamedModule]:
 
 def measured(model: nn.Module, pixels: Tensor) -> Measured:
     with as_in_evaluation(model) as inner:
-        return measure(inner, norm_layers(model), Batches(pixels.split(32), None, 1))
+        return Runs(inner, pixels.split(32)).measure(norm_layers(model))
 
 
 def moved(entry: NamedModule, shift: Tensor | float, factor: float = 1.0) -> NamedModule:
@@ -185,9 +184,8 @@ class Probe:
     layers: list[NamedModule]
     measured: Measured
 
-    def verdict(self, place: int, entry: NamedModule, thresholds: Thresholds) -> LayerFit:
-        key = id(self.layers[place].module)
-        return layer_fit(entry, self.measured.moments[key], 32, thresholds)
+    def verdict(self, entry: NamedModule, thresholds: Thresholds) -> LayerFit:
+        return layer_fit(entry, self.measured.moments[entry.name], thresholds)
 
 
 def draws(networks: list[Trained], most: int) -> Iterator[Probe]:
@@ -202,9 +200,9 @@ def draws(networks: list[Trained], most: int) -> Iterator[Probe]:
 def verdicts(probes: list[Probe], thresholds: Thresholds, change: Any = None) -> dict[str, float]:
     """The share of layers, of all probes, for each verdict; `change` makes them wrong first."""
     found = Counter(
-        probe.verdict(place, entry if change is None else change(entry), thresholds).verdict
+        probe.verdict(entry if change is None else change(entry), thresholds).verdict
         for probe in probes
-        for place, entry in enumerate(probe.layers)
+        for entry in probe.layers
     )
     return {
         verdict: round(found[verdict] / found.total(), 4)
@@ -255,17 +253,16 @@ def batch_noise(networks: list[Trained]) -> dict[int, dict[str, float]]:
         layers = norm_layers(network.model)
         whole = measured(network.model, pixels)
         for size in (2, 8, 32):
-            means: dict[int, list[Tensor]] = defaultdict(list)
+            means: dict[str, list[Tensor]] = defaultdict(list)
             with as_in_evaluation(network.model) as inner:
                 for batch in pixels.split(size)[:256]:
-                    one = measure(inner, layers, Batches([batch], None, 1))
-                    for key, moments in one.moments.items():
-                        means[key].append(moments.mean)
+                    for name, moments in Runs(inner, [batch]).measure(layers).moments.items():
+                        means[name].append(moments.mean)
             for entry in layers:
-                key = id(entry.module)
                 sigma = (entry.module.running_var.double() + entry.module.eps).sqrt()
-                seen = (torch.stack(means[key]).std(0) / sigma).median().item()
-                ratios[size].append(seen / layer_fit(entry, whole.moments[key], size).batch_noise)
+                seen = (torch.stack(means[entry.name]).std(0) / sigma).median().item()
+                moments = replace(whole.moments[entry.name], batch_size=size)
+                ratios[size].append(seen / layer_fit(entry, moments).batch_noise)
     return {
         size: {
             "least": min(found),

@@ -3,7 +3,7 @@
     python -m benchmarks.probe_cost [--json FILE]
 
 One thread, and the process's own CPU time, which other processes disturb less than the clock's. The
-runs take turns; the fastest of each counts.
+runs take turns. Each is compared with the plain pass of the same turn, and the median counts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 import torchvision
@@ -54,15 +55,12 @@ def measure(turns: int) -> dict[str, dict[str, float]]:
             "probe": lambda m=model, d=data: bnfreeze.probe(m, d),
             "recalibrate": lambda m=model, d=data: bnfreeze.recalibrate(m, d),
         }
-        times = {name: [cpu_time(run) for run in [runs[name]] * 2] for name in runs}  # warm
-        for _ in range(turns):
-            for name, run in runs.items():
-                times[name].append(cpu_time(run))
-        best = {name: min(taken) for name, taken in times.items()}
-        found[layout] = {
-            "plain_seconds": round(best["plain"], 3),
-            "probe": round(best["probe"] / best["plain"], 3),
-            "recalibrate": round(best["recalibrate"] / best["plain"], 3),
+        for run in runs.values():
+            run()  # warm
+        each = [{name: cpu_time(run) for name, run in runs.items()} for _ in range(turns)]
+        found[layout] = {"plain_seconds": round(median(turn["plain"] for turn in each), 3)} | {
+            name: round(median(turn[name] / turn["plain"] for turn in each), 3)
+            for name in ("probe", "recalibrate")
         }
     return found
 

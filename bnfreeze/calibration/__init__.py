@@ -2,8 +2,7 @@
 
 =========== ==================================================================
 moments     mean and variance per channel, merged over samples, batches, ranks
-batches     what a DataLoader gives, turned into calls of the model
-progress    how far a run has come
+batches     what a DataLoader gives, turned into calls of the model; how far a run has come
 measuring   the model run over the data, with nothing changed
 intervals   Student's t
 fit         one layer's statistics against its data: numbers, and a verdict

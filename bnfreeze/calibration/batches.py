@@ -1,33 +1,45 @@
-"""What a DataLoader gives, turned into calls of the model."""
+"""What a DataLoader gives, turned into calls of the model, and how far a run has come."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import islice
+from operator import length_hint
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batches", "call"]
+__all__ = ["Batches", "Progress", "call"]
+
+# None, whether to show a bar, or what is called with the number of batches done and of all.
+Progress = bool | Callable[[int, int | None], object] | None
 
 # Where a batch is a dict, the model gets the first of these that it has.
 _KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
 
 
-class Batches:
-    """The batches that `probe` and `recalibrate` were given.
+class Batches(ExitStack):
+    """The batches that `probe` and `recalibrate` were given; a context manager, for the bar.
 
     Args:
         batches: any iterable; a DataLoader as a rule.
         most: how many to take; None for all.
         passes: how many times they will be gone through.
+        progress: what to tell about that.
+
+    Attributes:
+        passes: the same; it may change as more becomes known.
 
     Raises:
         TypeError: they are no iterable, or a one-shot iterator where several passes are needed.
     """
 
-    def __init__(self, batches: Iterable[Any], most: int | None, passes: int) -> None:
+    def __init__(
+        self, batches: Iterable[Any], most: int | None, passes: int, progress: Progress
+    ) -> None:
+        super().__init__()
         if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
             raise TypeError(
                 f"batches: expected an iterable of batches, such as a DataLoader, "
@@ -40,18 +52,27 @@ class Batches:
             )
         if most is not None and most < 1:
             raise ValueError(f"max_batches: expected at least 1, not {most}.")
-        self._batches, self._most = batches, most
+        self.passes = passes
+        self._batches, self._most, self._done = batches, most, 0
+        known = [count for count in (length_hint(batches), most) if count]
+        self._count = min(known, default=None)
+        self._tell = progress if callable(progress) else None
+        if progress is True:
+            from rich.console import Console
+            from rich.progress import Progress as Bar
+
+            console = Console(stderr=True)
+            if console.is_terminal:
+                bar = self.enter_context(Bar(console=console, transient=True))
+                task = bar.add_task("Running the model", total=None)
+                self._tell = lambda done, total: bar.update(task, completed=done, total=total)
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self._batches), self._most)
-
-    def count(self) -> int | None:
-        """How many there are, or None where nobody knows."""
-        try:
-            count = len(self._batches)  # type: ignore[arg-type]
-        except TypeError:
-            return self._most
-        return count if self._most is None else min(count, self._most)
+        for batch in islice(iter(self._batches), self._most):
+            yield batch
+            self._done += 1
+            if self._tell is not None:
+                self._tell(self._done, None if self._count is None else self._count * self.passes)
 
 
 def call(
@@ -85,12 +106,11 @@ def call(
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+    if hasattr(value, "to"):  # a tensor, or what a library made of several
+        return value.to(device)
     if isinstance(value, Mapping):
         return {key: _moved(each, device) for key, each in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_moved(each, device) for each in value))
     if isinstance(value, tuple | list):
-        return type(value)(_moved(each, device) for each in value)
+        moved = [_moved(each, device) for each in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
     return value

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bnfreeze.calibration.batches import Batches, call
+from bnfreeze.calibration.batches import call
 from bnfreeze.calibration.moments import Moments
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.inspection.modes import modes_put_back
@@ -24,14 +25,7 @@ from bnfreeze.torch_private import _InstanceNorm
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = [
-    "CalibrationError",
-    "Measured",
-    "as_in_evaluation",
-    "measure",
-    "pooled_over_ranks",
-    "running_statistics",
-]
+__all__ = ["CalibrationError", "Measured", "Runs", "as_in_evaluation"]
 
 _MEAN, _VAR = STATISTICS[:2]
 # What runs a model in a way of its own: DDP's forward sends buffers to other ranks, which may have
@@ -52,15 +46,12 @@ class Measured:
     """What one pass over the data gave.
 
     Attributes:
-        moments: by the layer's id; of no samples where it was never called.
-        sizes: likewise, how many samples the layer was given at once, at most.
-        order: the layers in the order of their first call.
+        moments: by the layer's name, in the order of the first calls; without those that were
+            never given a sample.
         batches: how many batches there were, over all ranks.
     """
 
-    moments: dict[int, Moments]
-    sizes: dict[int, int]
-    order: tuple[NamedModule, ...]
+    moments: dict[str, Moments]
     batches: int
 
 
@@ -82,12 +73,17 @@ def as_in_evaluation(model: nn.Module, group: ProcessGroup | None = None) -> Ite
     inner = model
     while type(inner).__name__ in _RUNNERS:
         inner = getattr(inner, _RUNNERS[type(inner).__name__])
+    # Compiled code calls no hooks that came later, so what is compiled runs as it was written.
+    compiled = any(m._compiled_call_impl or type(m).__name__ == "OptimizedModule" for m in modules)
+    eager: AbstractContextManager[object] = nullcontext()
+    if compiled:
+        eager = torch.compiler.set_stance("force_eager")
     try:
         with (
             modes_put_back(modules, False, buffers=True),
             torch.random.fork_rng(devices),
             torch.no_grad(),
-            _hooks_called(modules),
+            eager,
         ):
             if group is not None:
                 stored = [
@@ -96,7 +92,10 @@ def as_in_evaluation(model: nn.Module, group: ProcessGroup | None = None) -> Ite
                     for name, b in module._buffers.items()
                     if b is not None and name in STATISTICS and not b.is_meta
                 ]
-                _take_from_first_rank(stored, group)
+                sent: list[Any] = [[tensor.cpu() for tensor in stored]]
+                dist.broadcast_object_list(sent, src=dist.get_global_rank(group, 0), group=group)
+                for tensor, value in zip(stored, sent[0], strict=True):
+                    tensor.copy_(value)
             model.eval()
             yield inner
     finally:
@@ -105,171 +104,122 @@ def as_in_evaluation(model: nn.Module, group: ProcessGroup | None = None) -> Ite
             numpy.set_state(state[1])
 
 
-def _hooks_called(modules: Sequence[nn.Module]) -> AbstractContextManager[object]:
-    """Compiled code calls no hooks that came later, so what is compiled runs as it was written."""
-    compiled = any(m._compiled_call_impl or type(m).__name__ == "OptimizedModule" for m in modules)
-    eager: AbstractContextManager[object] = nullcontext()
-    return torch.compiler.set_stance("force_eager") if compiled else eager
+@dataclass(frozen=True)
+class Runs:
+    """Runs a model over data, as often as it is asked to, inside `as_in_evaluation`.
 
-
-def _take_from_first_rank(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
-    sent: list[Any] = [[tensor.cpu() for tensor in tensors]]
-    dist.broadcast_object_list(sent, src=dist.get_global_rank(group, 0), group=group)
-    for tensor, value in zip(tensors, sent[0], strict=True):
-        tensor.copy_(value)
-
-
-def measure(
-    model: nn.Module,
-    layers: Sequence[NamedModule],
-    batches: Batches,
-    *,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
-    normalize_with_batch: Sequence[NamedModule] = (),
-    exact: bool = False,
-    progress: Callable[[], object] | None = None,
-) -> Measured:
-    """Run the model over the batches and measure the inputs of `layers`.
-
-    Call it inside `as_in_evaluation`.
-
-    Args:
-        model: what to run; in eval mode, whatever a `score` has left.
-        layers: the norm layers to measure.
-        batches: what to run.
+    Attributes:
+        model: what to run.
+        batches: what to run it on, on this rank.
         forward: how to call the model on a batch, where it is not ``model(inputs)``.
-        normalize_with_batch: those of the layers that are to normalise with each batch's own
-            statistics while they are measured. A batch with one value per channel is normalised
-            with the stored ones.
-        exact: reduce in fp64.
-        progress: called after each batch.
-
-    Raises:
-        CalibrationError: a layer was given NaN or infinity, or there are no batches.
+        group: pool what its ranks have measured, which is the same on every rank then; every rank
+            has to ask for the same. None for this process alone.
     """
-    found = {id(e.module): Moments.empty(e.module.get_buffer(_MEAN)) for e in layers}
-    sizes = dict.fromkeys(found, 0)
-    by_id = {id(e.module): e for e in layers}
-    order: dict[int, NamedModule] = {}
-    with_batch = {id(e.module) for e in normalize_with_batch}
-    stored: dict[int, dict[str, Tensor | None]] = {}
-    finite: list[tuple[str, Tensor]] = []
-    place = 0
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        x = x.unsqueeze(0) if x.dim() == _unbatched_rank(module) else x
-        key = id(module)
-        moments = Moments.of(x, found[key].reference, exact=exact)
-        order.setdefault(key, by_id[key])
-        if not moments.samples:
-            return
-        finite.append((by_id[key].name, torch.isfinite(moments.m2.sum())))
-        found[key] = found[key].merged(moments)
-        sizes[key] = max(sizes[key], moments.samples)
-        if key in with_batch and moments.elements > 1:
-            own = module._buffers
-            stored[key] = {_MEAN: own[_MEAN], _VAR: own[_VAR]}
-            mean, var = running_statistics(module, moments, biased=True)
-            own[_MEAN], own[_VAR] = mean.to(own[_MEAN]), var.to(own[_VAR])
+    model: nn.Module
+    batches: Iterable[Any]
+    forward: Callable[[nn.Module, Any], Any] | None = None
+    group: ProcessGroup | None = None
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        module._buffers.update(stored.pop(id(module), {}))
+    def measure(
+        self,
+        layers: Sequence[NamedModule],
+        *,
+        with_batch: bool = False,
+        exact: bool = False,
+        first: Callable[[], object] = lambda: None,
+    ) -> Measured:
+        """Run the model once over the data and measure the inputs of `layers`.
 
-    hooks: list[Any] = []
-    model.eval()
-    try:
-        for entry in layers:
-            hooks.append(entry.module.register_forward_pre_hook(before, with_kwargs=True))
-            if id(entry.module) in with_batch:
-                hooks.append(entry.module.register_forward_hook(after, always_call=True))
-        device = _device(model)
-        for batch in batches:
-            finite.clear()
-            call(model, batch, forward, device)
-            # Asked when the batch is done, so that a GPU is waited for once and not in each layer.
-            for name, one in finite:
-                if not bool(one):
-                    raise CalibrationError(
-                        f"batch {place}: the input of {name or 'the model'} has NaN or infinity "
-                        f"in it. Nothing was changed. Look at this batch (counted from 0), and "
-                        f"at the parameters and statistics of the layers before it."
-                    )
-            place += 1
-            if progress is not None:
-                progress()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for entry in layers:
-            entry.module._buffers.update(stored.pop(id(entry.module), {}))
-    if not place:
-        raise CalibrationError("batches: there are none, so nothing was measured.")
-    return Measured(found, sizes, tuple(order.values()), place)
+        Args:
+            layers: the norm layers to measure.
+            with_batch: normalise with each batch's own statistics in these layers meanwhile. A
+                batch with one value per channel is normalised with the stored ones.
+            exact: reduce in fp64.
+            first: called before; of what it raises, all ranks are told.
 
+        Raises:
+            CalibrationError: a layer was given NaN or infinity, or there are no batches; or
+                another rank failed.
+            Exception: what the model or `first` raised on this rank.
+        """
+        if self.group is None:
+            first()
+            return self._on_this_rank(layers, with_batch, exact)
+        error: Exception | None = None
+        sent: Any = None
+        try:
+            first()
+            own = self._on_this_rank(layers, with_batch, exact)
+            sent = replace(own, moments={name: m.on_cpu() for name, m in own.moments.items()})
+        except Exception as caught:  # the other ranks wait for this one
+            error, sent = caught, f"{type(caught).__name__}: {caught}"
+        gathered: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(gathered, sent, group=self.group)
+        if error is not None:
+            raise error
+        moments: dict[str, Moments] = {}
+        for rank, other in enumerate(gathered):
+            if isinstance(other, str):
+                raise CalibrationError(f"rank {rank}: {other}")
+            for name, found in other.moments.items():
+                moments[name] = moments[name].merged(found) if name in moments else found
+        return Measured(moments, sum(other.batches for other in gathered))
 
-def pooled_over_ranks(
-    run: Callable[[], Measured], layers: Sequence[NamedModule], group: ProcessGroup | None
-) -> Measured:
-    """Measure on each rank, and pool what all have measured; the same on every rank.
+    def _on_this_rank(
+        self, layers: Sequence[NamedModule], with_batch: bool, exact: bool
+    ) -> Measured:
+        found: dict[str, Moments] = {}
+        empty = {
+            entry.name: Moments.empty(
+                entry.module.get_buffer(_MEAN), within=isinstance(entry.module, _InstanceNorm)
+            )
+            for entry in layers
+        }
+        stored: dict[nn.Module, dict[str, Tensor | None]] = {}
 
-    Args:
-        run: measures on this rank, with as many batches as it has.
-        layers: the layers that are measured.
-        group: the process group; every rank of it has to call this. None for this process alone.
+        def before(name: str, module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if empty[name].within and x.dim() == module._get_no_batch_dim():
+                x = x.unsqueeze(0)  # instance norm takes a single sample, too
+            if not x.numel():
+                return
+            moments = empty[name].of_batch(x, exact=exact)
+            found[name] = found[name].merged(moments) if name in found else moments
+            if with_batch and moments.has_variance:
+                own = module._buffers
+                stored[module] = {_MEAN: own[_MEAN], _VAR: own[_VAR]}
+                own[_MEAN] = moments.mean.to(own[_MEAN])
+                own[_VAR] = moments.biased_variance.to(own[_VAR])
 
-    Raises:
-        CalibrationError: on every rank, if `run` failed on another.
-        Exception: what `run` raised on this rank.
-    """
-    if group is None:
-        return run()
-    error: Exception | None = None
-    sent: Any = None
-    keys = [id(entry.module) for entry in layers]
-    try:
-        own = run()
-        place = {id(entry.module): number for number, entry in enumerate(layers)}
-        sent = (
-            [own.moments[key].on_cpu() for key in keys],
-            [own.sizes[key] for key in keys],
-            [place[id(entry.module)] for entry in own.order],
-            own.batches,
-        )
-    except Exception as caught:  # the other ranks wait for this one
-        error, sent = caught, f"{type(caught).__name__}: {caught}"
-    gathered: list[Any] = [sent] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, sent, group=group)
-    if error is not None:
-        raise error
-    for rank, other in enumerate(gathered):
-        if isinstance(other, str):
-            raise CalibrationError(f"rank {rank}: {other}")
-    moments, sizes = {}, {}
-    for number, key in enumerate(keys):
-        moments[key] = reduce(Moments.merged, (parts[number] for parts, *_ in gathered))
-        sizes[key] = max(other[1][number] for other in gathered)
-    order = dict.fromkeys(number for *_, order, _ in gathered for number in order)
-    return Measured(
-        moments, sizes, tuple(layers[n] for n in order), sum(other[3] for other in gathered)
-    )
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            module._buffers.update(stored.pop(module, {}))
+
+        self.model.eval()  # whatever `first` has left
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        count = 0
+        with ExitStack() as hooks:
+            for name, module in ((entry.name, entry.module) for entry in layers):
+                hook = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+                hooks.enter_context(hook)
+                if with_batch:
+                    hooks.enter_context(module.register_forward_hook(after, always_call=True))
+            for batch in self.batches:
+                call(self.model, batch, self.forward, device)
+                _check_finite(found, count)
+                count += 1
+        if not count:
+            raise CalibrationError("batches: there are none, so nothing was measured.")
+        return Measured(found, count)
 
 
-def running_statistics(
-    module: nn.Module, moments: Moments, *, biased: bool = False
-) -> tuple[Tensor, Tensor]:
-    """What the layer's running mean and variance would be for this data: (C,) each, fp64."""
-    if isinstance(module, _InstanceNorm):
-        return moments.centre[0], moments.sample_variance
-    return moments.mean, moments.m2 / moments.elements if biased else moments.variance
-
-
-def _unbatched_rank(module: nn.Module) -> int | None:
-    """The rank of a single sample, where the layer takes one without its batch dimension."""
-    rank = getattr(module, "_get_no_batch_dim", None)
-    return int(rank()) if rank is not None else None
-
-
-def _device(model: nn.Module) -> torch.device:
-    tensors = (*model.parameters(), *model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+def _check_finite(found: dict[str, Moments], batch: int) -> None:
+    # Asked when the batch is done, so that a GPU is waited for once and not in each layer.
+    for name, moments in found.items():
+        if not bool(torch.isfinite(moments.m2.sum())):
+            raise CalibrationError(
+                f"batch {batch}: the input of {name or 'the model'} has NaN or infinity in it. "
+                f"Nothing was changed. Look at this batch (counted from 0), and at the parameters "
+                f"and statistics of the layers before it."
+            )

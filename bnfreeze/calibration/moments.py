@@ -5,6 +5,8 @@ each batch is reduced, and batches are merged in fp64 by the formula of Chan, Go
 (1979), so batches may have any size. And how sure are these figures? For that the unit is the
 sample, not the pixel, since the pixels of one image are correlated: the standard error comes from
 the scatter of the samples' own means and second moments.
+
+Instance norm asks for other figures: the means over samples of each sample's own mean and variance.
 """
 
 from __future__ import annotations
@@ -22,63 +24,63 @@ __all__ = ["Moments"]
 class Moments:
     """What is known of a layer's input; all tensors are fp64.
 
-    Of each sample three numbers count: its mean a, its second moment q about `reference`, and its
-    own unbiased variance v, which instance norm keeps.
+    Of each sample two numbers count, with the number of its values as their weight: its mean a, and
+    its second moment q about `reference`. Within samples q is the sample's own unbiased variance,
+    and each sample has the weight 1.
 
     Attributes:
+        reference: what q is taken about: the stored running mean, so that q stays small. (C,).
+        within: whether the variance is that within samples, as of instance norm.
         samples: the number of samples.
         elements: the number of values per channel, over all samples.
-        mean: the mean of all values: (C,).
-        m2: the sum of their squared distances from `mean`: (C,).
-        centre: the means of a, q and v over samples, each sample counted once: (3, C).
-        products: the sums over samples of the products of their distances from `centre`: (3, 3, C).
-        reference: what q is taken about: the stored running mean, so that q stays small. (C,).
+        batch_size: how many samples there were at once, at most.
+        centre: the weighted means of a and q over samples: (2, C).
+        products: the weighted means of the products of their distances from `centre`: (2, 2, C).
+        m2: the sum of the squared distances of all values from their mean: (C,).
     """
 
+    reference: Tensor
+    within: bool
     samples: int
     elements: int
-    mean: Tensor
-    m2: Tensor
+    batch_size: int
     centre: Tensor
     products: Tensor
-    reference: Tensor
+    m2: Tensor
 
     @classmethod
-    def empty(cls, reference: Tensor) -> Moments:
+    def empty(cls, reference: Tensor, *, within: bool = False) -> Moments:
         """Of no data; `reference` of the shape (C,)."""
         # Not every accelerator has fp64.
         where = reference.device if reference.device.type == "cuda" else "cpu"
         reference = reference.detach().to(where, torch.float64, copy=True)
-        zeros = torch.zeros_like(reference)
-        return cls(
-            0, 0, zeros, zeros, zeros.expand(3, -1), zeros.expand(3, 3, -1), reference=reference
-        )
+        zeros = torch.zeros_like(reference).expand(2, 2, -1)
+        return cls(reference, within, 0, 0, 0, zeros[0], zeros, zeros[0, 0])
 
-    @classmethod
-    def of(cls, x: Tensor, reference: Tensor, *, exact: bool = False) -> Moments:
-        """Of one batch, on the device of `reference`, without waiting for a GPU.
+    def of_batch(self, x: Tensor, *, exact: bool = False) -> Moments:
+        """Of one batch, to be merged with these; on their device, without waiting for a GPU.
 
         Args:
-            x: (N, C, *) of a floating dtype.
-            reference: (C,), fp64, as of the moments that these will be merged with.
+            x: (N, C, *) of a floating dtype, with a value at least.
             exact: reduce in fp64. Otherwise each sample is reduced in fp32: the error is below
                 1e-4 standard deviations.
         """
-        size = x[0, 0].numel() if len(x) else 0
-        if not size:
-            return cls.empty(reference)
-        a, v = (t.to(reference.device).double() for t in _by_sample(x.detach(), exact))
-        each = torch.stack([a, v + (a - reference).square(), v * (size / max(size - 1, 1))])
+        values = x.detach().unsqueeze(-1).flatten(2)  # in most layouts a view
+        size = values.shape[2]
+        a, v = (t.to(self.reference.device).double() for t in _by_sample(values, exact))
+        second = v * (size / max(size - 1, 1)) if self.within else v + (a - self.reference).square()
+        each = torch.stack([a, second])
         centre = each.mean(1)
         off = each - centre[:, None]
-        return cls(
+        products = (off[:, None] * off).mean(2)
+        return replace(
+            self,
             samples=len(a),
             elements=len(a) * size,
-            mean=centre[0],
-            m2=size * (v + off[0].square()).sum(0),
+            batch_size=len(a),
             centre=centre,
-            products=torch.einsum("inc,jnc->ijc", off, off),
-            reference=reference,
+            products=products,
+            m2=len(a) * size * (v.mean(0) + products[0, 0]),
         )
 
     def merged(self, other: Moments) -> Moments:
@@ -86,107 +88,97 @@ class Moments:
         if not self.samples or not other.samples:
             return other if not self.samples else self
         samples, elements = self.samples + other.samples, self.elements + other.elements
-        share, part = other.elements / elements, other.samples / samples
-        step, d = other.mean - self.mean, other.centre - self.centre
-        return Moments(
+        share = other.samples / samples if self.within else other.elements / elements
+        step, products = other.centre - self.centre, other.products - self.products
+        between = step[:, None] * step
+        return replace(
+            self,
             samples=samples,
             elements=elements,
-            mean=self.mean + step * share,
-            m2=self.m2 + other.m2 + step.square() * (self.elements * share),
-            centre=self.centre + d * part,
-            products=self.products + other.products + d[:, None] * d * (self.samples * part),
-            reference=self.reference,
+            batch_size=max(self.batch_size, other.batch_size),
+            centre=self.centre + step * share,
+            products=self.products + (products + between * (1 - share)) * share,
+            m2=self.m2 + other.m2 + between[0, 0] * (self.elements * other.elements / elements),
         )
 
     def on_cpu(self) -> Moments:
-        """To send to other ranks."""
+        """To send to other ranks, or to judge by."""
         tensors: dict[str, Any] = {
             n: v.cpu() for n, v in vars(self).items() if isinstance(v, Tensor)
         }
         return replace(self, **tensors)
 
     @property
+    def has_variance(self) -> bool:
+        """Whether there are two values or more to have one: in all, or in each sample."""
+        return self.elements > (self.samples if self.within else 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """What a running mean of this data would be."""
+        return self.centre[0]
+
+    @property
     def variance(self) -> Tensor:
-        """The unbiased variance of all values; infinite for a single one."""
-        return self.m2 / (self.elements - 1) if self.elements > 1 else self.m2 + torch.inf
+        """What a running variance of this data would be, which is unbiased."""
+        return self.centre[1] if self.within else self.m2 / (self.elements - 1)
 
     @property
-    def sample_variance(self) -> Tensor:
-        """The mean of the samples' own unbiased variances."""
-        return self.centre[2]
-
-    @property
-    def scatter(self) -> Tensor:
-        """The standard deviation of the samples' means."""
-        return (self.products[0, 0] / max(self.samples - 1, 1)).sqrt()
+    def biased_variance(self) -> Tensor:
+        """What a layer in train mode divides by."""
+        return self.variance * (1 - (self.samples if self.within else 1) / self.elements)
 
     @property
     def mean_error(self) -> Tensor:
-        """The standard error of `mean`; infinite for a single sample, as the others."""
+        """The standard error of `mean`; infinite for a single sample."""
         return self._error(self.products[0, 0])
 
     @property
     def variance_error(self) -> Tensor:
-        """The standard error of `variance`.
+        """The standard error of `variance`; infinite for a single sample, or without variance.
 
         The variance is E[q] - (E[a] - reference)², so one sample moves it by
-        q_i - 2 (E[a] - reference) a_i to first order.
+        q_i - 2 (E[a] - reference) a_i to first order. Within samples it is E[q].
         """
-        slope = -2 * (self.centre[0] - self.reference)
-        (aa, aq, _), (_, qq, _), _ = self.products
-        return self._error(qq + slope.square() * aa + 2 * slope * aq)
-
-    @property
-    def sample_variance_error(self) -> Tensor:
-        """The standard error of `sample_variance`."""
-        return self._error(self.products[2, 2])
+        (aa, aq), (_, qq) = self.products
+        slope = 0 if self.within else -2 * (self.centre[0] - self.reference)
+        error = self._error(qq + slope * slope * aa + 2 * slope * aq)
+        return error if self.has_variance else error + torch.inf
 
     def _error(self, squares: Tensor) -> Tensor:
-        """The standard error of a mean over samples, from the sum of squared distances."""
+        """The standard error of a mean over samples, from their mean squared distance."""
         if self.samples < 2:
             return torch.full_like(squares, torch.inf)
-        return (squares.clamp(min=0) / (self.samples - 1) / self.samples).sqrt()
+        return (squares.clamp(min=0) / (self.samples - 1)).sqrt()
 
 
-# fp32 sums are off by about 1e-6 of the second moment, so the variance by that times (mean/σ)².
-_FAR = 64.0
-_PIECE = 2**17  # values
+# In fp32 a mean is off by up to 1e-5 of itself, and so is the second moment. So neither may be much
+# larger than σ and the variance.
+_FAR = 16.0  # of (mean / σ)²
 
 
-def _by_sample(x: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
-    """Each sample's mean and variance (divided by the number of values): (N, C), fp64 or fp32."""
-    if x.device.type not in ("cpu", "cuda"):
-        exact = False  # there may be no fp64
-    wide = x.double() if exact or x.dtype is torch.float64 else x.float()
-    if x.dim() == 2:
-        return wide, torch.zeros_like(wide)
-    dims = tuple(range(2, x.dim()))
-    if wide.dtype is torch.float32 and x.device.type == "cpu":
-        # torch.var_mean is accurate, and takes a hundred times as long as sums on a CPU.
-        size = x[0, 0].numel()
-        means = wide.sum(dims).double() / size
-        if wide.stride(-1) == 1:
-            squares = torch.linalg.vector_norm(wide, 2, dim=dims).double().square()
-        else:  # channels_last, over which norms are slow
-            squares = _squares(wide.movedim(1, -1).reshape(len(x), size, -1)).double()
-        variances = squares / size - means.square()
-        # Written so that NaN, and what overflows fp32, is computed again.
-        near = means.square() <= _FAR * (variances + variances.mean(0, keepdim=True))
-        near &= variances.isfinite()
-        far = ~near.all(0)
-        if bool(far.any()):
-            v, m = torch.var_mean(x[:, far].double(), dim=dims, correction=0)
-            means[:, far], variances[:, far] = m, v
-        return means, variances.clamp(min=0)
-    variances, means = torch.var_mean(wide, dim=dims, correction=0)
+def _by_sample(values: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """Each sample's mean and variance (divided by the number of values) of (N, C, values)."""
+    size, kind = values.shape[2], values.device.type
+    if size == 1:
+        return values[..., 0], torch.zeros_like(values[..., 0])
+    exact = exact and kind in ("cpu", "cuda")  # other accelerators may have no fp64
+    wide = values.double() if exact or values.dtype is torch.float64 else values.float()
+    if kind != "cpu":
+        variances, means = torch.var_mean(wide, dim=2, correction=0)
+        return means, variances
+    # On a CPU torch.var_mean takes a hundred times as long as what is taken here.
+    if wide.stride(2) == 1:
+        means = wide.sum(2).double() / size
+        norms = torch.linalg.vector_norm(wide, dim=2).double()
+        variances = (norms.square() / size - means.square()).clamp(min=0)
+    else:  # channels_last, over which norms are slow
+        stats = [torch.batch_norm_update_stats(x[None, ..., None], None, None, 0) for x in wide]
+        means, variances = (torch.stack(each).double() for each in zip(*stats, strict=True))
+    # Written so that NaN, and what overflows fp32, is computed again.
+    typical = variances.mean(0)
+    near = (means.square().amax(0) <= _FAR * typical) & typical.isfinite()
+    if not bool(near.all()):
+        again = torch.var_mean(values[:, ~near].double(), dim=2, correction=0)
+        variances[:, ~near], means[:, ~near] = again
     return means, variances
-
-
-def _squares(x: Tensor) -> Tensor:
-    """The sums of squares of (N, values, C) over the values, in pieces that fit a CPU's cache."""
-    rows = max(_PIECE // x.shape[2], 1)
-    piece, total = x.new_empty(rows, x.shape[2]), x.new_zeros(len(x), x.shape[2])
-    for sample, own in zip(x, total, strict=True):
-        for part in sample.split(rows):
-            own += torch.mul(part, part, out=piece[: len(part)]).sum(0)
-    return total

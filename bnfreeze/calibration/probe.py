@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor, nn
 
 from bnfreeze.calibration.advice import advice_before, probe_findings
-from bnfreeze.calibration.batches import Batches
-from bnfreeze.calibration.fit import THRESHOLDS, LayerFit, Origin, Verdict, layer_fit
-from bnfreeze.calibration.measuring import Measured, as_in_evaluation, measure, pooled_over_ranks
-from bnfreeze.calibration.progress import Progress, Steps
+from bnfreeze.calibration.batches import Batches, Progress
+from bnfreeze.calibration.fit import THRESHOLDS, THRESHOLDS_APART, Origin, Verdict, layer_fit
+from bnfreeze.calibration.measuring import Measured, Runs, as_in_evaluation
 from bnfreeze.calibration.report import ProbeReport
 from bnfreeze.errors import PolicyError
 from bnfreeze.findings import worst_first
@@ -22,7 +21,7 @@ from bnfreeze.patterns import Pattern, hint
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["layer_fits", "probe", "probe_report", "selected_layers"]
+__all__ = ["probe", "probe_report", "selected_layers"]
 
 
 def probe(
@@ -76,83 +75,51 @@ def probe(
     """
     check_model(model)
     layers = selected_layers(model, select)
-    source = Batches(batches, max_batches, passes=1 if process_group is None else 2)
-    apart = None
-    with (
-        Steps(progress, source, passes=1) as steps,
-        as_in_evaluation(model, process_group) as inner,
-    ):
-
-        def measured(which: Sequence[NamedModule], with_batch: Sequence[NamedModule]) -> Measured:
-            def run() -> Measured:
-                return measure(
-                    inner,
-                    which,
-                    source,
-                    forward=forward,
-                    normalize_with_batch=with_batch,
-                    progress=steps.advance,
-                )
-
-            return pooled_over_ranks(run, which, process_group)
-
-        whole = measured(layers, ())
-        fits = layer_fits(layers, whole)
-        if not isinstance(batches, Iterator) and any(fit.verdict == "shifted" for fit in fits):
-            steps.passes += 1
-            every = selected_layers(model, None)
-            apart = measured(every, every)
-        return probe_report(layers, fits, whole, apart)
+    source = Batches(batches, max_batches, 1 if process_group is None else 2, progress)
+    source.passes = 1  # as long as no layer is known not to fit
+    with source, as_in_evaluation(model, process_group) as inner:
+        run = Runs(inner, source, forward, process_group).measure
+        whole = run(layers)
+        report = probe_report(layers, whole)
+        if isinstance(batches, Iterator) or all(x.verdict != "shifted" for x in report.layers):
+            return report
+        source.passes = 2
+        return probe_report(layers, whole, run(selected_layers(model, None), with_batch=True))
 
 
 def probe_report(
-    layers: Sequence[NamedModule],
-    fits: tuple[LayerFit, ...],
-    measured: Measured,
-    apart: Measured | None = None,
+    layers: Sequence[NamedModule], measured: Measured, apart: Measured | None = None
 ) -> ProbeReport:
-    """Judge the layers' statistics.
+    """Judge the layers' statistics, as they are now.
 
     Args:
         layers: the layers.
-        fits: what `layer_fits` says of them.
         measured: what they were given in eval mode.
         apart: what some of them were given while they normalised with each batch.
     """
-    if apart is not None:
-        known = [entry for entry in layers if id(entry.module) in apart.moments]
-        alone = {fit.name: fit.verdict for fit in layer_fits(known, apart)}
-        fits = tuple(
-            replace(fit, origin=_ORIGINS[alone[fit.name]])
-            if fit.verdict == "shifted" and fit.name in alone
-            else fit
-            for fit in fits
-        )
-    first = next((m.samples for e in measured.order if (m := measured.moments[id(e.module)])), 0)
+    fits = []
+    for entry in layers:
+        fit = layer_fit(entry, measured.moments.get(entry.name))
+        if apart is not None and fit.verdict == "shifted":
+            alone = layer_fit(entry, apart.moments.get(entry.name), THRESHOLDS_APART)
+            fit = replace(fit, origin=_ORIGINS[alone.verdict])
+        fits.append(fit)
     return ProbeReport(
-        fits,
-        worst_first(probe_findings(fits)),
-        advice_before(fits),
-        first,
-        measured.batches,
-        THRESHOLDS,
+        layers=tuple(fits),
+        findings=worst_first(probe_findings(fits)),
+        advice=advice_before(fits),
+        samples=next((moments.samples for moments in measured.moments.values()), 0),
+        batches=measured.batches,
+        thresholds=THRESHOLDS,
     )
 
 
-_ORIGINS: dict[Verdict, Origin] = {
+_ORIGINS: Final[dict[Verdict, Origin]] = {
     "shifted": "own",
     "fits": "carried",
     "uncertain": "unclear",
     "not reached": "",
 }
-
-
-def layer_fits(layers: Sequence[NamedModule], measured: Measured) -> tuple[LayerFit, ...]:
-    """Compare each layer's statistics, as they are now, with what was measured."""
-    return tuple(
-        layer_fit(entry, measured.moments[id(entry.module)], measured.sizes[id(entry.module)])
-        for entry in layers
-    )
 
 
 def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> list[NamedModule]:
@@ -178,16 +145,14 @@ def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> lis
         )
     if select is None:
         return layers
-    patterns = [Pattern.parse(text) for text in ([select] if isinstance(select, str) else select)]
-    names = [name for entry in modules for name in entry.plain_names]
-    for pattern in patterns:
-        if not any(_matches(pattern, entry) for entry in layers):
+    chosen: list[NamedModule] = []
+    for text in [select] if isinstance(select, str) else select:
+        pattern = Pattern.parse(text)
+        matched = [entry for entry in layers if pattern.matches(*entry.all_names)]
+        if not matched:
+            names = [name for entry in modules for name in entry.plain_names]
             raise PolicyError(
-                f"select: {pattern.text!r} matches no norm layer that keeps statistics."
-                + hint(pattern.text, names)
+                f"select: {text!r} matches no norm layer that keeps statistics." + hint(text, names)
             )
-    return [entry for entry in layers if any(_matches(pattern, entry) for pattern in patterns)]
-
-
-def _matches(pattern: Pattern, entry: NamedModule) -> bool:
-    return pattern.matches(*entry.names, *entry.plain_names)
+        chosen += matched
+    return [entry for entry in layers if entry in chosen]

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from bnfreeze.calibration.advice import advice_after
-from bnfreeze.calibration.batches import Batches
-from bnfreeze.calibration.measuring import (
-    CalibrationError,
-    Measured,
-    as_in_evaluation,
-    measure,
-    pooled_over_ranks,
-    running_statistics,
-)
-from bnfreeze.calibration.probe import layer_fits, probe_report, selected_layers
-from bnfreeze.calibration.progress import Progress, Steps
+from bnfreeze.calibration.batches import Batches, Progress
+from bnfreeze.calibration.measuring import CalibrationError, Measured, Runs, as_in_evaluation
+from bnfreeze.calibration.probe import probe_report, selected_layers
 from bnfreeze.calibration.report import Mode, RecalibrationReport
 from bnfreeze.errors import PolicyError
 from bnfreeze.norm_layers import AFFINE, STATISTICS, NamedModule, check_model, eps_of
 from bnfreeze.policies.record import frozen_names
-from bnfreeze.torch_private import _InstanceNorm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -33,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["recalibrate"]
 
 _MEAN, _VAR, _COUNT = STATISTICS
-# The new value of each tensor that is written.
-_Writes = list[tuple[Tensor, Tensor]]
+# A tensor of the model, and its new value.
+_New = tuple[Tensor, Tensor]
 
 
 def recalibrate(
@@ -101,61 +93,39 @@ def recalibrate(
     if keep and exact:
         raise ValueError("exact=True: the mode 'keep-function' is exact, in a single pass.")
     layers = selected_layers(model, None)
-    chosen = _chosen(layers, selected_layers(model, select), keep=keep, by_name=select is not None)
+    chosen = selected_layers(model, select) if select is not None else _not_frozen(layers, keep)
     if keep:
         _check_affine(model, chosen)
-    passes = 2 if keep else 3
-    source = Batches(batches, max_batches, passes)
+    source = Batches(batches, max_batches, 2 if keep else 3, progress)
     scores: list[float] = []
-    with Steps(progress, source, passes) as steps:
 
-        def measured(
-            inner: nn.Module, which: Sequence[NamedModule], scored: bool = False, **options: Any
-        ) -> Measured:
-            def run() -> Measured:
-                if scored and score is not None:  # here, so that its errors reach all ranks
-                    scores.append(float(score(inner)))
-                return measure(
-                    inner, which, source, forward=forward, progress=steps.advance, **options
-                )
+    def rate() -> None:
+        if score is not None:
+            scores.append(float(score(inner)))
 
-            return pooled_over_ranks(run, which, process_group)
-
-        with as_in_evaluation(model, process_group) as inner:
-            now = measured(inner, layers, scored=True, exact=keep)
-            fits = layer_fits(layers, now)
-            apart = None
-            reached = _reached(chosen, now)
-            if keep:
-                writes = [w for e in reached for w in _keeping_function(e, now)]
-            elif exact:
-                steps.passes += len(reached) - 1
-                writes = []
-                for entry in reached:
-                    alone = measured(inner, [entry], exact=True)
-                    own = _replacing(entry, alone)
-                    _write(own)  # for the layers behind it; undone on leaving
-                    writes += own
-            else:
-                apart = measured(inner, reached, normalize_with_batch=reached, exact=True)
-                writes = [w for entry in reached for w in _replacing(entry, apart)]
-            before = probe_report(layers, fits, now, apart)
-            _check_range(writes, reached)
-
-        old = [(tensor, tensor.detach().clone()) for tensor, _ in writes]
-
-        def undo() -> None:
-            _write(old)
-
+    with source, as_in_evaluation(model, process_group) as inner:
+        run = Runs(inner, source, forward, process_group).measure
+        now = run(layers, exact=keep, first=rate)
+        reached = _reached(chosen, now)
+        apart = None if keep or exact else run(reached, with_batch=True, exact=True)
+        before = probe_report(layers, now, apart)
+        new: list[_New] = []
+        source.passes += len(reached) - 1 if exact else 0
+        for entry in reached:
+            found = run([entry], exact=True) if exact else apart or now
+            own = _new_values(entry, found, keep)
+            new += own
+            if exact:
+                _write(own)  # for the layers behind it
+        old = _current(new)
         try:
-            _write(writes)
-            with as_in_evaluation(model, process_group) as inner:
-                then = measured(inner, layers, scored=True)
-                after = probe_report(layers, layer_fits(layers, then), then)
-        except BaseException:
-            undo()
-            raise
-    first, last = scores or (None, None)
+            _write(new)
+            after = probe_report(layers, run(layers, first=rate))
+        finally:
+            _write(old)  # of weight and bias; buffers are put back on leaving
+    # Nothing can fail from here on.
+    old = _current(new)
+    _write(new)
     names = tuple(entry.name for entry in reached)
     return RecalibrationReport(
         mode=mode,
@@ -163,21 +133,17 @@ def recalibrate(
         recalibrated=names,
         before=before,
         after=after,
-        score_before=first,
-        score_after=last,
-        passes=steps.passes,
+        score_before=scores[0] if scores else None,
+        score_after=scores[1] if scores else None,
+        passes=source.passes,
         findings=after.findings,
         advice=advice_after(before.layers, after.layers, names, mode, exact, scores),
-        undo=undo,
+        undo=partial(_write, old),
     )
 
 
-def _chosen(
-    layers: Sequence[NamedModule], matched: Sequence[NamedModule], *, keep: bool, by_name: bool
-) -> list[NamedModule]:
-    """What to recalibrate: frozen layers only if they were named."""
-    if by_name:
-        return list(matched)
+def _not_frozen(layers: Sequence[NamedModule], keep: bool) -> list[NamedModule]:
+    """Those in which nothing is frozen that would change."""
     written = {_MEAN, *(AFFINE if keep else ())}
     free = [entry for entry in layers if written.isdisjoint(frozen_names(entry.module))]
     if not free:
@@ -188,89 +154,82 @@ def _chosen(
     return free
 
 
+def _check_affine(model: nn.Module, chosen: Sequence[NamedModule]) -> None:
+    """Refuse what has no weight and bias that could change without changing something else."""
+    holders = Counter(id(tensor) for module in model.modules() for tensor in _own(module).values())
+    for entry in chosen:
+        own = _own(entry.module)
+        problem = ""
+        if any(not isinstance(own.get(name), Tensor) for name in AFFINE):
+            problem = "this layer has none of its own"
+        elif any(holders[id(own[name])] > 1 for name in AFFINE):
+            problem = "another module shares them, whose function would change"
+        if problem:
+            raise PolicyError(
+                f"{entry.name or 'the model'}: mode='keep-function' changes weight and bias, and "
+                f"{problem}. Leave it out by select=, or use mode='replace'."
+            )
+
+
+def _own(module: nn.Module) -> dict[str, Tensor | None]:
+    return {**module._parameters, **module._buffers}
+
+
 def _reached(chosen: Sequence[NamedModule], measured: Measured) -> list[NamedModule]:
     """Those of the chosen layers that were given data, in the order of their first call."""
-    wanted = {id(entry.module) for entry in chosen}
-    reached = [
-        entry
-        for entry in measured.order
-        if id(entry.module) in wanted and measured.moments[id(entry.module)].samples
-    ]
+    by_name = {entry.name: entry for entry in chosen}
+    reached = [by_name[name] for name in measured.moments if name in by_name]
     if not reached:
         raise CalibrationError(
             "None of the chosen norm layers was given any data: nothing was changed. "
             "Pass forward=, if the model has to be called in another way."
         )
-    for entry in reached:
-        moments = measured.moments[id(entry.module)]
-        instance = isinstance(entry.module, _InstanceNorm)
-        if moments.elements == (moments.samples if instance else 1):
+    for name, moments in measured.moments.items():
+        if name in by_name and not moments.has_variance:
             raise CalibrationError(
-                f"{entry.name or 'the model'}: a single value per channel was measured"
-                f"{' in each sample' if instance else ''}, and one value has no variance. "
+                f"{name or 'the model'}: a single value per channel was measured"
+                f"{' in each sample' if moments.within else ''}, and one value has no variance. "
                 f"Nothing was changed."
             )
     return reached
 
 
-def _replacing(entry: NamedModule, measured: Measured) -> _Writes:
-    layer = entry.module
-    mean, var = running_statistics(layer, measured.moments[id(layer)])
-    writes = [(layer.get_buffer(_MEAN), mean), (layer.get_buffer(_VAR), var)]
-    if isinstance(count := getattr(layer, _COUNT, None), Tensor):
-        writes.append((count, torch.tensor(measured.batches)))
-    return writes
+def _new_values(entry: NamedModule, measured: Measured, keep: bool) -> list[_New]:
+    """Statistics of the data; with `keep` a weight and a bias that compute the same as before.
 
-
-def _keeping_function(entry: NamedModule, measured: Measured) -> _Writes:
-    """Statistics of the data, with a weight and a bias that compute the same as before."""
-    layer = entry.module
-    writes = _replacing(entry, measured)
-    weight, bias = (getattr(layer, name) for name in AFFINE)
-    # On the CPU: some accelerators have no fp64.
-    mean, var, w, b = (
-        t.detach().cpu().double() for t in (writes[0][0], writes[1][0], weight, bias)
-    )
+    Raises:
+        CalibrationError: the dtype of a tensor is too narrow for its new value.
+    """
+    layer, moments = entry.module, measured.moments[entry.name].on_cpu()
+    stored = [layer.get_buffer(name) for name in (_MEAN, _VAR)]
     # What is stored is rounded, and it is what the layer will compute with.
-    new_mean, new_var = (new.cpu().to(old.dtype).double() for old, new in writes[:2])
-    eps = eps_of(layer) or 0.0
-    old_scale = w / (var + eps).sqrt()
-    new_weight = old_scale * (new_var + eps).sqrt()
-    new_bias = b + (new_mean - mean) * old_scale
-    return [*writes, (weight, new_weight), (bias, new_bias)]
-
-
-def _check_affine(model: nn.Module, chosen: Sequence[NamedModule]) -> None:
-    holders = Counter(id(tensor) for module in model.modules() for tensor in _own(module))
-    for entry in chosen:
-        own = {**entry.module._parameters, **entry.module._buffers}
-        if any(not isinstance(own.get(name), Tensor) for name in AFFINE):
-            raise PolicyError(
-                f"{entry.name or 'the model'}: mode='keep-function' changes weight and bias, and "
-                f"this layer has none of its own. Leave it out by select=, or use mode='replace'."
-            )
-        if any(holders[id(own[name])] > 1 for name in AFFINE):
-            raise PolicyError(
-                f"{entry.name or 'the model'}: mode='keep-function' changes weight and bias, and "
-                f"another module shares them, whose function would change. Use mode='replace'."
-            )
-
-
-def _check_range(writes: _Writes, reached: Sequence[NamedModule]) -> None:
-    for tensor, value in writes:
-        if not bool(torch.isfinite(value.to(tensor.dtype)).all()):
-            owner = next(e.name for e in reached if any(t is tensor for t in _own(e.module)))
+    rounded = [v.to(t.dtype) for v, t in zip((moments.mean, moments.variance), stored, strict=True)]
+    new = list(zip(stored, rounded, strict=True))
+    if isinstance(count := getattr(layer, _COUNT, None), Tensor):
+        new.append((count, torch.tensor(measured.batches)))
+    if keep:
+        weight, bias = (getattr(layer, name) for name in AFFINE)
+        # On the CPU: some accelerators have no fp64.
+        mean, var, w, b = (t.detach().cpu().double() for t in (*stored, weight, bias))
+        new_mean, new_var = (t.double() for t in rounded)
+        eps = eps_of(layer) or 0.0
+        scale = w / (var + eps).sqrt()
+        new += [(weight, (scale * (new_var + eps).sqrt()).to(weight.dtype))]
+        new += [(bias, (b + (new_mean - mean) * scale).to(bias.dtype))]
+    for tensor, value in new:
+        if not bool(torch.isfinite(value).all()):
             raise CalibrationError(
-                f"{owner or 'the model'}: a new value is beyond the range of {tensor.dtype}. "
+                f"{entry.name or 'the model'}: a new value is beyond the range of {tensor.dtype}. "
                 f"Nothing was changed. Use the model in float32."
             )
+    return new
 
 
-def _own(module: nn.Module) -> list[Tensor | None]:
-    return [*module._parameters.values(), *module._buffers.values()]
+def _current(new: Sequence[_New]) -> list[_New]:
+    return [(tensor, tensor.detach().clone()) for tensor, _ in new]
 
 
-def _write(writes: _Writes) -> None:
+def _write(values: Sequence[_New]) -> None:
     with torch.no_grad():
-        for tensor, value in writes:
+        for tensor, value in values:
             tensor.copy_(value)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+import json
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
+from typing import Any, Literal, cast
 
 from bnfreeze.calibration.fit import LayerFit, PerChannel, Thresholds
 from bnfreeze.findings import Finding
@@ -52,47 +53,17 @@ class ProbeReport(Printable):
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data with stable keys. What is infinite or NaN is None."""
-        layers = [
-            {
-                **asdict(layer),
-                "mean_shift": layer.mean_shift._asdict(),
-                "variance_ratio": layer.variance_ratio._asdict(),
-            }
-            for layer in self.layers
-        ]
-        return {
-            "schema": 2,
-            "ok": self.ok,
-            "samples": self.samples,
-            "batches": self.batches,
-            "advice": self.advice,
-            "thresholds": asdict(self.thresholds),
-            "layers": [_finite(layer) for layer in layers],
-            "findings": [finding.to_dict() for finding in self.findings],
-        }
+        return _plain({"schema": 2, "ok": self.ok, **asdict(self)})
 
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
-        layers = self.layers
-        scale = Scale([x.shifts for x in layers if x.shifts], positive=False)
-        title, further = shared_kind("Statistics against data", [x.kind for x in layers])
-        columns = (
-            "layer",
-            "kind",
-            "verdict",
-            "shift",
-            "mean off, σ",
-            scale.ends(_BAR),
-            "variance",
-            "by chance",
-            "batch noise",
-            "channels off",
-            "samples",
-        )
+        scale = Scale([x.shifts for x in self.layers if x.shifts], positive=False)
+        title, further = shared_kind("Statistics against data", [x.kind for x in self.layers])
+        rows = [_row(layer, scale) for layer in self.layers]
         return Sheet(
             title=title,
-            columns=columns,
-            rows=[(layer.name or "(the model)", *_cells(layer, scale)) for layer in layers],
+            columns=tuple(rows[0]),
+            rows=[tuple(row.values()) for row in rows],
             findings=self.findings,
             verdict=self.advice,
             further=further | {"by chance", "batch noise", "channels off", "samples"},
@@ -102,22 +73,33 @@ class ProbeReport(Printable):
         )
 
 
-def _cells(layer: LayerFit, scale: Scale) -> tuple[Cell, ...]:
-    if layer.verdict == "not reached":
-        return (layer.kind, layer.verdict, *[""] * 8)
+def _row(layer: LayerFit, scale: Scale) -> dict[str, Cell]:
+    """The cells of a layer by their headings."""
     off = layer.shifted_channels
-    return (
-        layer.kind,
-        layer.verdict,
-        layer.origin,
-        _shift(layer.mean_shift),
-        scale.draw(layer.shifts or None, _BAR),
-        _ratio(layer.variance_ratio),
-        f"±{layer.margin:.2f}",
-        f"{layer.batch_noise:.2f} of {layer.batch_size}" if layer.batch_noise >= 0 else "",
-        f"{off} of {layer.channels}" if off else "",
-        f"{layer.samples}",
+    noise = f"{layer.batch_noise:.2f} of {layer.batch_size}" if layer.batch_noise >= 0 else ""
+    return _known(
+        layer,
+        {
+            "layer": layer.name or "(the model)",
+            "kind": layer.kind,
+            "verdict": layer.verdict,
+            "shift": layer.origin,
+            "mean off, σ": _shift(layer.mean_shift),
+            scale.ends(_BAR): scale.draw(layer.shifts or None, _BAR),
+            "variance": _ratio(layer.variance_ratio),
+            "by chance": f"±{layer.margin:.2f}",
+            "batch noise": noise,
+            "channels off": f"{off} of {layer.channels}" if off else "",
+            "samples": f"{layer.samples}",
+        },
     )
+
+
+def _known(layer: LayerFit, row: dict[str, Cell]) -> dict[str, Cell]:
+    """The row, or only its first three cells: of a layer never reached nothing more is known."""
+    if layer.verdict != "not reached":
+        return row
+    return dict.fromkeys(row, "") | dict(islice(row.items(), 3))
 
 
 def _shift(shift: PerChannel) -> str:
@@ -132,14 +114,9 @@ def _factor(value: float) -> str:
     return f"{value:.2f}" if 0.05 <= value < 99.5 else f"{value:.0e}"
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, tuple | list):
-        return [_finite(each) for each in value]
-    return value
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    """As strict JSON gives it back, which has neither tuples, NaN nor infinity."""
+    return cast("dict[str, Any]", json.loads(json.dumps(facts), parse_constant=lambda _: None))
 
 
 @dataclass(frozen=True, repr=False)
@@ -173,66 +150,47 @@ class RecalibrationReport(Printable):
     undo: Callable[[], None] = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as plain data with stable keys."""
-        return {
-            "schema": 2,
-            "mode": self.mode,
-            "exact": self.exact,
-            "recalibrated": list(self.recalibrated),
-            "score_before": self.score_before,
-            "score_after": self.score_after,
-            "passes": self.passes,
-            "advice": self.advice,
-            "before": self.before.to_dict(),
-            "after": self.after.to_dict(),
-            "findings": [finding.to_dict() for finding in self.findings],
-        }
+        """The facts as plain data with stable keys. What is NaN is None."""
+        facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "undo"}
+        facts |= {"before": self.before.to_dict(), "after": self.after.to_dict()}
+        facts["findings"] = [finding.to_dict() for finding in self.findings]
+        return _plain({"schema": 2, **facts})
 
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
-        changed = set(self.recalibrated)
         pairs = list(zip(self.before.layers, self.after.layers, strict=True))
         title, further = shared_kind("Statistics recalibrated", [x.kind for x, _ in pairs])
+        rows = [_pair(before, after, self.recalibrated) for before, after in pairs]
         score = ""
         if self.score_before is not None and self.score_after is not None:
             score = f" Score: {self.score_before:.4g} before, {self.score_after:.4g} after."
         return Sheet(
             title=title,
-            columns=(
-                "layer",
-                "kind",
-                "before",
-                "mean off, σ",
-                "variance",
-                "after",
-                "mean off then",
-                "variance then",
-                "note",
-            ),
-            rows=[
-                (before.name or "(the model)", *_pair(before, after, changed))
-                for before, after in pairs
-            ],
+            columns=tuple(rows[0]),
+            rows=[tuple(row.values()) for row in rows],
             findings=self.findings,
             verdict=self.advice,
             further=further | {"variance", "variance then"},
             notes=(
-                f"{len(changed)} of {len(pairs)} layers, mode {self.mode!r}, "
+                f"{len(self.recalibrated)} of {len(pairs)} layers, mode {self.mode!r}, "
                 f"{self.before.samples:,} samples, {self.passes} passes.{score}",
             ),
         )
 
 
-def _pair(before: LayerFit, after: LayerFit, changed: set[str]) -> tuple[str, ...]:
-    if before.verdict == "not reached":
-        return (before.kind, before.verdict, *[""] * 6)
-    return (
-        before.kind,
-        before.verdict,
-        _shift(before.mean_shift),
-        _ratio(before.variance_ratio),
-        after.verdict,
-        _shift(after.mean_shift),
-        _ratio(after.variance_ratio),
-        "" if before.name in changed else "left as it was",
+def _pair(before: LayerFit, after: LayerFit, recalibrated: Collection[str]) -> dict[str, Cell]:
+    """The cells of a layer by their headings."""
+    return _known(
+        before,
+        {
+            "layer": before.name or "(the model)",
+            "kind": before.kind,
+            "before": before.verdict,
+            "mean off, σ": _shift(before.mean_shift),
+            "variance": _ratio(before.variance_ratio),
+            "after": after.verdict,
+            "mean off then": _shift(after.mean_shift),
+            "variance then": _ratio(after.variance_ratio),
+            "note": "" if before.name in recalibrated else "left as it was",
+        },
     )

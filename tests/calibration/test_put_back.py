@@ -8,6 +8,7 @@ from torch import nn
 
 import bnfreeze
 from bnfreeze import CalibrationError, PolicyError, probe, recalibrate
+from bnfreeze.calibration.fit import THRESHOLDS
 
 from ..helpers import moved, state
 from .test_recalibrate import batches, network
@@ -127,7 +128,7 @@ def test_a_frozen_layer_near_the_threshold_is_named_in_the_call():
     layer = nn.BatchNorm1d(3)
     data = [torch.randn(2048, 3) for _ in range(4)]
     recalibrate(layer, data)
-    layer.running_mean.add_(0.25)
+    layer.running_mean.add_(THRESHOLDS.mean)
     bnfreeze.freeze(layer, "eval")
     advice = probe(layer, data).advice
     assert "near the threshold" in advice

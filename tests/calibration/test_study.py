@@ -11,7 +11,8 @@ STUDY = json.loads(
 )
 
 
-def test_the_thresholds_in_use_are_those_that_were_judged():
+def test_the_thresholds_in_use_are_those_that_were_chosen_and_judged():
+    assert STUDY["thresholds"]["chosen"] == STUDY["shipped"]
     assert STUDY["shipped"] == {name: asdict(THRESHOLDS)[name] for name in ("mean", "ratio")}
     assert not STUDY["quick"]
 
