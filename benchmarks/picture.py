@@ -1,13 +1,14 @@
-"""The training steps of a run as a bar chart in SVG.
+"""Bar charts in SVG: of the training steps of a run, or of what `folded` gains and does not gain.
 
-`python -m benchmarks.picture benchmarks/results/cpu.json > docs/benchmarks.svg`.
+`python -m benchmarks.picture benchmarks/results/cpu.json > docs/benchmarks.svg`;
+`python -m benchmarks.picture benchmarks/results/folded.json > docs/folded.svg`.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -33,40 +34,87 @@ def steps(run: Run) -> str:
     batch = max((one.case["batch"] for one in found), key=lambda batch: int(batch.split()[0]))
     return draw(
         [one for one in found if one.case["batch"] == batch],
+        PRECISIONS,
+        lambda one: one.case["precision"],
         f"A training step of a ResNet-50, batch {batch}",
-        f"Time divided by that of {BASE}, with quartiles. {report.machine(run)}, "
-        f"torch {run.versions['torch'].partition('+')[0]}.",
+        _footer(run, "Time"),
     )
 
 
-def draw(records: Sequence[Record], title: str, footer: str) -> str:
-    """Return an SVG: a panel for each precision, and two bars for each arm, one a layout."""
+def folded(run: Run) -> str:
+    """Draw where `folded` gains most and where it gains least, in fp32.
+
+    Raises:
+        LookupError: the run has not measured `folded`.
+    """
+    plain = {"precision": "fp32", "malloc": "default"}
+    found = [
+        one for one in run.records if one.work == "folded" and plain.items() <= one.case.items()
+    ]
+    ours = [
+        one
+        for one in found
+        if one.arm.startswith("bnfreeze folded") and one.case["layout"] == "channels_last"
+    ]
+    if not ours:
+        raise LookupError("the run has not measured `folded` in fp32, channels_last")
+    ours.sort(key=lambda one: one.median)
+    panels = [_case(ours[0]), _case(ours[-1])]
+    return draw(
+        [one for one in found if _case(one) in panels],
+        panels,
+        _case,
+        "Frozen parts on a CPU, in fp32: the largest gain and the smallest",
+        _footer(run, "CPU time"),
+    )
+
+
+def _case(one: Record) -> str:
+    return f"{one.case['model']}: {one.case['what']}"
+
+
+def _footer(run: Run, time: str) -> str:
+    return (
+        f"{time} divided by that of {BASE}, with quartiles. {report.machine(run)}, "
+        f"torch {run.versions['torch'].partition('+')[0]}."
+    )
+
+
+def draw(
+    records: Sequence[Record],
+    panels: Sequence[str],
+    panel_of: Callable[[Record], str],
+    title: str,
+    footer: str,
+) -> str:
+    """Return an SVG of some panels, with two bars for each arm, one a layout."""
     plain = [arm.name for arm in ARMS if arm.compiled is None]
     measured = {one.arm for one in records}
     arms = [name for name in plain if name in measured]
-    found = {(one.arm, one.case["precision"], one.case["layout"]): one for one in records}
+    found = {(one.arm, panel_of(one), one.case["layout"]): one for one in records}
     most = max((one.high for one in records if one.arm in arms), default=1.0)
     most = max(1.25, math.ceil(most * 4) / 4)
-    width = _LABELS + len(PRECISIONS) * (_PANEL + _GAP)
+    wide = _PANEL * len(PRECISIONS) // len(panels)
+    width = _LABELS + len(panels) * (wide + _GAP)
     bottom = _TOP + _ROW * len(arms)
     parts = [_text(12, 22, title, size=15, weight=600)]
     parts += [
         _text(_LABELS - 10, _TOP + _ROW * row + 15, name, anchor="end", weight=_weight(name))
         for row, name in enumerate(arms)
     ]
-    for panel, precision in enumerate(PRECISIONS):
-        left = _LABELS + panel * (_PANEL + _GAP)
-        parts.append(_text(left, _TOP - 10, precision, weight=600))
+    for number, panel in enumerate(panels):
+        left = _LABELS + number * (wide + _GAP)
+        parts.append(_text(left, _TOP - 10, panel, weight=600))
         labels = []  # above the line at 1
         for row, name in enumerate(arms):
             for place, layout in enumerate(LAYOUTS):
-                one = found.get((name, precision, layout))
+                one = found.get((name, panel, layout))
                 if one is not None:
                     y = _TOP + _ROW * row + 4 + place * (_BAR + 1)
                     colour = _COLOURS[name.startswith("bnfreeze")][place]
-                    parts += _bar(one, left, y, _PANEL / most, colour)
-                    labels += _label(one, left, y, _PANEL / most)
-        one_at = left + _PANEL / most
+                    parts += _bar(one, left, y, wide / most, colour)
+                    labels += _label(one, left, y, wide / most)
+        one_at = left + wide / most
         parts.append(
             f'<line x1="{one_at:.1f}" x2="{one_at:.1f}" y1="{_TOP}" y2="{bottom}" '
             'stroke="#b91c1c" stroke-dasharray="3 3"/>'
@@ -129,4 +177,6 @@ def _weight(name: str) -> int:
 
 
 if __name__ == "__main__":
-    print(steps(runs.load(Path(sys.argv[1]))), end="")
+    loaded = runs.load(Path(sys.argv[1]))
+    has_steps = any(one.work == "step" for one in loaded.records)
+    print(steps(loaded) if has_steps else folded(loaded), end="")
