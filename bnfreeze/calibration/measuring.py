@@ -145,7 +145,8 @@ def measure(
         progress: called after each batch.
 
     Raises:
-        CalibrationError: a layer was given NaN or infinity, or there are no batches.
+        CalibrationError: a layer was given NaN, infinity or other channels than it has statistics
+            of, or there are no batches.
     """
     found = {id(e.module): Moments.empty(e.module.get_buffer(_MEAN)) for e in layers}
     sizes = dict.fromkeys(found, 0)
@@ -160,6 +161,12 @@ def measure(
         x = args[0] if args else next(iter(kwargs.values()))
         x = x.unsqueeze(0) if x.dim() == _unbatched_rank(module) else x
         key = id(module)
+        channels = found[key].reference.numel()
+        if x.dim() > 1 and x.shape[1] != channels:
+            raise CalibrationError(
+                f"{by_id[key].name or 'The model'}: its statistics have {channels} elements, and "
+                f"its input has {x.shape[1]} channels. Such a layer cannot be measured."
+            )
         moments = Moments.of(x, found[key].reference, exact=exact)
         order.setdefault(key, by_id[key])
         if not moments.samples:
