@@ -139,8 +139,8 @@ class Runs:
             first: called before; of what it raises, all ranks are told.
 
         Raises:
-            CalibrationError: a layer was given NaN or infinity, or there are no batches; or
-                another rank failed.
+            CalibrationError: a layer was given NaN, infinity or other channels than it has
+                statistics of; there are no batches; or another rank failed.
             Exception: what the model or `first` raised on this rank.
         """
         if self.group is None:
@@ -184,6 +184,12 @@ class Runs:
                 x = x.unsqueeze(0)  # instance norm takes a single sample, too
             if not x.numel():
                 return
+            channels = empty[name].reference.numel()
+            if x.dim() > 1 and x.shape[1] != channels:
+                raise CalibrationError(
+                    f"{name or 'The model'}: its statistics have {channels} elements, and its "
+                    f"input has {x.shape[1]} channels. Such a layer cannot be measured."
+                )
             moments = empty[name].of_batch(x, exact=exact)
             found[name] = found[name].merged(moments) if name in found else moments
             if with_batch and moments.has_variance:

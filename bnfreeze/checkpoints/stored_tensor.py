@@ -81,11 +81,13 @@ class StoredTensor:
         dtype: torch's name of it, such as ``"float32"``.
         shape: the sizes.
         why: why there is no more than the description; empty where there is.
+        address: the device and address of a live tensor; None of one in a file.
     """
 
     dtype: str
     shape: tuple[int, ...]
     why: str = ""
+    address: tuple[object, int] | None = None
 
     @property
     def has_values(self) -> bool:

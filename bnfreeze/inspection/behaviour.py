@@ -117,19 +117,17 @@ def optimizers_by_id(
 
 def live_layer(
     entry: NamedModule,
-    training: bool,
     optimized: Mapping[int, str] | None,
     by_policy: Mapping[int, str],
 ) -> LiveLayer:
     """Say what a norm layer will do in the next training step.
 
     Args:
-        entry: the norm layer.
-        training: its training flag once ``model.train()`` has been called.
+        entry: the norm layer, as `bnfreeze.inspection.modes.in_training` leaves it.
         optimized: what `optimizers_by_id` gave; None where no optimizer is known.
         by_policy: what `policies_by_parameter` gives for the model.
     """
-    layer = entry.module
+    layer, training = entry.module, entry.module.training
     normalizes, why_normalizes = _normalizes_with(layer, training)
     updates, why_updates = _updates_statistics(layer, training)
     trains, why_trains = _trains_affine(layer, optimized, by_policy)

@@ -72,6 +72,9 @@ class TensorInMemory(StoredTensor):
     def __init__(self, tensor: Tensor) -> None:
         self.why = why_unreadable(tensor)
         self.tensor = tensor if self.why else read_tensor(tensor)
+        if not self.why:
+            own = shard_of(tensor)
+            self.address = (tensor.device, (tensor if own is None else own).data_ptr())
         self.dtype = str(tensor.dtype).removeprefix("torch.")
         unseen = isinstance(tensor, UninitializedParameter | UninitializedBuffer)
         self.shape = () if unseen else tuple(self.tensor.shape)

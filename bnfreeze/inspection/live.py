@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bnfreeze.findings import Finding, Level, finding, worst_first
 from bnfreeze.inspection.behaviour import LiveLayer, fate, live_layer
 from bnfreeze.inspection.in_memory import TensorInMemory
-from bnfreeze.inspection.modes import training_flags
+from bnfreeze.inspection.modes import in_training
 from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.statistics import batches_in, real_values, statistics_findings
 from bnfreeze.inspection.unregistered import unregistered
@@ -102,15 +102,17 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
     """
     model = check_model(model)
     modules = named_modules(model)
-    flags = training_flags(model)
     by_policy = policies_by_parameter(entry.module for entry in modules)
+    norms = [entry for entry in modules if is_norm(entry.module)]
+    undone = [model.training and not entry.module.training for entry in norms]
     layers: list[LiveLayer] = []
     findings: list[Finding] = []
-    for entry in modules:
-        if is_norm(entry.module):
-            layer = live_layer(entry, flags[id(entry.module)], optimized, by_policy)
+    with in_training(model):
+        for entry, was_eval in zip(norms, undone, strict=True):
+            layer = live_layer(entry, optimized, by_policy)
             layers.append(layer)
-            findings += _layer_findings(layer, entry.module, model.training, optimized)
+            findings += _layer_findings(layer, entry.module, was_eval, optimized)
+        trains = any(parameter.requires_grad for parameter in model.parameters())
     for path, hidden in unregistered(modules).items():
         drifting = [m for m in hidden if not {n for _, n in statistics_in(m)} & {*frozen_names(m)}]
         if drifting:
@@ -123,7 +125,7 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
     if not layers and not findings:
         findings.append(finding("model-no-norm-layer", ""))
     weights = any("weights" in policy for policy in by_policy.values())
-    if weights and not any(p.requires_grad for p in model.parameters()):
+    if weights and not trains:
         findings.append(finding("model-nothing-trains", ""))
     if optimized and not any(id(p) in optimized for p in model.parameters()):
         findings.append(finding("optimizer-without-parameters", ""))
@@ -131,7 +133,7 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
 
 
 def _layer_findings(
-    facts: LiveLayer, layer: nn.Module, root_training: bool, optimized: Mapping[int, str] | None
+    facts: LiveLayer, layer: nn.Module, was_eval: bool, optimized: Mapping[int, str] | None
 ) -> Iterator[Finding]:
     record = record_of(layer)
     name = facts.name
@@ -172,7 +174,7 @@ def _layer_findings(
             f"but the running statistics still update in each forward pass.",
             level="note" if record is not None else "warning",
         )
-    if root_training and not layer.training and "train mode" in facts.why.values():
+    if was_eval and "train mode" in facts.why.values():
         yield finding("train-undoes-eval", name)
     yield from _gradient_findings(name, layer, optimized or {})
     own = (getattr(layer, statistic, None) for statistic in STATISTICS)

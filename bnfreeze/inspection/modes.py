@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from bnfreeze.norm_layers import is_norm
 from bnfreeze.policies.transaction import transaction
 
-__all__ = ["modes_put_back", "training_flags"]
+__all__ = ["in_training", "modes_put_back"]
 
 
-def training_flags(model: nn.Module) -> dict[int, bool]:
-    """By module identity, the training flag that ``model.train()`` would leave.
+@contextlib.contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """Inside, modes and requires_grad are as ``model.train()`` leaves them.
 
     ``model.train()`` is really called, because any module may override ``train`` (mmdetection's
     ``norm_eval`` backbones do, and set requires_grad there as well), and then undone. An override
     in a module without a norm layer inside is not called: a LoRA layer, for example, merges its
-    weights there. If the call raises, the flags at that moment count.
+    weights there. If the call raises, what it had done by then counts.
     """
     modules = list(model.modules())
     with modes_put_back(modules, True):
@@ -31,7 +32,7 @@ def training_flags(model: nn.Module) -> dict[int, bool]:
         # An error here will come again in the user's own loop; it is not reported twice.
         with contextlib.suppress(Exception):
             model.train()
-        return {id(module): module.training for module in modules}
+        yield
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ def frozen_class(module: nn.Module, policy: Policy) -> tuple[type[nn.Module], Po
             note = f"not fused: {why}"
     if was_lookalike(module):
         return base, policy, "frozen already, by its own class"
-    known = has_known_forward(module, base)
+    known = has_known_forward(module, base) and base.train is nn.Module.train
     behaviour: type[FrozenLayer] = FrozenLayer
     if policy.forces_eval and issubclass(base, _InstanceNorm):
         behaviour = ForceEvalInstance

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -33,10 +35,10 @@ class BatchOnly(FrozenLayer, _BatchNorm):
 
 
 class OnCopies(FrozenLayer):
-    """Runs the layer's own forward on copies of its statistics.
+    """Runs the layer's own forward, and its own ``train``, on copies of its statistics.
 
-    So they stay as they are whatever that forward does: write in place, assign, or ignore its
-    mode and ``track_running_stats``. Do not run the same layer in several threads at once.
+    So they stay as they are whatever these do: write in place, assign, or ignore the layer's mode
+    and ``track_running_stats``. Do not run the same layer in several threads at once.
     """
 
     prefix: ClassVar[str] = "FixedStats"
@@ -54,8 +56,17 @@ class OnCopies(FrozenLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As before, but the forward sees copies of the statistics."""
+        with self._copies(next((arg for arg in args if isinstance(arg, Proxy)), None)):
+            return super().forward(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """As before, but it sees copies: a ghost batch norm averages its statistics there."""
+        with self._copies():
+            return super().train(mode)
+
+    @contextlib.contextmanager
+    def _copies(self, traced: Proxy | None = None) -> Iterator[None]:
         kept = [(holder, name, holder[name]) for holder, name in statistics_in(self)]
-        traced = next((arg for arg in args if isinstance(arg, Proxy)), None)
         try:
             for holder, name, tensor in kept:
                 # torch.fx knows a tensor by its place; the graph has to make the copy, too.
@@ -64,7 +75,7 @@ class OnCopies(FrozenLayer):
                     if traced is None
                     else traced.tracer.create_proxy("call_function", torch.clone, (tensor,), {})
                 )
-            return super().forward(*args, **kwargs)
+            yield
         finally:
             for holder, name, tensor in kept:
                 holder[name] = tensor

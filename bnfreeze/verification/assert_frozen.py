@@ -10,6 +10,7 @@ from torch import nn
 from bnfreeze.errors import NotFrozenError, PolicyError
 from bnfreeze.freezing.plan import plan
 from bnfreeze.inspection.live import inspect_model
+from bnfreeze.inspection.modes import in_training
 from bnfreeze.norm_layers import (
     NamedModule,
     check_model,
@@ -93,17 +94,22 @@ def assert_frozen(
             "Nothing in the model is frozen and it has no norm layer: there is nothing to check."
         )
     facts = {layer.name: layer for layer in inspect_model(model).layers}
-    found = {
-        entry.name: "; ".join(reasons)
-        for entry in chosen
-        if (reasons := list(_reasons(entry.module, facts.get(entry.name), strict)))
-    }
+    with in_training(model):
+        found = {
+            entry.name: "; ".join(reasons)
+            for entry in chosen
+            if (reasons := list(_reasons(entry.module, facts.get(entry.name), strict)))
+        }
+        thawed = [p for e in chosen for _, p, _ in recorded(e.module) if p.requires_grad]
     if found:
         are = "is" if len(found) == 1 else "are"
         lines = [f"{name or 'The model'}: {why}." for name, why in found.items()]
         more = [f"And {len(lines) - 5} more layers."] if len(lines) > 5 else []
         head = f"{len(found)} of {len(chosen)} layers {are} not frozen:"
-        text = "\n".join([head, *lines[:5], *more, _remedy(modules, found, strict)])
+        remedy = _remedy(modules, found, strict)
+        if thawed and not any(parameter.requires_grad for parameter in thawed):
+            remedy = "A train() of the model sets requires_grad to True: take that out of it."
+        text = "\n".join([head, *lines[:5], *more, remedy])
         raise NotFrozenError(text, tuple(found.items()))
 
 

@@ -110,7 +110,11 @@ def diff(
                 # The others are compared all the same.
                 unread.append(Unread(model, type(error).__name__, str(error)))
                 continue
-            findings += (*_leaks(changes, model), *_averages(changes, model))
+            findings += (
+                *_same_memory(states, model),
+                *_leaks(changes, model),
+                *_averages(changes, model),
+            )
             tensors += changes
         return Diff(
             sides[0].origin(sides[0].parts.all),
@@ -184,6 +188,20 @@ def _changes(
             )
         )
     return changes
+
+
+def _same_memory(states: Sequence[dict[str, StoredTensor]], key: str) -> Iterator[Finding]:
+    """Tensors that are one and the same on both sides: comparing them shows nothing."""
+    old, new = states
+    pairs = [(one, new[n]) for n, one in old.items() if n in new and one.has_values and one.numel]
+    if same := sum(one.address is not None and one.address == two.address for one, two in pairs):
+        yield finding(
+            "model-same-memory",
+            "",
+            f"{same} of {len(pairs)} tensors are the same memory on both sides and cannot differ.",
+            level="error" if same == len(pairs) else "warning",
+            key=key,
+        )
 
 
 def _leaks(changes: Iterable[TensorChange], key: str) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import bnfreeze
-from bnfreeze import PolicyError, probe
+from bnfreeze import CalibrationError, PolicyError, probe
 from bnfreeze.calibration.fit import THRESHOLDS
 
 C = 16
@@ -245,5 +245,9 @@ def test_what_cannot_be_probed_is_refused():
     with pytest.raises(PolicyError, match="Did you mean 'bn'"):
         probe(Taking(), [torch.randn(2, 3)], select="bnn")
     assert len(probe(Taking(), [torch.randn(2, 3)], select="bn").layers) == 1
+    ghost = Taking()
+    ghost.bn.running_mean, ghost.bn.running_var = torch.zeros(6), torch.ones(6)
+    with pytest.raises(CalibrationError, match=r"bn: its statistics have 6 .* 3 channels"):
+        probe(ghost, [torch.randn(2, 3)])
     with pytest.raises(TypeError, match=r"nn\.Module"):
         probe({}, [])

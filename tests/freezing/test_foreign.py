@@ -242,6 +242,34 @@ def test_a_forward_that_ignores_its_mode_cannot_move_frozen_statistics(policy):
     assert report.sheet().rows[0][4] == "unknown"
 
 
+class Ghost(nn.BatchNorm2d):
+    """Averages its statistics when it goes to eval mode, as ghost batch norms do."""
+
+    def train(self, mode=True):
+        if not mode:
+            self.running_mean += 1
+            self.running_var = self.running_var * 2
+        return super().train(mode)
+
+
+class RenormalisedGhost(Ghost, Renormalised):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Ghost, RenormalisedGhost])
+@pytest.mark.parametrize("policy", ["stats", "eval", "fused", "eval+weights"])
+def test_a_train_of_the_layers_own_cannot_move_frozen_statistics(kind, policy):
+    model = model_with(kind(3), nn.ReLU())
+    freeze(model, policy)
+    before = state(model)
+    model.train()(X)
+    model.eval()(X)
+    assert moved(before, model) == set()
+    unfreeze(model)
+    model.train().eval()
+    assert {"1.running_mean", "1.running_var"} <= moved(before, model)
+
+
 @pytest.mark.parametrize("policy", ["stats", "eval", "affine"])
 def test_a_forward_set_on_the_instance_is_refused_where_it_could_write(policy):
     plain, own = model_with(nn.BatchNorm2d(3)), model_with(Renormalised(3))

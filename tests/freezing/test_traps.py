@@ -178,8 +178,9 @@ def test_inspect_asks_a_model_that_overrides_train_and_leaves_no_trace(images):
     assert not model.training
     assert not model.stem[1].training
     assert all(p.requires_grad for p in model.parameters())
-    # Its weight and bias still train: the policies are separate, and named.
-    assert all(layer.trains_affine for layer in inspect(model).layers)
+    # Weight and bias of its backbone still train: the policies are separate, and named.
+    assert {layer.name for layer in inspect(model).layers if not layer.trains_affine} == {"stem.1"}
+    assert inspect(model).layers[0].frozen_by == "requires_grad"
 
 
 # Gradients and optimizers.

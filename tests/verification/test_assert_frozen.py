@@ -76,6 +76,21 @@ def test_a_promise_that_is_not_kept_is_named(policy, layer, change):
     assert failing(model) == {f"body.{layer}"}
 
 
+def test_a_train_of_the_models_own_that_thaws_a_layer_is_called_first():
+    model = frozen({"body": "eval+weights", "head": "eval"})
+    assert failing(model) == set()
+    thaws = type("Thaws", (type(model),), {"train": lambda self, mode=True: _thaw(self, mode)})
+    model.__class__ = thaws
+    assert failing(model) == {"body.0", "body.1"}
+    assert "take that out of it" in remedy(model)
+    assert not model.body[1].weight.requires_grad
+
+
+def _thaw(model, mode):
+    nn.Module.train(model, mode)
+    return model.requires_grad_(mode)
+
+
 def test_a_layer_that_was_frozen_says_what_is_frozen_still():
     model = frozen({"body": "eval+affine", "head": "affine"}).requires_grad_(True)
     with pytest.raises(bnfreeze.NotFrozenError, match="again") as caught:

@@ -1,5 +1,6 @@
 """diff: of paths, state_dicts and models, in any pairing."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -64,6 +65,26 @@ def test_a_diff_tells_what_verify_tells(model):
     }
     assert live == stored
     assert [f.code for f in bnfreeze.diff(start, model).findings] == ["stats-not-frozen"]
+
+
+def test_a_model_compared_with_itself_is_never_a_pass(model):
+    model.to(memory_format=torch.channels_last)
+    before = model.state_dict()  # not a copy: a classic
+    with torch.no_grad():
+        model.head.bias += 1
+    for first in (before, {"model": model.state_dict()}):
+        found = bnfreeze.diff(first, model)
+        assert [(f.code, f.level) for f in found.findings] == [("model-same-memory", "error")]
+        assert not found
+        assert "same memory" in repr(found)
+    copied = copy.deepcopy(before)
+    assert bnfreeze.diff(copied, model).findings == bnfreeze.diff(copied, before).findings == ()
+    # Two models may share a part.
+    other = {**copied, "head.bias": model.head.bias}
+    [finding] = bnfreeze.diff(other, model).findings
+    assert (finding.code, finding.level) == ("model-same-memory", "warning")
+    assert finding.message.startswith("1 of 9 tensors")
+    assert bnfreeze.diff(other, model)
 
 
 def test_what_cannot_be_compared_is_not_identical(model):
@@ -154,10 +175,10 @@ def test_names_that_have_little_in_common_are_not_matched(model):
 def test_each_side_has_its_key(model, tmp_path):
     state = model.state_dict()
     moved = {name: value + 1 for name, value in state.items()}
-    end = {"model": state, "model_ema": moved}
+    end = {"model": copy.deepcopy(state), "model_ema": moved}
     assert bnfreeze.diff(state, end, key=(None, "model")).ok
     assert not bnfreeze.diff(state, end, key=(None, "model_ema")).ok
-    assert bnfreeze.diff(end, end, key="model_ema").ok
+    assert bnfreeze.diff(end, copy.deepcopy(end), key="model_ema").ok
     torch.save(end, tmp_path / "end.pt")
     path = str(tmp_path / "end.pt")
     assert main(["diff", path, path, "--key-a", "model", "--key-b", "model_ema"]) == 1
@@ -167,7 +188,7 @@ def test_each_side_has_its_key(model, tmp_path):
 def test_models_are_paired_by_key_and_a_model_without_a_partner_is_said(model):
     state = model.state_dict()
     twins = {"model": dict(state), "gan": dict(state)}
-    found = bnfreeze.diff(twins, {"ema": dict(state), "model": dict(state)})
+    found = bnfreeze.diff(copy.deepcopy(twins), {"ema": dict(state), "model": dict(state)})
     # Two are left, which fit.
     assert [(pair.first, pair.second) for pair in found.pairs] == [
         ("model", "model"),
