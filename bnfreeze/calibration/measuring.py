@@ -272,4 +272,4 @@ def _unbatched_rank(module: nn.Module) -> int | None:
 
 def _device(model: nn.Module) -> torch.device:
     tensors = (*model.parameters(), *model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+    return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))

@@ -102,6 +102,7 @@ def recalibrate(
         raise ValueError("exact=True: the mode 'keep-function' is exact, in a single pass.")
     layers = selected_layers(model, None)
     chosen = _chosen(layers, selected_layers(model, select), keep=keep, by_name=select is not None)
+    _check_sharing(layers, chosen)
     if keep:
         _check_affine(model, chosen)
     passes = 2 if keep else 3
@@ -238,6 +239,21 @@ def _keeping_function(entry: NamedModule, measured: Measured) -> _Writes:
     new_weight = old_scale * (new_var + eps).sqrt()
     new_bias = b + (new_mean - mean) * old_scale
     return [*writes, (weight, new_weight), (bias, new_bias)]
+
+
+def _check_sharing(layers: Sequence[NamedModule], chosen: Sequence[NamedModule]) -> None:
+    """Refuse a layer if another one has the same statistics: what fits one need not fit both."""
+    written = {id(entry.module) for entry in chosen}
+    owners: dict[int, NamedModule] = {}
+    for entry in layers:
+        for name in STATISTICS[:2]:
+            other = owners.setdefault(id(entry.module.get_buffer(name)), entry)
+            if other is not entry and written & {id(entry.module), id(other.module)}:
+                raise PolicyError(
+                    f"{other.name or 'The model'} and {entry.name} have the same {name}, which "
+                    f"cannot fit the inputs of both. Give each its own statistics first: "
+                    f"layer.{name} = layer.{name}.clone()."
+                )
 
 
 def _check_affine(model: nn.Module, chosen: Sequence[NamedModule]) -> None:

@@ -62,16 +62,24 @@ def read_tensor(tensor: Tensor) -> Tensor:
         return plain.contiguous()
 
 
+def _address(tensor: Tensor) -> int:
+    with DisableTorchFunctionSubclass():
+        own = shard_of(tensor)
+        return (tensor if own is None else own).data_ptr()
+
+
 class TensorInMemory(StoredTensor):
     """A live tensor behind the interface of a stored one.
 
     Attributes:
         tensor: the tensor, as `read_tensor` gives it where it can be read.
+        address: where its first element is; 0 if it has none that can be read.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         self.why = why_unreadable(tensor)
         self.tensor = tensor if self.why else read_tensor(tensor)
+        self.address = 0 if self.why else _address(tensor)
         self.dtype = str(tensor.dtype).removeprefix("torch.")
         unseen = isinstance(tensor, UninitializedParameter | UninitializedBuffer)
         self.shape = () if unseen else tuple(self.tensor.shape)

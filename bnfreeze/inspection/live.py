@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from bnfreeze.findings import Finding, Level, finding, worst_first
-from bnfreeze.inspection.behaviour import LiveLayer, fate, live_layer
+from bnfreeze.inspection.behaviour import SHARES, LiveLayer, fate, live_layer
 from bnfreeze.inspection.in_memory import TensorInMemory
 from bnfreeze.inspection.modes import training_flags
 from bnfreeze.inspection.result import Inspection
@@ -16,6 +16,7 @@ from bnfreeze.inspection.statistics import batches_in, real_values, statistics_f
 from bnfreeze.inspection.unregistered import unregistered
 from bnfreeze.norm_layers import (
     STATISTICS,
+    NamedModule,
     affine_parameters,
     check_model,
     foreign_remedy,
@@ -104,13 +105,13 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
     modules = named_modules(model)
     flags = training_flags(model)
     by_policy = policies_by_parameter(entry.module for entry in modules)
-    layers: list[LiveLayer] = []
+    norms = [entry for entry in modules if is_norm(entry.module)]
+    layers = _sharing(
+        norms, [live_layer(e, flags[id(e.module)], optimized, by_policy) for e in norms]
+    )
     findings: list[Finding] = []
-    for entry in modules:
-        if is_norm(entry.module):
-            layer = live_layer(entry, flags[id(entry.module)], optimized, by_policy)
-            layers.append(layer)
-            findings += _layer_findings(layer, entry.module, model.training, optimized)
+    for entry, layer in zip(norms, layers, strict=True):
+        findings += _layer_findings(layer, entry.module, model.training, optimized)
     for path, hidden in unregistered(modules).items():
         drifting = [m for m in hidden if not {n for _, n in statistics_in(m)} & {*frozen_names(m)}]
         if drifting:
@@ -128,6 +129,25 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
     if optimized and not any(id(p) in optimized for p in model.parameters()):
         findings.append(finding("optimizer-without-parameters", ""))
     return ModelInspection(tuple(layers), worst_first(findings))
+
+
+def _sharing(norms: Sequence[NamedModule], layers: Sequence[LiveLayer]) -> list[LiveLayer]:
+    """The layers; one whose statistics another one updates, updates them."""
+    kept = [[id(d[name]) for d, name in statistics_in(entry.module)] for entry in norms]
+    writers = {
+        tensor: layer.name or "the model"
+        for layer, own in zip(layers, kept, strict=True)
+        if layer.updates_statistics
+        for tensor in own
+    }
+    shown = []
+    for layer, own in zip(layers, kept, strict=True):
+        others = [writers[tensor] for tensor in own if tensor in writers]
+        if others and not layer.updates_statistics:
+            why = {**layer.why, "statistics": f"{others[0]} {SHARES}"}
+            layer = replace(layer, updates_statistics=True, why=why)
+        shown.append(layer)
+    return shown
 
 
 def _layer_findings(
@@ -148,7 +168,9 @@ def _layer_findings(
             + (", and in eval mode it may never run." if forced else "."),
             level="warning" if forced else "note",
         )
-    if is_foreign(layer) and facts.updates_statistics:
+    if facts.why["statistics"].endswith(SHARES):
+        yield finding("stats-shared", name, f"{facts.why['statistics']}.")
+    elif is_foreign(layer) and facts.updates_statistics:
         message = f"{facts.why['statistics']}, and they may change in each forward pass."
         yield finding("layer-foreign", name, message, foreign_remedy(layer, name))
     elif not keeps_statistics(layer):
@@ -178,6 +200,9 @@ def _layer_findings(
     own = (getattr(layer, statistic, None) for statistic in STATISTICS)
     mean, var, count = (TensorInMemory(t) if isinstance(t, Tensor) else None for t in own)
     if mean and var:
+        if why := mean.why or var.why:
+            remedy = "Load the model's values onto a device, then look again."
+            yield finding("stats-unread", name, f"of its running statistics: {why}.", remedy)
         yield from statistics_findings(
             name,
             real_values(mean),

@@ -111,6 +111,7 @@ def diff(
                 unread.append(Unread(model, type(error).__name__, str(error)))
                 continue
             findings += (*_leaks(changes, model), *_averages(changes, model))
+            findings += _same_memory(states[0], states[1], model)
             tensors += changes
         return Diff(
             sides[0].origin(sides[0].parts.all),
@@ -184,6 +185,25 @@ def _changes(
             )
         )
     return changes
+
+
+def _same_memory(
+    old: Mapping[str, StoredTensor], new: Mapping[str, StoredTensor], key: str
+) -> Iterator[Finding]:
+    """Whether tensors were compared with themselves: a state_dict is no copy of its model."""
+    addresses = [
+        [getattr(side[name], "address", 0) for side in (old, new)] for name in old if name in new
+    ]
+    same = sum(a == b != 0 for a, b in addresses)
+    if same:
+        yield finding(
+            "model-same-memory",
+            "",
+            f"{same} of {len(addresses)} tensors are the same memory on both sides, so they were "
+            f"compared with themselves: that they are identical shows nothing.",
+            level="error" if 2 * same > len(addresses) else "warning",
+            key=key,
+        )
 
 
 def _leaks(changes: Iterable[TensorChange], key: str) -> Iterator[Finding]:

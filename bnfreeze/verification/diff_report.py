@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from bnfreeze.findings import Finding
 from bnfreeze.inspection.checkpoint import Unread
-from bnfreeze.inspection.origin import Origin
+from bnfreeze.inspection.origin import RUNS_CODE, Origin
 from bnfreeze.sheets import grouped
 from bnfreeze.tables import Printable, Sheet
 
@@ -91,7 +91,7 @@ class Diff(Printable):
 
     @property
     def ok(self) -> bool:
-        """Whether both have the same names and bits, all was read, and loading runs no code."""
+        """Whether both have the same names and bits, all was read, and no finding is an error."""
         return (
             _same(self.tensors)
             and not self.unread
@@ -200,7 +200,10 @@ class Diff(Printable):
         statistics = [change for change in self.tensors if change.role == "statistics"]
         if changed and statistics and _same(statistics):
             parts.append(f"All {len(statistics)} running statistics are bit-identical.")
-        if any(one.level == "error" for one in self.findings):
+        errors = {one.code for one in self.findings if one.level == "error"}
+        if "model-same-memory" in errors:
+            parts = ["Compared with itself: this shows nothing."]
+        if RUNS_CODE in errors:
             parts.append("Loading one of the files would run code.")
         return " ".join(parts)
 

@@ -356,6 +356,30 @@ def test_an_onnx_model_that_computes_its_statistics_says_so(tmp_path):
     assert found.remarks[0].startswith("1 of its BatchNormalization nodes")
 
 
+@pytest.mark.parametrize("mode", [0, 1])
+def test_an_onnx_model_that_was_exported_in_train_mode_says_so(mode, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    names = [f"bn.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+    node = onnx.helper.make_node("BatchNormalization", ["x", *names], ["y"], training_mode=mode)
+    graph = onnx.helper.make_graph([node], "g", [], [])
+    values = [onnx.numpy_helper.from_array(np.full(4, 0.5, "f4"), name) for name in names]
+    graph.initializer.extend(values)
+    model = onnx.helper.make_model(graph, producer_name="pytorch")
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    codes = [f.code for f in bnfreeze.inspect(tmp_path / "a.onnx").findings]
+    assert codes == ["layer-exported-training"] * mode
+
+
+def test_a_script_that_was_saved_in_train_mode_says_so(tmp_path):
+    net = trained()
+    for training in (True, False):
+        torch.jit.save(torch.jit.script(net.train(training)), tmp_path / "a.pt")
+        codes = {f.code for f in bnfreeze.inspect(tmp_path / "a.pt").findings}
+        assert ("layer-exported-training" in codes) is training
+    torch.save(net.train(), tmp_path / "b.pt")  # eval() reaches this one
+    assert "layer-exported-training" not in str(bnfreeze.inspect(tmp_path / "b.pt").to_dict())
+
+
 def test_an_onnx_model_without_the_package_says_what_to_install(monkeypatch, tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch" + bytes(20))
     monkeypatch.setitem(sys.modules, "onnx", None)

@@ -1,5 +1,6 @@
 """diff: of paths, state_dicts and models, in any pairing."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -154,10 +155,10 @@ def test_names_that_have_little_in_common_are_not_matched(model):
 def test_each_side_has_its_key(model, tmp_path):
     state = model.state_dict()
     moved = {name: value + 1 for name, value in state.items()}
-    end = {"model": state, "model_ema": moved}
+    end = copy.deepcopy({"model": state, "model_ema": moved})
     assert bnfreeze.diff(state, end, key=(None, "model")).ok
     assert not bnfreeze.diff(state, end, key=(None, "model_ema")).ok
-    assert bnfreeze.diff(end, end, key="model_ema").ok
+    assert bnfreeze.diff({"model_ema": moved}, end, key="model_ema").ok
     torch.save(end, tmp_path / "end.pt")
     path = str(tmp_path / "end.pt")
     assert main(["diff", path, path, "--key-a", "model", "--key-b", "model_ema"]) == 1
@@ -166,7 +167,7 @@ def test_each_side_has_its_key(model, tmp_path):
 
 def test_models_are_paired_by_key_and_a_model_without_a_partner_is_said(model):
     state = model.state_dict()
-    twins = {"model": dict(state), "gan": dict(state)}
+    twins = {key: copy.deepcopy(state) for key in ("model", "gan")}
     found = bnfreeze.diff(twins, {"ema": dict(state), "model": dict(state)})
     # Two are left, which fit.
     assert [(pair.first, pair.second) for pair in found.pairs] == [
@@ -234,3 +235,19 @@ def test_the_rounding_of_an_average_is_named_and_stays_a_difference(model, decay
     moved = {change.name for change in found.tensors if change.kind == "value"} | {"head.bias"}
     [found] = bnfreeze.diff(state, average).findings
     assert f"{len(moved) - 1} of {len(moved)} tensors that moved " in found.message
+
+
+def test_a_state_dict_that_is_no_copy_is_compared_with_nothing(model):
+    start = model.state_dict()
+    model.body(torch.randn(2, 3, 8, 8))
+    found = bnfreeze.diff(start, model)
+    assert not found.ok
+    assert [(f.code, f.level) for f in found.findings] == [("model-same-memory", "error")]
+    assert "Bit-identical" not in str(found)
+    # A student and a teacher may share a part on purpose.
+    other = copy.deepcopy(model)
+    other.head.weight = model.head.weight
+    found = bnfreeze.diff(model, other)
+    assert found.ok
+    assert [(f.code, f.level) for f in found.findings] == [("model-same-memory", "warning")]
+    assert not bnfreeze.diff(copy.deepcopy(start), model).findings
