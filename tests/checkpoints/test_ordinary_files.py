@@ -285,6 +285,7 @@ def test_an_archive_of_torch_export_is_read(tmp_path):
     torch.export.save(torch.export.export(net, (torch.randn(2, 3, 8, 8),)), tmp_path / "a.pt2")
     found = facts(tmp_path / "a.pt2")
     assert found.kind == "torch.export"
+    assert "train mode" in found.remarks[0]
     assert found.models == {"": values(net.state_dict())}
     assert not found.calls
 
