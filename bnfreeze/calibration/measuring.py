@@ -203,7 +203,7 @@ class Runs:
 
         self.model.eval()  # whatever `first` has left
         tensors = chain(self.model.parameters(), self.model.buffers())
-        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
         count = 0
         with ExitStack() as hooks:
             for name, module in ((entry.name, entry.module) for entry in layers):

@@ -133,11 +133,15 @@ def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> lis
         entry
         for entry in modules
         if is_plain_norm(entry.module)
-        and all(
-            isinstance(t, Tensor) and not t.is_meta
-            for t in (entry.module._buffers.get(name) for name in STATISTICS[:2])
-        )
+        and all(isinstance(entry.module._buffers.get(name), Tensor) for name in STATISTICS[:2])
     ]
+    for entry in layers:
+        if any(entry.module.get_buffer(name).is_meta for name in STATISTICS[:2]):
+            raise PolicyError(
+                f"{entry.name or 'The model'}: its running statistics are on the meta device and "
+                f"have no values. Load them onto a device first; of a model that Accelerate "
+                f"offloads, keep the buffers (offload_buffers=False)."
+            )
     if not layers:
         raise PolicyError(
             "No norm layer of this model keeps running statistics, so there is nothing to compare "

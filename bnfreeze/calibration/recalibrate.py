@@ -94,6 +94,7 @@ def recalibrate(
         raise ValueError("exact=True: the mode 'keep-function' is exact, in a single pass.")
     layers = selected_layers(model, None)
     chosen = selected_layers(model, select) if select is not None else _not_frozen(layers, keep)
+    _check_sharing(layers, chosen)
     if keep:
         _check_affine(model, chosen)
     source = Batches(batches, max_batches, 2 if keep else 3, progress)
@@ -152,6 +153,21 @@ def _not_frozen(layers: Sequence[NamedModule], keep: bool) -> list[NamedModule]:
             f"recalibrated only if they are named: pass select='**' to change them all the same."
         )
     return free
+
+
+def _check_sharing(layers: Sequence[NamedModule], chosen: Sequence[NamedModule]) -> None:
+    """Refuse a layer if another one has the same statistics: what fits one need not fit both."""
+    written = {id(entry.module) for entry in chosen}
+    owners: dict[int, NamedModule] = {}
+    for entry in layers:
+        for name in STATISTICS[:2]:
+            other = owners.setdefault(id(entry.module.get_buffer(name)), entry)
+            if other is not entry and written & {id(entry.module), id(other.module)}:
+                raise PolicyError(
+                    f"{other.name or 'The model'} and {entry.name} have the same {name}, which "
+                    f"cannot fit the inputs of both. Give each its own statistics first: "
+                    f"layer.{name} = layer.{name}.clone()."
+                )
 
 
 def _check_affine(model: nn.Module, chosen: Sequence[NamedModule]) -> None:

@@ -45,6 +45,7 @@ class LayerSettings:
         momentum: None where it is not said.
         training: the flag it was saved with; None where it is not said.
         frozen_by: ``"bnfreeze"`` for a layer that was frozen when it was saved; else empty.
+        in_graph: whether it was exported (ONNX, TorchScript), and runs as it was then.
     """
 
     class_name: str
@@ -52,6 +53,7 @@ class LayerSettings:
     momentum: float | None = None
     training: bool | None = None
     frozen_by: str = ""
+    in_graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ def _settings(module: Opaque | Pairs, attributes: Mapping[str, Any]) -> LayerSet
         momentum=plain_number(attributes.get("momentum")),
         training=training if type(training) is bool else None,
         frozen_by="bnfreeze" if attributes.get(_RECORD) is not None else "",
+        in_graph=_is_script(module),
     )
 
 

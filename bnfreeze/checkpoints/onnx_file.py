@@ -155,6 +155,7 @@ def _norm_nodes(
                 eps=plain_number(values["epsilon"].f if "epsilon" in values else 1e-5),
                 momentum=plain_number(round(1 - kept, 6)),
                 training=bool(values["training_mode"].i) if "training_mode" in values else False,
+                in_graph=True,
             ),
         )
 

@@ -65,7 +65,8 @@ class Storage:
     dtype: str
 
 
-# What makes a layer that bnfreeze froze: of its class, of how it behaves, and of how it was made.
+# What makes a layer that bnfreeze froze, or a block that it fused: of its class, of how it behaves,
+# and of how it was made.
 _FEW: Final = 16
 _PLAIN: Final = frozenset({"copyreg.__newobj__", "copyreg._reconstructor"})
 _REBUILD: Final = re.compile(r"bnfreeze\.policies\.\w+\._rebuild")
@@ -90,7 +91,8 @@ def object_of(call: Opaque) -> Opaque | None:
         if isinstance(behaviour, Global) and isinstance(make, Global) and type(given) is tuple:
             made = object_of(Opaque(make.name, given)) if make.name in _PLAIN else None
             if made and made.name == kind.name and not made.arguments:
-                return made if behaviour.name.startswith("bnfreeze.policies.") else None
+                ours = behaviour.name.startswith(("bnfreeze.policies.", "bnfreeze.fusion."))
+                return made if ours else None
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_limit
@@ -31,6 +32,10 @@ _DTYPES: Final = numbered(
 )
 _OLD: Final = "serialized_state_dict.pt"
 _CONFIG: Final = "_weights_config.json"
+_UNSEEN: Final = (
+    "Its graph was not looked at: if the model was in train mode when it was exported, its batch "
+    "norms use the batch, and not these statistics."
+)
 
 
 def read_export(file: OpenFile) -> Content:
@@ -41,7 +46,8 @@ def read_export(file: OpenFile) -> Content:
     """
     if _OLD in file.entries:
         # Before torch 2.8 the weights were a file of torch.save inside the archive.
-        return read_torch_zip(OpenFile(file.entry(_OLD).source, file.path))
+        old = read_torch_zip(OpenFile(file.entry(_OLD).source, file.path))
+        return replace(old, remarks=(*old.remarks, _UNSEEN))
     configs = [
         name for name in file.entries if name.startswith("data/weights/") and name.endswith(_CONFIG)
     ]
@@ -54,7 +60,8 @@ def read_export(file: OpenFile) -> Content:
         name.removeprefix("data/weights/").removesuffix(_CONFIG): _weights(file, name)
         for name in configs
     }
-    return Content(next(iter(models.values())) if len(models) == 1 else models)
+    saved = next(iter(models.values())) if len(models) == 1 else models
+    return Content(saved, remarks=(_UNSEEN,))
 
 
 def _weights(file: OpenFile, config: str) -> dict[str, StoredTensor]:

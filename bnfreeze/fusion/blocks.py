@@ -27,7 +27,8 @@ from bnfreeze.policies.record import layer_class, record_of, set_record
 
 __all__ = ["GENERATED", "Fusion", "fuse_blocks", "release"]
 
-# Where a block keeps its generated forwards; None if they have to be generated again.
+# Where a block keeps its generated forwards; in place of them an empty dict if it comes out of a
+# file, and they have to be generated again.
 GENERATED = "_bnfreeze_generated"
 _NEVER = Generated({}, [])
 
@@ -42,8 +43,8 @@ class _FusedBlock(Swapped):
         @functools.wraps(base.forward)  # tools look at its signature
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not kwargs and not torch.compiler.is_compiling():
-                generated: Generated | None = self.__dict__.get(GENERATED, _NEVER)
-                if generated is None and all(type(each) is Tensor for each in args):
+                generated = self.__dict__.get(GENERATED, _NEVER)
+                if not generated and all(type(each) is Tensor for each in args):
                     generated = _generated_again(self)
                 run = generated.choose(self, args) if generated else None
                 if run is not None:

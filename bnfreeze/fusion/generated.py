@@ -104,8 +104,9 @@ class Generated:
         return Generated(self.forwards, copy.deepcopy(self.watched, memo))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Who reads the file generates them again, with the versions that are installed there.
-        return (type(None), ())
+        # Who reads the file generates them again, with the versions that are installed there. An
+        # empty dict is what loading a file may make without any warning.
+        return (dict, ())
 
 
 def compiled(graph: fx.Graph, name: str) -> Forward:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Final, Literal, cast
 
 import torch
 from torch import nn
@@ -28,10 +28,12 @@ from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, policies_by_parameter, policy_name, record_of
 from bnfreeze.torch_private import _InstanceNorm
 
-__all__ = ["LiveLayer", "fate", "live_layer", "optimizers_by_id"]
+__all__ = ["SHARES", "LiveLayer", "fate", "live_layer", "optimizers_by_id"]
 
 
 _NEITHER = "it has neither"
+# The end of the reason why a layer's statistics update that does not update them itself.
+SHARES: Final = "has the same statistics, and updates them"
 
 FrozenBy = Literal["bnfreeze", "class", "requires_grad"]
 NormalizesWith = Literal["batch", "running", "unknown"]

@@ -169,7 +169,8 @@ def _range(spread: Spread | None, between: str) -> str:
 def _verdict(inspection: CheckpointInspection, shared: set[str]) -> str:
     layers, findings = inspection.layers, inspection.findings
     if not layers:
-        return "No whole norm layer." if any(one.name for one in findings) else "No norm layer."
+        whole = "whole norm layer" if any(one.name for one in findings) else "norm layer"
+        return f"No {whole} with statistics."
     text = counted(len(layers), "norm layer")
     kinds = {_kind(layer) for layer in layers}
     text += f", all {kinds.pop()}" if len(kinds) == 1 and kinds != {BATCH_NORM} else ""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from bnfreeze.findings import Finding, Level, finding, worst_first
-from bnfreeze.inspection.behaviour import LiveLayer, fate, live_layer
+from bnfreeze.inspection.behaviour import SHARES, LiveLayer, fate, live_layer
 from bnfreeze.inspection.in_memory import TensorInMemory
 from bnfreeze.inspection.modes import in_training
 from bnfreeze.inspection.result import Inspection
@@ -16,6 +16,7 @@ from bnfreeze.inspection.statistics import batches_in, real_values, statistics_f
 from bnfreeze.inspection.unregistered import unregistered
 from bnfreeze.norm_layers import (
     STATISTICS,
+    NamedModule,
     affine_parameters,
     check_model,
     foreign_remedy,
@@ -105,12 +106,10 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
     by_policy = policies_by_parameter(entry.module for entry in modules)
     norms = [entry for entry in modules if is_norm(entry.module)]
     undone = [model.training and not entry.module.training for entry in norms]
-    layers: list[LiveLayer] = []
     findings: list[Finding] = []
     with in_training(model):
-        for entry, was_eval in zip(norms, undone, strict=True):
-            layer = live_layer(entry, optimized, by_policy)
-            layers.append(layer)
+        layers = _sharing(norms, [live_layer(e, optimized, by_policy) for e in norms])
+        for entry, layer, was_eval in zip(norms, layers, undone, strict=True):
             findings += _layer_findings(layer, entry.module, was_eval, optimized)
         trains = any(parameter.requires_grad for parameter in model.parameters())
     for path, hidden in unregistered(modules).items():
@@ -132,6 +131,25 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
     return ModelInspection(tuple(layers), worst_first(findings))
 
 
+def _sharing(norms: Sequence[NamedModule], layers: Sequence[LiveLayer]) -> list[LiveLayer]:
+    """The layers; one whose statistics another one updates, updates them."""
+    kept = [[id(d[name]) for d, name in statistics_in(entry.module)] for entry in norms]
+    writers = {
+        tensor: layer.name or "the model"
+        for layer, own in zip(layers, kept, strict=True)
+        if layer.updates_statistics
+        for tensor in own
+    }
+    shown = []
+    for layer, own in zip(layers, kept, strict=True):
+        others = [writers[tensor] for tensor in own if tensor in writers]
+        if others and not layer.updates_statistics:
+            why = {**layer.why, "statistics": f"{others[0]} {SHARES}"}
+            layer = replace(layer, updates_statistics=True, why=why)
+        shown.append(layer)
+    return shown
+
+
 def _layer_findings(
     facts: LiveLayer, layer: nn.Module, was_eval: bool, optimized: Mapping[int, str] | None
 ) -> Iterator[Finding]:
@@ -150,7 +168,9 @@ def _layer_findings(
             + (", and in eval mode it may never run." if forced else "."),
             level="warning" if forced else "note",
         )
-    if is_foreign(layer) and facts.updates_statistics:
+    if facts.why["statistics"].endswith(SHARES):
+        yield finding("stats-shared", name, f"{facts.why['statistics']}.")
+    elif is_foreign(layer) and facts.updates_statistics:
         message = f"{facts.why['statistics']}, and they may change in each forward pass."
         yield finding("layer-foreign", name, message, foreign_remedy(layer, name))
     elif not keeps_statistics(layer):
@@ -180,6 +200,9 @@ def _layer_findings(
     own = (getattr(layer, statistic, None) for statistic in STATISTICS)
     mean, var, count = (TensorInMemory(t) if isinstance(t, Tensor) else None for t in own)
     if mean and var:
+        if why := mean.why or var.why:
+            remedy = "Load the model's values onto a device, then look again."
+            yield finding("stats-unread", name, f"of its running statistics: {why}.", remedy)
         yield from statistics_findings(
             name,
             real_values(mean),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,9 +26,12 @@ def real_values(tensor: StoredTensor | None) -> NDArray[Any] | None:
 
 
 def batches_in(count: StoredTensor | None) -> int | None:
-    """The number in ``num_batches_tracked``; None where there is none."""
+    """The number in ``num_batches_tracked``; None where there is none.
+
+    An average of models (FedAvg, a soup) may keep it as a fraction. A part of a batch is one.
+    """
     batches = None if count is None else count.item()
-    return int(batches) if isinstance(batches, int) else None
+    return math.ceil(batches) if batches is not None and math.isfinite(batches) else None
 
 
 def statistics_findings(

@@ -14,6 +14,7 @@ from bnfreeze.checkpoints import LayerSettings, StateDict, naming_file
 from bnfreeze.checkpoints.stored_tensor import StoredTensor, shown
 from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.statistics import batches_in, real_values, statistics_findings
+from bnfreeze.text import counted
 
 __all__ = ["BATCH_NORM", "FROZEN_OR_OLD", "Spread", "StoredLayer", "stored_layers"]
 
@@ -128,11 +129,32 @@ def stored_layers(model: StateDict) -> tuple[tuple[StoredLayer, ...], tuple[Find
             finding(
                 "model-no-norm-layer",
                 "",
-                "No tensor looked at is named running_mean or running_var: there is no norm layer.",
+                "No tensor looked at is named running_mean or running_var" + _bare(tensors),
                 key=key,
             )
         )
     return tuple(layers), worst_first(findings)
+
+
+def _bare(tensors: Mapping[str, StoredTensor]) -> str:
+    """What looks like norm layers without statistics, as the end of a sentence."""
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    for full, tensor in tensors.items():
+        name, _, part = full.rpartition(".")
+        parts.setdefault(name, {})[part] = tensor
+    bare = [
+        name or "the model"
+        for name, own in parts.items()
+        if own.keys() == {"weight", "bias"} and len(own["weight"].shape) == 1
+    ]
+    if not bare:
+        return ": there is no norm layer."
+    shown = ", ".join(bare[:2]) + (f", … {bare[-1]}" if len(bare) > 2 else "")
+    return (
+        f". {counted(len(bare), 'module')} ({shown}) {'has' if len(bare) == 1 else 'have'} the "
+        f"weight and bias of a norm layer alone: LayerNorm and GroupNorm do; of a batch norm, the "
+        f"statistics were lost."
+    )
 
 
 def _join(name: str, part: str) -> str:
@@ -186,7 +208,9 @@ def _layer(
         frozen_by=settings.frozen_by or None,
     )
     dtypes = (own["running_mean"].dtype, own["running_var"].dtype)
-    findings = statistics_findings(name, mean, var, batches, layer.eps, dtypes, model.key)
+    findings = [*statistics_findings(name, mean, var, batches, layer.eps, dtypes, model.key)]
+    if settings.in_graph and settings.training:
+        findings.append(finding("layer-exported-training", name, key=model.key))
     return layer, [*findings, *_own_findings(name, mean, var, model.key)]
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from bnfreeze.errors import NotFrozenError, PolicyError
+from bnfreeze.findings import finding_kind
 from bnfreeze.freezing.plan import plan
+from bnfreeze.inspection.behaviour import SHARES
 from bnfreeze.inspection.live import inspect_model
 from bnfreeze.inspection.modes import in_training
 from bnfreeze.norm_layers import (
@@ -122,7 +124,9 @@ def _reasons(module: nn.Module, facts: LiveLayer | None, strict: bool) -> Iterat
         if class_changed_since(module):
             yield f"it was frozen by {policy!r}, and something changed its class since"
         if facts is not None and record.policy.freezes_statistics and facts.updates_statistics:
-            yield f"its statistics update, though policy {policy!r} freezes them"
+            shared = facts.why["statistics"] if facts.why["statistics"].endswith(SHARES) else ""
+            text = f"its statistics update, though policy {policy!r} freezes them"
+            yield f"{text}: {shared}" if shared else text
         if facts is not None and record.policy.forces_eval and facts.normalizes_with == "batch":
             yield f"it normalises with the batch, though policy {policy!r} promises eval mode"
         own = {name: parameter for name, parameter, _ in recorded(module)}
@@ -147,8 +151,10 @@ def _why(facts: LiveLayer, answer: str) -> str:
     return f" ({facts.why[answer]})" if facts.why.get(answer) else ""
 
 
-def _remedy(modules: Sequence[NamedModule], failing: Collection[str], strict: bool) -> str:
+def _remedy(modules: Sequence[NamedModule], failing: Mapping[str, str], strict: bool) -> str:
     """What to do about the failing layers. It is planned as freeze plans it, which may refuse."""
+    if all(SHARES in why for why in failing.values()):
+        return finding_kind("stats-shared").remedy
     found = [entry for entry in modules if entry.name in failing]
     records = [record_of(entry.module) for entry in found]
     policies = [

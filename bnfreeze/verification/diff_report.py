@@ -91,7 +91,7 @@ class Diff(Printable):
 
     @property
     def ok(self) -> bool:
-        """Whether both have the same names and bits, and no finding is an error."""
+        """Whether both have the same names and bits, all was read, and no finding is an error."""
         return (
             _same(self.tensors)
             and not self.unread

@@ -434,3 +434,21 @@ def test_the_report_as_data_and_as_a_table(tmp_path):
     assert len(str(report).splitlines()) > 5
     report.save_svg(tmp_path / "report.svg")
     assert max(map(len, str(report).splitlines())) <= 80
+
+
+def test_layers_with_the_same_statistics_are_refused():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model[2].running_var = model[0].running_var
+    before = state(model)
+    for select in (None, "0", "2"):
+        with pytest.raises(PolicyError, match="0 and 2 have the same running_var"):
+            recalibrate(model, batches(4, 3, 3), select=select)
+    assert not moved(before, model)
+
+
+def test_statistics_without_values_are_refused_and_not_left_out():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model[1].to_empty(device="meta")
+    for look in (recalibrate, bnfreeze.probe):
+        with pytest.raises(PolicyError, match="1: its running statistics are on the meta device"):
+            look(model, batches(4, 3, 3))

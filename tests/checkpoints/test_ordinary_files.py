@@ -229,6 +229,9 @@ def test_both_halves_of_a_detectors_best_are_read(monkeypatch, tmp_path):
 
 
 def test_a_model_that_was_saved_frozen_is_shown_as_frozen(model, tmp_path):
+    with bnfreeze.freeze(model, "folded"):
+        torch.save(model, tmp_path / "folded.pt")
+    assert set(facts(tmp_path / "folded.pt").calls.values()) <= {"note", "warning"}
     bnfreeze.freeze(model, {"stem": "eval", "head": "fused", "backbone.0": "stats"})
     torch.save(model, tmp_path / "a.pt")
     found = facts(tmp_path / "a.pt")
@@ -285,6 +288,7 @@ def test_an_archive_of_torch_export_is_read(tmp_path):
     torch.export.save(torch.export.export(net, (torch.randn(2, 3, 8, 8),)), tmp_path / "a.pt2")
     found = facts(tmp_path / "a.pt2")
     assert found.kind == "torch.export"
+    assert "train mode" in found.remarks[0]
     assert found.models == {"": values(net.state_dict())}
     assert not found.calls
 
@@ -354,6 +358,30 @@ def test_an_onnx_model_that_computes_its_statistics_says_so(tmp_path):
     found = facts(tmp_path / "a.onnx")
     assert not found.layers[""]
     assert found.remarks[0].startswith("1 of its BatchNormalization nodes")
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_an_onnx_model_that_was_exported_in_train_mode_says_so(mode, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    names = [f"bn.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+    node = onnx.helper.make_node("BatchNormalization", ["x", *names], ["y"], training_mode=mode)
+    graph = onnx.helper.make_graph([node], "g", [], [])
+    values = [onnx.numpy_helper.from_array(np.full(4, 0.5, "f4"), name) for name in names]
+    graph.initializer.extend(values)
+    model = onnx.helper.make_model(graph, producer_name="pytorch")
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    codes = [f.code for f in bnfreeze.inspect(tmp_path / "a.onnx").findings]
+    assert codes == ["layer-exported-training"] * mode
+
+
+def test_a_script_that_was_saved_in_train_mode_says_so(tmp_path):
+    net = trained()
+    for training in (True, False):
+        torch.jit.save(torch.jit.script(net.train(training)), tmp_path / "a.pt")
+        codes = {f.code for f in bnfreeze.inspect(tmp_path / "a.pt").findings}
+        assert ("layer-exported-training" in codes) is training
+    torch.save(net.train(), tmp_path / "b.pt")  # eval() reaches this one
+    assert "layer-exported-training" not in str(bnfreeze.inspect(tmp_path / "b.pt").to_dict())
 
 
 def test_an_onnx_model_without_the_package_says_what_to_install(monkeypatch, tmp_path):

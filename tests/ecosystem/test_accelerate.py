@@ -81,3 +81,16 @@ def test_bf16_models_that_are_unwrapped_can_be_unfrozen(model, loader):
     train(accelerator, model, loader)
     bnfreeze.unfreeze(accelerator.unwrap_model(model))
     assert bnfreeze.inspect(model).layers == original
+
+
+def test_a_model_whose_weights_are_offloaded_is_recalibrated():
+    from accelerate import cpu_offload
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    cpu_offload(model, execution_device="cpu")
+    assert model[0].weight.is_meta
+    data = [torch.randn(16, 3, 4, 4) + 3 for _ in range(2)]
+    assert not bnfreeze.probe(model, data)
+    bnfreeze.recalibrate(model, data)
+    assert "shifted" not in {layer.verdict for layer in bnfreeze.probe(model, data).layers}
+    assert model[1].num_batches_tracked == 2

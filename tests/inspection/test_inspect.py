@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from bnfreeze import FrozenBatchNorm2d, freeze, inspect, probe, unfreeze
+from bnfreeze import (
+    FrozenBatchNorm2d,
+    NotFrozenError,
+    assert_frozen,
+    freeze,
+    inspect,
+    probe,
+    unfreeze,
+)
 from tests.conftest import Small
 from tests.helpers import moved, state, statistics, step
 
@@ -229,3 +237,43 @@ def test_rows_and_findings_of_a_checkpoint_carry_its_key(model):
 
 def codes(model, **options):
     return {finding.code for finding in inspect(model, **options).findings}
+
+
+def test_a_checkpoint_that_lost_its_statistics_says_which_layers_it_may_be():
+    affine = {f"{name}.{part}": torch.ones(4) for name in "ab" for part in ("weight", "bias")}
+    said = inspect(affine | {"fc.weight": torch.ones(2, 4), "fc.bias": torch.ones(2)})
+    assert [f.code for f in said.findings] == ["model-no-norm-layer"]
+    assert "2 modules (a, b)" in said.findings[0].message
+    assert "there is no norm layer" not in said.findings[0].message
+
+
+@pytest.mark.parametrize("count", [3.0, 2.5, 0.3])
+def test_a_count_that_was_averaged_is_a_count(count):
+    norm = nn.BatchNorm2d(4)
+    norm.num_batches_tracked = torch.tensor(count)
+    for what in (norm, norm.state_dict()):
+        assert [f.code for f in inspect(what).findings] == ["stats-not-updated"]
+
+
+def test_statistics_without_values_are_said():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.BatchNorm2d(4))
+    assert [(f.code, f.name) for f in inspect(model).findings] == [("stats-unread", "0")]
+
+
+@pytest.mark.parametrize("policy", ["stats", "eval", "eval+affine", "fused"])
+def test_a_frozen_layer_whose_statistics_another_layer_updates_is_not_frozen(policy):
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model[1].running_mean = model[0].running_mean
+    report = freeze(model, {"0": policy})
+    assert ("stats-shared", "0") in {(f.code, f.name) for f in report.findings}
+    before = model[0].running_mean.clone()
+    said = inspect(model).layers
+    model.train()(torch.randn(2, 4, 3, 3) + 1)
+    assert [layer.updates_statistics for layer in said] == [True, True]
+    assert not torch.equal(model[0].running_mean, before)
+    with pytest.raises(NotFrozenError, match="Freeze both layers"):
+        assert_frozen(model, select="0")
+    freeze(model, policy)
+    assert_frozen(model)
+    assert "stats-shared" not in {f.code for f in inspect(model).findings}
