@@ -16,7 +16,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from importlib.resources import files
 from textwrap import dedent
 from typing import Any, Final, Literal
 
@@ -74,7 +74,7 @@ def _kind(page: re.Match[str]) -> FindingKind:
     return FindingKind(**fields)
 
 
-_TEXT: Final = Path(__file__).with_name("findings.md").read_text(encoding="utf-8")
+_TEXT: Final = files("bnfreeze").joinpath("findings.md").read_text(encoding="utf-8")
 _FOUND: Final = list(_PAGE.finditer(_TEXT))
 # Each kind, and the page about it in Markdown, by its code.
 KINDS: Final = {page["code"]: _kind(page) for page in _FOUND}

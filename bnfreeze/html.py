@@ -10,7 +10,7 @@ import hashlib
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
+from importlib.resources import files
 from typing import Final
 
 from bnfreeze.findings import KINDS, FindingKind
@@ -59,7 +59,7 @@ def fragment(sheet: Sheet) -> str:
 
 
 def _part(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return files("bnfreeze").joinpath(name).read_text(encoding="utf-8")
 
 
 def _text(text: str) -> str:

@@ -53,6 +53,10 @@ def encodable(text: str, encoding: str | None = None) -> str:
     encoding = encoding or stdout_encoding()
     if text.isascii() or encoding.lower().startswith("utf"):
         return text
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        encoding = "ascii"
     return text.translate(_ASCII_BARS).encode(encoding, "bnfreeze.similar").decode(encoding)
 
 

@@ -153,7 +153,7 @@ def _worst(layers: Sequence[LayerFit]) -> str:
     def size(layer: LayerFit) -> float:
         return max(
             layer.mean_shift.median / THRESHOLDS.mean,
-            abs(math.log(layer.variance_ratio.median)) / math.log(THRESHOLDS.ratio),
+            abs(math.log(max(layer.variance_ratio.median, 1e-300))) / math.log(THRESHOLDS.ratio),
         )
 
     layer = max(layers, key=size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import islice
@@ -54,8 +55,6 @@ class Batches(ExitStack):
             raise ValueError(f"max_batches: expected at least 1, not {most}.")
         self.passes = passes
         self._batches, self._most, self._done = batches, most, 0
-        known = [count for count in (length_hint(batches), most) if count]
-        self._count = min(known, default=None)
         self._tell = progress if callable(progress) else None
         if progress is True:
             from rich.console import Console
@@ -66,6 +65,10 @@ class Batches(ExitStack):
                 bar = self.enter_context(Bar(console=console, transient=True))
                 task = bar.add_task("Running the model", total=None)
                 self._tell = lambda done, total: bar.update(task, completed=done, total=total)
+        self._count: int | None = None
+        if self._tell is not None:
+            known = [count for count in (length_hint(batches), most) if count]
+            self._count = min(known, default=None)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in islice(iter(self._batches), self._most):
@@ -106,8 +109,10 @@ def call(
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if hasattr(value, "to"):  # a tensor, or what a library made of several
+    if isinstance(value, Tensor):
         return value.to(device)
+    if hasattr(value, "to"):  # what a library made of several; Transformers' change in place
+        return copy.copy(value).to(device)
     if isinstance(value, Mapping):
         return {key: _moved(each, device) for key, each in value.items()}
     if isinstance(value, tuple | list):

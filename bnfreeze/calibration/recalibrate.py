@@ -214,8 +214,14 @@ def _new_values(entry: NamedModule, measured: Measured, keep: bool) -> list[_New
     """Statistics of the data; with `keep` a weight and a bias that compute the same as before.
 
     Raises:
-        CalibrationError: the dtype of a tensor is too narrow for its new value.
+        CalibrationError: the dtype of a tensor is too narrow for its new value, or this pass did
+            not reach the layer.
     """
+    if entry.name not in measured.moments:
+        raise CalibrationError(
+            f"{entry.name or 'the model'}: no batch reached it in a later pass. Nothing was "
+            f"changed."
+        )
     layer, moments = entry.module, measured.moments[entry.name].on_cpu()
     stored = [layer.get_buffer(name) for name in (_MEAN, _VAR)]
     # What is stored is rounded, and it is what the layer will compute with.

@@ -182,6 +182,8 @@ def _tensor(proto: Any, file: OpenFile) -> StoredTensor:
 def _beside(proto: Any, file: OpenFile) -> Source:
     """The bytes of a tensor that lies in another file."""
     entries = {entry.key: entry.value for entry in proto.external_data}
+    if any(type(text) is not str for text in (*entries, *entries.values())):
+        raise CorruptCheckpointError(f"Damaged: {proto.name!r:.200} lies nowhere.")
     source = file.beside(beside(file.path.parent, entries.get("location", ""))).source
     try:
         offset = int(entries.get("offset", "0"))

@@ -23,7 +23,9 @@ from bnfreeze.fusion.tracing import names_of
 from bnfreeze.nn.eager import observer
 from bnfreeze.norm_layers import NamedModule
 from bnfreeze.policies.class_swap import Swapped, make_class
+from bnfreeze.policies.fused import has_hooks
 from bnfreeze.policies.record import layer_class, record_of, set_record
+from bnfreeze.torch_private import _has_any_global_hook
 
 __all__ = ["GENERATED", "Fusion", "fuse_blocks", "release"]
 
@@ -36,7 +38,8 @@ _NEVER = Generated({}, [])
 class _FusedBlock(Swapped):
     """Runs the block's generated forward if that can make no difference."""
 
-    prefix: ClassVar[str] = "Fused"
+    # Some libraries write the name of a model's class into its checkpoint.
+    prefix: ClassVar[str] = ""
 
     @classmethod
     def members(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -60,8 +63,10 @@ def _generated_again(block: nn.Module) -> Generated | None:
 
     Not as it is read: there a block could not know that one around it comes, and do all for both.
     """
-    if observer():
+    if observer() or _has_any_global_hook() or getattr(block, "_is_replica", False):  # type: ignore[no-untyped-call]
         return None
+    if any(map(has_hooks, block.modules())):
+        return None  # They may be gone at a later call.
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks("not traced"):
             pass

@@ -16,6 +16,7 @@ from bnfreeze.fusion.sums import is_drop
 from bnfreeze.fusion.tracing import UntraceableError
 from bnfreeze.nn.activations import settings_of
 from bnfreeze.nn.eager import observer
+from bnfreeze.norm_layers import is_norm
 from bnfreeze.policies.fused import has_hooks
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, record_of
@@ -44,7 +45,7 @@ class _Watched(NamedTuple):
         kind: its class; of a frozen layer that of freezing, of others that without it.
         forward: of the class.
         policy: by which it is frozen.
-        children: its submodules by name.
+        children: names and submodules, in their order.
         in_mode: whether its mode must be the block's.
         own: its attributes that are plain values.
     """
@@ -53,7 +54,7 @@ class _Watched(NamedTuple):
     kind: type[nn.Module]
     forward: Any
     policy: Policy | None
-    children: dict[str, nn.Module | None]
+    children: list[tuple[str, nn.Module | None]]
     in_mode: bool
     own: list[tuple[str, Any]]
 
@@ -89,7 +90,7 @@ class Generated:
                 return None
             if policy is not None and getattr(record_of(module), "policy", None) is not policy:
                 return None
-            if kind.forward is not forward or module._modules != children:
+            if kind.forward is not forward or [*module._modules.items()] != children:
                 return None
             if in_mode and module.training is not mode:
                 return None
@@ -133,10 +134,13 @@ def generate(
     watched: dict[nn.Module, _Watched] = {}
 
     def watch(module: nn.Module, looked_into: bool) -> None:
-        if module in watched or isinstance(module, torch.jit.ScriptModule):
-            return
         record = record_of(module)
-        looked_into = looked_into and record is None and module not in called
+        frozen = record is not None and is_norm(module)
+        looked_into = looked_into and not frozen and module not in called
+        # One that two paths lead to is looked into if one of them is.
+        seen = module in watched and (watched[module].in_mode or not looked_into)
+        if seen or isinstance(module, torch.jit.ScriptModule):
+            return
         kind = layer_class(module) if record is None else type(module)
         read = looked_into or settings_of(module)
         own = [item for item in vars(module).items() if _is_setting(*item)] if read else []
@@ -145,7 +149,7 @@ def generate(
             kind,
             kind.forward,
             None if record is None else record.policy,
-            dict(module._modules),
+            [*module._modules.items()],
             looked_into or is_drop(module),
             own,
         )

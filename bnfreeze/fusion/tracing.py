@@ -12,6 +12,7 @@ import inspect
 import itertools
 import operator
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, cast
@@ -30,6 +31,9 @@ __all__ = [
     "trace",
     "why_not_traced",
 ]
+
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class UntraceableError(Exception):
@@ -101,10 +105,17 @@ def trace(
     root = _clone(block, inside, training, clones)
     copies = [clones[key] for key in inside]
     before = [_contents(each) for each in copies]
-    tracer = _Tracer(copies, _required_arguments(layer_class(block)))
+    count = _required_arguments(layer_class(block))
     try:
         # Activation checkpointing works through these hooks and would be lost.
-        with torch.autograd.graph.disable_saved_tensors_hooks("not traced"), _NoTensors():  # type: ignore[no-untyped-call]
+        with (
+            _ONE_AT_A_TIME,
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autograd.graph.disable_saved_tensors_hooks("not traced"),
+            _NoTensors(),  # type: ignore[no-untyped-call]
+        ):
+            tracer = _Tracer(copies, count)
             graph = tracer.trace(root)
     except UntraceableError:
         raise
@@ -215,11 +226,23 @@ class _Tracer(fx.Tracer):
         # The positions of the arguments whose type the forward asks for.
         self.asked: set[int] = set()
         self.modes = _modes()
+        self.thread = threading.get_ident()
 
     def create_args_for_root(self, root_fn: Any, *_: Any) -> tuple[Any, list[Any]]:
         names = [f"argument_{index}" for index in range(self.count)]
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
         return lambda *args: _checked(self, root_fn(*args)), [self.root, *proxies]
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        # torch.fx replaces nn.Module.__call__ and __getattr__ for all threads.
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return id(m) not in self.inside

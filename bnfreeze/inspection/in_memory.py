@@ -62,18 +62,12 @@ def read_tensor(tensor: Tensor) -> Tensor:
         return plain.contiguous()
 
 
-def _address(tensor: Tensor) -> int:
-    with DisableTorchFunctionSubclass():
-        own = shard_of(tensor)
-        return (tensor if own is None else own).data_ptr()
-
-
 class TensorInMemory(StoredTensor):
     """A live tensor behind the interface of a stored one.
 
     Attributes:
         tensor: the tensor, as `read_tensor` gives it where it can be read.
-        address: where its first element is; 0 if it has none that can be read.
+        address: its device, and where its first element is; None if it cannot be read.
     """
 
     def __init__(self, tensor: Tensor) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnfreeze.inspection.in_memory import read_tensor, why_unreadable
 from bnfreeze.norm_layers import is_norm
+from bnfreeze.policies.record import record_of, set_record
 from bnfreeze.policies.transaction import transaction
 
 __all__ = ["in_training", "modes_put_back"]
@@ -49,15 +51,13 @@ def modes_put_back(
         modules: all of the model's, as ``model.modules()`` gives them.
         mode: what is called inside. The tensors below a module with a ``train`` of its own are put
             back if it has another mode.
-        buffers: put back all buffers.
+        buffers: put back all buffers; and modules without a ``train`` of their own keep what the
+            forwards inside have left on them.
     """
-    flags = [(module, module.training) for module in modules]
-    switched = {
-        id(inner)
-        for module, flag in flags
-        if flag is not mode and _has_own_train(module)
-        for inner in module.modules()
-    }
+    flags = [(module, module.training, record_of(module)) for module in modules]
+    own = [(module, flag) for module, flag, _ in flags if _has_own_train(module)]
+    below = {id(inner) for module, _ in own for inner in module.modules()}
+    switched = {id(inner) for module, flag in own if flag is not mode for inner in module.modules()}
     owners: list[tuple[nn.Module, dict[str, Any]]] = [
         (module, owner) for module in modules for owner in (module._parameters, module._buffers)
     ]
@@ -69,15 +69,22 @@ def modes_put_back(
         if (id(module) in switched and type(tensor) in (Tensor, nn.Parameter))
         or (buffers and owner is module._buffers and tensor is not None)
     ]
-    values = [None if tensor.is_meta else tensor.detach().clone() for _, _, tensor in held]
-    with transaction(modules, keep=False):
+    values = [None if why_unreadable(tensor) else tensor.detach().clone() for _, _, tensor in held]
+    # What a forward leaves on a module stays there: a lazy layer gets its class, for example.
+    undone = [module for module in modules if not buffers or id(module) in below]
+    with transaction(undone, keep=False):
         try:
             yield
         finally:
-            for module, flag in flags:  # outer modules first, as their train() sets inner flags
-                if module.training is not flag and _has_own_train(module):
+            for module, flag in own:  # outer modules first, as their train() sets inner flags
+                if module.training is not flag:
                     with contextlib.suppress(Exception):
                         module.train(flag)
+            for module, flag, record in flags:
+                if module.training is not flag:
+                    module.training = flag  # a scripted module keeps it elsewhere
+                if record_of(module) is not record:
+                    set_record(module, record)
             with torch.no_grad():
                 for (owner, name, tensor), before in zip(held, values, strict=True):
                     if owner.get(name) is not tensor:
@@ -87,7 +94,7 @@ def modes_put_back(
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return read_tensor(tensor).reshape(-1).view(torch.uint8)
 
 
 def _has_own_train(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bnfreeze.checkpoints import StoredTensor, open_checkpoint
+from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, check_limit
 from bnfreeze.checkpoints.safetensors_file import DTYPES
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
@@ -95,6 +96,7 @@ class Snapshot:
             }
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
+        check_limit(len(text), MAX_HEADER_BYTES, "bytes of a snapshot's facts")
         with replacement(path) as fresh, fresh.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for value in self.state.values.values():

@@ -169,3 +169,35 @@ def test_a_layer_that_merges_its_weights_in_eval_mode_trains_on_as_before():
     assert moved(before, model) == set()
     model(torch.randn(4, 3)).square().sum().backward()
     assert model[0].lora.grad is not None
+
+
+def test_what_a_forward_makes_of_the_model_stays_and_scripted_parts_get_their_mode_back():
+    lazy = nn.Sequential(nn.LazyConv2d(4, 1), nn.BatchNorm2d(4))
+    probe(lazy, [torch.randn(4, 3, 2, 2)])
+    assert (type(lazy[0]), lazy[0].in_channels) == (nn.Conv2d, 3)
+    for mode in (True, False):
+        model = nn.Sequential(nn.BatchNorm1d(3), torch.jit.script(nn.Dropout())).train(mode)
+        probe(model, [torch.randn(8, 3)])
+        bnfreeze.inspect(model)
+        assert model[1].training is mode
+
+
+class Once(nn.Module):
+    """Calls its second norm layer in the first pass alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.passes = nn.BatchNorm1d(3), nn.BatchNorm1d(3), []
+
+    def forward(self, x):
+        self.passes.append(x)
+        return self.a(x) if len(self.passes) > 1 else self.b(self.a(x))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_layer_that_a_later_pass_does_not_reach_is_an_error(exact):
+    model = Once()
+    before = state(model)
+    with pytest.raises(CalibrationError, match="b: no batch reached it in a later pass"):
+        recalibrate(model, [torch.randn(8, 3)], exact=exact)
+    assert moved(before, model) == set()

@@ -180,8 +180,8 @@ def test_what_follows_is_found_outside_of_the_modules_that_contain_the_norm_laye
     model(x)
     assert calls == ["+relu6"]
     # The block around the sum is changed, and what is around that.
-    assert type(model).__name__ == "FusedSequential"
-    assert type(model[0]).__name__ == "FusedOuter"
+    assert type(model).__name__ == "Sequential"
+    assert type(model[0]).__name__ == "Outer"
     assert type(model[0].body) is nn.Sequential
 
 
@@ -715,3 +715,51 @@ def test_timms_layer_without_an_activation_fuses_what_follows(x, calls):
     model.body[1].act = nn.ReLU()
     assert not torch.equal(model(x), expected)
     assert calls == ["+silu", "relu"]
+
+
+class Halves(nn.Module):
+    """Reads its own flag and its mode; has a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)
+        self.scale, self.double = nn.Parameter(torch.ones(1)), False
+
+    def forward(self, x):
+        x = F.dropout(F.relu(self.bn(self.conv(x))), 0.5, self.training) * self.scale
+        return x * 2 if self.double else x
+
+
+@pytest.mark.parametrize("policy", ["fused-act", "fused-act+weights", "folded+weights"])
+def test_flags_and_modes_below_a_module_with_frozen_weights_count(policy, x):
+    model = lively(nn.Sequential(Halves(), nn.Flatten())).eval()
+    freeze_here(model, policy)
+    expected = model(x)
+    model[0].double = True
+    torch.testing.assert_close(model(x), 2 * expected)
+    model[0].double = False
+    model.train()
+    model[0].eval()
+    torch.testing.assert_close(model(x), expected)
+
+
+class Fixing(Block):
+    def forward(self, x):
+        with torch.no_grad():
+            fixed = self.branch(x)
+        return F.relu(self.bn1(self.conv1(x)) + fixed)
+
+
+def test_a_loaded_model_waits_for_hooks_to_go_and_traces_as_in_training(x):
+    model = lively(Fixing())
+    freeze_here(model)
+    with torch.no_grad():
+        loaded = pickle.loads(pickle.dumps(model))
+        hook = loaded.conv1.register_forward_hook(lambda *_: None)
+        loaded(x)
+        hook.remove()
+        loaded(x)
+    for each in (model, loaded):
+        each(x).sum().backward()
+        assert each.conv1.weight.grad is not None
+        assert each.branch[0].weight.grad is None
