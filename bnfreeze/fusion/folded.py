@@ -60,6 +60,7 @@ def conv_norm_add(
     residual: Tensor | None,
     activation: str | None,
     in_place: bool,
+    swapped: bool,
 ) -> Tensor:
     """Compute ``activation(layer(conv(x)) + residual)``, folded where that gives the same.
 
@@ -70,6 +71,7 @@ def conv_norm_add(
         residual: what is added, or None.
         activation: its name, or None.
         in_place: as for `norm_add`.
+        swapped: as for `norm_add`.
     """
     norm, own = layer._norm(), own_activation(layer)
     dtype = None if own is None else _dtype(conv, norm, x)
@@ -77,15 +79,16 @@ def conv_norm_add(
         y = conv(x)
         if residual is None:
             return layer(y, None, activation)  # type: ignore[no-any-return]
-        return norm_add(layer, y, residual, activation, in_place)
+        return norm_add(layer, y, residual, activation, in_place, swapped)
     y = _folded(x if x.dtype is dtype else x.to(dtype), conv, norm)
     if residual is not None:
-        # Neither broadcast nor promoted: so it can be written over the convolution's output.
+        # Neither broadcast nor promoted, nor of other strides, on which the left side decides: so
+        # it can be written over the convolution's output.
         same = type(residual) in PLAIN and residual.shape == y.shape and residual.dtype is dtype
-        if in_place or (same and residual.is_cpu):
+        if in_place or (same and residual.is_cpu and residual.stride() == y.stride()):
             y += residual
         else:
-            y = y + residual
+            y = residual + y if swapped else y + residual
     activation = own or activation
     # Nobody else has y; but autograd needs it as it is if the activation goes backward from it.
     overwrite = type(y) is Tensor and (activation in FROM_OUTPUT or not y.requires_grad)

@@ -310,7 +310,8 @@ class _Chain:
                     residual = total.args[1 if total.args[0] is self.norm else 0]
                     residual = residual if self.branch is None else self.branch.args[0]
                 in_place = total is not None and _is_in_place(total)
-                rest = layer, first.args[0], residual, self.activation, in_place
+                swapped = total is not None and total.args[0] is not self.norm
+                rest = layer, first.args[0], residual, self.activation, in_place, swapped
                 if conv is not None:
                     new = graph.call_function(conv_norm_add, (conv, *rest))
                 else:

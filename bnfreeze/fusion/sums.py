@@ -33,6 +33,7 @@ def norm_add(
     residual: Tensor,
     activation: str | None,
     in_place: bool,
+    swapped: bool,
     branch: Any = None,
 ) -> Tensor:
     """Compute ``activation(layer(x) + branch(residual))``, in one kernel where that pays.
@@ -46,14 +47,16 @@ def norm_add(
         residual: what is added.
         activation: its name, or None.
         in_place: whether the sum was written over its left side, and so has its dtype.
+        swapped: whether the residual is on the left.
         branch: the norm layer that `residual` goes through first, or None.
     """
     if (
         # A subclass may add in another way.
         type(residual) in PLAIN
         and type(x) in PLAIN
-        # Neither broadcast nor promoted.
+        # Neither broadcast nor promoted; with other strides the left side decides on the sum's.
         and residual.shape == x.shape
+        and residual.stride() == x.stride()
         and residual.dtype is x.dtype
         and residual.device == x.device
         and not (x.is_cpu and x.dtype.itemsize == 2)
@@ -69,7 +72,7 @@ def norm_add(
     if in_place:
         out += other
     else:
-        out = out + other
+        out = other + out if swapped else out + other
     if activation == "relu" and type(out) is Tensor:
         return torch.relu_(out)  # nobody else has it
     return ACTIVATIONS[activation](out)

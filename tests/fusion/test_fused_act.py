@@ -763,3 +763,19 @@ def test_a_loaded_model_waits_for_hooks_to_go_and_traces_as_in_training(x):
         each(x).sum().backward()
         assert each.conv1.weight.grad is not None
         assert each.branch[0].weight.grad is None
+
+
+@pytest.mark.parametrize("policy", ["fused-act", "folded"])
+def test_the_left_side_of_a_sum_decides_on_its_layout(policy, x):
+    models = [
+        block(lambda self, x: x.transpose(2, 3) + self.bn1(self.conv1(x))),
+        block(lambda self, x: self.bn1(self.conv1(x)) + x.transpose(2, 3)),
+    ]
+    layouts = []
+    for model in models:
+        expected = model.eval()(x)
+        freeze_here(model, policy)
+        torch.testing.assert_close(model(x), expected)
+        assert model(x).stride() == expected.stride()
+        layouts.append(expected.stride())
+    assert layouts[0] != layouts[1]
