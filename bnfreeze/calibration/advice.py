@@ -9,6 +9,7 @@ from statistics import median
 from bnfreeze.calibration.fit import THRESHOLDS, LayerFit, Verdict
 from bnfreeze.findings import Finding, finding
 from bnfreeze.policies.policy import Policy
+from bnfreeze.text import listed
 
 __all__ = ["advice_after", "advice_before", "probe_findings"]
 
@@ -120,10 +121,9 @@ def advice_before(layers: Sequence[LayerFit]) -> str:
                 f"without freezing, or see what {call} says."
             )
         names = [layer.name or "the model" for layer in own]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         carried = sum(layer.origin == "carried" for layer in shifted)
         return (
-            f"{start}The shift starts in {', '.join(names[:3])}{more} ({_worst(own)})"
+            f"{start}The shift starts in {listed(names, 3)} ({_worst(own)})"
             + (f"; {carried} other layers seem to follow from it" if carried else "")
             + f". Do not freeze them like this: {call} is likely to mend it; then freeze. {_CHECK}"
         )

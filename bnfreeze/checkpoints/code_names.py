@@ -15,6 +15,7 @@ from bnfreeze.checkpoints.numpy_arrays import NUMPY_BUILDERS
 from bnfreeze.checkpoints.pickled import Opaque
 from bnfreeze.checkpoints.torch_calls import TORCH_NAMES
 from bnfreeze.findings import Level
+from bnfreeze.text import listed
 
 __all__ = ["VALUES", "is_ordinary", "level_of", "would_call"]
 
@@ -133,6 +134,5 @@ def would_call(made: Iterable[Opaque]) -> str:
     names = dict.fromkeys(
         one.name for one in made if level_of(one.name, at_run_time=one.at_run_time, is_module=False)
     )
-    shown = [f"`{name:.100}`" for name in list(names)[:3]]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f" Loading it would call {', '.join(shown)}{more}." if names else ""
+    shown = [f"`{name:.100}`" for name in names]
+    return f" Loading it would call {listed(shown, 3)}." if names else ""

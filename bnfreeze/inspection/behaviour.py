@@ -28,7 +28,7 @@ from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, policies_by_parameter, policy_name, record_of
 from bnfreeze.torch_private import _InstanceNorm
 
-__all__ = ["SHARES", "LiveLayer", "fate", "live_layer", "optimizers_by_id"]
+__all__ = ["SHARES", "LiveLayer", "fate", "live_layer", "optimizers_by_id", "updated_by_another"]
 
 
 _NEITHER = "it has neither"
@@ -90,6 +90,12 @@ def fate(layer: LiveLayer) -> tuple[str, str]:
         "update" if layer.updates_statistics else statistics,
         "train" if layer.trains_affine else affine,
     )
+
+
+def updated_by_another(layer: LiveLayer) -> str:
+    """Why the statistics update, if another layer that has them too updates them; else empty."""
+    why = layer.why["statistics"]
+    return why if why.endswith(SHARES) else ""
 
 
 def optimizers_by_id(

@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from bnfreeze.findings import Finding, Level, finding, worst_first
-from bnfreeze.inspection.behaviour import SHARES, LiveLayer, fate, live_layer
+from bnfreeze.inspection.behaviour import (
+    SHARES,
+    LiveLayer,
+    fate,
+    live_layer,
+    updated_by_another,
+)
 from bnfreeze.inspection.in_memory import TensorInMemory
 from bnfreeze.inspection.modes import in_training
 from bnfreeze.inspection.result import Inspection
@@ -37,7 +43,7 @@ from bnfreeze.policies.record import (
 from bnfreeze.tables import Sheet, shared_kind
 from bnfreeze.text import counted
 
-__all__ = ["ModelInspection", "inspect_model"]
+__all__ = ["ModelInspection", "inspect_model", "live_layers"]
 
 
 # Shown by a wide terminal only.
@@ -108,7 +114,7 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
     undone = [model.training and not entry.module.training for entry in norms]
     findings: list[Finding] = []
     with in_training(model):
-        layers = _sharing(norms, [live_layer(e, optimized, by_policy) for e in norms])
+        layers = live_layers(norms, optimized, by_policy)
         for entry, layer, was_eval in zip(norms, layers, undone, strict=True):
             findings += _layer_findings(layer, entry.module, was_eval, optimized)
         trains = any(parameter.requires_grad for parameter in model.parameters())
@@ -131,8 +137,17 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
     return ModelInspection(tuple(layers), worst_first(findings))
 
 
-def _sharing(norms: Sequence[NamedModule], layers: Sequence[LiveLayer]) -> list[LiveLayer]:
-    """The layers; one whose statistics another one updates, updates them."""
+def live_layers(
+    norms: Sequence[NamedModule],
+    optimized: Mapping[int, str] | None,
+    by_policy: Mapping[int, str],
+) -> list[LiveLayer]:
+    """Say what all norm layers of a model will do; call it inside `in_training`.
+
+    A layer whose statistics another one updates, updates them. The arguments are as for
+    `live_layer`.
+    """
+    layers = [live_layer(entry, optimized, by_policy) for entry in norms]
     kept = [[id(d[name]) for d, name in statistics_in(entry.module)] for entry in norms]
     writers = {
         tensor: layer.name or "the model"
@@ -168,8 +183,8 @@ def _layer_findings(
             + (", and in eval mode it may never run." if forced else "."),
             level="warning" if forced else "note",
         )
-    if facts.why["statistics"].endswith(SHARES):
-        yield finding("stats-shared", name, f"{facts.why['statistics']}.")
+    if why := updated_by_another(facts):
+        yield finding("stats-shared", name, f"{why}.")
     elif is_foreign(layer) and facts.updates_statistics:
         message = f"{facts.why['statistics']}, and they may change in each forward pass."
         yield finding("layer-foreign", name, message, foreign_remedy(layer, name))

@@ -10,8 +10,8 @@ from torch import nn
 from bnfreeze.errors import NotFrozenError, PolicyError
 from bnfreeze.findings import finding_kind
 from bnfreeze.freezing.plan import plan
-from bnfreeze.inspection.behaviour import SHARES
-from bnfreeze.inspection.live import inspect_model
+from bnfreeze.inspection.behaviour import SHARES, updated_by_another
+from bnfreeze.inspection.live import live_layers
 from bnfreeze.inspection.modes import in_training
 from bnfreeze.norm_layers import (
     NamedModule,
@@ -26,6 +26,7 @@ from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
     class_changed_since,
     is_left_alone,
+    policies_by_parameter,
     policy_name,
     record_of,
     recorded,
@@ -95,8 +96,10 @@ def assert_frozen(
         raise PolicyError(
             "Nothing in the model is frozen and it has no norm layer: there is nothing to check."
         )
-    facts = {layer.name: layer for layer in inspect_model(model).layers}
+    norms = [entry for entry in modules if is_norm(entry.module)]
+    by_policy = policies_by_parameter(entry.module for entry in modules)
     with in_training(model):
+        facts = {layer.name: layer for layer in live_layers(norms, None, by_policy)}
         found = {
             entry.name: "; ".join(reasons)
             for entry in chosen
@@ -124,7 +127,7 @@ def _reasons(module: nn.Module, facts: LiveLayer | None, strict: bool) -> Iterat
         if class_changed_since(module):
             yield f"it was frozen by {policy!r}, and something changed its class since"
         if facts is not None and record.policy.freezes_statistics and facts.updates_statistics:
-            shared = facts.why["statistics"] if facts.why["statistics"].endswith(SHARES) else ""
+            shared = updated_by_another(facts)
             text = f"its statistics update, though policy {policy!r} freezes them"
             yield f"{text}: {shared}" if shared else text
         if facts is not None and record.policy.forces_eval and facts.normalizes_with == "batch":

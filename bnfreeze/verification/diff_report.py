@@ -12,6 +12,7 @@ from bnfreeze.inspection.checkpoint import Unread
 from bnfreeze.inspection.origin import RUNS_CODE, Origin
 from bnfreeze.sheets import grouped
 from bnfreeze.tables import Printable, Sheet
+from bnfreeze.text import listed
 
 __all__ = ["Diff", "ModelPair", "TensorChange"]
 
@@ -191,9 +192,9 @@ class Diff(Printable):
         elif not kept:
             parts = ["Changed in every part."]
         elif len(changed) < len(kept):
-            parts = [f"Bit-identical except for {_listed(changed)}."]
+            parts = [f"Bit-identical except for {listed(changed, 8)}."]
         else:
-            parts = [f"Bit-identical: {_listed(kept)}. Changed: {_listed(changed)}."]
+            parts = [f"Bit-identical: {listed(kept, 8)}. Changed: {listed(changed, 8)}."]
         for kind in ("missing", "added"):
             if count := kinds[kind]:
                 parts.append(f"{count} tensor{'s' if count > 1 else ''} {kind}.")
@@ -223,10 +224,6 @@ def _same(changes: Iterable[TensorChange]) -> bool:
 
 def _shown(origin: Origin) -> str:
     return origin.path or f"a {origin.kind}"
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _summary(changes: list[TensorChange]) -> str:
