@@ -1,8 +1,8 @@
-"""The first hour on a GPU: its tests, and which kernel is to stay, in one command of 8 minutes.
+"""A GPU in one command of 8 minutes: its tests, the kernels, training steps, folding, the guard.
 
 From a checkout, with PYTHONPATH set to it; nothing is installed and no network is needed::
 
-    python -m benchmarks.first_gpu --seconds 480
+    python -m benchmarks.first_gpu [PART ...] [--seconds 480]
 
 It prints one table, and writes ``first_gpu.json`` into the folder ``$OUT``, or here, after each
 part: if the time runs out, the parts before it are there. ``--tiny`` tries it on a CPU.
@@ -11,12 +11,15 @@ part: if the time runs out, the parts before it are there. ``--tiny`` tries it o
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +29,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks import cuda, cudnn, runs
-from benchmarks.arms import ARMS, Arm
+from benchmarks import cuda, cudnn, runs, work_folded, work_guard, work_host
+from benchmarks.arms import ARMS, Arm, choose
 from benchmarks.facts import BASE, quartiles
 from benchmarks.measure import Effort, in_turns, repeated, repeats, seconds
-from benchmarks.setting import LAYOUTS, Setting, activations
+from benchmarks.setting import LAYOUTS, Setting, activations, in_precision
 from benchmarks.work_layer import trained_norm
 from benchmarks.work_model import Step, calibrated, resnet50
 
@@ -73,20 +76,22 @@ class Session:
 def main() -> int:
     """Run all parts as far as the time allows; return 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_gpu")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; or all")
     parser.add_argument("--seconds", type=float, default=480.0, help="time for everything")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to try it on a CPU")
     options = parser.parse_args()
     session = Session(torch.device(options.device), options.seconds, options.tiny)
     failed = False
-    for part, least in ((tests, 60), (kernels, 60), (steps, 60), (memory, 20), (compiled, 100)):
+    for name in options.parts or PARTS:
+        part, least = PARTS[name]
         if session.left() < least and not options.tiny:
-            session.setting.notes.append(f"{part.__name__}: left out, the time is over")
+            session.setting.notes.append(f"{name}: left out, the time is over")
             continue
         try:
             part(session)
         except Exception as error:  # the parts after it are worth having
-            session.setting.notes.append(f"{part.__name__} failed: {type(error).__name__}: {error}")
+            session.setting.notes.append(f"{name} failed: {type(error).__name__}: {error}")
             failed = True
         session.save()
     show(session)
@@ -95,7 +100,10 @@ def main() -> int:
 
 def tests(session: Session) -> None:
     """Run the tests marked `gpu`, in at most 150 seconds."""
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "--tb=short"]
+    files = ("tests/gpu", "tests/ecosystem/test_compile.py")
+    command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-q", "--tb=short", "-rs"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "4"]
     if session.setting.size == "tiny":
         command.append("--collect-only")
     begin = time.monotonic()
@@ -106,8 +114,11 @@ def tests(session: Session) -> None:
         text=True,
     )
     (session.path.parent / "gpu_tests.txt").write_text(done.stdout + done.stderr)
-    last = (done.stdout.strip() or done.stderr.strip()).rpartition("\n")[2]
-    session.add("tests", "tests/gpu", last, s=round(time.monotonic() - begin), rc=done.returncode)
+    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    print(*lines[-60:], sep="\n")
+    session.add(
+        "tests", "marked gpu", lines[-1], s=round(time.monotonic() - begin), rc=done.returncode
+    )
 
 
 def arms(session: Session) -> Iterator[Arm]:
@@ -222,6 +233,49 @@ def steps(session: Session) -> None:
         _compare(session, makers, f"{precision}, {layout}, batch {batch}")
 
 
+def small(session: Session) -> None:
+    """Measure steps of a batch of four, where the time of the CPU counts."""
+    case = ("autocast", "channels_last", session.setting.pick(tiny=1, quick=4, full=4))
+    makers = _works(session, list(arms(session)), *case)
+    _compare(session, makers, "{}, {}, batch {}".format(*case))
+
+
+def folding(session: Session) -> None:
+    """Measure forward passes and training steps of models that are frozen in whole or in part."""
+    setting = session.setting
+    names = (BASE, "bnfreeze fused", "bnfreeze fused-act", "bnfreeze folded", work_folded.EAGER)
+    models = ("MobileNetV2",) if setting.size == "tiny" else ("ResNet-50", "MobileNetV2")
+    height = setting.pick(tiny=64, quick=224, full=224)
+    for name, precision in itertools.product(models, ("fp32", "bf16")):
+        model = work_folded.MODELS[name]
+        live = calibrated(model.make(setting), (2, 3, 64, 64))
+        for what, batch in ((work_folded.FORWARD, 1), (work_folded.FORWARD, 64),
+                            (work_folded.HEAD, 64), (work_folded.ALL, 64)):  # fmt: skip
+            frozen = what in (work_folded.FORWARD, work_folded.HEAD)
+            wanted = [*names, "bnfreeze folded+weights"] if frozen else names
+            x = torch.randn(setting.pick(tiny=2, quick=batch, full=batch), 3, height, height)
+            x = in_precision(nn.ParameterList([x]), precision, "channels_last", setting.device)[0]
+            makers = {
+                arm.name: partial(work_folded.work, arm, live, model, what, x.detach())
+                for arm in choose((), ARMS)
+                if arm.name in wanted
+            }
+            _compare(session, makers, f"{name}, {what}, {precision}, batch {batch}", limit=1.0)
+
+
+def host(session: Session) -> None:
+    """Measure the fixed cost of a call, and of a guard."""
+    setting = replace(
+        session.setting, size=session.setting.pick(tiny="tiny", quick="", full="quick")
+    )
+    plain = replace(setting, arms=("torchvision", "bnfreeze fused"))
+    for record in itertools.chain(work_host.measure(plain), work_guard.measure(setting)):
+        case = ", ".join(record.case.values())
+        figures = (record.median, record.low, record.high)
+        ratio, low, high = (round(value, 3) for value in figures)
+        session.add(record.work, case, record.arm, **{record.unit: ratio}, low=low, high=high)
+
+
 def compiled(session: Session) -> None:
     """Measure the compiled step in the case that most people train in."""
     if session.setting.size == "tiny":
@@ -231,11 +285,15 @@ def compiled(session: Session) -> None:
     _compare(session, makers, "autocast, channels_last, batch 64, compiled")
 
 
-def _compare(session: Session, makers: dict[str, Callable[[], Any]], case: str) -> None:
+def _compare(
+    session: Session, makers: dict[str, Callable[[], Any]], case: str, limit: float = 4.0
+) -> None:
     setting = session.setting
     works = setting.prepared(makers, case)
     effort = setting.pick(
-        tiny=Effort(1, 0.0, least=1, sample=0.0), quick=Effort(8, 4.0), full=Effort(8, 4.0)
+        tiny=Effort(1, 0.0, least=1, sample=0.0),
+        quick=Effort(8, limit),
+        full=Effort(8, limit),
     )
     for way in ("eager", "graph") if setting.on_gpu and "compiled" not in case else ("eager",):
         if way == "graph":
@@ -262,6 +320,19 @@ def memory(session: Session) -> None:
     for arm, make in makers.items():
         peak = round(cuda.peak_mib(make, session.setting.device))
         session.add("memory", "autocast, channels_last, batch 64", arm, mib=peak)
+
+
+PARTS: dict[str, tuple[Callable[[Session], None], int]] = {
+    "tests": (tests, 60),
+    "kernels": (kernels, 30),
+    "steps": (steps, 60),
+    "small": (small, 30),
+    "memory": (memory, 20),
+    "host": (host, 30),
+    "folding": (folding, 60),
+    "compiled": (compiled, 100),
+}
+"""The parts, and the seconds that must be left for each."""
 
 
 def show(session: Session) -> None:

@@ -127,7 +127,7 @@ def _here(setting: Setting, malloc: str) -> Iterator[Record]:
                 works = {}
                 first = (precision, layout) == main
                 for arm in _arms(setting, what, first, first and malloc == "default"):
-                    works[arm.name] = partial(_work, arm, live, model, what, x.detach())
+                    works[arm.name] = partial(work, arm, live, model, what, x.detach())
                 works = _that_agree(setting, setting.prepared(works), name)
                 samplers = {arm: _sampler(work, setting) for arm, work in works.items()}
                 effort = setting.effort(quick=20.0 if first else 3.0, full=14.0, gpu=3.0)
@@ -151,7 +151,7 @@ def _arms(setting: Setting, what: str, first: bool, compiled: bool) -> Iterator[
     return choose(setting.arms, every)
 
 
-def _work(arm: Arm, live: nn.Module, model: Model, what: str, x: Tensor) -> Callable[[], Tensor]:
+def work(arm: Arm, live: nn.Module, model: Model, what: str, x: Tensor) -> Callable[[], Tensor]:
     """One arm's forward pass, or training step; it returns the output."""
     frozen = arm.model(live).to(device=x.device, dtype=x.dtype)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)

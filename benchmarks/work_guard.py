@@ -45,7 +45,7 @@ def _steps(setting: Setting) -> Iterable[Record]:
         optimizer.step()
 
     step()
-    rounds = setting.pick(tiny=1, quick=3, full=10)
+    rounds = setting.pick(tiny=1, quick=3, full=10, gpu=5)
     shares = (_difference if setting.on_gpu else _alone)(model, step, setting.device, rounds)
     case = {"what": f"each step, batch {batch} at {height}"}
     arm = "guard(every=1), all norm tensors"
@@ -104,7 +104,7 @@ def _whole_model(setting: Setting) -> Iterable[Record]:
         name: (lambda work=work: seconds(work, setting.device)) for name, work in works.items()
     }
     effort = setting.pick(
-        tiny=Effort(1, 0.0, least=1), quick=Effort(10, 5.0), full=Effort(40, 30.0)
+        tiny=Effort(1, 0.0, least=1), quick=Effort(10, 3.0), full=Effort(40, 30.0)
     )
     case = {"what": "all tensors of a ResNet-50"}
     yield from ratios("guard", case, in_turns(samplers, effort), "copy_")

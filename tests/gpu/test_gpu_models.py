@@ -177,3 +177,60 @@ def test_a_snapshot_of_the_gpu_holds_for_the_model_there(device, model, tmp_path
     # What is read from a file may have come from anywhere.
     assert bnfreeze.verify(model, saved).ok
     assert {drift.kind for drift in bnfreeze.verify(model, before).drifts} == {"device"}
+
+
+@pytest.mark.parametrize("policy", ["folded", "folded+weights"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_folded_computes_what_eval_computes(policy, autocast, device, model):
+    model.to(device, memory_format=torch.channels_last)
+    twin, images = copy.deepcopy(model).eval(), draw(device, torch.channels_last)
+    bnfreeze.freeze(model, policy)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast):
+        made, right = model(images).float(), twin(images).float()
+    assert (made - right).norm() <= (3e-2 if autocast else 1e-4) * right.norm()
+    model.fc.requires_grad_(True)
+    with bnfreeze.guard(model, tensors="norm") as watch:
+        train(model, images, **({"dtype": torch.bfloat16} if autocast else {}))
+    assert watch.report.ok
+
+
+def test_probe_and_recalibrate_find_what_they_find_on_the_cpu(device, model):
+    data = [torch.randn(8, 3, 64, 64) + 0.5 for _ in range(2)]
+    twin, there = copy.deepcopy(model), copy.deepcopy(model).to(device)
+    images = [batch.to(device) for batch in data]
+    ours, right = bnfreeze.probe(there, images), bnfreeze.probe(twin, data)
+    assert [layer.verdict for layer in ours.layers] == [layer.verdict for layer in right.layers]
+    bnfreeze.recalibrate(there, images)
+    bnfreeze.recalibrate(twin, data)
+    for name, buffer in twin.named_buffers():
+        assert torch.allclose(there.get_buffer(name).cpu(), buffer, rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.parametrize("policy", ["fused", "fused-act", "folded"])
+def test_a_model_frozen_on_the_cpu_moves_to_the_device_and_back(policy, device, model, tmp_path):
+    bnfreeze.freeze(model, policy)
+    images = draw("cpu")
+    with torch.no_grad():
+        here = model.eval()(images)
+        there = model.to(device)(images.to(device))
+        torch.save(model.state_dict(), tmp_path / "there.pt")
+        back = model.cpu()(images)
+    assert torch.allclose(here, there.cpu(), atol=1e-3)
+    assert torch.equal(here, back)
+    assert len(bnfreeze.inspect(tmp_path / "there.pt").layers) == 20
+
+
+@pytest.mark.parametrize("policy", ["eval", "stats", "fused"])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+def test_synchronised_norm_layers_of_a_process_group_stay_frozen(policy, device, model, tmp_path):
+    torch.distributed.init_process_group(
+        "nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    try:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model).to(device)
+        bnfreeze.freeze(model, policy)
+        with bnfreeze.guard(model) as watch:
+            train(nn.parallel.DistributedDataParallel(model), draw(device))
+        assert watch.report.ok
+    finally:
+        torch.distributed.destroy_process_group()
