@@ -19,7 +19,8 @@ from bnfreeze.verification.drift_report import DriftError, DriftReport
 from bnfreeze.verification.live_state import as_list
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.tracer import Tracer
-from bnfreeze.verification.verify import check, snapshot
+from bnfreeze.verification.unchanged import Unchanged, unchanged
+from bnfreeze.verification.verify import check, look_again, snapshot
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -99,6 +100,8 @@ class Guard:
     before: Snapshot | None = None
     report: DriftReport | None = None
     _tracer: Tracer | None = None
+    # The model as it was when a comparison found nothing.
+    _unchanged: Unchanged | None = None
     _stack: ExitStack = field(default_factory=ExitStack)
     # The optimizer steps completed at the last check.
     _checked_at: int = 0
@@ -112,6 +115,7 @@ class Guard:
 
     def __enter__(self) -> Guard:
         self.step = self._checked_at = 0
+        self._unchanged = None
         self.before = snapshot(self._model, tensors=self._tensors, optimizer=self._optimizers)
         with ExitStack() as stack:
             if self._optimizers is None:
@@ -146,6 +150,10 @@ class Guard:
             DriftError: something has changed.
         """
         __tracebackhide__ = True
+        with self._tracer.pause() if self._tracer else nullcontext():
+            if self.report is not None and self._unchanged:
+                self._checked_at = self.step
+                return self.report
         report = self._compare()
         report.raise_if_drifted()
         return report
@@ -155,8 +163,12 @@ class Guard:
         if self.before is None:
             raise RuntimeError("The guard is not active: enter it with a with statement.")
         options = {"step": self.step, "since": self._checked_at, **options}
+        before, self._unchanged = self.before.state, None
         with self._tracer.pause() if self._tracer else nullcontext():
-            self.report = check(self._model, self.before.state, self._group, **options)
+            after = look_again(self._model, before)
+            self.report = check(after, before, self._group, **options)
+            if self._group is None and self.report.ok:
+                self._unchanged = unchanged(self._model, before, after)
         self._checked_at = self.step
         return self.report
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-__all__ = ["unequal_tensors"]
+__all__ = ["SameBits", "unequal_tensors"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -21,40 +21,50 @@ _memcmp.restype = ctypes.c_int
 _SMALL = 1 << 20
 
 
-def unequal_tensors(pairs: Mapping[str, Pair]) -> set[str]:
-    """The names of the pairs whose bits differ.
+class SameBits:
+    """Whether two and two tensors have the same bits; can be asked again after writes to them.
 
-    On the CPU each pair is compared alone. An accelerator gives one answer for all its pairs, so
-    that it is waited for once; only if something differs are they compared one by one.
-
-    Args:
-        pairs: plain contiguous tensors, two and two of the same dtype and shape, by name.
+    An accelerator gives one answer for all its pairs, so that it is waited for once.
     """
-    found = set()
-    elsewhere: dict[torch.device, dict[str, Pair]] = {}
-    for name, (old, new) in pairs.items():
-        before = old if old.device == new.device else old.to(new.device)
-        if not _on_cpu(new):
-            elsewhere.setdefault(new.device, {})[name] = _octets(before), _octets(new)
-        elif new.nbytes and _memcmp(before.data_ptr(), new.data_ptr(), new.nbytes):
-            found.add(name)
-    for group in elsewhere.values():
-        if _any_differs(list(group.values())):
-            found |= {name for name, pair in group.items() if not torch.equal(*pair)}
-    return found
+
+    def __init__(self, pairs: Mapping[str, Pair]) -> None:
+        """Take plain contiguous tensors, two and two of the same dtype and shape, by name."""
+        self._kept = dict(pairs)  # the memory behind the addresses
+        self._here: list[tuple[int, int, int]] = []
+        small: dict[torch.device, list[Pair]] = {}
+        self._there: dict[torch.device, list[tuple[Tensor, list[Tensor]]]] = {}
+        for old, new in pairs.values():
+            if _on_cpu(new) and _on_cpu(old):
+                self._here.append((old.data_ptr(), new.data_ptr(), new.nbytes))
+                continue
+            pair = _octets(old.to(new.device)), _octets(new)
+            if new.nbytes <= _SMALL:
+                small.setdefault(new.device, []).append(pair)
+            else:
+                self._there.setdefault(new.device, []).append((pair[0], [pair[1]]))
+        for device, group in small.items():
+            before, after = zip(*group, strict=True)
+            self._there.setdefault(device, []).append((torch.cat(before), list(after)))
+
+    def __bool__(self) -> bool:
+        return not any(size and _memcmp(old, new, size) for old, new, size in self._here) and all(
+            not torch.stack([_differs(*job) for job in jobs]).any() for jobs in self._there.values()
+        )
+
+
+def unequal_tensors(pairs: Mapping[str, Pair]) -> set[str]:
+    """The names of the pairs whose bits differ; the pairs are as for `SameBits`."""
+    if SameBits(pairs):
+        return set()
+    return {name for name, pair in pairs.items() if not SameBits({name: pair})}
 
 
 def _on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _any_differs(pairs: Sequence[Pair]) -> bool:
-    """The answer for all pairs on one device."""
-    jobs = [pair for pair in pairs if pair[0].numel() > _SMALL]
-    if small := [pair for pair in pairs if pair[0].numel() <= _SMALL]:
-        before, after = map(torch.cat, zip(*small, strict=True))
-        jobs.append((before, after))
-    return bool(torch.stack([torch.ne(old, new).any() for old, new in jobs]).any())
+def _differs(before: Tensor, after: list[Tensor]) -> Tensor:
+    return torch.ne(before, after[0] if len(after) == 1 else torch.cat(after)).any()
 
 
 def _octets(tensor: Tensor) -> Tensor:

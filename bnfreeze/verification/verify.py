@@ -24,7 +24,7 @@ from bnfreeze.verification.state import State
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["check", "snapshot", "verify"]
+__all__ = ["check", "look_again", "snapshot", "verify"]
 
 
 def snapshot(
@@ -97,11 +97,16 @@ def verify(
     model = check_model(model)
     if not isinstance(snapshot, Snapshot):
         raise TypeError(f"Expected a Snapshot, not {type(snapshot).__name__}.")
-    return check(model, snapshot.state, process_group)
+    return check(look_again(model, snapshot.state), snapshot.state, process_group)
+
+
+def look_again(model: nn.Module, before: State) -> State:
+    """What the state of `model`, known as `before`, is now."""
+    return read_state(model, before.selection, before.live_optimizers(), also=before.tensors)
 
 
 def check(
-    model: nn.Module,
+    after: State,
     before: State,
     group: ProcessGroup | None,
     *,
@@ -112,7 +117,6 @@ def check(
 
     Without `exchange` each rank of the group checks its own tensors and asks no other.
     """
-    after = read_state(model, before.selection, before.live_optimizers(), also=before.tensors)
     report = compare(before, after, gathered=group is not None, **options)
     return report if group is None or not exchange else _across_ranks(report, after, group)
 

@@ -98,6 +98,18 @@ def test_what_torch_does_not_dispatch_is_found_at_the_end_of_a_traced_block(muta
     assert {(drift.kind, drift.name) for drift in caught.value.report.drifts} == mutant.drifts
 
 
+@every_mutant
+def test_a_guard_that_has_found_nothing_before_finds_it(mutant):
+    world = mutant.world()
+    mutant.prepare(world)
+    watch = bnfreeze.guard(world.model, tensors=mutant.tensors, optimizer=world.optimizer)
+    with pytest.raises(bnfreeze.DriftError) as caught, watch:
+        # From the second check on, it first takes a quick look.
+        assert watch.check() is watch.check() or not watch._unchanged
+        mutant.change(world)
+    assert {(drift.kind, drift.name) for drift in caught.value.report.drifts} == mutant.drifts
+
+
 def test_a_change_that_is_none_goes_unnoticed():
     world = frozen()
     before, start = bnfreeze.snapshot(world.model), look(world)
