@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from benchmarks import cuda, cudnn, runs, work_folded, work_guard, work_host
 from benchmarks.arms import ARMS, Arm, choose
 from benchmarks.facts import BASE, quartiles
-from benchmarks.measure import Effort, in_turns, repeated, repeats, seconds
+from benchmarks.measure import Effort, in_turns, repeated, repeats
 from benchmarks.setting import LAYOUTS, Setting, activations, in_precision
 from benchmarks.work_layer import trained_norm
 from benchmarks.work_model import Step, calibrated, resnet50
@@ -101,9 +101,20 @@ def main() -> int:
 def tests(session: Session) -> None:
     """Run the tests marked `gpu`, in at most 150 seconds."""
     files = ("tests/gpu", "tests/ecosystem/test_compile.py")
-    command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-q", "--tb=short", "-rs"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *files,
+        "-m",
+        "gpu",
+        "-q",
+        "--tb=short",
+        "-rs",
+        "--show-capture=no",
+    ]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", "4"]
+        command += ["-n", "4", "-p", "no:benchmark"]
     if session.setting.size == "tiny":
         command.append("--collect-only")
     begin = time.monotonic()
@@ -155,18 +166,24 @@ def kernels(session: Session) -> None:
         x.requires_grad_()
         residual.requires_grad_()
         grad = torch.randn_like(x)
+        with torch.no_grad():
+            copy = min(repeated(lambda: grad.copy_(x), 10, device)() for _ in range(10))  # noqa: B023
+        session.add(
+            "kernels", f"{layout}, nothing", "copy_", forward=round(2 * x.nbytes / copy / rate, 3)
+        )
         for follow, traffic in TRAFFIC.items():
             for name, layer in _layers(session, live, follow):
                 works = {
                     "forward": partial(_run, layer, x, residual),
                     "both": partial(_both, layer, x, residual, grad, follow == "add+relu"),
                 }
+                # Ten calls in a row: the first one's launch is then a small part of the time.
                 times = {
-                    way: min(seconds(works[way], device) for _ in range(20))
+                    way: min(repeated(works[way], 10, device)() for _ in range(10))
                     for way in setting.prepared(works, f"{name}, {follow}")
                 }
                 if len(times) == 2:
-                    size = x.numel() * x.element_size()
+                    size = x.nbytes
                     session.add(
                         "kernels", f"{layout}, {follow}", name,
                         forward=round(traffic[0] * size / times["forward"] / rate, 3),
