@@ -282,11 +282,11 @@ def folding(session: Session) -> None:
 
 def host(session: Session) -> None:
     """Measure the fixed cost of a call, and of a guard."""
-    setting = replace(
-        session.setting, size=session.setting.pick(tiny="tiny", quick="", full="quick")
-    )
+    tiny = session.setting.size == "tiny"
+    setting = session.setting if tiny else replace(session.setting, size="quick")
     plain = replace(setting, arms=("torchvision", "bnfreeze fused"))
-    for record in itertools.chain(work_host.measure(plain), work_guard.measure(setting)):
+    large = [] if tiny else work_guard.steps(session.setting)
+    for record in itertools.chain(work_host.measure(plain), work_guard.measure(setting), large):
         case = ", ".join(record.case.values())
         figures = (record.median, record.low, record.high)
         ratio, low, high = (round(value, 3) for value in figures)

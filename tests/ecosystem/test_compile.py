@@ -107,7 +107,7 @@ def test_blocks_that_are_compiled_in_place(model, images, policy):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:The CUDA Graph is empty")
 @by_policy
 def test_cuda_graphs_of_torch_compile(model, images, policy):
     model, images = model.cuda(), images.cuda()
