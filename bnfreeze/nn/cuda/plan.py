@@ -87,7 +87,7 @@ def elementwise(
         # Each thread gets enough rows that reading its channels' parameters (and, if trained,
         # writing the block's partial sums) costs little. At most as many blocks as keep the device
         # busy.
-        each, busy = 16, 4 if trained else 16
+        each, busy = (16, 4) if trained else (UNROLL, 8)
         many = size // channels
         down = max(1, min(_ceil(many, height * each), busy * processors // across))
         variant = f"rows<{dtype}, {lanes}, {op}, {_flag(trained)}>"
