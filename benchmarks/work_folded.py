@@ -112,43 +112,65 @@ def _here(setting: Setting, malloc: str) -> Iterator[Record]:
     cases = [*product(("fp32", "bf16"), ("channels_last", "NCHW"))]
     main = cases[0]
     models = setting.pick(tiny=("MobileNetV2",), quick=tuple(MODELS), full=tuple(MODELS))
+    chosen = setting.pick(tiny=cases[:1], quick=cases[:3], full=cases)
+    for (precision, layout), name in product(chosen, models):
+        for what in BATCHES:
+            first = (precision, layout) == main
+            arms = _arms(setting, what, first)
+            yield from _case(setting, name, what, precision, layout, malloc, arms, first)
+    # At the very end: a process that has compiled something runs the eager arms more slowly.
+    if malloc == "default" and setting.size != "tiny":
+        for name, what in product(models, BATCHES if setting.size == "full" else (FORWARD,)):
+            arms = choose(setting.arms, _compiled(what))
+            yield from _case(setting, name, what, *main, malloc, arms, first=True)
+
+
+def _case(
+    setting: Setting,
+    name: str,
+    what: str,
+    precision: str,
+    layout: str,
+    malloc: str,
+    arms: Iterable[Arm],
+    first: bool,
+) -> Iterator[Record]:
+    """Yield the ratios of these arms in one case; ``first`` is the one that counts most."""
+    model = MODELS[name]
+    if peers.is_absent(model.peer):
+        return
+    setting.tell(f"folded: {name}, {what}, {precision}, {layout}, malloc {malloc}")
+    torch.manual_seed(0)
+    live = calibrated(model.make(setting), (4, 3, 64, 64))
     height = setting.pick(tiny=64, quick=224, full=224)
-    for precision, layout in setting.pick(tiny=cases[:1], quick=cases[:3], full=cases):
-        for name in models:
-            model = MODELS[name]
-            if peers.is_absent(model.peer):
-                continue
-            live = calibrated(model.make(setting), (4, 3, 64, 64))
-            for what, batch in BATCHES.items():
-                setting.tell(f"folded: {name}, {what}, {precision}, {layout}, malloc {malloc}")
-                torch.manual_seed(0)
-                x = torch.randn(setting.pick(tiny=2, quick=batch, full=batch), 3, height, height)
-                x = in_precision(nn.ParameterList([x]), precision, layout, setting.device)[0]
-                works = {}
-                first = (precision, layout) == main
-                for arm in _arms(setting, what, first, first and malloc == "default"):
-                    works[arm.name] = partial(work, arm, live, model, what, x.detach())
-                works = _that_agree(setting, setting.prepared(works), name)
-                samplers = {arm: _sampler(work, setting) for arm, work in works.items()}
-                effort = setting.effort(quick=20.0 if first else 3.0, full=14.0, gpu=3.0)
-                times = in_turns(samplers, effort)
-                case = {"model": name, "what": what, "batch": str(len(x)), "precision": precision,
-                        "layout": layout, "malloc": malloc}  # fmt: skip
-                yield from ratios("folded", case, times, BASE)
+    batch = setting.pick(tiny=2, quick=BATCHES[what], full=BATCHES[what])
+    x = torch.randn(batch, 3, height, height)
+    x = in_precision(nn.ParameterList([x]), precision, layout, setting.device)[0]
+    makers = {arm.name: partial(work, arm, live, model, what, x.detach()) for arm in arms}
+    works = _that_agree(setting, setting.prepared(makers), name)
+    samplers = {arm: _sampler(one, setting) for arm, one in works.items()}
+    times = in_turns(samplers, setting.effort(quick=20.0 if first else 3.0, full=14.0, gpu=3.0))
+    case = {"model": name, "what": what, "batch": str(batch), "precision": precision,
+            "layout": layout, "malloc": malloc}  # fmt: skip
+    own = [arm for arm in works if arm.startswith("compile:")]
+    for record in ratios("folded", case, times, BASE):
+        if not own or record.arm in own:
+            yield record
 
 
-def _arms(setting: Setting, what: str, first: bool, compiled: bool) -> Iterator[Arm]:
-    """The arms of one case. Compiling takes longer than measuring."""
+def _arms(setting: Setting, what: str, first: bool) -> Iterator[Arm]:
+    """The eager arms of one case."""
     frozen = what in (FORWARD, HEAD)
     names = {BASE, EAGER, "bnfreeze folded+weights" if frozen else "bnfreeze folded"}
     if first or setting.size == "full":
         names.add("bnfreeze fused-act")
-    if compiled and setting.size != "tiny" and (what == FORWARD or setting.size == "full"):
-        names |= set(COMPILED)
-    every = [arm for arm in ARMS if arm.name in names]
-    if what == FORWARD and COMPILED[0] in names:
-        every.append(FREEZING)
-    return choose(setting.arms, every)
+    return choose(setting.arms, [arm for arm in ARMS if arm.name in names])
+
+
+def _compiled(what: str) -> list[Arm]:
+    """What the compiled arms are measured against, and they."""
+    every = [arm for arm in ARMS if arm.name in (BASE, *COMPILED)]
+    return [*every, FREEZING] if what == FORWARD else every
 
 
 def work(arm: Arm, live: nn.Module, model: Model, what: str, x: Tensor) -> Callable[[], Tensor]:

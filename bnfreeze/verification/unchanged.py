@@ -8,7 +8,7 @@ sure, the full comparison decides.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from operator import is_
 from typing import Any
 
@@ -32,13 +32,13 @@ class Unchanged:
         self._model, self._optimizers = model, before.live_optimizers()
         tensors = [one.tensor for one in after.identities.values()]
         self._watched = {id(tensor): tensor for tensor in tensors}
-        self._parts = list(self._all_parts())
+        self._parts = self._all_parts()
         self._facts = [_facts(tensor) for tensor in tensors]
         self._tensors = tensors
         self._bits = SameBits(_pairs(before, after))
 
     def __bool__(self) -> bool:
-        parts = list(self._all_parts())
+        parts = self._all_parts()
         return (
             len(parts) == len(self._parts)
             and all(map(is_, parts, self._parts))
@@ -46,20 +46,23 @@ class Unchanged:
             and bool(self._bits)
         )
 
-    def _all_parts(self) -> Iterator[object]:
+    def _all_parts(self) -> list[object]:
         """All objects that the state is read from; the same ones in the same order, or a change."""
+        parts: list[object] = []
         for module in self._model.modules():
-            yield from (type(module), record_of(module), module.training, eps_of(module))
+            parts += type(module), record_of(module), module.training, eps_of(module)
             for holder in (module._modules, module._parameters, module._buffers):
-                yield from holder
-                yield from holder.values()
-            yield from module._non_persistent_buffers_set
+                if holder:
+                    parts += holder
+                    parts += holder.values()
+            parts += module._non_persistent_buffers_set
             for name, value in vars(module).items():
                 if isinstance(value, Tensor):  # others are not kept alive
-                    yield from (name, self._watched.get(id(value)))
+                    parts += name, self._watched.get(id(value))
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                yield from group["params"]
+                parts += group["params"]
+        return parts
 
 
 def unchanged(model: nn.Module, before: State, after: State) -> Unchanged | None:
