@@ -3,7 +3,7 @@
 A small kernel ends before the CPU has launched the next one, so eager calls in a row measure the
 CPU. A CUDA graph replays the kernels without the CPU; both are reported. Reads from the L2 cache
 are several times as fast as others: "cold" takes more inputs than fit into it, "warm" always the
-same one. Not yet run on a GPU.
+same one.
 """
 
 from __future__ import annotations

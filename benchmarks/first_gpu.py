@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks import cuda, cudnn, runs, work_folded, work_guard, work_host
+from benchmarks import cuda, runs, work_folded, work_guard, work_host
 from benchmarks.arms import ARMS, Arm, choose
 from benchmarks.facts import BASE, quartiles
 from benchmarks.measure import Effort, in_turns, repeated, repeats
@@ -132,25 +132,10 @@ def tests(session: Session) -> None:
     )
 
 
-def arms(session: Session) -> Iterator[Arm]:
+def arms() -> list[Arm]:
     """The ways to freeze that are compared, all of them eager."""
     names = (BASE, "torchvision FrozenBatchNorm2d", "bnfreeze fused", "bnfreeze fused-act")
-    yield from (arm for arm in ARMS if arm.name in names)
-    yield Arm("experiment: cuDNN epilogue", _frozen(cudnn.fold), alone=False)
-    if session.setting.on_gpu:
-        from benchmarks import triton_arm
-
-        yield Arm("experiment: Triton", _frozen(triton_arm.replace), alone=False)
-
-
-def _frozen(then: Callable[[nn.Module], object]) -> Callable[[nn.Module], None]:
-    def freeze(model: nn.Module) -> None:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval().requires_grad_(False)
-        then(model)
-
-    return freeze
+    return [arm for arm in ARMS if arm.name in names]
 
 
 def kernels(session: Session) -> None:
@@ -195,23 +180,6 @@ def _layers(session: Session, live: nn.BatchNorm2d, follow: str) -> Iterator[tup
     for arm in ARMS:
         if arm.name in (BASE, "bnfreeze fused-act"):
             yield arm.name, arm.layer(live, follow).to(session.setting.device)
-    if session.setting.on_gpu:
-        from benchmarks.triton_arm import TritonNorm
-
-        norm = TritonNorm(live)
-        yield (
-            "experiment: Triton",
-            _Called(lambda x, r: norm(x, r if "add" in follow else None, follow != "nothing")),
-        )
-
-
-class _Called(nn.Module):
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.function(x, residual)
 
 
 @torch.no_grad()
@@ -246,14 +214,14 @@ def _works(session: Session, chosen: list[Arm], precision: str, layout: str, bat
 def steps(session: Session) -> None:
     """Measure training steps of a ResNet-50, eager and as CUDA graphs, as ratios to eval."""
     for precision, layout, batch in _cases(session):
-        makers = _works(session, list(arms(session)), precision, layout, batch)
+        makers = _works(session, arms(), precision, layout, batch)
         _compare(session, makers, f"{precision}, {layout}, batch {batch}")
 
 
 def small(session: Session) -> None:
     """Measure steps of a batch of four, where the time of the CPU counts."""
     case = ("autocast", "channels_last", session.setting.pick(tiny=1, quick=4, full=4))
-    makers = _works(session, list(arms(session)), *case)
+    makers = _works(session, arms(), *case)
     _compare(session, makers, "{}, {}, batch {}".format(*case))
 
 
@@ -333,7 +301,7 @@ def memory(session: Session) -> None:
     """Measure the peak memory of a training step."""
     if not session.setting.on_gpu:
         return
-    makers = _works(session, list(arms(session)), "autocast", "channels_last", 64)
+    makers = _works(session, arms(), "autocast", "channels_last", 64)
     for arm, make in makers.items():
         peak = round(cuda.peak_mib(make, session.setting.device))
         session.add("memory", "autocast, channels_last, batch 64", arm, mib=peak)

@@ -143,8 +143,6 @@ def about(run: Run) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     lines = [f"On {machine(run)}; {versions}; commit {run.commit}."]
     lines += [f"{peer} is {why}" for peer, why in run.absent.items()]
-    if run.device["kind"] != "cuda":
-        lines.append("Not yet measured on a GPU.")
     return [*lines, *run.notes]
 
 

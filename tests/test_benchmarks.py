@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torchvision.models import resnet
 
 from benchmarks import __main__ as command
-from benchmarks import arms, cudnn, peers, picture, report, runs
+from benchmarks import arms, peers, picture, report, runs
 from benchmarks.facts import BASE, Record, Run, quartiles, ratios
 from benchmarks.measure import Effort, in_turns
 from benchmarks.setting import Setting
@@ -66,13 +66,6 @@ def test_a_frozen_arm_has_the_gradients_of_eval_mode(arm, block):
         wanted = [leaf] if arm.needs_frozen_weights else [leaf, convolution.weight]
         gradients.append(torch.autograd.grad(one(leaf).square().sum(), wanted))
     assert all(close(*pair) for pair in zip(*gradients, strict=True))
-
-
-def test_the_epilogue_of_cudnn_computes_the_same_as_eval_mode(network):
-    model, x = copy.deepcopy(network).eval(), torch.randn(2, 3, 64, 64)
-    expected = copy.deepcopy(model)(x)
-    cudnn.fold(model)
-    assert close(model(x), expected)
 
 
 @pytest.mark.parametrize("arm", named(arm for arm in PLAIN if arm.alone and arm.frozen))
