@@ -8,21 +8,20 @@ it is measured a second time, in a process whose malloc keeps the pages that are
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
+from multiprocessing import get_context
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from benchmarks import peers, runs
+from benchmarks import peers
 from benchmarks.arms import ARMS, Arm, choose
 from benchmarks.facts import BASE, Record, ratios
 from benchmarks.measure import Sampler, in_turns, seconds
@@ -83,46 +82,75 @@ BATCHES = {FORWARD: 8, HEAD: 8, FIRST: 4, ALL: 4}
 
 
 def measure(setting: Setting) -> Iterable[Record]:
-    """Yield the ratios for each model, for each part that may be frozen, for each malloc."""
-    kept = all(os.environ.get(name) == value for name, value in KEPT.items())
-    yield from _here(setting, "pages kept" if kept else "default")
-    if sys.platform.startswith("linux") and not kept and not setting.on_gpu:
-        yield from _with_pages_kept(setting)
+    """Yield the ratios for each model, for each part that may be frozen, for each malloc.
+
+    Each model has a process of its own, as it has in practice: what a process has allocated and
+    compiled before decides how fast it gets memory later. Compiled arms have another one.
+    """
+    if setting.size == "tiny" or setting.on_gpu:
+        for name in MODELS if setting.on_gpu else ("MobileNetV2",):
+            yield from _eager(setting, name, "default")
+        return
+    mallocs: dict[str, dict[str, str]] = {"default": {}}
+    if sys.platform.startswith("linux"):
+        mallocs["pages kept"] = KEPT
+    for malloc, name in product(mallocs, MODELS):
+        for part in (_eager, _compiled) if malloc == "default" else (_eager,):
+            yield from _alone(part, setting, name, malloc, mallocs[malloc])
 
 
-def _with_pages_kept(setting: Setting) -> Iterable[Record]:
-    """Measure again in a new process."""
-    setting.tell("folded: again, with malloc keeping freed pages")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run.json"
-        size = [] if setting.size == "full" else [f"--{setting.size}"]
-        arms = ["--arms", *setting.arms] if setting.arms else []
-        threads = ["--threads", str(torch.get_num_threads())]
-        command = [sys.executable, "-m", "benchmarks", "folded", "--device", "cpu"]
-        subprocess.run(
-            [*command, *size, *threads, "--json", str(path), *arms],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, **KEPT},
-        )
-        yield from runs.load(path).records
+def _alone(
+    part: Callable[[Setting, str, str], Iterator[Record]],
+    setting: Setting,
+    name: str,
+    malloc: str,
+    variables: dict[str, str],
+) -> list[Record]:
+    """What a part yields in a new process with these variables of the environment."""
+    child = replace(setting, tell=print)
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            threads = torch.get_num_threads()
+            records, notes = pool.submit(_listed, part, child, name, malloc, threads).result()
+    finally:
+        for variable in variables.keys() - before.keys():
+            del os.environ[variable]
+    setting.notes[:] = dict.fromkeys([*setting.notes, *notes])
+    return records
 
 
-def _here(setting: Setting, malloc: str) -> Iterator[Record]:
+def _listed(
+    part: Callable[[Setting, str, str], Iterator[Record]],
+    setting: Setting,
+    name: str,
+    malloc: str,
+    threads: int,
+) -> tuple[list[Record], list[str]]:
+    torch.set_num_threads(threads)
+    return list(part(setting, name, malloc)), setting.notes
+
+
+def _eager(setting: Setting, name: str, malloc: str) -> Iterator[Record]:
     cases = [*product(("fp32", "bf16"), ("channels_last", "NCHW"))]
-    main = cases[0]
-    models = setting.pick(tiny=("MobileNetV2",), quick=tuple(MODELS), full=tuple(MODELS))
-    chosen = setting.pick(tiny=cases[:1], quick=cases[:3], full=cases)
-    for (precision, layout), name in product(chosen, models):
+    for case in setting.pick(tiny=cases[:1], quick=cases[:3], full=cases):
         for what in BATCHES:
-            first = (precision, layout) == main
-            arms = _arms(setting, what, first)
-            yield from _case(setting, name, what, precision, layout, malloc, arms, first)
-    # At the very end: a process that has compiled something runs the eager arms more slowly.
-    if malloc == "default" and setting.size != "tiny":
-        for name, what in product(models, BATCHES if setting.size == "full" else (FORWARD,)):
-            arms = choose(setting.arms, _compiled(what))
-            yield from _case(setting, name, what, *main, malloc, arms, first=True)
+            names = {BASE, EAGER}
+            names.add("bnfreeze folded+weights" if what in (FORWARD, HEAD) else "bnfreeze folded")
+            if case == cases[0] or setting.size == "full":
+                names.add("bnfreeze fused-act")
+            arms = [arm for arm in ARMS if arm.name in names]
+            yield from _case(setting, name, what, *case, malloc, arms)
+
+
+def _compiled(setting: Setting, name: str, malloc: str) -> Iterator[Record]:
+    for what in BATCHES if setting.size == "full" else (FORWARD,):
+        arms = [arm for arm in ARMS if arm.name in (BASE, *COMPILED)]
+        arms += [FREEZING] if what == FORWARD else []
+        for record in _case(setting, name, what, "fp32", "channels_last", malloc, arms):
+            if record.arm != BASE:  # it stands in the table of the eager arms
+                yield record
 
 
 def _case(
@@ -133,9 +161,8 @@ def _case(
     layout: str,
     malloc: str,
     arms: Iterable[Arm],
-    first: bool,
 ) -> Iterator[Record]:
-    """Yield the ratios of these arms in one case; ``first`` is the one that counts most."""
+    """Yield the ratios of these arms in one case."""
     model = MODELS[name]
     if peers.is_absent(model.peer):
         return
@@ -146,31 +173,15 @@ def _case(
     batch = setting.pick(tiny=2, quick=BATCHES[what], full=BATCHES[what])
     x = torch.randn(batch, 3, height, height)
     x = in_precision(nn.ParameterList([x]), precision, layout, setting.device)[0]
-    makers = {arm.name: partial(work, arm, live, model, what, x.detach()) for arm in arms}
+    chosen = choose(setting.arms, [*arms])
+    makers = {arm.name: partial(work, arm, live, model, what, x.detach()) for arm in chosen}
     works = _that_agree(setting, setting.prepared(makers), name)
+    main = (precision, layout) == ("fp32", "channels_last")
     samplers = {arm: _sampler(one, setting) for arm, one in works.items()}
-    times = in_turns(samplers, setting.effort(quick=20.0 if first else 3.0, full=14.0, gpu=3.0))
+    times = in_turns(samplers, setting.effort(quick=20.0 if main else 3.0, full=14.0, gpu=3.0))
     case = {"model": name, "what": what, "batch": str(batch), "precision": precision,
             "layout": layout, "malloc": malloc}  # fmt: skip
-    own = [arm for arm in works if arm.startswith("compile:")]
-    for record in ratios("folded", case, times, BASE):
-        if not own or record.arm in own:
-            yield record
-
-
-def _arms(setting: Setting, what: str, first: bool) -> Iterator[Arm]:
-    """The eager arms of one case."""
-    frozen = what in (FORWARD, HEAD)
-    names = {BASE, EAGER, "bnfreeze folded+weights" if frozen else "bnfreeze folded"}
-    if first or setting.size == "full":
-        names.add("bnfreeze fused-act")
-    return choose(setting.arms, [arm for arm in ARMS if arm.name in names])
-
-
-def _compiled(what: str) -> list[Arm]:
-    """What the compiled arms are measured against, and they."""
-    every = [arm for arm in ARMS if arm.name in (BASE, *COMPILED)]
-    return [*every, FREEZING] if what == FORWARD else every
+    yield from ratios("folded", case, times, BASE)
 
 
 def work(arm: Arm, live: nn.Module, model: Model, what: str, x: Tensor) -> Callable[[], Tensor]:
