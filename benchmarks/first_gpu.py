@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,12 +25,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks import cuda, runs, work_folded, work_guard, work_host
+from benchmarks import cuda, report, runs, work_folded, work_guard, work_host
 from benchmarks.arms import ARMS, Arm, choose
-from benchmarks.facts import BASE, quartiles
+from benchmarks.facts import BASE, Record, Run, over_rounds, ratios
 from benchmarks.measure import Effort, in_turns, repeated, repeats
 from benchmarks.setting import LAYOUTS, Setting, activations, in_precision
 from benchmarks.work_layer import trained_norm
@@ -40,37 +38,36 @@ from benchmarks.work_model import Step, calibrated, resnet50
 # What a kernel must read and write, in tensors of the input's size.
 TRAFFIC = {"nothing": (2, 2), "relu": (2, 3), "add+relu": (3, 4)}
 COMPILED = (f"compile: {BASE}", "compile: bnfreeze fused")
-Row = dict[str, Any]
 
 
 class Session:
-    """The rows measured so far, and the time that is left."""
+    """The records measured so far, and the time that is left."""
 
     def __init__(self, device: torch.device, limit: float, tiny: bool) -> None:
         self.end = time.monotonic() + limit
         self.setting = Setting(device, "tiny" if tiny else "full")
-        self.rows: list[Row] = []
-        folder = Path(os.environ.get("OUT") or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "first_gpu.json"
+        self.records: list[Record] = []
+        self.folder = Path(os.environ.get("OUT") or ".")
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def add(self, part: str, case: str, arm: str, **figures: float | str) -> None:
-        row = {"part": part, "case": case, "arm": arm, **figures}
-        self.rows.append(row)
-        print(f"{self.left():5.0f} s left  " + "  ".join(map(str, row.values())), flush=True)
+    def add(self, records: Iterable[Record]) -> None:
+        for one in records:
+            self.records.append(one)
+            words = [one.work, *one.case.values(), one.arm, f"{one.median:.3g} {one.unit}"]
+            print(f"{self.left():5.0f} s left  " + "  ".join(words), flush=True)
 
-    def save(self) -> None:
-        facts = {
-            "device": runs.device_facts(self.setting.device),
-            "versions": runs.versions()[0],
-            "commit": runs.commit(),
-            "notes": self.setting.notes,
-            "rows": self.rows,
-        }
-        self.path.write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+    def run(self) -> Run:
+        """All records, saved as ``first_gpu.json``."""
+        versions, absent = runs.versions()
+        device = runs.device_facts(self.setting.device)
+        command = " ".join(["python -m benchmarks.first_gpu", *sys.argv[1:]])
+        notes = self.setting.notes
+        run = Run(command, device, versions, runs.commit(), absent, self.records, notes)
+        runs.save(run, self.folder / "first_gpu.json")
+        return run
 
 
 def main() -> int:
@@ -93,8 +90,8 @@ def main() -> int:
         except Exception as error:  # the parts after it are worth having
             session.setting.notes.append(f"{name} failed: {type(error).__name__}: {error}")
             failed = True
-        session.save()
-    show(session)
+        session.run()
+    report.show(session.run(), Console(width=140))
     return int(failed)
 
 
@@ -117,19 +114,16 @@ def tests(session: Session) -> None:
         command += ["-n", "4", "-p", "no:benchmark"]
     if session.setting.size == "tiny":
         command.append("--collect-only")
-    begin = time.monotonic()
     done = subprocess.run(
         ["timeout", "150", *command, "-p", "no:cacheprovider"],
         cwd=runs.HERE.parent,
         capture_output=True,
         text=True,
     )
-    (session.path.parent / "gpu_tests.txt").write_text(done.stdout + done.stderr)
+    (session.folder / "gpu_tests.txt").write_text(done.stdout + done.stderr)
     lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
     print(*lines[-60:], sep="\n")
-    session.add(
-        "tests", "marked gpu", lines[-1], s=round(time.monotonic() - begin), rc=done.returncode
-    )
+    session.setting.notes.append(f"Tests marked gpu: {lines[-1]}")
 
 
 def arms() -> list[Arm]:
@@ -143,7 +137,7 @@ def kernels(session: Session) -> None:
     setting = session.setting
     device = setting.device
     rate = cuda.copy_rate(device) if setting.on_gpu else 1e10
-    session.add("kernels", "copy", "torch", gb_s=round(rate / 1e9))
+    setting.notes.append(f"A copy of 2 GiB reads and writes {rate / 1e9:.0f} GB/s.")
     shape = setting.pick(tiny=(2, 16, 8, 8), quick=(), full=(64, 256, 56, 56))
     live = trained_norm(shape[1])
     for layout in LAYOUTS:
@@ -151,29 +145,21 @@ def kernels(session: Session) -> None:
         x.requires_grad_()
         residual.requires_grad_()
         grad = torch.randn_like(x)
-        with torch.no_grad():
-            copy = min(repeated(lambda: grad.copy_(x), 10, device)() for _ in range(10))  # noqa: B023
-        session.add(
-            "kernels", f"{layout}, nothing", "copy_", forward=round(2 * x.nbytes / copy / rate, 3)
-        )
-        for follow, traffic in TRAFFIC.items():
+        for follow, (there, back) in TRAFFIC.items():
             for name, layer in _layers(session, live, follow):
                 works = {
-                    "forward": partial(_run, layer, x, residual),
-                    "both": partial(_both, layer, x, residual, grad, follow == "add+relu"),
+                    "forward": (there, partial(_run, layer, x, residual)),
+                    "forward and backward": (
+                        there + back,
+                        partial(_both, layer, x, residual, grad, follow == "add+relu"),
+                    ),
                 }
-                # Ten calls in a row: the first one's launch is then a small part of the time.
-                times = {
-                    way: min(repeated(works[way], 10, device)() for _ in range(10))
-                    for way in setting.prepared(works, f"{name}, {follow}")
-                }
-                if len(times) == 2:
-                    size = x.nbytes
-                    session.add(
-                        "kernels", f"{layout}, {follow}", name,
-                        forward=round(traffic[0] * size / times["forward"] / rate, 3),
-                        both=round(sum(traffic) * size / times["both"] / rate, 3),
-                    )  # fmt: skip
+                for pass_, (maps, work) in works.items():
+                    # Ten calls in a row: the first one's launch is then a small part of the time.
+                    times = [repeated(work, 10, device)() for _ in range(10)]
+                    share = [100 * maps * x.nbytes / one / rate for one in times[1:]]
+                    case = {"precision": "bf16", "layout": layout, "then": follow, "pass": pass_}
+                    session.add([over_rounds("layer", case, name, share, "%", "copy_ of 2 GiB")])
 
 
 def _layers(session: Session, live: nn.BatchNorm2d, follow: str) -> Iterator[tuple[str, nn.Module]]:
@@ -215,14 +201,17 @@ def steps(session: Session) -> None:
     """Measure training steps of a ResNet-50, eager and as CUDA graphs, as ratios to eval."""
     for precision, layout, batch in _cases(session):
         makers = _works(session, arms(), precision, layout, batch)
-        _compare(session, makers, f"{precision}, {layout}, batch {batch}")
+        _compare(session, "step", makers, _case(precision, layout, batch))
 
 
 def small(session: Session) -> None:
     """Measure steps of a batch of four, where the time of the CPU counts."""
     case = ("autocast", "channels_last", session.setting.pick(tiny=1, quick=4, full=4))
-    makers = _works(session, arms(), *case)
-    _compare(session, makers, "{}, {}, batch {}".format(*case))
+    _compare(session, "step", _works(session, arms(), *case), _case(*case))
+
+
+def _case(precision: str, layout: str, batch: int) -> dict[str, str]:
+    return {"precision": precision, "layout": layout, "batch": f"{batch} at 224"}
 
 
 def folding(session: Session) -> None:
@@ -245,7 +234,8 @@ def folding(session: Session) -> None:
                 for arm in choose((), ARMS)
                 if arm.name in wanted
             }
-            _compare(session, makers, f"{name}, {what}, {precision}, batch {batch}", limit=1.0)
+            case = {"model": name, "what": what, **_case(precision, "channels_last", batch)}
+            _compare(session, "folded", makers, case, limit=1.0)
 
 
 def host(session: Session) -> None:
@@ -254,11 +244,7 @@ def host(session: Session) -> None:
     setting = session.setting if tiny else replace(session.setting, size="quick")
     plain = replace(setting, arms=("torchvision", "bnfreeze fused"))
     large = [] if tiny else work_guard.steps(session.setting)
-    for record in itertools.chain(work_host.measure(plain), work_guard.measure(setting), large):
-        case = ", ".join(record.case.values())
-        figures = (record.median, record.low, record.high)
-        ratio, low, high = (round(value, 3) for value in figures)
-        session.add(record.work, case, record.arm, **{record.unit: ratio}, low=low, high=high)
+    session.add(itertools.chain(work_host.measure(plain), work_guard.measure(setting), large))
 
 
 def compiled(session: Session) -> None:
@@ -266,45 +252,47 @@ def compiled(session: Session) -> None:
     if session.setting.size == "tiny":
         return
     chosen = [arm for arm in ARMS if arm.name in (BASE, *COMPILED)]
-    makers = _works(session, chosen, "autocast", "channels_last", 64)
-    _compare(session, makers, "autocast, channels_last, batch 64, compiled")
+    case = ("autocast", "channels_last", 64)
+    _compare(session, "step", _works(session, chosen, *case), _case(*case), graphs=False)
 
 
 def _compare(
-    session: Session, makers: dict[str, Callable[[], Any]], case: str, limit: float = 4.0
+    session: Session,
+    name: str,
+    makers: dict[str, Callable[[], Any]],
+    case: dict[str, str],
+    limit: float = 4.0,
+    graphs: bool = True,
 ) -> None:
-    setting = session.setting
-    works = setting.prepared(makers, case)
+    setting, where = session.setting, f"({', '.join(case.values())})"
+    works = setting.prepared(makers, where)
     effort = setting.pick(
         tiny=Effort(1, 0.0, least=1, sample=0.0),
         quick=Effort(8, limit),
         full=Effort(8, limit),
     )
-    for way in ("eager", "graph") if setting.on_gpu and "compiled" not in case else ("eager",):
-        if way == "graph":
+    for launch in ("eager", "graph") if setting.on_gpu and graphs else ("eager",):
+        if launch == "graph":
             pool = torch.cuda.graph_pool_handle()
             captures = {arm: partial(cuda.graph, work, pool) for arm, work in works.items()}
-            works = setting.prepared(captures, f"{case}, in a CUDA graph")
-        ran = setting.prepared(works, case)
+            works = setting.prepared(captures, f"{where} in a CUDA graph")
+        ran = setting.prepared(works, where)
         works = {arm: works[arm] for arm in ran}
         count = repeats(works[BASE], setting.device, effort)
         samplers = {arm: repeated(work, count, setting.device) for arm, work in works.items()}
         times = in_turns(samplers, effort)
-        for arm, column in times.items():
-            pairs = [one / other for one, other in zip(column, times[BASE], strict=True)]
-            low, middle, high = (round(value, 3) for value in quartiles(pairs))
-            ms = round(1e3 * min(column), 2)
-            session.add("step", f"{case}, {way}", arm, ratio=middle, low=low, high=high, ms=ms)
+        session.add(ratios(name, {**case, "launch": launch}, times, BASE))
 
 
 def memory(session: Session) -> None:
     """Measure the peak memory of a training step."""
     if not session.setting.on_gpu:
         return
-    makers = _works(session, arms(), "autocast", "channels_last", 64)
-    for arm, make in makers.items():
-        peak = round(cuda.peak_mib(make, session.setting.device))
-        session.add("memory", "autocast, channels_last, batch 64", arm, mib=peak)
+    case = ("autocast", "channels_last", 64)
+    for arm, make in _works(session, arms(), *case).items():
+        peak = cuda.peak_mib(make, session.setting.device)
+        what = {"what": "the most allocated", **_case(*case)}
+        session.add([over_rounds("memory", what, arm, [peak], "MiB")])
 
 
 PARTS: dict[str, tuple[Callable[[Session], None], int]] = {
@@ -318,20 +306,6 @@ PARTS: dict[str, tuple[Callable[[Session], None], int]] = {
     "compiled": (compiled, 100),
 }
 """The parts, and the seconds that must be left for each."""
-
-
-def show(session: Session) -> None:
-    """Print the table, and what went wrong."""
-    table = Table("part", "case", "arm", "figures")
-    for row in session.rows:
-        part, case, arm, *figures = row.values()
-        names = list(row)[3:]
-        cells = ", ".join(f"{name} {value}" for name, value in zip(names, figures, strict=True))
-        table.add_row(part, case, arm, cells)
-    console = Console(width=140)
-    console.print(table)
-    for note in session.setting.notes:
-        console.print(note, markup=False)
 
 
 if __name__ == "__main__":

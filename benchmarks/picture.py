@@ -1,6 +1,7 @@
 """Bar charts in SVG: of the training steps of a run, or of what `folded` gains and does not gain.
 
-`python -m benchmarks.picture benchmarks/results/cpu.json > docs/benchmarks.svg`;
+`python -m benchmarks.picture benchmarks/results/cpu.json > docs/benchmarks.svg`, and likewise of
+`h100.json`;
 `python -m benchmarks.picture benchmarks/results/folded.json > docs/folded.svg`.
 """
 
@@ -32,9 +33,10 @@ def steps(run: Run) -> str:
     if not found:
         raise LookupError("the run has no training steps")
     batch = max((one.case["batch"] for one in found), key=lambda batch: int(batch.split()[0]))
+    measured = {one.case["precision"] for one in found}
     return draw(
         [one for one in found if one.case["batch"] == batch],
-        PRECISIONS,
+        [precision for precision in PRECISIONS if precision in measured],
         lambda one: one.case["precision"],
         f"A training step of a ResNet-50, batch {batch}",
         _footer(run, "Time"),

@@ -23,7 +23,7 @@ TITLES = {
     "driver": "A call on eight elements, on CUDA with a driver that does nothing",
     "block": "A bottleneck block, forward and backward",
     "step": "A training step of a ResNet-50",
-    "folded": "Frozen parts of a model, in CPU time",
+    "folded": "Frozen parts of a model",
     "detection": "A training step of a detector's ResNet-50 with feature pyramid",
     "memory": "Memory of a ResNet-50 at 224 × 224",
     "guard": "What verifying costs",
