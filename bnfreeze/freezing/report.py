@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from types import TracebackType
 from typing import Any
 
 from bnfreeze.findings import Finding
@@ -94,12 +93,7 @@ class FreezeReport(Printable):
     def __enter__(self) -> FreezeReport:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.undo()
 
     def _verdict(self, norms: Sequence[LayerRow], cells: Sequence[tuple[str, ...]]) -> str:
