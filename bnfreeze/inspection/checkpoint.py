@@ -82,36 +82,44 @@ class CheckpointInspection(Inspection):
         layers = self.layers
         means = Scale([x.mean.deciles for x in layers if x.mean], positive=False)
         variances = Scale([x.var.deciles for x in layers if x.var], positive=True)
-        columns = (
-            "layer",
-            "kind",
-            "C",
-            "batches",
-            "mean",
-            means.ends(_BAR),
-            "variance",
-            variances.ends(_BAR),
-            "weight",
-            "dead",
-            "dtype",
-        )
         shared = {
             column
             for column, fact in _SHARED.items()
             if len({fact(layer) for layer in layers}) == 1
         }
+
+        def cells(layer: StoredLayer) -> list[tuple[str, Cell]]:
+            batches = "–" if layer.batches is None else str(layer.batches)
+            mean, var = (spread.deciles if spread else None for spread in (layer.mean, layer.var))
+            return [
+                ("layer", layer.name or "(the model)"),
+                ("kind", "" if "kind" in shared else _kind(layer)),
+                ("C", str(layer.num_features)),
+                ("batches", "" if "batches" in shared else batches),
+                ("mean", _range(layer.mean, "…")),
+                (means.ends(_BAR), means.draw(mean, _BAR)),
+                ("variance", _range(layer.var, "…")),
+                (variances.ends(_BAR), variances.draw(var, _BAR)),
+                ("weight", _range(layer.weight, "…") if self.weights else ""),
+                ("dead", str(layer.near_dead or "")),
+                ("dtype", "" if "dtype" in shared else layer.dtype),
+            ]
+
         rows: list[tuple[Cell, ...]] = []
+        columns: tuple[str, ...] = ()
         several = len({layer.key for layer in layers}) > 1
         for key, own in groupby(layers, attrgetter("key")):
             rows += [(f"{key or '(top)'}:",)] if several else []
-            rows += [_row(layer, means, variances, shared, weights=self.weights) for layer in own]
+            for layer in own:
+                columns, row = zip(*cells(layer), strict=True)
+                rows.append(row)
         return Sheet(
             title=self.origin.path or "A state_dict",
             columns=columns,
             rows=rows,
             findings=self.findings,
             verdict=_verdict(self, shared),
-            further=frozenset({"kind", "dtype", columns[5]}),
+            further=frozenset({"kind", "dtype", means.ends(_BAR)}),
             notes=(
                 *self.origin.summary(),
                 *(f"{one.key} was not read: {one.message}" for one in self.unread),
@@ -142,24 +150,6 @@ class CheckpointInspection(Inspection):
             )
             for layer in self.layers
         ]
-
-
-def _row(
-    layer: StoredLayer, means: Scale, variances: Scale, shared: set[str], *, weights: bool
-) -> tuple[Cell, ...]:
-    return (
-        layer.name or "(the model)",
-        "" if "kind" in shared else _kind(layer),
-        str(layer.num_features),
-        "" if "batches" in shared else "–" if layer.batches is None else str(layer.batches),
-        _range(layer.mean, "…"),
-        means.draw(layer.mean.deciles if layer.mean else None, _BAR),
-        _range(layer.var, "…"),
-        variances.draw(layer.var.deciles if layer.var else None, _BAR),
-        _range(layer.weight, "…") if weights else "",
-        str(layer.near_dead) if layer.near_dead else "",
-        "" if "dtype" in shared else layer.dtype,
-    )
 
 
 def _range(spread: Spread | None, between: str) -> str:
