@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from bnfreeze.freezing.report import LayerRow as LayerRow
     from bnfreeze.inspection.behaviour import LiveLayer as LiveLayer
     from bnfreeze.inspection.checkpoint import CheckpointInspection as CheckpointInspection
+    from bnfreeze.inspection.checkpoint import Inspection as Inspection
     from bnfreeze.inspection.inspect import inspect as inspect
     from bnfreeze.inspection.live import ModelInspection as ModelInspection
-    from bnfreeze.inspection.result import Inspection as Inspection
     from bnfreeze.inspection.stored_layers import StoredLayer as StoredLayer
     from bnfreeze.nn.modules import FrozenBatchNorm1d as FrozenBatchNorm1d
     from bnfreeze.nn.modules import FrozenBatchNorm2d as FrozenBatchNorm2d
@@ -64,10 +64,9 @@ _NAMES = {
     "freezing.freeze": "freeze unfreeze",
     "freezing.report": "FreezeReport LayerRow",
     "inspection.behaviour": "LiveLayer",
-    "inspection.checkpoint": "CheckpointInspection",
+    "inspection.checkpoint": "CheckpointInspection Inspection",
     "inspection.inspect": "inspect",
     "inspection.live": "ModelInspection",
-    "inspection.result": "Inspection",
     "inspection.stored_layers": "StoredLayer",
     "nn.modules": "FrozenBatchNorm1d FrozenBatchNorm2d FrozenBatchNorm3d",
     "policies.policy": "Policy",

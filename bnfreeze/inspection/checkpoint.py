@@ -1,4 +1,4 @@
-"""The norm layers of a checkpoint, as a table, as lines and as data."""
+"""What `inspect` returns: of a checkpoint, and what it has in common with that of a live model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any, Final
 
+from bnfreeze.findings import Finding
 from bnfreeze.histograms import Scale
 from bnfreeze.inspection.origin import RUNS_CODE, Origin
-from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.stored_layers import BATCH_NORM, Spread, StoredLayer
 from bnfreeze.sheets import Cell, Sheet
+from bnfreeze.tables import Printable
 from bnfreeze.text import counted
 
-__all__ = ["CheckpointInspection", "Unread"]
+__all__ = ["CheckpointInspection", "Inspection", "Unread"]
 
 _BAR = 12
 _LEGEND = "C: channels; a…b: range; bars: spread, on one axis; < >: values beyond it"
@@ -33,6 +34,39 @@ _SHARED: Final[dict[str, Callable[[StoredLayer], object]]] = {
     "batches": attrgetter("batches"),
     "dtype": attrgetter("dtype"),
 }
+
+
+@dataclass(frozen=True, repr=False)
+class Inspection(Printable):
+    """The norm layers of a model or a checkpoint, and what there is to know about them.
+
+    It is true if `ok`. Printing it gives a table; `to_dict` gives the same facts for JSON.
+
+    Attributes:
+        layers: of a live model `bnfreeze.LiveLayer`, which says what the layer will do; of a
+            checkpoint `bnfreeze.StoredLayer`, which says what its tensors hold.
+        findings: the worst first.
+    """
+
+    layers: tuple[Any, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no finding of level ``"error"``."""
+        return not any(finding.level == "error" for finding in self.findings)
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as plain data with stable keys."""
+        return {
+            "schema": 2,
+            "ok": self.ok,
+            "layers": [asdict(layer) for layer in self.layers],
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ from bnfreeze.checkpoints import StateDict, naming_file, open_checkpoint
 from bnfreeze.checkpoints.limits import MAX_CHANNELS, check_limit
 from bnfreeze.errors import CheckpointError, PolicyError
 from bnfreeze.findings import Finding, worst_first
-from bnfreeze.inspection.checkpoint import CheckpointInspection, Unread
+from bnfreeze.inspection.checkpoint import CheckpointInspection, Inspection, Unread
 from bnfreeze.inspection.origin import Found
-from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.stored_layers import StoredLayer, stored_layers
 from bnfreeze.patterns import Pattern, hint, with_parents
 
