@@ -183,6 +183,7 @@ def _check_class(entry: NamedModule) -> None:
 
 def _check_promise(entry: NamedModule, policy: Policy) -> None:
     module, name = entry.module, entry.name or "The model"
+    rule = f" with the rule {{{entry.name!r}: 'none'}}" if entry.name else ""
     if isinstance(module, torch.jit.ScriptModule):
         raise PolicyError(
             f"{name} is a TorchScript module, whose layers are compiled and cannot be "
@@ -197,9 +198,8 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
     if policy.forces_eval and is_norm(module) and not keeps_statistics(module):
         raise PolicyError(
             f"{name} was built with track_running_stats=False: it has no running statistics to "
-            f"normalise with, so policy '{policy}' cannot be kept. Leave it out"
-            + (f" with the rule {{{entry.name!r}: 'none'}}" if entry.name else "")
-            + ", or build it with track_running_stats=True."
+            f"normalise with, so policy '{policy}' cannot be kept. Leave it out{rule}, or build it "
+            f"with track_running_stats=True."
         )
     if is_norm(module) and policy.freezes_statistics and not was_lookalike(module):
         if is_in_graph(module):
@@ -211,8 +211,7 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
             raise PolicyError(
                 f"{name}: its forward is set on the instance and is not that of its class, so "
                 f"policy '{policy}' cannot keep it from its statistics. Delete it first (del "
-                f"layer.forward), or leave the layer out"
-                + (f" with the rule {{{entry.name!r}: 'none'}}." if entry.name else ".")
+                f"layer.forward), or leave the layer out{rule}."
             )
         known = has_known_forward(module, layer_class(module))
         if "forward" in module.__dict__ and not (known and policy.forces_eval):
