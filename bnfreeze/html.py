@@ -18,8 +18,6 @@ from bnfreeze.histograms import Histogram
 from bnfreeze.sheets import MOST_ROWS, Cell, Row, Sheet, finding_groups, table_of, tone
 from bnfreeze.text import escaped
 
-__all__ = ["fragment", "page"]
-
 # So many layers of a finding are shown without a click.
 _FEW: Final = 3
 

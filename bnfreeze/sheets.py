@@ -11,9 +11,6 @@ from typing import Final, NamedTuple
 from bnfreeze.findings import Finding
 from bnfreeze.histograms import Histogram
 
-__all__ = ["MOST_ROWS", "Cell", "Sheet", "finding_groups", "grouped"]
-__all__ += ["outline", "shared_kind", "table_of", "tone"]
-
 # Nobody reads a longer table.
 MOST_ROWS: Final = 2_000
 

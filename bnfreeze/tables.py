@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING, Final
 from bnfreeze.files import write_whole
 from bnfreeze.findings import Finding
 from bnfreeze.histograms import BLOCKS, Histogram
-from bnfreeze.sheets import MOST_ROWS, Cell, Sheet, finding_groups, shared_kind, table_of, tone
+from bnfreeze.sheets import MOST_ROWS, Cell, Sheet, finding_groups, table_of, tone
 from bnfreeze.text import SEGMENT, encodable, stdout_encoding, wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.text import Text
-
-__all__ = ["Printable", "Sheet", "draw", "shared_kind", "svg_of"]
 
 # By the tone of a cell (`bnfreeze.sheets.tone`), or the level of a finding.
 _STYLES: Final = {"good": "green", "warning": "yellow", "error": "bold red", "note": "cyan"}

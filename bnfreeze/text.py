@@ -9,16 +9,6 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Final
 
-__all__ = [
-    "SEGMENT",
-    "counted",
-    "encodable",
-    "escaped",
-    "listed",
-    "stdout_encoding",
-    "wrapped",
-]
-
 # What stands for a character that the output's encoding does not have.
 _INSTEAD: Final = {"…": "..", "→": "->", "·": "-", "×": "x", "–": "-", "−": "-", "─": "-"}
 # All bars or none: code page 437 has two of the eight.

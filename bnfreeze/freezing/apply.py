@@ -10,7 +10,8 @@ from torch import nn
 from bnfreeze.freezing.ddp import refuse_wrapped
 from bnfreeze.freezing.plan import Change
 from bnfreeze.freezing.report import LayerRow
-from bnfreeze.fusion.blocks import Fusion, fuse_blocks, release
+from bnfreeze.fusion.blocks import fuse_blocks, release
+from bnfreeze.fusion.matching import Fusion
 from bnfreeze.norm_layers import (
     AFFINE,
     STATISTICS,
@@ -31,8 +32,6 @@ from bnfreeze.policies.record import (
     set_record,
     was_lookalike,
 )
-
-__all__ = ["carry_out"]
 
 
 def carry_out(

@@ -16,8 +16,6 @@ from bnfreeze.errors import PolicyError
 from bnfreeze.norm_layers import NamedModule
 from bnfreeze.torch_private import averaged_parameters
 
-__all__ = ["refuse_wrapped"]
-
 
 def _wrappers(modules: Sequence[NamedModule], around: bool) -> list[DistributedDataParallel]:
     """The wrappers among a model's own modules; if there is none, those that wrap it from outside.

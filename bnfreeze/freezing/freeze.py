@@ -19,8 +19,6 @@ from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import mark_left_alone, record_of
 from bnfreeze.policies.transaction import transaction
 
-__all__ = ["freeze", "unfreeze"]
-
 # Findings about the model as a whole, which a report of freezing shows too.
 _OF_THE_MODEL = frozenset(
     {"layer-foreign", "layer-unregistered", "model-nothing-trains", "optimizer-without-parameters"}

@@ -36,8 +36,6 @@ from bnfreeze.policies.record import (
 from bnfreeze.policies.stats import BatchOnly, OnCopies
 from bnfreeze.torch_private import _BatchNorm, _InstanceNorm
 
-__all__ = ["Change", "plan", "restoring"]
-
 
 @dataclass(frozen=True)
 class Change:

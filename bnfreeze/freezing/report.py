@@ -9,10 +9,9 @@ from typing import Any
 
 from bnfreeze.findings import Finding
 from bnfreeze.inspection.behaviour import LiveLayer, fate
-from bnfreeze.tables import Printable, Sheet, shared_kind
+from bnfreeze.sheets import Sheet, shared_kind
+from bnfreeze.tables import Printable
 from bnfreeze.text import counted
-
-__all__ = ["FreezeReport", "LayerRow"]
 
 
 @dataclass(frozen=True)

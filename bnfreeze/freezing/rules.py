@@ -14,9 +14,6 @@ from bnfreeze.norm_layers import NamedModule, foreign_remedy, is_foreign, is_nor
 from bnfreeze.patterns import Pattern, hint, with_parents
 from bnfreeze.policies.policy import Policy
 
-__all__ = ["Rule", "eligible", "matching", "parse_rules", "policies_for"]
-
-
 _STATELESS = re.compile(r"(Layer|Group|RMS|Instance)_?Norm")
 
 

@@ -25,8 +25,6 @@ from bnfreeze.policies.fused import has_hooks
 from bnfreeze.policies.record import layer_class
 from bnfreeze.torch_private import _has_any_global_hook
 
-__all__ = ["GENERATED", "Fusion", "fuse_blocks", "release"]
-
 # Where a block keeps its generated forwards; in place of them an empty dict if it comes out of a
 # file, and they have to be generated again.
 GENERATED = "_bnfreeze_generated"

@@ -26,8 +26,6 @@ from bnfreeze.policies.fused import has_hooks, own_activation
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, record_of
 
-__all__ = ["Fusion", "fuse_calls"]
-
 # Modules whose output is a new tensor, which they do not keep.
 _MAKERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _FORWARDS = frozenset(kind.forward for kind in (*_MAKERS, nn.Sequential))

@@ -21,8 +21,6 @@ from bnfreeze.policies.fused import has_hooks, own_activation
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, record_of
 
-__all__ = ["survey"]
-
 _MODES = (True, False)
 
 

@@ -24,15 +24,6 @@ from bnfreeze.norm_layers import KNOWN, forward_owner
 from bnfreeze.policies.record import layer_class
 from bnfreeze.torch_private import TorchDispatchMode, _len_torch_function_stack
 
-__all__ = [
-    "IN_PLACE_ADD",
-    "UntraceableError",
-    "names_of",
-    "trace",
-    "why_not_traced",
-]
-
-
 _ONE_AT_A_TIME = threading.Lock()
 
 

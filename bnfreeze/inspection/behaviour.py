@@ -29,9 +29,6 @@ from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, policies_by_parameter, policy_name, record_of
 from bnfreeze.torch_private import _InstanceNorm
 
-__all__ = ["SHARES", "LiveLayer", "fate", "live_layers", "optimizers_by_id", "updated_by_another"]
-
-
 _NEITHER = "it has neither"
 # The end of the reason why a layer's statistics update that does not update them itself.
 SHARES: Final = "has the same statistics, and updates them"

@@ -17,8 +17,6 @@ from bnfreeze.sheets import Cell, Sheet
 from bnfreeze.tables import Printable
 from bnfreeze.text import counted
 
-__all__ = ["CheckpointInspection", "Inspection", "Unread"]
-
 _BAR = 12
 _LEGEND = "C: channels; a…b: range; bars: spread, on one axis; < >: values beyond it"
 _DEAD = "; dead: variance < 1e-5 or |weight| < 1e-3"

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from bnfreeze.inspection.live import ModelInspection
 
-__all__ = ["SORTS", "inspect", "inspect_checkpoint", "selected"]
-
 # What layers can be sorted by; the most unusual come first.
 SORTS: Final[dict[str, Callable[[StoredLayer], Any]]] = {
     "name": lambda layer: _natural(layer.name),

@@ -27,11 +27,8 @@ from bnfreeze.norm_layers import (
     statistics_in,
 )
 from bnfreeze.policies.record import frozen_names, policy_name, record_of, recorded
-from bnfreeze.tables import Sheet, shared_kind
+from bnfreeze.sheets import Sheet, shared_kind
 from bnfreeze.text import counted
-
-__all__ = ["ModelInspection", "inspect_model"]
-
 
 # Shown by a wide terminal only.
 _FURTHER = ("eps", "statistics, because", "affine, because")

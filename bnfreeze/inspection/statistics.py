@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from bnfreeze.checkpoints import StoredTensor
 from bnfreeze.findings import Finding, finding
 
-__all__ = ["batches_in", "real_values", "statistics_findings"]
-
 _LOW_PRECISION = frozenset({"float16", "bfloat16"})
 
 

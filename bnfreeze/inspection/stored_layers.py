@@ -16,8 +16,6 @@ from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.statistics import batches_in, real_values, statistics_findings
 from bnfreeze.text import counted
 
-__all__ = ["BATCH_NORM", "FROZEN_OR_OLD", "Spread", "StoredLayer", "stored_layers"]
-
 # A state_dict has names and values but no classes, so this is all that can be known of a layer.
 BATCH_NORM: Final = "batch norm"
 FROZEN_OR_OLD: Final = "frozen or old batch norm"

@@ -22,8 +22,6 @@ from bnfreeze.policies.record import frozen_names, recorded
 from bnfreeze.verification.drift_report import DriftError
 from bnfreeze.verification.guard import Guard, guard
 
-__all__ = ["FreezeCallback", "frozen_pairs", "world"]
-
 _PROBED = 32  # batches
 
 

@@ -9,8 +9,6 @@ from bnfreeze.policies.class_swap import FrozenLayer
 from bnfreeze.policies.record import record_of, set_record
 from bnfreeze.policies.stats import OnCopies
 
-__all__ = ["ForceEval", "ForceEvalInstance", "ForceEvalOnCopies"]
-
 
 class ForceEval(FrozenLayer):
     """Normalises with the running statistics, whatever mode is asked for."""
