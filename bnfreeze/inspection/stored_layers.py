@@ -108,8 +108,8 @@ def stored_layers(model: StateDict) -> tuple[tuple[StoredLayer, ...], tuple[Find
     key = model.key
     modules: dict[str, dict[str, StoredTensor]] = {}
     for full, tensor in model.tensors.items():
-        name, _, part = full.rpartition(".")
-        modules.setdefault(name, {})[part] = tensor
+        name, dot, part = full.rpartition(".")
+        modules.setdefault(name or dot, {})[part] = tensor
     layers: list[StoredLayer] = []
     findings: list[Finding] = []
     for name, parts in modules.items():
