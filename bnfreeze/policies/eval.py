@@ -46,8 +46,6 @@ class ForceEvalInstance(ForceEvalOnCopies):
     versions of torch (2.10) also write them back in eval mode, rounded.
     """
 
-    __jit_unused_properties__ = ("training", "track_running_stats")
-
     @property
     def track_running_stats(self) -> bool:
         """Always True."""
