@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,38 +56,37 @@ def statistics_findings(
         findings with the codes ``stats-dtype``, ``stats-nonfinite``, ``stats-var-nonpositive``,
         ``layer-eps-zero``, ``never-trained`` and ``stats-not-updated``.
     """
-    found = partial(finding, name=layer, key=key)
     for name, dtype in zip(("running_mean", "running_var"), dtypes, strict=True):
         if dtype in _LOW_PRECISION or dtype.startswith("float8"):
-            yield found("stats-dtype", message=f"{name} is {dtype}.")
+            yield finding("stats-dtype", layer, f"{name} is {dtype}.", key=key)
             break
     if mean is None or var is None or not len(mean) or not len(var):
         return
     bad_mean, bad_var = (int((~np.isfinite(stat)).sum()) for stat in (mean, var))
     if bad_mean or bad_var:
         text = f"{bad_mean} of {len(mean)} means, {bad_var} of {len(var)} variances."
-        yield found("stats-nonfinite", message=f"NaN or infinite: {text}")
+        yield finding("stats-nonfinite", layer, f"NaN or infinite: {text}", key=key)
     negative, zero = int((var < 0).sum()), int((var == 0).sum())
     if negative:
         lowest = f"{float(var[var < 0].min()):.3g}"
         text = f"{negative} of {len(var)} running variances are negative, the lowest {lowest}."
-        yield found("stats-var-nonpositive", message=text)
+        yield finding("stats-var-nonpositive", layer, text, key=key)
     elif zero:
         factor = f" = {eps**-0.5:.3g}" if eps and eps > 0 else ""
         text = (
             f"{zero} of {len(var)} running variances are 0: these channels are dead, and any "
             f"signal in them is multiplied by 1/sqrt(eps){factor}."
         )
-        yield found("stats-var-nonpositive", message=text, level="warning")
+        yield finding("stats-var-nonpositive", layer, text, level="warning", key=key)
     if eps is not None and eps <= 0:
-        yield found("layer-eps-zero", message=f"eps is {eps:g}.")
+        yield finding("layer-eps-zero", layer, f"eps is {eps:g}.", key=key)
     if (mean == 0).all() and (var == 1).all():
         if count:
             text = f"every mean is 0 and every variance 1, although {count:,} batches were counted."
-            yield found("stats-not-updated", message=text)
+            yield finding("stats-not-updated", layer, text, key=key)
         else:
             text = (
                 "every mean is 0, every variance 1, and no batch was counted: "
                 "these are the values of a new layer, which normalises nothing."
             )
-            yield found("never-trained", message=text)
+            yield finding("never-trained", layer, text, key=key)
