@@ -8,85 +8,48 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bnfreeze import functional
-    from bnfreeze.calibration.fit import LayerFit
-    from bnfreeze.calibration.measuring import CalibrationError
-    from bnfreeze.calibration.probe import probe
-    from bnfreeze.calibration.recalibrate import recalibrate
-    from bnfreeze.calibration.report import ProbeReport, RecalibrationReport
-    from bnfreeze.errors import (
-        BnfreezeError,
-        BnfreezeWarning,
-        CheckpointError,
-        CorruptCheckpointError,
-        NotFrozenError,
-        PolicyError,
-        UnsafeCheckpointError,
-        UnsupportedFormatError,
-    )
-    from bnfreeze.findings import Finding
-    from bnfreeze.freezing.freeze import freeze, unfreeze
-    from bnfreeze.freezing.report import FreezeReport, LayerRow
-    from bnfreeze.inspection.behaviour import LiveLayer
-    from bnfreeze.inspection.checkpoint import CheckpointInspection
-    from bnfreeze.inspection.inspect import inspect
-    from bnfreeze.inspection.live import ModelInspection
-    from bnfreeze.inspection.result import Inspection
-    from bnfreeze.inspection.stored_layers import StoredLayer
-    from bnfreeze.nn.modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
-    from bnfreeze.policies.policy import Policy
-    from bnfreeze.verification.assert_frozen import assert_frozen
-    from bnfreeze.verification.diff import Diff, TensorChange, diff
-    from bnfreeze.verification.drift import Drift
-    from bnfreeze.verification.drift_report import DriftError, DriftReport
-    from bnfreeze.verification.guard import Guard, guard
-    from bnfreeze.verification.snapshot import Snapshot
-    from bnfreeze.verification.verify import snapshot, verify
-
-__all__ = [
-    "BnfreezeError",
-    "BnfreezeWarning",
-    "CalibrationError",
-    "CheckpointError",
-    "CheckpointInspection",
-    "CorruptCheckpointError",
-    "Diff",
-    "Drift",
-    "DriftError",
-    "DriftReport",
-    "Finding",
-    "FreezeReport",
-    "FrozenBatchNorm1d",
-    "FrozenBatchNorm2d",
-    "FrozenBatchNorm3d",
-    "Guard",
-    "Inspection",
-    "LayerFit",
-    "LayerRow",
-    "LiveLayer",
-    "ModelInspection",
-    "NotFrozenError",
-    "Policy",
-    "PolicyError",
-    "ProbeReport",
-    "RecalibrationReport",
-    "Snapshot",
-    "StoredLayer",
-    "TensorChange",
-    "UnsafeCheckpointError",
-    "UnsupportedFormatError",
-    "assert_frozen",
-    "diff",
-    "freeze",
-    "functional",
-    "guard",
-    "inspect",
-    "probe",
-    "recalibrate",
-    "snapshot",
-    "unfreeze",
-    "verify",
-]
+    from bnfreeze import functional as functional
+    from bnfreeze.calibration.fit import LayerFit as LayerFit
+    from bnfreeze.calibration.measuring import CalibrationError as CalibrationError
+    from bnfreeze.calibration.probe import probe as probe
+    from bnfreeze.calibration.recalibrate import recalibrate as recalibrate
+    from bnfreeze.calibration.report import ProbeReport as ProbeReport
+    from bnfreeze.calibration.report import RecalibrationReport as RecalibrationReport
+    from bnfreeze.errors import BnfreezeError as BnfreezeError
+    from bnfreeze.errors import BnfreezeWarning as BnfreezeWarning
+    from bnfreeze.errors import CheckpointError as CheckpointError
+    from bnfreeze.errors import CorruptCheckpointError as CorruptCheckpointError
+    from bnfreeze.errors import NotFrozenError as NotFrozenError
+    from bnfreeze.errors import PolicyError as PolicyError
+    from bnfreeze.errors import UnsafeCheckpointError as UnsafeCheckpointError
+    from bnfreeze.errors import UnsupportedFormatError as UnsupportedFormatError
+    from bnfreeze.findings import Finding as Finding
+    from bnfreeze.freezing.freeze import freeze as freeze
+    from bnfreeze.freezing.freeze import unfreeze as unfreeze
+    from bnfreeze.freezing.report import FreezeReport as FreezeReport
+    from bnfreeze.freezing.report import LayerRow as LayerRow
+    from bnfreeze.inspection.behaviour import LiveLayer as LiveLayer
+    from bnfreeze.inspection.checkpoint import CheckpointInspection as CheckpointInspection
+    from bnfreeze.inspection.checkpoint import Inspection as Inspection
+    from bnfreeze.inspection.inspect import inspect as inspect
+    from bnfreeze.inspection.live import ModelInspection as ModelInspection
+    from bnfreeze.inspection.stored_layers import StoredLayer as StoredLayer
+    from bnfreeze.nn.modules import FrozenBatchNorm1d as FrozenBatchNorm1d
+    from bnfreeze.nn.modules import FrozenBatchNorm2d as FrozenBatchNorm2d
+    from bnfreeze.nn.modules import FrozenBatchNorm3d as FrozenBatchNorm3d
+    from bnfreeze.policies.policy import Policy as Policy
+    from bnfreeze.verification.assert_frozen import assert_frozen as assert_frozen
+    from bnfreeze.verification.diff import Diff as Diff
+    from bnfreeze.verification.diff import TensorChange as TensorChange
+    from bnfreeze.verification.diff import diff as diff
+    from bnfreeze.verification.drift import Drift as Drift
+    from bnfreeze.verification.drift_report import DriftError as DriftError
+    from bnfreeze.verification.drift_report import DriftReport as DriftReport
+    from bnfreeze.verification.guard import Guard as Guard
+    from bnfreeze.verification.guard import guard as guard
+    from bnfreeze.verification.snapshot import Snapshot as Snapshot
+    from bnfreeze.verification.verify import snapshot as snapshot
+    from bnfreeze.verification.verify import verify as verify
 
 # The modules in which the public names are defined.
 _NAMES = {
@@ -101,10 +64,9 @@ _NAMES = {
     "freezing.freeze": "freeze unfreeze",
     "freezing.report": "FreezeReport LayerRow",
     "inspection.behaviour": "LiveLayer",
-    "inspection.checkpoint": "CheckpointInspection",
+    "inspection.checkpoint": "CheckpointInspection Inspection",
     "inspection.inspect": "inspect",
     "inspection.live": "ModelInspection",
-    "inspection.result": "Inspection",
     "inspection.stored_layers": "StoredLayer",
     "nn.modules": "FrozenBatchNorm1d FrozenBatchNorm2d FrozenBatchNorm3d",
     "policies.policy": "Policy",
@@ -117,6 +79,7 @@ _NAMES = {
     "verification.verify": "snapshot verify",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted([*_HOME, "functional"])
 
 
 def __getattr__(name: str) -> object:

@@ -22,17 +22,6 @@ from typing import Any, Final, Literal
 
 from bnfreeze.errors import BnfreezeError
 
-__all__ = [
-    "KINDS",
-    "PAGES",
-    "Finding",
-    "FindingKind",
-    "Level",
-    "finding",
-    "finding_kind",
-    "worst_first",
-]
-
 Level = Literal["error", "warning", "note"]
 _ORDER: Final[dict[str, int]] = {"error": 0, "warning": 1, "note": 2}
 

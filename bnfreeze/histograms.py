@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-__all__ = ["BLOCKS", "Histogram", "Scale"]
-
 # Bars of no height to eight eighths.
 BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 

@@ -13,22 +13,10 @@ from html import escape
 from importlib.resources import files
 from typing import Final
 
-from bnfreeze.findings import KINDS, FindingKind
+from bnfreeze.findings import KINDS, Finding
 from bnfreeze.histograms import Histogram
-from bnfreeze.sheets import (
-    MOST_ROWS,
-    Cell,
-    FindingGroup,
-    Row,
-    Sheet,
-    filled_columns,
-    finding_groups,
-    tone,
-    tree_rows,
-)
+from bnfreeze.sheets import MOST_ROWS, Cell, Row, Sheet, finding_groups, table_of, tone
 from bnfreeze.text import escaped
-
-__all__ = ["fragment", "page"]
 
 # So many layers of a finding are shown without a click.
 _FEW: Final = 3
@@ -67,7 +55,7 @@ def _text(text: str) -> str:
 
 
 def _report(sheet: Sheet) -> str:
-    findings = [_finding(group) for group in finding_groups(sheet.findings)]
+    findings = [_finding(*group) for group in finding_groups(sheet.findings)]
     table = [_table(sheet)] if sheet.rows else []
     parts = [
         f"<h2>{_text(sheet.title)}</h2>" if sheet.title else "",
@@ -79,33 +67,29 @@ def _report(sheet: Sheet) -> str:
 
 
 def _table(sheet: Sheet) -> str:
-    rows = tree_rows(sheet, flat=sheet.outlined is False)
-    leaves = [row.cells for row in rows if row.name]
-    shown = filled_columns(rows)
-    right = {i for i in shown if all(str(cells[i] or "0").isdigit() for cells in leaves)}
-    pictures = {i for i in shown if any(isinstance(cells[i], Histogram) for cells in leaves)}
+    headings, rows = table_of(sheet, tree=sheet.outlined is not False)
+    columns = list(zip(*(row.cells for row in rows if row.cells), strict=True))
+    right = [all(str(cell or "0").isdigit() for cell in column) for column in columns]
 
     def heading(i: int) -> str:
-        name = sheet.columns[i + 1]
-        if i in pictures:
-            ends = "".join(f"<span>{_text(end)}</span>" for end in name.split())
+        if any(isinstance(cell, Histogram) for cell in columns[i]):
+            ends = "".join(f"<span>{_text(end)}</span>" for end in headings[i].split())
             return f'<th class="axis"><span class="ends">{ends}</span>'
-        return f"<th{_attribute('class', 'number' if i in right else '')}>{_text(name)}"
+        return f"<th{_attribute('class', 'number' if right[i] else '')}>{_text(headings[i])}"
 
     def line(row: Row) -> str:
         depth = _attribute("data-depth", str(row.depth or ""))
-        if not row.name:
-            return f'<tr class="branch"{depth}><th colspan="{len(shown) + 1}">{_text(row.text)}'
-        name = _attribute("data-name", row.name if row.name != row.text else "")
-        cells = (
-            _cell(row.cells[i], sheet.columns[i + 1], "number" if i in right else "") for i in shown
-        )
-        return f'<tr{depth}><th scope="row"{name}>{_text(row.text)}</th>{"".join(cells)}'
+        if not row.cells:
+            return f'<tr class="branch"{depth}><th colspan="{len(headings)}">{_text(row.text)}'
+        name, *cells = row.cells
+        whole = _attribute("data-name", str(name) if name != row.text else "")
+        rest = "".join(map(_cell, cells, headings[1:], right[1:]))
+        return f'<tr{depth}><th scope="row"{whole}>{_text(row.text)}</th>{rest}'
 
     more = len(sheet.rows) - MOST_ROWS
     return (
-        f'<div class="scroll"><table><thead><tr><th>{_text(sheet.columns[0])}'
-        f"{''.join(map(heading, shown))}</tr></thead>\n<tbody>"
+        f'<div class="scroll"><table><thead><tr><th>{_text(headings[0])}'
+        f"{''.join(map(heading, range(1, len(headings))))}</tr></thead>\n<tbody>"
         + "\n".join(map(line, rows))
         + "</tbody></table></div>"
         + (f'<p class="dim">... and {more:,} rows more</p>' if more > 0 else "")
@@ -113,10 +97,10 @@ def _table(sheet: Sheet) -> str:
     )
 
 
-def _cell(cell: Cell, label: str, kind: str) -> str:
+def _cell(cell: Cell, label: str, right: bool) -> str:
     if isinstance(cell, Histogram):
         return f'<td class="bars" data-value="{cell.median:g}">{_histogram(cell)}</td>'
-    kind = _attribute("class", kind or tone(cell))
+    kind = _attribute("class", "number" if right else tone(cell))
     return f"<td{kind}{_attribute('data-label', label if cell else '')}>{_text(cell)}</td>"
 
 
@@ -143,34 +127,26 @@ def _histogram(values: Histogram) -> str:
     )
 
 
-def _finding(group: FindingGroup) -> str:
-    places = [_text(name) for name, _ in group.places]
+def _finding(first: Finding, message: str, found: list[tuple[str, str]]) -> str:
+    places = [_text(name) for name, _ in found]
     where = ", ".join(places) if len(places) <= _FEW else f"{len(places)} layers"
-    items = [
-        name if group.message else f"{name}: {_text(message)}"
-        for name, (_, message) in zip(places, group.places, strict=True)
-    ]
-    if len(items) == 1 or (group.message and len(items) <= _FEW):
-        seen = _text(group.places[0][1])
+    if len(found) == 1 or (message and len(found) <= _FEW):
+        seen = _text(first.message)
     else:
+        items = [_text(name if message else f"{name}: {own}") for name, own in found]
         some = f"{', '.join(places[:2])}{', …' if len(items) > 2 else ''}"
         left = [f"<li>... and {len(items) - MOST_ROWS:,} more"] if len(items) > MOST_ROWS else []
         listed = "".join([*(f"<li>{item}" for item in items[:MOST_ROWS]), *left])
-        seen = (
-            f"{_text(group.message)}<details><summary>{some}</summary><ul>{listed}</ul></details>"
+        seen = f"{_text(message)}<details><summary>{some}</summary><ul>{listed}</ul></details>"
+    meaning = ""
+    if kind := KINDS.get(first.code):  # what the documentation says of it
+        example = "\n".join(map(_text, kind.example.splitlines()))
+        meaning = (
+            f"<details><summary>{_text(kind.title)}: what it means</summary>"
+            f"<p>{_text(kind.meaning)}<p>{_text(kind.why)}<pre>{example}</pre></details>"
         )
-    kind = KINDS.get(group.code)
     return (
-        f'<div class="finding"><p><span class="{group.level}">{group.level}</span> '
-        f"<b>{_text(group.code)}</b> {where}</p><div>{seen}</div>"
-        f'<p class="dim">→ {_text(group.remedy)}</p>{_meaning(kind) if kind else ""}</div>'
-    )
-
-
-def _meaning(kind: FindingKind) -> str:
-    """What the documentation says of a code."""
-    example = "\n".join(map(_text, kind.example.splitlines()))
-    return (
-        f"<details><summary>{_text(kind.title)}: what it means</summary><p>{_text(kind.meaning)}"
-        f"<p>{_text(kind.why)}<pre>{example}</pre></details>"
+        f'<div class="finding"><p><span class="{first.level}">{first.level}</span> '
+        f"<b>{_text(first.code)}</b> {where}</p><div>{seen}</div>"
+        f'<p class="dim">→ {_text(first.remedy)}</p>{meaning}</div>'
     )

@@ -15,30 +15,6 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from bnfreeze.torch_private import _InstanceNorm, _NormBase
 
-__all__ = [
-    "AFFINE",
-    "KNOWN",
-    "STATISTICS",
-    "NamedModule",
-    "affine_parameters",
-    "check_model",
-    "computed_affine",
-    "eps_of",
-    "foreign_remedy",
-    "forward_owner",
-    "has_known_forward",
-    "has_replaced_forward",
-    "is_foreign",
-    "is_in_graph",
-    "is_lazy",
-    "is_lookalike",
-    "is_norm",
-    "is_plain_norm",
-    "keeps_statistics",
-    "named_modules",
-    "statistics_in",
-]
-
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 AFFINE = ("weight", "bias")
 

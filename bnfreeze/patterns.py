@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from bnfreeze.errors import PolicyError
 
-__all__ = ["Pattern", "hint", "with_parents"]
-
 
 @dataclass(frozen=True)
 class Pattern:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from bnfreeze.verification.guard import Guard
 
-__all__ = ["bnfreeze_guard", "pytest_assertrepr_compare", "pytest_runtest_call"]
-
 _GUARDS = pytest.StashKey[ExitStack]()
 
 

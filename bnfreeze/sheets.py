@@ -6,25 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile
-from typing import Final
+from typing import Final, NamedTuple
 
-from bnfreeze.findings import Finding, Level
+from bnfreeze.findings import Finding
 from bnfreeze.histograms import Histogram
-
-__all__ = [
-    "MOST_ROWS",
-    "Cell",
-    "FindingGroup",
-    "Row",
-    "Sheet",
-    "filled_columns",
-    "finding_groups",
-    "grouped",
-    "outline",
-    "shared_kind",
-    "tone",
-    "tree_rows",
-]
 
 # Nobody reads a longer table.
 MOST_ROWS: Final = 2_000
@@ -47,8 +32,6 @@ _TONES: Final = {
     "missing": "error",
     "unread": "error",
 }
-# How many names must share a beginning to be put under a heading of their own, by depth.
-_ENOUGH: Final = (4, 8)
 
 Cell = str | Histogram
 
@@ -96,29 +79,30 @@ def tone(cell: str) -> str:
     return _TONES.get(cell.rpartition(" ")[2], "")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of a tree.
+class Row(NamedTuple):
+    """A row of a table.
 
     Attributes:
         depth: how far it is indented.
         text: a heading, or the name as far as the headings above do not say it.
-        name: the whole name; empty for a heading.
-        cells: the other cells; none for a heading.
+        cells: the whole name and the other cells; none for a heading.
     """
 
     depth: int
     text: str
-    name: str = ""
     cells: tuple[Cell, ...] = ()
 
 
-def tree_rows(sheet: Sheet, *, flat: bool = False) -> list[Row]:
-    """The rows of a sheet, at most `MOST_ROWS`, with headings for names that begin alike.
+def table_of(sheet: Sheet, *, tree: bool, wide: bool = True) -> tuple[list[str], list[Row]]:
+    """The headings of a sheet's columns and its rows, at most `MOST_ROWS`.
+
+    Columns are left out that say nothing in any row.
 
     Args:
         sheet: what to show.
-        flat: without headings but those that the sheet has itself.
+        tree: whether names that begin alike are put under a heading, besides those that the sheet
+            has itself.
+        wide: whether to show its further columns, too.
     """
     rows: list[Row] = []
     depth = 0
@@ -128,48 +112,47 @@ def tree_rows(sheet: Sheet, *, flat: bool = False) -> list[Row]:
         if heading:
             rows += [Row(0, str(cells[0])) for cells in part]
             depth = 1
-            continue
-        cells = list(part)
-        names = [str(name) for name, *_ in cells]
-        lines = ((0, name, i) for i, name in enumerate(names)) if flat else outline(names)
-        rows += [
-            Row(depth + below, text)
-            if i is None
-            else Row(depth + below, text, names[i], cells[i][1:])
-            for below, text, i in lines
-        ]
-    return rows
+        elif tree:
+            rows += outline([*part], depth)
+        else:
+            rows += [Row(depth, str(cells[0]), cells) for cells in part]
+    filled = zip(*(row.cells for row in rows if row.cells), strict=True)
+    shown = [
+        i
+        for i, cells in enumerate(filled)
+        if i == 0 or (any(cells) and (wide or sheet.columns[i] not in sheet.further))
+    ]
+    return [sheet.columns[i] for i in shown or [0]], [
+        row._replace(cells=tuple(row.cells[i] for i in shown if row.cells)) for row in rows
+    ]
 
 
-def filled_columns(rows: Sequence[Row]) -> list[int]:
-    """The indices of the cells that say something in some row; other columns are left out."""
-    columns = zip(*(row.cells for row in rows if row.name), strict=True)
-    return [index for index, cells in enumerate(columns) if any(cells)]
-
-
-def outline(names: Sequence[str]) -> Iterator[tuple[int, str, int | None]]:
-    """Lines of a tree: headings, and names shortened by the headings above them.
+def outline(
+    rows: Sequence[tuple[Cell, ...]],
+    depth: int = 0,
+    above: int = 0,
+    enough: tuple[int, ...] = (4, 8),
+) -> Iterator[Row]:
+    """The rows as a tree, with headings, and names shortened by the headings above them.
 
     Args:
-        names: dotted names; those that belong together stand together.
-
-    Yields:
-        how far a line is indented, its text, and the index of its name; None for a heading.
+        rows: begin with dotted names; those that belong together stand together.
+        depth: of the outermost.
+        above: how many segments of their names the headings above say.
+        enough: how many names must share a beginning to be put under a heading, by depth.
     """
-    return _outline([(name.split("."), index) for index, name in enumerate(names)], 0)
 
+    def parts(cells: tuple[Cell, ...]) -> list[str]:
+        return str(cells[0]).split(".")[above:]
 
-def _outline(
-    entries: list[tuple[list[str], int]], depth: int
-) -> Iterator[tuple[int, str, int | None]]:
-    for _, group in groupby(entries, lambda entry: _beginning(entry[0])):
+    for _, group in groupby(rows, lambda cells: _beginning(parts(cells))):
         run = list(group)
-        shared = _shared([parts for parts, _ in run], 1)
-        if depth < len(_ENOUGH) and shared and len(run) >= _ENOUGH[depth]:
-            yield depth, ".".join(run[0][0][:shared]), None
-            yield from _outline([(parts[shared:], index) for parts, index in run], depth + 1)
+        shared = _shared([*map(parts, run)], 1)
+        if enough and shared and len(run) >= enough[0]:
+            yield Row(depth, ".".join(parts(run[0])[:shared]))
+            yield from outline(run, depth + 1, above + shared, enough[1:])
         else:
-            yield from ((depth, ".".join(parts), index) for parts, index in run)
+            yield from (Row(depth, ".".join(parts(cells)), cells) for cells in run)
 
 
 def _beginning(parts: list[str]) -> list[str]:
@@ -195,44 +178,24 @@ def grouped(names: Sequence[str]) -> dict[str, list[int]]:
     return groups
 
 
-@dataclass(frozen=True)
-class FindingGroup:
-    """Findings that differ in the layer and in their numbers alone.
+def finding_groups(
+    findings: Sequence[Finding],
+) -> Iterator[tuple[Finding, str, list[tuple[str, str]]]]:
+    """Put findings together that differ in the layer and in their numbers alone.
 
-    Attributes:
-        level: of all of them.
-        code: of all of them.
-        remedy: of all of them.
-        message: what was seen, if it is the same in all of them; else empty.
-        places: in which layer each was found, and its message.
+    Yields:
+        the first of them, which has the level, code and remedy of all; what was seen, if it is the
+        same in all, else an empty text; and in which layer each was found, with its message.
     """
-
-    level: Level
-    code: str
-    remedy: str
-    message: str
-    places: tuple[tuple[str, str], ...]
-
-
-def finding_groups(findings: Sequence[Finding]) -> list[FindingGroup]:
-    """Put findings of one kind together, in the order of the first of each."""
     several = len({one.key for one in findings if one.name}) > 1
-
-    def place(one: Finding) -> str:
-        name = one.name or "(the model)"
-        return f"{one.key or '(top)'}: {name}" if several and one.name else name
-
-    groups: dict[tuple[Level, str, str, str], list[Finding]] = {}
+    groups: dict[tuple[str, ...], list[Finding]] = {}
     for one in findings:
         message = re.sub(r"[\d.]+", "#", one.message)
         groups.setdefault((one.level, one.code, one.remedy, message), []).append(one)
-    return [
-        FindingGroup(
-            level,
-            code,
-            remedy,
-            group[0].message if len({one.message for one in group}) == 1 else "",
-            tuple((place(one), one.message) for one in group),
-        )
-        for (level, code, remedy, _), group in groups.items()
-    ]
+    for first, *others in groups.values():
+        same = all(one.message == first.message for one in others)
+        places = []
+        for one in (first, *others):
+            model = f"{one.key or '(top)'}: " if several and one.name else ""
+            places.append((model + (one.name or "(the model)"), one.message))
+        yield first, first.message if same else "", places

@@ -20,23 +20,12 @@ from typing import TYPE_CHECKING, Final
 from bnfreeze.files import write_whole
 from bnfreeze.findings import Finding
 from bnfreeze.histograms import BLOCKS, Histogram
-from bnfreeze.sheets import (
-    MOST_ROWS,
-    Cell,
-    Sheet,
-    filled_columns,
-    finding_groups,
-    shared_kind,
-    tone,
-    tree_rows,
-)
+from bnfreeze.sheets import MOST_ROWS, Cell, Sheet, finding_groups, table_of, tone
 from bnfreeze.text import SEGMENT, encodable, stdout_encoding, wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.text import Text
-
-__all__ = ["Printable", "Sheet", "draw", "shared_kind", "svg_of"]
 
 # By the tone of a cell (`bnfreeze.sheets.tone`), or the level of a finding.
 _STYLES: Final = {"good": "green", "warning": "yellow", "error": "bold red", "note": "cyan"}
@@ -176,21 +165,16 @@ def _drawn(sheet: Sheet, width: int, encoding: str) -> Iterator[Text]:
 
 def _table(sheet: Sheet, width: int, fit: Callable[[str], str]) -> Iterator[Text]:
     from rich.cells import cell_len
+    from rich.text import Text
 
-    rows = tree_rows(sheet, flat=not sheet.outlined)
-    shown = [
-        i
-        for i in filled_columns(rows)
-        if width >= _WIDE or sheet.columns[i + 1] not in sheet.further
-    ]
-    lines = [[sheet.columns[0], *(sheet.columns[i + 1] for i in shown)]]
-    styles = [["bold"] * len(lines[0])]
+    headings, rows = table_of(sheet, tree=bool(sheet.outlined), wide=width >= _WIDE)
+    lines = [headings]
+    styles = [["bold"] * len(headings)]
     for row in rows:
-        cells = [row.cells[i] for i in shown] if row.name else [""] * len(shown)
-        lines.append(["  " * row.depth + row.text, *map(str, cells)])
-        styles.append(["" if row.name else "bold", *map(_style, cells)])
+        lines.append(["  " * row.depth + row.text, *map(str, row.cells[1:])])
+        styles.append(["", *map(_style, row.cells[1:])] if row.cells else ["bold"])
     lines = [list(map(fit, line)) for line in lines]
-    columns = list(zip(*lines, strict=True))
+    columns = list(zip_longest(*lines, fillvalue=""))
     widths = [max(map(cell_len, column)) for column in columns]
     numeric = [all(cell.isdigit() for cell in column[1:] if cell) for column in columns]
     room = width - 1
@@ -206,16 +190,22 @@ def _table(sheet: Sheet, width: int, fit: Callable[[str], str]) -> Iterator[Text
     _narrow(widths, [1] * len(widths), room - gaps)
 
     for number, (line, style) in enumerate(zip(lines, styles, strict=True)):
-        heading = number > 0 and not rows[number - 1].name
+        heading = number > 0 and not rows[number - 1].cells
         if stacked or heading:
-            for part in wrapped(line[0], room):
-                yield _line([part], style, [0], [False])
+            yield from (Text.assemble(" ", (part, style[0])) for part in wrapped(line[0], room))
             line[0] = ""
         if not heading:
             for parts in zip_longest(*map(wrapped, line, widths), fillvalue=""):
-                yield _line(parts, style, widths, numeric)
+                text = Text(" ")
+                for i, part in enumerate(parts):
+                    pad = " " * (widths[i] - cell_len(part))
+                    text.append(" " * (_GAP if i else 0) + (pad if numeric[i] else ""))
+                    text.append(part, style=style[i])
+                    text.append("" if numeric[i] else pad)
+                text.rstrip()
+                yield text
         if number == 0:
-            yield _line([fit("─") * (sum(widths) + gaps)], [""], [0], [False])
+            yield Text(" " + fit("─") * (sum(widths) + gaps))
 
 
 def _style(cell: Cell) -> str:
@@ -231,50 +221,27 @@ def _narrow(widths: list[int], floor: Sequence[int], room: int) -> None:
         widths[widest] -= 1
 
 
-def _line(
-    cells: Sequence[str], styles: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]
-) -> Text:
-    from rich.cells import cell_len
-    from rich.text import Text
-
-    text = Text(" ")
-    for i, (cell, style, width, right) in enumerate(
-        zip(cells, styles, widths, numeric, strict=False)
-    ):
-        pad = " " * (width - cell_len(cell))
-        text.append(" " * (_GAP if i else 0) + (pad if right else ""))
-        text.append(cell, style=style)
-        text.append("" if right else pad)
-    text.rstrip()
-    return text
-
-
 def _findings(
     findings: Sequence[Finding], paragraph: Callable[..., Iterator[Text]]
 ) -> Iterator[Text]:
     """A paragraph for each kind: the level, what was seen in which layers, and how to mend it."""
     from rich.text import Text
 
-    for group in finding_groups(findings):
-        level, code = len(group.level), len(group.code)
-        where = _where([name for name, _ in group.places])
-        for number, line in enumerate(paragraph(f"{group.level} {group.code}  {where}", "")):
+    for first, message, places in finding_groups(findings):
+        level, code = len(first.level), len(first.code)
+        where = [name for name, _ in places]
+        if len(where) > 3:
+            where = [f"{len(where)} layers: {where[0]}", where[1], f"… {where[-1]}"]
+        heading = f"{first.level} {first.code}  {', '.join(where)}"
+        for number, line in enumerate(paragraph(heading, "")):
             if number == 0:
-                line.stylize(_STYLES[group.level], 0, level)
+                line.stylize(_STYLES[first.level], 0, level)
                 line.stylize("bold", level + 1, level + 1 + code)
             yield line
-        if group.message:
-            yield from paragraph(group.message, "", 2)
-        else:
-            for name, message in group.places[:_MOST_NUMBERS]:
-                yield from paragraph(f"{name}: {message}", "", 2)
-            if len(group.places) > _MOST_NUMBERS:
-                yield from paragraph(f"... and {len(group.places) - _MOST_NUMBERS:,} more", "", 2)
-        yield from paragraph(f"→ {group.remedy}", "dim", 2)
+        seen = [message] if message else [f"{name}: {own}" for name, own in places[:_MOST_NUMBERS]]
+        if not message and len(places) > _MOST_NUMBERS:
+            seen.append(f"... and {len(places) - _MOST_NUMBERS:,} more")
+        for text in seen:
+            yield from paragraph(text, "", 2)
+        yield from paragraph(f"→ {first.remedy}", "dim", 2)
         yield Text()
-
-
-def _where(named: Sequence[str]) -> str:
-    if len(named) <= 3:
-        return ", ".join(named)
-    return f"{len(named)} layers: {named[0]}, {named[1]}, … {named[-1]}"

@@ -5,19 +5,8 @@ from __future__ import annotations
 import codecs
 import re
 import sys
-import unicodedata
 from collections.abc import Sequence
 from typing import Final
-
-__all__ = [
-    "SEGMENT",
-    "counted",
-    "encodable",
-    "escaped",
-    "listed",
-    "stdout_encoding",
-    "wrapped",
-]
 
 # What stands for a character that the output's encoding does not have.
 _INSTEAD: Final = {"…": "..", "→": "->", "·": "-", "×": "x", "–": "-", "−": "-", "─": "-"}
@@ -31,14 +20,9 @@ _CAMEL: Final = re.compile(r".+?(?:(?<=[a-z0-9])(?=[A-Z])|$)")
 
 def escaped(text: str) -> str:
     r"""Show control and bidirectional characters by their code, as ``\x1b``."""
-    if text.isascii() and text.isprintable():
+    if text.isprintable():
         return text
-    return "".join(
-        char
-        if char.isprintable() and unicodedata.category(char) not in {"Cf", "Co", "Cn"}
-        else char.encode("unicode_escape").decode()
-        for char in text
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def encodable(text: str, encoding: str | None = None) -> str:

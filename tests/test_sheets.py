@@ -10,33 +10,38 @@ from bnfreeze.histograms import Scale
 from bnfreeze.sheets import grouped, outline
 
 
+def lines(names):
+    """How far each line of a tree is indented, its text, and its whole name if it is no heading."""
+    return [(depth, text, *cells) for depth, text, cells in outline([(name,) for name in names])]
+
+
 def test_names_that_begin_alike_stand_under_a_heading():
     names = ["bn1", "layer1.0.bn1", "layer1.0.bn2", "layer1.1.bn1", "layer1.1.bn2", "fc.bn"]
-    assert list(outline(names)) == [
-        (0, "bn1", 0),
-        (0, "layer1", None),
-        (1, "0.bn1", 1),
-        (1, "0.bn2", 2),
-        (1, "1.bn1", 3),
-        (1, "1.bn2", 4),
-        (0, "fc.bn", 5),
+    assert lines(names) == [
+        (0, "bn1", "bn1"),
+        (0, "layer1"),
+        (1, "0.bn1", "layer1.0.bn1"),
+        (1, "0.bn2", "layer1.0.bn2"),
+        (1, "1.bn1", "layer1.1.bn1"),
+        (1, "1.bn2", "layer1.1.bn2"),
+        (0, "fc.bn", "fc.bn"),
     ]
 
 
 def test_a_heading_takes_all_that_is_shared():
     names = [f"model.backbone.{i}.bn{j}" for i in range(2) for j in range(2)]
-    assert list(outline(names))[:2] == [(0, "model.backbone", None), (1, "0.bn0", 0)]
+    assert lines(names)[:2] == [(0, "model.backbone"), (1, "0.bn0", "model.backbone.0.bn0")]
 
 
 def test_few_names_need_no_heading():
-    assert list(outline(["a.x", "a.y"])) == [(0, "a.x", 0), (0, "a.y", 1)]
-    assert list(outline([])) == []
-    assert list(outline(["", "running"])) == [(0, "", 0), (0, "running", 1)]
+    assert lines(["a.x", "a.y"]) == [(0, "a.x", "a.x"), (0, "a.y", "a.y")]
+    assert lines([]) == []
+    assert lines(["", "running"]) == [(0, "", ""), (0, "running", "running")]
 
 
 @given(st.lists(st.text("ab01.", max_size=8), max_size=12))
 def test_every_name_is_listed_once_and_in_order(names):
-    assert [index for *_, index in outline(names) if index is not None] == list(range(len(names)))
+    assert [line[2] for line in lines(names) if len(line) == 3] == names
     assert sorted(i for group in grouped(names).values() for i in group) == list(range(len(names)))
 
 

@@ -16,7 +16,8 @@ from torch import nn
 from bnfreeze import freeze, inspect, snapshot, unfreeze, verify
 from bnfreeze.findings import Finding
 from bnfreeze.histograms import Histogram
-from bnfreeze.tables import Printable, Sheet, svg_of
+from bnfreeze.sheets import Sheet
+from bnfreeze.tables import Printable, svg_of
 from bnfreeze.text import encodable, escaped
 
 

@@ -7,7 +7,7 @@ these never comes, it waits for it; a gradient that is new stays different on ea
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -16,23 +16,16 @@ from bnfreeze.errors import PolicyError
 from bnfreeze.norm_layers import NamedModule
 from bnfreeze.torch_private import averaged_parameters
 
-__all__ = ["refuse_wrapped", "wrappers_around", "wrappers_in"]
 
-
-def wrappers_in(modules: Sequence[NamedModule]) -> list[DistributedDataParallel]:
-    """The wrappers among a model's own modules."""
-    return [e.module for e in modules if isinstance(e.module, DistributedDataParallel)]
-
-
-def wrappers_around(modules: Sequence[NamedModule]) -> list[DistributedDataParallel]:
+def _wrappers(modules: Sequence[NamedModule], around: bool) -> list[DistributedDataParallel]:
     """The wrappers among a model's own modules; if there is none, those that wrap it from outside.
 
     A wrapped module does not know its wrapper: nothing on the module or on its parameters says so.
     So all objects of the process are searched (about 0.1 s for a million objects), and only in a
     process that takes part in a process group.
     """
-    found = wrappers_in(modules)
-    if not found and distributed.is_available() and distributed.is_initialized():
+    found = [e.module for e in modules if isinstance(e.module, DistributedDataParallel)]
+    if around and not found and distributed.is_available() and distributed.is_initialized():
         gc.collect()  # a wrapper that the user has dropped may still wait for the collector
         inside = {id(entry.module) for entry in modules}
         found = [
@@ -45,17 +38,13 @@ def wrappers_around(modules: Sequence[NamedModule]) -> list[DistributedDataParal
     return found
 
 
-def refuse_wrapped(
-    modules: Sequence[NamedModule],
-    trained: Collection[int],
-    wrappers: Callable[[Sequence[NamedModule]], Iterable[DistributedDataParallel]],
-) -> None:
+def refuse_wrapped(modules: Sequence[NamedModule], trained: Collection[int], around: bool) -> None:
     """Refuse to stop gradients that a wrapper waits for, and to start those it does not average.
 
     Args:
         modules: all of the model's, changed already.
         trained: the ``id`` of each parameter that required a gradient before.
-        wrappers: what finds the wrappers that count.
+        around: whether wrappers count that are not among the modules, but wrap the model.
 
     Raises:
         PolicyError: names the module.
@@ -66,7 +55,7 @@ def refuse_wrapped(
         for parameter in entry.module._parameters.values()
         if parameter is not None and parameter.requires_grad is not (id(parameter) in trained)
     ]
-    for ddp in wrappers(modules) if flipped else ():
+    for ddp in _wrappers(modules, around) if flipped else ():
         averaged = averaged_parameters(ddp)
         ignored = ddp.parameters_to_ignore  # which the user told the wrapper
         others = {id(p) for n, p in ddp.module.named_parameters() if n not in ignored} - averaged

@@ -7,33 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from bnfreeze.freezing.apply import carry_out, thaw
-from bnfreeze.freezing.plan import plan
+from bnfreeze.freezing.apply import carry_out
+from bnfreeze.freezing.plan import plan, restoring
 from bnfreeze.freezing.report import FreezeReport, LayerRow
 from bnfreeze.freezing.rules import matching, parse_rules, policies_for
-from bnfreeze.fusion.blocks import Fusion
+from bnfreeze.fusion.tracing import names_of
 from bnfreeze.inspection.behaviour import optimizers_by_id
 from bnfreeze.inspection.live import inspect_model
-from bnfreeze.norm_layers import (
-    AFFINE,
-    NamedModule,
-    affine_parameters,
-    check_model,
-    is_norm,
-    named_modules,
-)
+from bnfreeze.norm_layers import NamedModule, check_model, is_norm, named_modules
 from bnfreeze.policies.policy import Policy
-from bnfreeze.policies.record import (
-    layer_class,
-    mark_left_alone,
-    policies_by_parameter,
-    policy_name,
-    recorded,
-    was_lookalike,
-)
+from bnfreeze.policies.record import mark_left_alone, record_of
 from bnfreeze.policies.transaction import transaction
-
-__all__ = ["freeze", "unfreeze"]
 
 # Findings about the model as a whole, which a report of freezing shows too.
 _OF_THE_MODEL = frozenset(
@@ -88,22 +72,21 @@ def freeze(
     optimized = optimizers_by_id(optimizer)
     modules = named_modules(model)
     policies = policies_for(modules, rules)
-    changes = plan(modules, policies)
+    changes = plan(modules, policies, names_of(traceable))
 
     def undo() -> None:
-        thaw(named_modules(model), [change.entry for change in changes])
+        _thaw(named_modules(model), [change.entry for change in changes])
         for entry, _ in policies:
             mark_left_alone(entry.module, False)
 
     with transaction((entry.module for entry in modules), keep=not dry_run):
-        actions, fusions = carry_out(modules, changes, traceable)
+        rows = carry_out(modules, changes)
         for entry, chosen in policies:
             mark_left_alone(entry.module, is_norm(entry.module) and not chosen)
-        notes = {id(change.module): change.note for change in changes}
         names = {change.entry.name for change in changes}
         found = inspect_model(model, optimized)
         return FreezeReport(
-            _rows(modules, actions, fusions, notes),
+            rows,
             tuple(f for f in found.findings if f.name in names or f.code in _OF_THE_MODEL),
             {layer.name: layer for layer in found.layers},
             "freeze (dry run)" if dry_run else "freeze",
@@ -134,55 +117,16 @@ def unfreeze(model: nn.Module, select: str | Iterable[str] | None = None) -> Fre
         TypeError: `model` is no `nn.Module`.
     """
     modules = named_modules(check_model(model))
-    actions, fusions = thaw(modules, modules if select is None else matching(modules, select))
-    return FreezeReport(
-        _rows(modules, actions, fusions, {}),
-        facts={layer.name: layer for layer in inspect_model(model).layers},
-        call="unfreeze",
-    )
+    rows = _thaw(modules, modules if select is None else matching(modules, select))
+    facts = {layer.name: layer for layer in inspect_model(model).layers}
+    return FreezeReport(rows, facts=facts, call="unfreeze")
 
 
-def _rows(
-    modules: Sequence[NamedModule],
-    actions: Mapping[int, tuple[str, ...]],
-    fusions: Mapping[int, Fusion],
-    notes: Mapping[int, str],
-) -> tuple[LayerRow, ...]:
-    """A row for each norm layer, and for each other module that was changed."""
-    rows = []
-    by_policy = policies_by_parameter(entry.module for entry in modules)
-    for entry in modules:
-        module, key = entry.module, id(entry.module)
-        if key in actions or is_norm(module):
-            fusion = fusions.get(key, Fusion("", ""))
-            note = (notes.get(key), fusion.note, _frozen_elsewhere(module, by_policy))
-            rows.append(
-                LayerRow(
-                    entry.name,
-                    layer_class(module).__name__,
-                    policy_name(module),
-                    fusion.fuses,
-                    actions.get(key, ()),
-                    "; ".join(filter(None, note)),
-                )
-            )
-    return tuple(rows)
-
-
-def _frozen_elsewhere(module: nn.Module, by_policy: Mapping[int, str]) -> str:
-    """A note on a norm layer whose weight or bias does not train, although its policy allows it.
-
-    Args:
-        module: any module.
-        by_policy: what `policies_by_parameter` gives for the model.
-    """
-    if not is_norm(module) or was_lookalike(module):
-        return ""
-    own = {name for name, _, _ in recorded(module)}
-    notes: dict[str, list[str]] = {}
-    for name, parameter in affine_parameters(module).items():
-        if not parameter.requires_grad and name in AFFINE and name not in own:
-            shared = id(parameter) in by_policy
-            who = "with the layer that shares it" if shared else "by you (requires_grad=False)"
-            notes.setdefault(who, []).append(name)
-    return "; ".join(f"{' and '.join(names)} frozen {who}" for who, names in notes.items())
+def _thaw(modules: Sequence[NamedModule], chosen: Sequence[NamedModule]) -> tuple[LayerRow, ...]:
+    """Restore the chosen ones among a model's modules, and forget which were left alone."""
+    changes = [restoring(entry) for entry in chosen if record_of(entry.module) is not None]
+    with transaction(entry.module for entry in modules):
+        for entry in chosen:
+            mark_left_alone(entry.module, False)
+        # unfreeze(ddp.module) is the way to wrap again.
+        return carry_out(modules, changes, around=False)

@@ -21,7 +21,9 @@ from bnfreeze.norm_layers import (
     is_norm,
     keeps_statistics,
 )
-from bnfreeze.policies.choice import frozen_class
+from bnfreeze.policies.class_swap import FrozenLayer, make_class
+from bnfreeze.policies.eval import ForceEval, ForceEvalInstance, ForceEvalOnCopies
+from bnfreeze.policies.fused import fused_class
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
     FreezeRecord,
@@ -31,8 +33,8 @@ from bnfreeze.policies.record import (
     record_of,
     was_lookalike,
 )
-
-__all__ = ["Change", "plan", "restoring"]
+from bnfreeze.policies.stats import BatchOnly, OnCopies
+from bnfreeze.torch_private import _BatchNorm, _InstanceNorm
 
 
 @dataclass(frozen=True)
@@ -43,24 +45,19 @@ class Change:
         entry: the module and its names.
         kind: the class that it gets.
         record: what is stored on it; None if it is only restored.
-        frozen: its own parameters that are frozen, by their names in it.
         note: what a person should know about it.
     """
 
     entry: NamedModule
     kind: type[nn.Module]
     record: FreezeRecord | None
-    frozen: dict[str, nn.Parameter]
-    note: str
-
-    @property
-    def module(self) -> nn.Module:
-        """The module to change."""
-        return self.entry.module
+    note: str = ""
 
 
 def plan(
-    modules: Sequence[NamedModule], policies: Sequence[tuple[NamedModule, Policy]]
+    modules: Sequence[NamedModule],
+    policies: Sequence[tuple[NamedModule, Policy]],
+    traceable: tuple[str, ...] = (),
 ) -> list[Change]:
     """Check every layer that gets a policy.
 
@@ -70,6 +67,7 @@ def plan(
     Args:
         modules: all of the model's.
         policies: of some of them.
+        traceable: full names of classes and packages that may be traced besides known ones.
 
     Raises:
         PolicyError: names all layers that cannot be frozen so.
@@ -82,7 +80,7 @@ def plan(
             continue
         try:
             if eligible(entry.module, policy):
-                changes.append(_plan_one(entry, policy, flags))
+                changes.append(_plan_one(entry, policy, flags, traceable))
             elif record_of(entry.module) is not None:
                 changes.append(restoring(entry))
         except PolicyError as error:
@@ -100,10 +98,15 @@ def restoring(entry: NamedModule) -> Change:
         PolicyError: something else has changed its class.
     """
     _check_class(entry)
-    return Change(entry, layer_class(entry.module), None, {}, "")
+    return Change(entry, layer_class(entry.module), None)
 
 
-def _plan_one(entry: NamedModule, policy: Policy, flags: Mapping[nn.Parameter, bool]) -> Change:
+def _plan_one(
+    entry: NamedModule,
+    policy: Policy,
+    flags: Mapping[nn.Parameter, bool],
+    traceable: tuple[str, ...],
+) -> Change:
     module, name = entry.module, entry.name or "The model"
     _check_class(entry)
     norm, kind = is_norm(module), layer_class(module)
@@ -113,7 +116,7 @@ def _plan_one(entry: NamedModule, policy: Policy, flags: Mapping[nn.Parameter, b
     _check_promise(entry, policy)
     if norm:
         try:
-            kind, policy, note = frozen_class(module, policy)
+            kind, policy, note = _frozen_class(module, policy)
         except Exception as error:
             # A metaclass or an __init_subclass__ of the user's own may refuse a subclass.
             raise PolicyError(
@@ -127,17 +130,45 @@ def _plan_one(entry: NamedModule, policy: Policy, flags: Mapping[nn.Parameter, b
     elif policy.freezes_affine:
         wanted = affine_parameters(module)
     frozen = {key: parameter for key, parameter in wanted.items() if parameter is not None}
-    if norm and not frozen and policy.freezes_affine and not was_lookalike(module):
+    lookalike = norm and was_lookalike(module)
+    if norm and not frozen and policy.freezes_affine and not lookalike:
         notes.append("has no weight or bias")
     if norm and not keeps_statistics(module):
         notes.append("keeps no running statistics")
-    old = record_of(module)
-    record = FreezeRecord(
-        policy=policy,
-        training=old.training if old and old.policy.forces_eval else module.training,
-        requires_grad={key: flags.get(p, p.requires_grad) for key, p in frozen.items()},
-    )
-    return Change(entry, kind, record, frozen, "; ".join(filter(None, notes)))
+    old, record = record_of(module), None
+    # The class of a look-alike freezes all of it already, unless it has parameters.
+    if frozen or not lookalike or kind is not layer_class(module):
+        record = FreezeRecord(
+            policy=policy,
+            training=old.training if old and old.policy.forces_eval else module.training,
+            requires_grad={key: flags.get(p, p.requires_grad) for key, p in frozen.items()},
+            traceable=traceable if Policy.FUSED_ACT in policy else (),
+        )
+    return Change(entry, kind, record, "; ".join(filter(None, notes)))
+
+
+def _frozen_class(module: nn.Module, policy: Policy) -> tuple[type[nn.Module], Policy, str]:
+    """The class that a norm layer gets, the policy that it then follows, and a note."""
+    base, note = layer_class(module), ""
+    if Policy.FUSED in policy:
+        kind, why = fused_class(module, activations=Policy.FUSED_ACT in policy)
+        if kind is not None:
+            return kind, policy, ""
+        if not was_lookalike(module):
+            # The strongest policy that does not change what the layer computes.
+            policy = policy & Policy.WEIGHTS | Policy.EVAL | Policy.AFFINE
+            note = f"not fused: {why}"
+    if was_lookalike(module):
+        return base, policy, "frozen already, by its own class"
+    known = has_known_forward(module, base) and base.train is nn.Module.train
+    behaviour: type[FrozenLayer] = FrozenLayer
+    if policy.forces_eval and issubclass(base, _InstanceNorm):
+        behaviour = ForceEvalInstance
+    elif policy.forces_eval:
+        behaviour = ForceEval if known else ForceEvalOnCopies
+    elif policy.freezes_statistics:
+        behaviour = BatchOnly if known and base.forward is _BatchNorm.forward else OnCopies
+    return make_class(base, behaviour), policy, note
 
 
 def _check_class(entry: NamedModule) -> None:
@@ -150,6 +181,7 @@ def _check_class(entry: NamedModule) -> None:
 
 def _check_promise(entry: NamedModule, policy: Policy) -> None:
     module, name = entry.module, entry.name or "The model"
+    rule = f" with the rule {{{entry.name!r}: 'none'}}" if entry.name else ""
     if isinstance(module, torch.jit.ScriptModule):
         raise PolicyError(
             f"{name} is a TorchScript module, whose layers are compiled and cannot be "
@@ -164,9 +196,8 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
     if policy.forces_eval and is_norm(module) and not keeps_statistics(module):
         raise PolicyError(
             f"{name} was built with track_running_stats=False: it has no running statistics to "
-            f"normalise with, so policy '{policy}' cannot be kept. Leave it out"
-            + (f" with the rule {{{entry.name!r}: 'none'}}" if entry.name else "")
-            + ", or build it with track_running_stats=True."
+            f"normalise with, so policy '{policy}' cannot be kept. Leave it out{rule}, or build it "
+            f"with track_running_stats=True."
         )
     if is_norm(module) and policy.freezes_statistics and not was_lookalike(module):
         if is_in_graph(module):
@@ -178,8 +209,7 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
             raise PolicyError(
                 f"{name}: its forward is set on the instance and is not that of its class, so "
                 f"policy '{policy}' cannot keep it from its statistics. Delete it first (del "
-                f"layer.forward), or leave the layer out"
-                + (f" with the rule {{{entry.name!r}: 'none'}}." if entry.name else ".")
+                f"layer.forward), or leave the layer out{rule}."
             )
         known = has_known_forward(module, layer_class(module))
         if "forward" in module.__dict__ and not (known and policy.forces_eval):

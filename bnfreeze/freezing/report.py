@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from types import TracebackType
 from typing import Any
 
 from bnfreeze.findings import Finding
 from bnfreeze.inspection.behaviour import LiveLayer, fate
-from bnfreeze.tables import Printable, Sheet, shared_kind
+from bnfreeze.sheets import Sheet, shared_kind
+from bnfreeze.tables import Printable
 from bnfreeze.text import counted
-
-__all__ = ["FreezeReport", "LayerRow"]
 
 
 @dataclass(frozen=True)
@@ -94,12 +92,7 @@ class FreezeReport(Printable):
     def __enter__(self) -> FreezeReport:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.undo()
 
     def _verdict(self, norms: Sequence[LayerRow], cells: Sequence[tuple[str, ...]]) -> str:

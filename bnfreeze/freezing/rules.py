@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,18 +14,11 @@ from bnfreeze.norm_layers import NamedModule, foreign_remedy, is_foreign, is_nor
 from bnfreeze.patterns import Pattern, hint, with_parents
 from bnfreeze.policies.policy import Policy
 
-__all__ = ["Rule", "eligible", "matching", "parse_rules", "policies_for"]
-
-
 _STATELESS = re.compile(r"(Layer|Group|RMS|Instance)_?Norm")
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One entry of the mapping that `freeze` takes."""
-
-    pattern: Pattern
-    policy: Policy
+# A pattern, and the policy of what it matches.
+Rule = tuple[Pattern, Policy]
 
 
 def parse_rules(policy: object) -> tuple[Rule, ...]:
@@ -36,14 +28,14 @@ def parse_rules(policy: object) -> tuple[Rule, ...]:
         PolicyError: an unknown policy, a malformed pattern, or an empty mapping.
     """
     if not isinstance(policy, Mapping):
-        return (Rule(Pattern.parse(""), Policy.parse(policy)),)  # type: ignore[arg-type]
+        return ((Pattern.parse(""), Policy.parse(policy)),)  # type: ignore[arg-type]
     if not policy:
         raise PolicyError("The mapping of patterns to policies is empty: nothing to freeze.")
     rules = []
     for text, value in policy.items():
         pattern = Pattern.parse(text)
         try:
-            rules.append(Rule(pattern, Policy.parse(value)))
+            rules.append((pattern, Policy.parse(value)))
         except PolicyError as error:
             raise PolicyError(f"Rule {text!r}: {error}") from None
     return tuple(rules)
@@ -63,13 +55,12 @@ def policies_for(
         reached = {
             index: (entry, policy)
             for index, entry in enumerate(modules)
-            if rule.pattern.matches(*entry.all_names)
-            and (policy := _policy_of(rule, entry)) is not None
+            if rule[0].matches(*entry.all_names) and (policy := _policy_of(rule, entry)) is not None
         }
         if not any(not policy or eligible(e.module, policy) for e, policy in reached.values()):
             raise PolicyError(_nothing_found(modules, rule))
         chosen |= reached
-    wanted = [rule.pattern.text for rule in rules if rule.policy]
+    wanted = [pattern.text for pattern, policy in rules if policy]
     if wanted and not any(p and eligible(e.module, p) for e, p in chosen.values()):
         raise PolicyError(
             f"Nothing would be frozen: a later rule 'none' also matches all that "
@@ -85,15 +76,15 @@ def _policy_of(rule: Rule, entry: NamedModule) -> Policy | None:
     A foreign norm layer is frozen only by a rule that means it, and not just the whole model. If
     it has modules inside, it may be a large part of the model: the rule must match it by itself.
     """
-    module = entry.module
+    module, (pattern, policy) = entry.module, rule
     if not is_foreign(module) or isinstance(module, torch.jit.ScriptModule):
-        return rule.policy
+        return policy
     above = [""] if entry.name else []
     if any(True for _ in module.children()):
         above = [name.rpartition(".")[0] for name in entry.all_names]
-    if not rule.pattern.matches(*above):
-        return rule.policy
-    return Policy.WEIGHTS if Policy.WEIGHTS in rule.policy and module._parameters else None
+    if not pattern.matches(*above):
+        return policy
+    return Policy.WEIGHTS if Policy.WEIGHTS in policy and module._parameters else None
 
 
 def matching(modules: Sequence[NamedModule], select: str | Iterable[str]) -> list[NamedModule]:
@@ -119,9 +110,9 @@ def eligible(module: nn.Module, policy: Policy) -> bool:
 
 
 def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
-    text, wanted = rule.pattern.text, rule.policy
+    pattern, wanted = rule
     what = "norm layer" + (" and no parameter" if Policy.WEIGHTS in wanted else "")
-    reached = [entry for entry in modules if rule.pattern.matches(*entry.all_names)]
+    reached = [entry for entry in modules if pattern.matches(*entry.all_names)]
     for entry in reached:
         if wanted and is_foreign(entry.module):
             return (
@@ -150,10 +141,10 @@ def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
     if reached:
         more = f" and {len(reached) - 1} more modules" if len(reached) > 1 else ""
         problem = f"matches {reached[0].name!r}{more}, but no {what}."
-    if set("[]{}()|") & set(text):
+    if set("[]{}()|") & set(pattern.text):
         problem += " Only *, ? and ** are special in a pattern."
-    near = _nearest(text, (entry for entry in modules if eligible(entry.module, wanted)))
-    return f"Pattern {text!r} {problem}{near}"
+    near = _nearest(pattern.text, (e for e in modules if eligible(e.module, wanted)))
+    return f"Pattern {pattern.text!r} {problem}{near}"
 
 
 def _nearest(text: str, modules: Iterable[NamedModule]) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,16 +17,13 @@ from torch import Tensor, nn
 
 from bnfreeze.fusion.generated import Generated
 from bnfreeze.fusion.matching import Fusion
-from bnfreeze.fusion.survey import fuses_more, survey
-from bnfreeze.fusion.tracing import names_of
+from bnfreeze.fusion.survey import survey
 from bnfreeze.nn.eager import observer
 from bnfreeze.norm_layers import NamedModule
 from bnfreeze.policies.class_swap import Swapped, make_class
 from bnfreeze.policies.fused import has_hooks
-from bnfreeze.policies.record import layer_class, record_of, set_record
+from bnfreeze.policies.record import layer_class
 from bnfreeze.torch_private import _has_any_global_hook
-
-__all__ = ["GENERATED", "Fusion", "fuse_blocks", "release"]
 
 # Where a block keeps its generated forwards; in place of them an empty dict if it comes out of a
 # file, and they have to be generated again.
@@ -72,7 +68,7 @@ def _generated_again(block: nn.Module) -> Generated | None:
             pass
     except RuntimeError:
         return None  # Activation checkpointing is on; it may be off at a later call.
-    blocks, _ = survey(block, _named(block))
+    blocks, _ = survey(block)
     for each in (m for m in block.modules() if GENERATED in m.__dict__):
         each.__dict__[GENERATED] = _NEVER
     for each, generated in blocks:
@@ -81,38 +77,20 @@ def _generated_again(block: nn.Module) -> Generated | None:
     return block.__dict__[GENERATED]  # type: ignore[no-any-return]
 
 
-def fuse_blocks(
-    modules: Sequence[NamedModule], traceable: str | type | Sequence[str | type] = ()
-) -> dict[int, Fusion]:
+def fuse_blocks(modules: Sequence[NamedModule]) -> dict[int, Fusion]:
     """Generate the forward of every block of a model in which a norm layer can fuse something.
 
     Args:
         modules: all of the model's, the first one being the model; none has such a forward yet.
-        traceable: classes, and names of packages, whose forward may be traced besides those of
-            known libraries. The layers remember it.
 
     Returns:
         By identity of each norm layer under ``fused-act`` or ``folded`` what it fuses.
-
-    Raises:
-        TypeError: something in `traceable` is neither a class of modules nor a name.
     """
-    given, model = names_of(traceable), modules[0].module
-    for entry in modules if given else ():
-        record = record_of(entry.module)
-        if record is not None and fuses_more(entry.module):
-            set_record(entry.module, replace(record, traceable=given))
-    blocks, layers = survey(model, _named(model))
+    blocks, layers = survey(modules[0].module)
     for block, generated in blocks:
         block.__class__ = make_class(layer_class(block), _FusedBlock)
         block.__dict__[GENERATED] = generated
     return layers
-
-
-def _named(model: nn.Module) -> tuple[str, ...]:
-    """The classes and packages that the layers of a model remember."""
-    records = [record_of(module) for module in model.modules()]
-    return tuple({name for record in records if record for name in record.traceable})
 
 
 def release(modules: Sequence[NamedModule]) -> None:

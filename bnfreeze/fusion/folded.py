@@ -30,8 +30,6 @@ from bnfreeze.nn.reference import Norm
 from bnfreeze.policies.fused import has_hooks, own_activation
 from bnfreeze.policies.record import layer_class
 
-__all__ = ["conv_norm_add", "why_not_folded"]
-
 # The rank of the input for which the norm layer's channels are the convolution's.
 _RANKS: dict[type, int] = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
 _CONVOLUTIONS = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}

@@ -22,8 +22,6 @@ from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, record_of
 from bnfreeze.torch_private import _has_any_global_hook
 
-__all__ = ["Generated", "compiled", "generate"]
-
 Forward = Callable[..., Any]
 # The mode, and the types of the arguments.
 Key = tuple[bool, tuple[type, ...]]

@@ -26,8 +26,6 @@ from bnfreeze.policies.fused import has_hooks, own_activation
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, record_of
 
-__all__ = ["Fusion", "fuse_calls"]
-
 # Modules whose output is a new tensor, which they do not keep.
 _MAKERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _FORWARDS = frozenset(kind.forward for kind in (*_MAKERS, nn.Sequential))
@@ -76,30 +74,25 @@ def fuse_calls(
                 graph.erase_node(node)
     view = _View(graph, block, layers)
     chains = {norm: _Chain(view, norm) for norm in view.before}
-    found = {norm: chain.result() for norm, chain in chains.items()}
-    # Two norm layers may meet in one sum, which only one of them computes: the one that can take
-    # the other's place too or is folded, or else the left one.
+    # Two norm layers may meet in one sum, which only one of them computes: the one that is folded,
+    # or else the left one, which can take the other's place too.
     sums: dict[fx.Node, list[_Chain]] = {}
     for chain in chains.values():
         if chain.total is not None:
             sums.setdefault(chain.total, []).append(chain)
     for total, rivals in sums.items():
-        first, *others = sorted(
-            rivals, key=lambda c: (c.branch is None, c.conv is None, c.norm is not total.args[0])
-        )
-        for other in others:
-            other.total = other.activation = None
-            other.follows = []
-            other.note = "the other summand fuses the add"
-            other.nodes = [node for node in (other.conv, other.norm) if node is not None]
-            found[other.norm] = other.result()
-        if first.branch is not None:
-            found[first.branch] = Fusion("fused")
-            del chains[first.branch]
-    for chain in chains.values():
-        if chain.result().fuses:
+        rivals.sort(key=lambda chain: (chain.conv is None, chain.norm is not total.args[0]))
+        for chain in rivals[1:]:
+            chain.total = chain.branch = chain.activation = None
+            chain.note = "the other summand fuses the add"
+    branches = {chain.branch for chain in chains.values()}
+    found: list[tuple[nn.Module, Fusion]] = []
+    for norm, chain in chains.items():
+        fusion = Fusion("fused") if norm in branches else chain.result()
+        if fusion.fuses and norm not in branches:
             chain.rewrite(graph)
-    return [(view.modules[norm], fusion) for norm, fusion in found.items()]
+        found.append((view.modules[norm], fusion))
+    return found
 
 
 class _View:
@@ -166,9 +159,9 @@ class _View:
             return layer_class(self.modules[node]).__name__
         return node.target if isinstance(node.target, str) else node.target.__name__
 
-    def activation(self, node: fx.Node) -> str | None:
+    def activation(self, node: fx.Node | None) -> str | None:
         """The name of the activation that the node is, if it is one that can be fused."""
-        if set(node.kwargs) - {"inplace"}:
+        if node is None or set(node.kwargs) - {"inplace"}:
             return None
         if node.op == "call_module" and len(node.args) == 1:
             return activation_of(self.modules[node])
@@ -184,25 +177,20 @@ class _Chain:
 
     Attributes:
         norm: the call.
-        nodes: what one new node replaces.
-        folded: what it is folded into, in the words of `Fusion.fuses`.
-        follows: what follows, in the same words.
         conv: the convolution that the layer is folded into.
         total: the sum.
         branch: the norm layer of the other summand, if its place is taken too.
-        activation: the name.
+        activation: what follows last.
         note: why there is not more.
         last: whether it is at the end of the block.
     """
 
     def __init__(self, view: _View, norm: fx.Node) -> None:
-        self.view, self.norm, self.nodes = view, norm, [norm]
-        self.folded: list[str] = []
-        self.follows: list[str] = []
+        self.view, self.norm = view, norm
         self.conv: fx.Node | None = None
         self.total: fx.Node | None = None
         self.branch: fx.Node | None = None
-        self.activation: str | None = None
+        self.activation: fx.Node | None = None
         self.own = own_activation(view.modules[norm])
         self.note, self.last = "", False
         try:
@@ -213,8 +201,15 @@ class _Chain:
 
     def result(self) -> Fusion:
         """What it comes to."""
-        note = "" if self.folded else self.note
-        return Fusion("+".join(self.folded + self.follows), note, self.last)
+        parts: list[str | None] = []
+        if self.conv is not None:
+            linear = type(self.view.modules[self.conv]) is nn.Linear
+            parts += ["linear" if linear else "conv", self.own]
+        parts += ["affine"] if self.branch is not None else []
+        parts += ["add"] if self.total is not None else []
+        parts.append(self.view.activation(self.activation))
+        note = self.note if self.conv is None else ""
+        return Fusion("+".join(filter(None, parts)), note, self.last)
 
     def _follow(self) -> None:
         if not _is_plain_call(self.norm):
@@ -223,9 +218,6 @@ class _Chain:
         conv = self.view.before[self.norm]
         if isinstance(conv, fx.Node):
             self.conv = conv
-            self.nodes.append(conv)
-            kind = "linear" if type(self.view.modules[conv]) is nn.Linear else "conv"
-            self.folded = [kind, self.own] if self.own else [kind]
         else:
             self.note = conv
         if self.own:
@@ -242,9 +234,7 @@ class _Chain:
             return False
         self.view.check_hooks(node)
         self._check_backward(node, activation)
-        self.activation = activation
-        self.follows.append(activation)
-        self.nodes.append(node)
+        self.activation = node
         return True
 
     def _take_sum(self, node: fx.Node) -> None:
@@ -261,8 +251,6 @@ class _Chain:
             raise _End("it is added in place onto another tensor")
         self.view.check_later(self.conv or self.norm, node)
         self.total = node
-        self.follows = ["add"]
-        self.nodes.append(node)
         # Take the other summand's norm layer in, if it has one that nobody else reads.
         other = right if left is self.norm else left
         assert isinstance(other, fx.Node)
@@ -276,8 +264,6 @@ class _Chain:
             except _End:
                 return
             self.branch = other
-            self.follows = ["affine", "add"]
-            self.nodes.append(other)
 
     def _check_backward(self, node: fx.Node, activation: str) -> None:
         """Refuse to keep for backward a tensor that may be changed in place until then."""
@@ -294,11 +280,13 @@ class _Chain:
     def rewrite(self, graph: fx.Graph) -> None:
         """Put one node in the place of all of the chain's."""
         first, total = self.conv or self.norm, self.total
-        nodes = sorted(self.nodes, key=self.view.order.__getitem__)
+        parts = self.conv, self.norm, self.branch, total, self.activation
+        nodes = sorted((node for node in parts if node), key=self.view.order.__getitem__)
+        activation = self.view.activation(self.activation)
         # Where the sum was, and not where the activation is: what is added may change in between.
         with graph.inserting_before(total or self.norm):
             if first is self.norm and total is None:
-                args = first.args[0], None, self.activation
+                args = first.args[0], None, activation
                 new = graph.call_module(str(first.target), args)
             else:
                 conv, layer, branch = (
@@ -311,7 +299,7 @@ class _Chain:
                     residual = residual if self.branch is None else self.branch.args[0]
                 in_place = total is not None and _is_in_place(total)
                 swapped = total is not None and total.args[0] is not self.norm
-                rest = layer, first.args[0], residual, self.activation, in_place, swapped
+                rest = layer, first.args[0], residual, activation, in_place, swapped
                 if conv is not None:
                     new = graph.call_function(conv_norm_add, (conv, *rest))
                 else:

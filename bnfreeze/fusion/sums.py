@@ -11,8 +11,6 @@ from bnfreeze.nn import functional
 from bnfreeze.nn.activations import ACTIVATIONS
 from bnfreeze.nn.eager import PLAIN
 
-__all__ = ["is_drop", "norm_add"]
-
 # Modules that drop at random in train mode and return their input in eval mode, by the names of
 # class and library, which need not be installed.
 _DROPS = frozenset(

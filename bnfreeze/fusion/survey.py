@@ -9,7 +9,7 @@ next smaller blocks, which have theirs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import replace
 
 from torch import nn
@@ -21,38 +21,26 @@ from bnfreeze.policies.fused import has_hooks, own_activation
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, record_of
 
-__all__ = ["fuses_more", "survey"]
-
 _MODES = (True, False)
 
 
-def fuses_more(module: nn.Module) -> bool:
-    """Whether the module is frozen by a policy that fuses what is around it."""
-    record = record_of(module)
-    return record is not None and Policy.FUSED_ACT in record.policy
-
-
-def survey(
-    model: nn.Module, traceable: Sequence[str]
-) -> tuple[list[tuple[nn.Module, Generated]], dict[int, Fusion]]:
+def survey(model: nn.Module) -> tuple[list[tuple[nn.Module, Generated]], dict[int, Fusion]]:
     """Look at every block of a model; nothing of it is changed.
-
-    Args:
-        model: the model.
-        traceable: full names of classes and packages that may be traced besides the known ones.
 
     Returns:
         The blocks that get generated forwards, with these; and by identity of each norm layer
-        that `fuses_more` what it fuses.
+        under ``fused-act`` or ``folded`` what it fuses.
     """
-    walk = _Walk(model, traceable)
+    records = {m: record for m in model.modules() if (record := record_of(m))}
+    walk = _Walk(model, {name for record in records.values() for name in record.traceable})
     if walk.layers:
         walk.visit(model)
-    return walk.blocks, {id(m): walk.result(m) for m in model.modules() if fuses_more(m)}
+    fusing = [m for m, record in records.items() if Policy.FUSED_ACT in record.policy]
+    return walk.blocks, {id(m): walk.result(m) for m in fusing}
 
 
 class _Walk:
-    def __init__(self, model: nn.Module, traceable: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, traceable: Collection[str]) -> None:
         self.traceable = traceable
         # The layers that may fuse more than their own activation.
         self.layers = {m for m in model.modules() if _may_fuse_more(m)}

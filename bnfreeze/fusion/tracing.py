@@ -20,18 +20,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from bnfreeze.norm_layers import KNOWN
+from bnfreeze.norm_layers import KNOWN, forward_owner
 from bnfreeze.policies.record import layer_class
 from bnfreeze.torch_private import TorchDispatchMode, _len_torch_function_stack
-
-__all__ = [
-    "IN_PLACE_ADD",
-    "UntraceableError",
-    "names_of",
-    "trace",
-    "why_not_traced",
-]
-
 
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -69,7 +60,7 @@ def why_not_traced(module: nn.Module, traceable: Iterable[str]) -> str:
     kind = layer_class(module)
     if isinstance(module, fx.GraphModule):
         return "a GraphModule of torch.fx keeps its forward"
-    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    owner = forward_owner(kind)
     if owner.__module__.partition(".")[0] in KNOWN:
         return ""
     for name in {_full_name(kind), _full_name(owner)}:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, Literal, cast
 
 import torch
@@ -21,15 +21,13 @@ from bnfreeze.norm_layers import (
     is_foreign,
     is_lazy,
     is_lookalike,
+    is_norm,
     keeps_statistics,
     statistics_in,
 )
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import layer_class, policies_by_parameter, policy_name, record_of
 from bnfreeze.torch_private import _InstanceNorm
-
-__all__ = ["SHARES", "LiveLayer", "fate", "live_layer", "optimizers_by_id", "updated_by_another"]
-
 
 _NEITHER = "it has neither"
 # The end of the reason why a layer's statistics update that does not update them itself.
@@ -123,21 +121,40 @@ def optimizers_by_id(
     return owners
 
 
-def live_layer(
-    entry: NamedModule,
-    optimized: Mapping[int, str] | None,
-    by_policy: Mapping[int, str],
-) -> LiveLayer:
-    """Say what a norm layer will do in the next training step.
+def live_layers(
+    modules: Sequence[NamedModule], optimized: Mapping[int, str] | None
+) -> list[LiveLayer]:
+    """Say what the norm layers of a model will do in the next training step.
 
     Args:
-        entry: the norm layer, as `bnfreeze.inspection.modes.in_training` leaves it.
+        modules: all of the model's, as `bnfreeze.inspection.modes.in_training` leaves them.
         optimized: what `optimizers_by_id` gave; None where no optimizer is known.
-        by_policy: what `policies_by_parameter` gives for the model.
     """
-    layer, training = entry.module, entry.module.training
-    normalizes, why_normalizes = _normalizes_with(layer, training)
-    updates, why_updates = _updates_statistics(layer, training)
+    by_policy = policies_by_parameter(entry.module for entry in modules)
+    norms = [entry for entry in modules if is_norm(entry.module)]
+    layers = [_live_layer(entry, optimized, by_policy) for entry in norms]
+    # A layer whose statistics another one updates, updates them.
+    kept = [[id(d[name]) for d, name in statistics_in(entry.module)] for entry in norms]
+    writers = {
+        tensor: layer.name or "the model"
+        for layer, own in zip(layers, kept, strict=True)
+        if layer.updates_statistics
+        for tensor in own
+    }
+    for index, (layer, own) in enumerate(zip(layers, kept, strict=True)):
+        others = [writers[tensor] for tensor in own if tensor in writers]
+        if others and not layer.updates_statistics:
+            why = {**layer.why, "statistics": f"{others[0]} {SHARES}"}
+            layers[index] = replace(layer, updates_statistics=True, why=why)
+    return layers
+
+
+def _live_layer(
+    entry: NamedModule, optimized: Mapping[int, str] | None, by_policy: Mapping[int, str]
+) -> LiveLayer:
+    layer = entry.module
+    normalizes, why_normalizes = _normalizes_with(layer)
+    updates, why_updates = _updates_statistics(layer)
     trains, why_trains = _trains_affine(layer, optimized, by_policy)
     return LiveLayer(
         name=entry.name,
@@ -183,7 +200,7 @@ def _why_unknown(layer: nn.Module) -> str:
     return "" if has_known_forward(layer, kind) else f"{kind.__name__} has a forward of its own"
 
 
-def _normalizes_with(layer: nn.Module, training: bool) -> tuple[NormalizesWith, str]:
+def _normalizes_with(layer: nn.Module) -> tuple[NormalizesWith, str]:
     if is_lookalike(layer) and not has_replaced_forward(layer):
         return "running", _why_eval(layer)
     if unknown := _why_unknown(layer):
@@ -192,11 +209,11 @@ def _normalizes_with(layer: nn.Module, training: bool) -> tuple[NormalizesWith, 
         return "batch", "it keeps no running statistics"
     if isinstance(layer, _InstanceNorm) and not layer.track_running_stats:
         return "batch", "track_running_stats is False: an instance norm ignores its statistics then"
-    return ("batch", "train mode") if training else ("running", _why_eval(layer))
+    return ("batch", "train mode") if layer.training else ("running", _why_eval(layer))
 
 
-def _updates_statistics(layer: nn.Module, training: bool) -> tuple[bool, str]:
-    record = record_of(layer)
+def _updates_statistics(layer: nn.Module) -> tuple[bool, str]:
+    record, training = record_of(layer), layer.training
     if not keeps_statistics(layer) and not is_lazy(layer):
         return False, "there are none"
     if has_replaced_forward(layer):

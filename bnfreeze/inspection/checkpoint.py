@@ -1,4 +1,4 @@
-"""The norm layers of a checkpoint, as a table, as lines and as data."""
+"""What `inspect` returns: of a checkpoint, and what it has in common with that of a live model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any, Final
 
+from bnfreeze.findings import Finding
 from bnfreeze.histograms import Scale
 from bnfreeze.inspection.origin import RUNS_CODE, Origin
-from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.stored_layers import BATCH_NORM, Spread, StoredLayer
 from bnfreeze.sheets import Cell, Sheet
+from bnfreeze.tables import Printable
 from bnfreeze.text import counted
-
-__all__ = ["CheckpointInspection", "Unread"]
 
 _BAR = 12
 _LEGEND = "C: channels; a…b: range; bars: spread, on one axis; < >: values beyond it"
@@ -33,6 +32,39 @@ _SHARED: Final[dict[str, Callable[[StoredLayer], object]]] = {
     "batches": attrgetter("batches"),
     "dtype": attrgetter("dtype"),
 }
+
+
+@dataclass(frozen=True, repr=False)
+class Inspection(Printable):
+    """The norm layers of a model or a checkpoint, and what there is to know about them.
+
+    It is true if `ok`. Printing it gives a table; `to_dict` gives the same facts for JSON.
+
+    Attributes:
+        layers: of a live model `bnfreeze.LiveLayer`, which says what the layer will do; of a
+            checkpoint `bnfreeze.StoredLayer`, which says what its tensors hold.
+        findings: the worst first.
+    """
+
+    layers: tuple[Any, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no finding of level ``"error"``."""
+        return not any(finding.level == "error" for finding in self.findings)
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as plain data with stable keys."""
+        return {
+            "schema": 2,
+            "ok": self.ok,
+            "layers": [asdict(layer) for layer in self.layers],
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
 
 
 @dataclass(frozen=True)
@@ -82,36 +114,44 @@ class CheckpointInspection(Inspection):
         layers = self.layers
         means = Scale([x.mean.deciles for x in layers if x.mean], positive=False)
         variances = Scale([x.var.deciles for x in layers if x.var], positive=True)
-        columns = (
-            "layer",
-            "kind",
-            "C",
-            "batches",
-            "mean",
-            means.ends(_BAR),
-            "variance",
-            variances.ends(_BAR),
-            "weight",
-            "dead",
-            "dtype",
-        )
         shared = {
             column
             for column, fact in _SHARED.items()
             if len({fact(layer) for layer in layers}) == 1
         }
+
+        def cells(layer: StoredLayer) -> list[tuple[str, Cell]]:
+            batches = "–" if layer.batches is None else str(layer.batches)
+            mean, var = (spread.deciles if spread else None for spread in (layer.mean, layer.var))
+            return [
+                ("layer", layer.name or "(the model)"),
+                ("kind", "" if "kind" in shared else _kind(layer)),
+                ("C", str(layer.num_features)),
+                ("batches", "" if "batches" in shared else batches),
+                ("mean", _range(layer.mean, "…")),
+                (means.ends(_BAR), means.draw(mean, _BAR)),
+                ("variance", _range(layer.var, "…")),
+                (variances.ends(_BAR), variances.draw(var, _BAR)),
+                ("weight", _range(layer.weight, "…") if self.weights else ""),
+                ("dead", str(layer.near_dead or "")),
+                ("dtype", "" if "dtype" in shared else layer.dtype),
+            ]
+
         rows: list[tuple[Cell, ...]] = []
+        columns: tuple[str, ...] = ()
         several = len({layer.key for layer in layers}) > 1
         for key, own in groupby(layers, attrgetter("key")):
             rows += [(f"{key or '(top)'}:",)] if several else []
-            rows += [_row(layer, means, variances, shared, weights=self.weights) for layer in own]
+            for layer in own:
+                columns, row = zip(*cells(layer), strict=True)
+                rows.append(row)
         return Sheet(
             title=self.origin.path or "A state_dict",
             columns=columns,
             rows=rows,
             findings=self.findings,
             verdict=_verdict(self, shared),
-            further=frozenset({"kind", "dtype", columns[5]}),
+            further=frozenset({"kind", "dtype", means.ends(_BAR)}),
             notes=(
                 *self.origin.summary(),
                 *(f"{one.key} was not read: {one.message}" for one in self.unread),
@@ -142,24 +182,6 @@ class CheckpointInspection(Inspection):
             )
             for layer in self.layers
         ]
-
-
-def _row(
-    layer: StoredLayer, means: Scale, variances: Scale, shared: set[str], *, weights: bool
-) -> tuple[Cell, ...]:
-    return (
-        layer.name or "(the model)",
-        "" if "kind" in shared else _kind(layer),
-        str(layer.num_features),
-        "" if "batches" in shared else "–" if layer.batches is None else str(layer.batches),
-        _range(layer.mean, "…"),
-        means.draw(layer.mean.deciles if layer.mean else None, _BAR),
-        _range(layer.var, "…"),
-        variances.draw(layer.var.deciles if layer.var else None, _BAR),
-        _range(layer.weight, "…") if weights else "",
-        str(layer.near_dead) if layer.near_dead else "",
-        "" if "dtype" in shared else layer.dtype,
-    )
 
 
 def _range(spread: Spread | None, between: str) -> str:

@@ -17,8 +17,6 @@ from bnfreeze.checkpoints.stored_tensor import Words
 from bnfreeze.inspection.origin import Found
 from bnfreeze.torch_private import DisableTorchFunctionSubclass
 
-__all__ = ["TensorInMemory", "found_in", "read_tensor", "shard_of", "why_unreadable"]
-
 
 def shard_of(tensor: Tensor) -> Tensor | None:
     """This rank's shard of a DTensor; None for any other tensor."""

@@ -12,9 +12,8 @@ from bnfreeze.checkpoints import StateDict, naming_file, open_checkpoint
 from bnfreeze.checkpoints.limits import MAX_CHANNELS, check_limit
 from bnfreeze.errors import CheckpointError, PolicyError
 from bnfreeze.findings import Finding, worst_first
-from bnfreeze.inspection.checkpoint import CheckpointInspection, Unread
+from bnfreeze.inspection.checkpoint import CheckpointInspection, Inspection, Unread
 from bnfreeze.inspection.origin import Found
-from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.stored_layers import StoredLayer, stored_layers
 from bnfreeze.patterns import Pattern, hint, with_parents
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from bnfreeze.inspection.live import ModelInspection
-
-__all__ = ["SORTS", "inspect", "inspect_checkpoint", "selected"]
 
 # What layers can be sorted by; the most unusual come first.
 SORTS: Final[dict[str, Callable[[StoredLayer], Any]]] = {

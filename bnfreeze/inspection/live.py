@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from bnfreeze.findings import Finding, Level, finding, worst_first
-from bnfreeze.inspection.behaviour import (
-    SHARES,
-    LiveLayer,
-    fate,
-    live_layer,
-    updated_by_another,
-)
+from bnfreeze.inspection.behaviour import LiveLayer, fate, live_layers, updated_by_another
+from bnfreeze.inspection.checkpoint import Inspection
 from bnfreeze.inspection.in_memory import TensorInMemory
 from bnfreeze.inspection.modes import in_training
-from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.statistics import batches_in, real_values, statistics_findings
 from bnfreeze.inspection.unregistered import unregistered
 from bnfreeze.norm_layers import (
     STATISTICS,
-    NamedModule,
     affine_parameters,
     check_model,
     foreign_remedy,
@@ -33,18 +26,9 @@ from bnfreeze.norm_layers import (
     named_modules,
     statistics_in,
 )
-from bnfreeze.policies.record import (
-    frozen_names,
-    policies_by_parameter,
-    policy_name,
-    record_of,
-    recorded,
-)
-from bnfreeze.tables import Sheet, shared_kind
+from bnfreeze.policies.record import frozen_names, policy_name, record_of, recorded
+from bnfreeze.sheets import Sheet, shared_kind
 from bnfreeze.text import counted
-
-__all__ = ["ModelInspection", "inspect_model", "live_layers"]
-
 
 # Shown by a wide terminal only.
 _FURTHER = ("eps", "statistics, because", "affine, because")
@@ -109,14 +93,13 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
     """
     model = check_model(model)
     modules = named_modules(model)
-    by_policy = policies_by_parameter(entry.module for entry in modules)
-    norms = [entry for entry in modules if is_norm(entry.module)]
-    undone = [model.training and not entry.module.training for entry in norms]
+    norms = [entry.module for entry in modules if is_norm(entry.module)]
+    undone = [model.training and not layer.training for layer in norms]
     findings: list[Finding] = []
     with in_training(model):
-        layers = live_layers(norms, optimized, by_policy)
-        for entry, layer, was_eval in zip(norms, layers, undone, strict=True):
-            findings += _layer_findings(layer, entry.module, was_eval, optimized)
+        layers = live_layers(modules, optimized)
+        for facts, layer, was_eval in zip(layers, norms, undone, strict=True):
+            findings += _layer_findings(facts, layer, was_eval, optimized or {})
         trains = any(parameter.requires_grad for parameter in model.parameters())
     for path, hidden in unregistered(modules).items():
         drifting = [m for m in hidden if not {n for _, n in statistics_in(m)} & {*frozen_names(m)}]
@@ -129,7 +112,7 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
             findings.append(finding("layer-unregistered", path, message, level=level))
     if not layers and not findings:
         findings.append(finding("model-no-norm-layer", ""))
-    weights = any("weights" in policy for policy in by_policy.values())
+    weights = any("weights" in policy_name(e.module) for e in modules if recorded(e.module))
     if weights and not trains:
         findings.append(finding("model-nothing-trains", ""))
     if optimized and not any(id(p) in optimized for p in model.parameters()):
@@ -137,36 +120,8 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
     return ModelInspection(tuple(layers), worst_first(findings))
 
 
-def live_layers(
-    norms: Sequence[NamedModule],
-    optimized: Mapping[int, str] | None,
-    by_policy: Mapping[int, str],
-) -> list[LiveLayer]:
-    """Say what all norm layers of a model will do; call it inside `in_training`.
-
-    A layer whose statistics another one updates, updates them. The arguments are as for
-    `live_layer`.
-    """
-    layers = [live_layer(entry, optimized, by_policy) for entry in norms]
-    kept = [[id(d[name]) for d, name in statistics_in(entry.module)] for entry in norms]
-    writers = {
-        tensor: layer.name or "the model"
-        for layer, own in zip(layers, kept, strict=True)
-        if layer.updates_statistics
-        for tensor in own
-    }
-    shown = []
-    for layer, own in zip(layers, kept, strict=True):
-        others = [writers[tensor] for tensor in own if tensor in writers]
-        if others and not layer.updates_statistics:
-            why = {**layer.why, "statistics": f"{others[0]} {SHARES}"}
-            layer = replace(layer, updates_statistics=True, why=why)
-        shown.append(layer)
-    return shown
-
-
 def _layer_findings(
-    facts: LiveLayer, layer: nn.Module, was_eval: bool, optimized: Mapping[int, str] | None
+    facts: LiveLayer, layer: nn.Module, was_eval: bool, optimized: Mapping[int, str]
 ) -> Iterator[Finding]:
     record = record_of(layer)
     name = facts.name
@@ -211,7 +166,7 @@ def _layer_findings(
         )
     if was_eval and "train mode" in facts.why.values():
         yield finding("train-undoes-eval", name)
-    yield from _gradient_findings(name, layer, optimized or {})
+    yield from _gradient_findings(name, layer, optimized)
     own = (getattr(layer, statistic, None) for statistic in STATISTICS)
     mean, var, count = (TensorInMemory(t) if isinstance(t, Tensor) else None for t in own)
     if mean and var:

@@ -14,8 +14,6 @@ from bnfreeze.norm_layers import is_norm
 from bnfreeze.policies.record import record_of, set_record
 from bnfreeze.policies.transaction import transaction
 
-__all__ = ["in_training", "modes_put_back"]
-
 
 @contextlib.contextmanager
 def in_training(model: nn.Module) -> Iterator[None]:

@@ -10,8 +10,6 @@ from bnfreeze.checkpoints import Checkpoint, StateDict, StateDicts, Uninterprete
 from bnfreeze.findings import Finding, Level, finding
 from bnfreeze.text import listed
 
-__all__ = ["RUNS_CODE", "Found", "ModelOrigin", "Origin"]
-
 RUNS_CODE: Final = "runs-code"
 _RUNS: Final[dict[Level, str]] = {
     "error": "loading the file with torch.load(weights_only=False) or pickle calls {}.",

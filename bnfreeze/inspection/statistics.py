@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from bnfreeze.checkpoints import StoredTensor
 from bnfreeze.findings import Finding, finding
 
-__all__ = ["batches_in", "real_values", "statistics_findings"]
-
 _LOW_PRECISION = frozenset({"float16", "bfloat16"})
 
 
@@ -66,46 +64,29 @@ def statistics_findings(
         return
     bad_mean, bad_var = (int((~np.isfinite(stat)).sum()) for stat in (mean, var))
     if bad_mean or bad_var:
-        yield finding(
-            "stats-nonfinite",
-            layer,
-            f"NaN or infinite: {bad_mean} of {len(mean)} means, {bad_var} of {len(var)} variances.",
-            key=key,
-        )
+        text = f"{bad_mean} of {len(mean)} means, {bad_var} of {len(var)} variances."
+        yield finding("stats-nonfinite", layer, f"NaN or infinite: {text}", key=key)
     negative, zero = int((var < 0).sum()), int((var == 0).sum())
     if negative:
-        yield finding(
-            "stats-var-nonpositive",
-            layer,
-            f"{negative} of {len(var)} running variances are negative, "
-            f"the lowest {float(var[var < 0].min()):.3g}.",
-            key=key,
-        )
+        lowest = f"{float(var[var < 0].min()):.3g}"
+        text = f"{negative} of {len(var)} running variances are negative, the lowest {lowest}."
+        yield finding("stats-var-nonpositive", layer, text, key=key)
     elif zero:
         factor = f" = {eps**-0.5:.3g}" if eps and eps > 0 else ""
-        yield finding(
-            "stats-var-nonpositive",
-            layer,
+        text = (
             f"{zero} of {len(var)} running variances are 0: these channels are dead, and any "
-            f"signal in them is multiplied by 1/sqrt(eps){factor}.",
-            level="warning",
-            key=key,
+            f"signal in them is multiplied by 1/sqrt(eps){factor}."
         )
+        yield finding("stats-var-nonpositive", layer, text, level="warning", key=key)
     if eps is not None and eps <= 0:
         yield finding("layer-eps-zero", layer, f"eps is {eps:g}.", key=key)
     if (mean == 0).all() and (var == 1).all():
         if count:
-            yield finding(
-                "stats-not-updated",
-                layer,
-                f"every mean is 0 and every variance 1, although {count:,} batches were counted.",
-                key=key,
-            )
+            text = f"every mean is 0 and every variance 1, although {count:,} batches were counted."
+            yield finding("stats-not-updated", layer, text, key=key)
         else:
-            yield finding(
-                "never-trained",
-                layer,
+            text = (
                 "every mean is 0, every variance 1, and no batch was counted: "
-                "these are the values of a new layer, which normalises nothing.",
-                key=key,
+                "these are the values of a new layer, which normalises nothing."
             )
+            yield finding("never-trained", layer, text, key=key)

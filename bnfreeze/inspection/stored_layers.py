@@ -16,8 +16,6 @@ from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.statistics import batches_in, real_values, statistics_findings
 from bnfreeze.text import counted
 
-__all__ = ["BATCH_NORM", "FROZEN_OR_OLD", "Spread", "StoredLayer", "stored_layers"]
-
 # A state_dict has names and values but no classes, so this is all that can be known of a layer.
 BATCH_NORM: Final = "batch norm"
 FROZEN_OR_OLD: Final = "frozen or old batch norm"
@@ -107,15 +105,18 @@ def stored_layers(model: StateDict) -> tuple[tuple[StoredLayer, ...], tuple[Find
     Raises:
         CheckpointError: one of them cannot be read.
     """
-    tensors, key = model.tensors, model.key
+    key = model.key
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for full, tensor in model.tensors.items():
+        name, dot, part = full.rpartition(".")
+        modules.setdefault(name or dot, {})[part] = tensor
     layers: list[StoredLayer] = []
     findings: list[Finding] = []
-    for name in _layer_names(tensors):
-        own = {
-            part: tensors[_join(name, part)]
-            for part in (*_STATISTICS, "weight", "bias")
-            if _join(name, part) in tensors
-        }
+    for name, parts in modules.items():
+        wanted: tuple[str, ...] = (*_STATISTICS, "weight", "bias")
+        own = {part: parts[part] for part in wanted if part in parts}
+        if not own.keys() & {*_STATISTICS}:
+            continue
         if problem := _mismatch(own):
             findings.append(finding("stats-unpaired", name, problem, key=key))
             continue
@@ -125,26 +126,16 @@ def stored_layers(model: StateDict) -> tuple[tuple[StoredLayer, ...], tuple[Find
         findings += own_findings
     findings += _across(layers, model)
     if not layers and not findings:
-        findings.append(
-            finding(
-                "model-no-norm-layer",
-                "",
-                "No tensor looked at is named running_mean or running_var" + _bare(tensors),
-                key=key,
-            )
-        )
+        text = "No tensor looked at is named running_mean or running_var" + _bare(modules)
+        findings.append(finding("model-no-norm-layer", "", text, key=key))
     return tuple(layers), worst_first(findings)
 
 
-def _bare(tensors: Mapping[str, StoredTensor]) -> str:
+def _bare(modules: Mapping[str, Mapping[str, StoredTensor]]) -> str:
     """What looks like norm layers without statistics, as the end of a sentence."""
-    parts: dict[str, dict[str, StoredTensor]] = {}
-    for full, tensor in tensors.items():
-        name, _, part = full.rpartition(".")
-        parts.setdefault(name, {})[part] = tensor
     bare = [
         name or "the model"
-        for name, own in parts.items()
+        for name, own in modules.items()
         if own.keys() == {"weight", "bias"} and len(own["weight"].shape) == 1
     ]
     if not bare:
@@ -155,15 +146,6 @@ def _bare(tensors: Mapping[str, StoredTensor]) -> str:
         f"weight and bias of a norm layer alone: LayerNorm and GroupNorm do; of a batch norm, the "
         f"statistics were lost."
     )
-
-
-def _join(name: str, part: str) -> str:
-    return f"{name}.{part}" if name else part
-
-
-def _layer_names(tensors: Mapping[str, StoredTensor]) -> list[str]:
-    names = (full.rpartition(".") for full in tensors)
-    return list(dict.fromkeys(name for name, _, part in names if part in _STATISTICS))
 
 
 def _mismatch(own: Mapping[str, StoredTensor]) -> str:
@@ -211,7 +193,15 @@ def _layer(
     findings = [*statistics_findings(name, mean, var, batches, layer.eps, dtypes, model.key)]
     if settings.in_graph and settings.training:
         findings.append(finding("layer-exported-training", name, key=model.key))
-    return layer, [*findings, *_own_findings(name, mean, var, model.key)]
+    if mean is None or var is None:
+        findings.append(finding("stats-unread", name, key=model.key))
+    elif tiny := int(((var > 0) & (var < _HALF_UNDERFLOW)).sum()):
+        text = (
+            f"{tiny} of {len(var)} running variances are so small that half precision makes them "
+            f"0: such a channel is multiplied by up to 1/sqrt(eps), 316 for an eps of 1e-5."
+        )
+        findings.append(finding("stats-var-tiny", name, text, key=model.key))
+    return layer, findings
 
 
 def _near_dead(var: NDArray[Any] | None, weight: NDArray[Any] | None) -> int:
@@ -223,29 +213,12 @@ def _near_dead(var: NDArray[Any] | None, weight: NDArray[Any] | None) -> int:
     return int((dead & (var >= 0)).sum())
 
 
-def _own_findings(
-    name: str, mean: NDArray[Any] | None, var: NDArray[Any] | None, key: str
-) -> Iterator[Finding]:
-    if mean is None or var is None:
-        yield finding("stats-unread", name, key=key)
-        return
-    tiny = int(((var > 0) & (var < _HALF_UNDERFLOW)).sum())
-    if tiny:
-        yield finding(
-            "stats-var-tiny",
-            name,
-            f"{tiny} of {len(var)} running variances are so small that half precision makes them "
-            f"0: such a channel is multiplied by up to 1/sqrt(eps), 316 for an eps of 1e-5.",
-            key=key,
-        )
-
-
 def _across(layers: list[StoredLayer], model: StateDict) -> Iterator[Finding]:
     """What only all layers together show."""
-    for name in (layer.name for layer in layers):
+    for layer in layers:
         # Where the class is known, there is nothing to guess.
-        if _join(name, _STATISTICS[2]) not in model.tensors and name not in model.layers:
-            yield finding("stats-count-missing", name, key=model.key)
+        if layer.kind == FROZEN_OR_OLD and layer.name not in model.layers:
+            yield finding("stats-count-missing", layer.name, key=model.key)
     counts = Counter(layer.batches for layer in layers if layer.batches is not None)
     if len(counts) > 1:
         (usual, number), *rest = counts.most_common()

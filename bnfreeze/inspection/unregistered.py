@@ -9,8 +9,6 @@ from torch import nn
 
 from bnfreeze.norm_layers import NamedModule, is_norm
 
-__all__ = ["unregistered"]
-
 # Attributes of every module, torch's registries among them; and where a module of a traced one
 # keeps its compiled form.
 _TORCHS_OWN = frozenset({*vars(nn.Module()), "_actual_script_module"})

@@ -22,8 +22,6 @@ from bnfreeze.policies.record import frozen_names, recorded
 from bnfreeze.verification.drift_report import DriftError
 from bnfreeze.verification.guard import Guard, guard
 
-__all__ = ["FreezeCallback", "frozen_pairs", "world"]
-
 _PROBED = 32  # batches
 
 
@@ -130,7 +128,19 @@ class FreezeCallback:
         """
         self.close(DriftError())
         changed = self.prepare(model)
-        self._look(model, training_data)
+        if self._probe is False:
+            return changed
+        data, most = (training_data, _PROBED) if self._probe is True else (self._probe, None)
+        if data is None:
+            raise PolicyError(
+                "probe=True: what this trainer loads is not known to be the model's input. Pass "
+                "data, as probe=loader, with forward= if the model is not called on it directly."
+            )
+        self.probed = probe(
+            model, data, forward=self._forward, max_batches=most, process_group=world()
+        )
+        if any(finding.code == "stats-shifted" for finding in self.probed.findings):
+            warnings.warn(self.probed.advice, BnfreezeWarning, stacklevel=2)
         return changed
 
     def at_epoch(
@@ -176,21 +186,6 @@ class FreezeCallback:
         if changed or self.report is None:
             self.report = report
         return changed
-
-    def _look(self, model: nn.Module, training_data: Iterable[Any] | None) -> None:
-        if self._probe is False:
-            return
-        data, most = (training_data, _PROBED) if self._probe is True else (self._probe, None)
-        if data is None:
-            raise PolicyError(
-                "probe=True: what this trainer loads is not known to be the model's input. Pass "
-                "data, as probe=loader, with forward= if the model is not called on it directly."
-            )
-        self.probed = probe(
-            model, data, forward=self._forward, max_batches=most, process_group=world()
-        )
-        if any(finding.code == "stats-shifted" for finding in self.probed.findings):
-            warnings.warn(self.probed.advice, BnfreezeWarning, stacklevel=3)
 
     def check(self, model: nn.Module) -> None:
         """Check that no frozen layer was replaced by a live one.

@@ -11,8 +11,6 @@ from torch.optim import Optimizer
 
 from bnfreeze.integrations.callback import FreezeCallback
 
-__all__ = ["FreezeBatchNorm"]
-
 
 class FreezeBatchNorm(FreezeCallback, Callback):
     """Freeze norm layers for each ``fit`` of a ``Learner``, and check that they stay frozen.

@@ -16,8 +16,6 @@ from bnfreeze.inspection.live import inspect_model
 from bnfreeze.integrations.callback import FreezeCallback
 from bnfreeze.torch_private import _BatchNorm
 
-__all__ = ["FreezeBatchNorm"]
-
 
 class FreezeBatchNorm(FreezeCallback, Callback):
     """Freeze norm layers for ``trainer.fit``, and check that they stay frozen.

@@ -11,8 +11,6 @@ from mmengine.runner import Runner
 
 from bnfreeze.integrations.callback import FreezeCallback, frozen_pairs
 
-__all__ = ["FreezeBatchNormHook"]
-
 
 @HOOKS.register_module()
 class FreezeBatchNormHook(FreezeCallback, Hook):

@@ -10,8 +10,6 @@ from transformers import TrainerCallback
 from bnfreeze.errors import PolicyError
 from bnfreeze.integrations.callback import FreezeCallback, world
 
-__all__ = ["FreezeBatchNorm"]
-
 
 class FreezeBatchNorm(FreezeCallback, TrainerCallback):
     """Freeze norm layers for ``Trainer``, and check that they stay frozen while it trains.

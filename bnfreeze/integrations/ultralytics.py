@@ -14,8 +14,6 @@ from bnfreeze.freezing.freeze import unfreeze
 from bnfreeze.integrations.callback import FreezeCallback, frozen_pairs
 from bnfreeze.policies.policy import Policy
 
-__all__ = ["FreezeBatchNorm", "freeze_batch_norm"]
-
 
 def freeze_batch_norm(
     yolo: Model, policy: Policy | str | Mapping[str, Policy | str] = "eval+affine", **options: Any

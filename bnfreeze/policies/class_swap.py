@@ -23,8 +23,6 @@ from torch import nn
 
 from bnfreeze.policies.record import layer_class, record_of
 
-__all__ = ["FrozenLayer", "Swapped", "make_class"]
-
 
 class Swapped(nn.Module):
     """A module whose class was swapped. It can be copied and pickled like any other."""

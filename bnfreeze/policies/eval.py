@@ -9,8 +9,6 @@ from bnfreeze.policies.class_swap import FrozenLayer
 from bnfreeze.policies.record import record_of, set_record
 from bnfreeze.policies.stats import OnCopies
 
-__all__ = ["ForceEval", "ForceEvalInstance", "ForceEvalOnCopies"]
-
 
 class ForceEval(FrozenLayer):
     """Normalises with the running statistics, whatever mode is asked for."""
@@ -47,8 +45,6 @@ class ForceEvalInstance(ForceEvalOnCopies):
     Instance norm uses its running statistics only if ``track_running_stats`` is true. Some
     versions of torch (2.10) also write them back in eval mode, rounded.
     """
-
-    __jit_unused_properties__ = ("training", "track_running_stats")
 
     @property
     def track_running_stats(self) -> bool:

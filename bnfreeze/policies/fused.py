@@ -20,8 +20,6 @@ from bnfreeze.policies.eval import ForceEval
 from bnfreeze.policies.record import layer_class, was_lookalike
 from bnfreeze.torch_private import _BatchNorm
 
-__all__ = ["fused_class", "has_hooks", "own_activation"]
-
 
 class _Fused1d(ForceEval, FrozenBatchNorm1d):
     replaces = FrozenBatchNorm1d

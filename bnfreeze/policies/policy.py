@@ -8,8 +8,6 @@ import re
 
 from bnfreeze.errors import PolicyError
 
-__all__ = ["Policy"]
-
 
 class Policy(enum.Flag):
     """What freezing does to a norm layer. Members combine: ``Policy.EVAL | Policy.AFFINE``.

@@ -8,29 +8,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from bnfreeze.norm_layers import (
-    AFFINE,
-    is_lookalike,
-    is_norm,
-    statistics_in,
-)
+from bnfreeze.norm_layers import AFFINE, is_lookalike, is_norm, statistics_in
 from bnfreeze.policies.policy import Policy
-
-__all__ = [
-    "FreezeRecord",
-    "class_changed_since",
-    "frozen_names",
-    "is_left_alone",
-    "layer_class",
-    "mark_left_alone",
-    "original_flags",
-    "policies_by_parameter",
-    "policy_name",
-    "record_of",
-    "recorded",
-    "set_record",
-    "was_lookalike",
-]
 
 _RECORD = "_bnfreeze"
 _LEFT_ALONE = "_bnfreeze_left_alone"

@@ -15,8 +15,6 @@ from bnfreeze.norm_layers import statistics_in
 from bnfreeze.policies.class_swap import FrozenLayer
 from bnfreeze.torch_private import _BatchNorm
 
-__all__ = ["BatchOnly", "OnCopies"]
-
 
 class BatchOnly(FrozenLayer, _BatchNorm):
     """Torch's own batch norm. In train mode its forward does not get the statistics at all."""

@@ -9,8 +9,6 @@ from torch import nn
 
 from bnfreeze.norm_layers import STATISTICS
 
-__all__ = ["transaction"]
-
 
 @contextlib.contextmanager
 def transaction(modules: Iterable[nn.Module], *, keep: bool = True) -> Iterator[None]:

@@ -10,8 +10,7 @@ from torch import nn
 from bnfreeze.errors import NotFrozenError, PolicyError
 from bnfreeze.findings import finding_kind
 from bnfreeze.freezing.plan import plan
-from bnfreeze.inspection.behaviour import SHARES, updated_by_another
-from bnfreeze.inspection.live import live_layers
+from bnfreeze.inspection.behaviour import SHARES, live_layers, updated_by_another
 from bnfreeze.inspection.modes import in_training
 from bnfreeze.norm_layers import (
     NamedModule,
@@ -26,7 +25,6 @@ from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
     class_changed_since,
     is_left_alone,
-    policies_by_parameter,
     policy_name,
     record_of,
     recorded,
@@ -96,10 +94,8 @@ def assert_frozen(
         raise PolicyError(
             "Nothing in the model is frozen and it has no norm layer: there is nothing to check."
         )
-    norms = [entry for entry in modules if is_norm(entry.module)]
-    by_policy = policies_by_parameter(entry.module for entry in modules)
     with in_training(model):
-        facts = {layer.name: layer for layer in live_layers(norms, None, by_policy)}
+        facts = {layer.name: layer for layer in live_layers(modules, None)}
         found = {
             entry.name: "; ".join(reasons)
             for entry in chosen

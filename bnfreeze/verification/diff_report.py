@@ -10,8 +10,8 @@ from typing import Any, Literal
 from bnfreeze.findings import Finding
 from bnfreeze.inspection.checkpoint import Unread
 from bnfreeze.inspection.origin import RUNS_CODE, Origin
-from bnfreeze.sheets import grouped
-from bnfreeze.tables import Printable, Sheet
+from bnfreeze.sheets import Sheet, grouped
+from bnfreeze.tables import Printable
 from bnfreeze.text import listed
 
 __all__ = ["Diff", "ModelPair", "TensorChange"]

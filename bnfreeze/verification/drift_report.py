@@ -9,7 +9,8 @@ from typing import Any
 
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.findings import Finding
-from bnfreeze.tables import Printable, Sheet
+from bnfreeze.sheets import Sheet
+from bnfreeze.tables import Printable
 from bnfreeze.text import encodable, escaped
 from bnfreeze.verification.drift import Drift, sentence, what_changed
 

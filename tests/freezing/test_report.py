@@ -138,6 +138,10 @@ def test_the_words_of_the_actions(model, images):
     again = freeze(model, {"head": "stats"}).layers[-1]
     assert again.actions == ("restore", "freeze-statistics")
     assert unfreeze(model).layers[-1].actions == ("restore",)
+    look_alike = FrozenBatchNorm2d(3)
+    policies = ("fused", "eval", "eval")
+    found = [freeze(look_alike, policy).layers[0].actions for policy in policies]
+    assert found == [("fuse",), ("restore",), ()]
 
 
 # Dry runs.

@@ -1,6 +1,7 @@
 """inspect on a live model: what it says is what then happens."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -225,6 +226,14 @@ def test_a_checkpoint_of_unpaired_statistics_never_says_that_there_are_none():
     assert [f.code for f in inspect({"fc.weight": torch.zeros(3)}).findings] == [
         "model-no-norm-layer"
     ]
+
+
+def test_a_name_that_begins_with_a_dot_hides_no_other():
+    own = {"running_mean": torch.zeros(2), "running_var": torch.full((2,), 2.0)}
+    other = {".running_mean": torch.full((2,), math.nan), ".running_var": own["running_var"]}
+    said = inspect(own | other)
+    assert [layer.name for layer in said.layers] == ["", "."]
+    assert not said.ok
 
 
 def test_rows_and_findings_of_a_checkpoint_carry_its_key(model):
