@@ -37,8 +37,7 @@ if TYPE_CHECKING:
     from bnfreeze.policies.policy import Policy
     from bnfreeze.verification.assert_frozen import assert_frozen
     from bnfreeze.verification.diff import Diff, TensorChange, diff
-    from bnfreeze.verification.drift import Drift
-    from bnfreeze.verification.drift_report import DriftError, DriftReport
+    from bnfreeze.verification.drift import Drift, DriftError, DriftReport
     from bnfreeze.verification.guard import Guard, guard
     from bnfreeze.verification.snapshot import Snapshot
     from bnfreeze.verification.verify import snapshot, verify
@@ -110,8 +109,7 @@ _NAMES = {
     "policies.policy": "Policy",
     "verification.assert_frozen": "assert_frozen",
     "verification.diff": "Diff TensorChange diff",
-    "verification.drift": "Drift",
-    "verification.drift_report": "DriftError DriftReport",
+    "verification.drift": "Drift DriftError DriftReport",
     "verification.guard": "Guard guard",
     "verification.snapshot": "Snapshot",
     "verification.verify": "snapshot verify",

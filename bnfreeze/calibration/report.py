@@ -48,9 +48,6 @@ class ProbeReport(Printable):
         reached = [layer for layer in self.layers if layer.verdict != "not reached"]
         return bool(reached) and all(layer.verdict == "fits" for layer in reached)
 
-    def __bool__(self) -> bool:
-        return self.ok
-
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data with stable keys. What is infinite or NaN is None."""
         return _plain({"schema": 2, "ok": self.ok, **asdict(self)})

@@ -99,9 +99,6 @@ class Diff(Printable):
             and all(one.level != "error" for one in self.findings)
         )
 
-    def __bool__(self) -> bool:
-        return self.ok
-
     def modules(self) -> dict[tuple[str, str], list[TensorChange]]:
         """The tensors by the key of their model and the part of it that they belong to."""
         by_key: dict[str, list[TensorChange]] = {}

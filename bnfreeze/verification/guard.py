@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bnfreeze.errors import BnfreezeWarning
-from bnfreeze.verification.drift_report import DriftError, DriftReport
+from bnfreeze.verification.drift import DriftError, DriftReport
 from bnfreeze.verification.live_state import as_list
+from bnfreeze.verification.on_device import Unchanged
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.tracer import Tracer
-from bnfreeze.verification.unchanged import Unchanged, unchanged
 from bnfreeze.verification.verify import check, look_again, snapshot
 
 if TYPE_CHECKING:
@@ -150,10 +150,6 @@ class Guard:
             DriftError: something has changed.
         """
         __tracebackhide__ = True
-        with self._tracer.pause() if self._tracer else nullcontext():
-            if self.report is not None and self._unchanged:
-                self._checked_at = self.step
-                return self.report
         report = self._compare()
         report.raise_if_drifted()
         return report
@@ -163,12 +159,13 @@ class Guard:
         if self.before is None:
             raise RuntimeError("The guard is not active: enter it with a with statement.")
         options = {"step": self.step, "since": self._checked_at, **options}
-        before, self._unchanged = self.before.state, None
+        before = self.before.state
         with self._tracer.pause() if self._tracer else nullcontext():
-            after = look_again(self._model, before)
-            self.report = check(after, before, self._group, **options)
-            if self._group is None and self.report.ok:
-                self._unchanged = unchanged(self._model, before, after)
+            if self.report is None or not self._unchanged:
+                after = look_again(self._model, before)
+                self.report = check(after, before, self._group, **options)
+                quick = self._group is None and self.report.ok
+                self._unchanged = Unchanged(self._model, before, after) if quick else None
         self._checked_at = self.step
         return self.report
 

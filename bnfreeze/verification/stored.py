@@ -11,7 +11,7 @@ from bnfreeze.errors import CheckpointError, PolicyError
 from bnfreeze.inspection.origin import Found
 from bnfreeze.patterns import Pattern
 from bnfreeze.verification.compare import DIGESTED, Progress, compare
-from bnfreeze.verification.drift_report import DriftReport
+from bnfreeze.verification.drift import DriftReport
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.state import LISTED, OwnerFacts, State, TensorFacts
 from bnfreeze.verification.values import KeptTensor

@@ -11,10 +11,9 @@ from __future__ import annotations
 import os
 import sysconfig
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,9 +22,9 @@ from torch import Tensor
 
 from bnfreeze.inspection.in_memory import TensorInMemory, shard_of, why_unreadable
 from bnfreeze.torch_private import TorchDispatchMode
-from bnfreeze.verification.drift_report import DriftError, DriftReport
+from bnfreeze.verification.causes import TRACE, because
+from bnfreeze.verification.drift import DriftError, DriftReport
 from bnfreeze.verification.on_device import unequal_tensors
-from bnfreeze.verification.reasons import TRACE, because
 from bnfreeze.verification.state import State
 
 __all__ = ["Tracer"]
@@ -48,8 +47,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # By the address of the memory, the first names of the frozen tensors there.
         self._names: dict[int, list[str]] = {}
         for name in before.values:
-            if pointer := before.identities[name].pointer:
-                self._names.setdefault(pointer, []).append(name)
+            self._names.setdefault(before.identities[name].pointer, []).append(name)
+        self._names.pop(0, None)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -65,19 +64,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         __tracebackhide__ = True
         kwargs = kwargs or {}
-        names = [] if self._paused else self._touched((args, kwargs))
-        if not names:
-            return func(*args, **kwargs)
+        pointers = [] if self._paused else map(_pointer, _tensors([args, kwargs]))
+        names = {name for pointer in pointers for name in self._names.get(pointer, ())}
         if any(map(self._differs, names)):
             self._stop(names, func, wrote=False)
         result = func(*args, **kwargs)
         if any(map(self._differs, names)):
             self._stop(names, func, wrote=True)
         return result
-
-    def _touched(self, arguments: object) -> list[str]:
-        found = [self._names.get(_pointer(tensor), []) for tensor in _tensors(arguments)]
-        return list(dict.fromkeys(chain.from_iterable(found)))
 
     def _differs(self, name: str) -> bool:
         now = TensorInMemory(self._before.identities[name].tensor)
@@ -95,9 +89,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         line = _user_line()
         report = self._look()
         drifts = []
-        for drift in report.drifts:
-            if drift.name not in names:
-                continue
+        for drift in (drift for drift in report.drifts if drift.name in names):
             # The operation shows more than the two states do.
             if not wrote:
                 drift = because(drift, "undispatched", operation=func)
@@ -114,11 +106,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 def _pointer(tensor: Tensor) -> int:
@@ -127,12 +117,9 @@ def _pointer(tensor: Tensor) -> int:
     return 0 if why_unreadable(tensor) else tensor.untyped_storage().data_ptr()
 
 
-_OWN = (Path(__file__).resolve().parents[1], Path(torch.__file__).resolve().parent)
-_LIBRARIES = (
-    sysconfig.get_path("stdlib"),
-    sysconfig.get_path("purelib"),
-    sysconfig.get_path("platlib"),
-)
+_PACKAGES = Path(__file__).resolve().parents[1], Path(torch.__file__).resolve().parent
+_OWN = tuple(f"{folder}{os.sep}" for folder in _PACKAGES)
+_LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
 
 
 def _user_line() -> str | None:
@@ -144,12 +131,8 @@ def _user_line() -> str | None:
     outside = None
     for frame, number in traceback.walk_stack(None):
         file = frame.f_code.co_filename
-        if not file.startswith("<") and not _below(file, _OWN):
+        if not file.startswith(("<", *_OWN)):
             outside = outside or f"{file}:{number}"
-            if not _below(file, _LIBRARIES):
+            if not file.startswith(_LIBRARIES):
                 return f"{file}:{number}"
     return outside
-
-
-def _below(file: str, folders: Iterable[Path | str]) -> bool:
-    return file.startswith(tuple(f"{folder}{os.sep}" for folder in folders))
