@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from bnfreeze.calibration.advice import advice_after
 from bnfreeze.calibration.batches import Batches, Progress
 from bnfreeze.calibration.measuring import CalibrationError, Measured, Runs, as_in_evaluation
-from bnfreeze.calibration.probe import probe_report, selected_layers
+from bnfreeze.calibration.probe import MEASURABLE, measurable_layers, probe_report
 from bnfreeze.calibration.report import Mode, RecalibrationReport
 from bnfreeze.errors import PolicyError
-from bnfreeze.norm_layers import AFFINE, STATISTICS, NamedModule, check_model, eps_of
+from bnfreeze.norm_layers import AFFINE, STATISTICS, NamedModule, check_model, eps_of, matching
 from bnfreeze.policies.record import frozen_names
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ def recalibrate(
     keep = mode == "keep-function"
     if keep and exact:
         raise ValueError("exact=True: the mode 'keep-function' is exact, in a single pass.")
-    layers = selected_layers(model, None)
-    chosen = selected_layers(model, select) if select is not None else _not_frozen(layers, keep)
+    layers = measurable_layers(model)
+    chosen = _not_frozen(layers, keep) if select is None else matching(layers, select, MEASURABLE)
     _check_sharing(layers, chosen)
     if keep:
         _check_affine(model, chosen)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from bnfreeze.freezing.apply import carry_out, thaw
 from bnfreeze.freezing.plan import plan
 from bnfreeze.freezing.report import FreezeReport, LayerRow
-from bnfreeze.freezing.rules import matching, parse_rules, policies_for
+from bnfreeze.freezing.rules import parse_rules, policies_for
 from bnfreeze.fusion.blocks import Fusion
 from bnfreeze.inspection.behaviour import optimizers_by_id
 from bnfreeze.inspection.live import inspect_model
@@ -20,6 +20,7 @@ from bnfreeze.norm_layers import (
     affine_parameters,
     check_model,
     is_norm,
+    matching,
     named_modules,
 )
 from bnfreeze.policies.policy import Policy
