@@ -1,15 +1,17 @@
 """The likeliest cause of a change, from what the two states show, and its remedy. Needs no torch.
 
 The first rule that recognises a change gives the cause. If none does, the cause is ``"unknown"``,
-and the remedy says what would show it. `verify`, `guard`, ``snapshot(model) == before``, `diff`
-and the command all take causes from here.
+and the remedy says what would show it. What is said of each stands in `bnfreeze/causes.md`.
+`verify`, `guard`, ``snapshot(model) == before``, `diff` and the command all take causes from here.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from importlib.resources import files
+from typing import Any, Final
 
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.text import counted
@@ -23,166 +25,34 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # The policies under which statistics move.
 _MOVING = ("none", "affine", "weights", "affine+weights")
 
-# The remedy if only a trace would tell more.
-TRACE = "Train under guard(model, trace=True): it names the line that writes."
-_FREEZE = 'Use freeze(model, "eval").'
-_CLEAR_GRAD = "Clear it with .grad = None; freeze(model, optimizer=…) does that."
-
-# A kind of drift that is its own cause has its own name here.
-_REASONS = {
-    # Values.
-    "reset": (
-        "Every mean of the layer is 0 and every variance is 1: reset_running_stats(), a new "
-        "initialisation, or a tool that assigns new ones (Lightning's StochasticWeightAveraging).",
-        'Use freeze(model, "fused"): a frozen layer refuses a reset, and tools do not find it.',
-    ),
-    "thawed": (
-        "The layer was frozen by policy {was!r}, and is now a {kind} with policy {now!r}: "
-        "unfreeze() was called, or something replaced the layer.",
-        "Freeze it again, or unfreeze after the check.",
-    ),
-    "forward-in-training": ("{sentences}", _FREEZE),
-    "other-tensor": (
-        "Another tensor has its name now: load_state_dict(assign=True), an assignment, or a "
-        "conversion there and back, as half() and float().",
-        "Copy into the existing tensor, or convert, before freezing.",
-    ),
-    "other-storage": (
-        "Its storage was replaced: something assigned to .data, or moved the tensor.",
-        "Do not assign to .data of a frozen tensor.",
-    ),
-    "trained": (
-        "Its requires_grad is True{where}: it trains.",
-        'Use freeze(model, "affine"), or "weights" for what is not a norm layer.',
-    ),
-    "leftover-grad": (
-        "Its requires_grad is False, but it has a {grad} and is in {optimizer}, which applies it.",
-        _CLEAR_GRAD,
-    ),
-    "averaging": (
-        "No element moved by more than {ulps} units of its last place. That is rounding, as an "
-        "average (EMA, SWA) of equal numbers has.",
-        "Leave frozen tensors out of the average: copy them instead.",
-    ),
-    "loaded": (
-        "All {count} {where} were written in place, as load_state_dict() and EMA do.",
-        "Load before freezing; leave frozen tensors out of the EMA's copy.",
-    ),
-    "in-place": (
-        "It was written in place {times}, by an operation that autograd sees: copy_, an EMA, a "
-        "broadcast, an optimizer.",
-        TRACE,
-    ),
-    "hidden-write": (
-        "It was written without autograd noticing: through .data, a numpy or dlpack view, or by a "
-        "kernel that does not report its writes.",
-        TRACE,
-    ),
-    "eps": (
-        "Something set the layer's eps. No tensor changed, but the layer's output does.",
-        "Set eps first, then freeze.",
-    ),
-    "unknown": ("The two states do not show the cause.", TRACE),
-    # Tensors.
-    "dtype": (
-        "The tensor was converted, as model.half(), .bfloat16() and .double() do.",
-        "Convert first, then freeze and take the snapshot.",
-    ),
-    "shape": (
-        "The tensor was resized or replaced, or this is another model.",
-        "Freeze the model in its final form.",
-    ),
-    "device": (
-        "The tensor was moved to another device.",
-        "Move first, then take the snapshot; or save it, and verify against the file.",
-    ),
-    "added": (
-        "The snapshot does not have this tensor, so it cannot be compared.",
-        "Take the snapshot when the model is complete and frozen.",
-    ),
-    "removed": (
-        "No tensor has this name any more.",
-        "Take the snapshot of the model in its final form; save all of it.",
-    ),
-    "aliasing": (
-        "Names share memory that did not, or no longer do: an assignment, a .data, a copy, "
-        "load_state_dict(assign=True).",
-        "Tie weights first, then freeze.",
-    ),
-    "replaced": (
-        "Something else has its name now: load_state_dict(assign=True), an assignment, "
-        "register_buffer, or fully_shard. Optimizers still have the old parameter.",
-        "Replace first, then build the optimizer and freeze.",
-    ),
-    "requires-grad": (
-        "Something set the flag: requires_grad_() on the model or on the parameter.",
-        "Set flags first, then freeze.",
-    ),
-    "optimizer": (
-        "The optimizer's groups changed: add_param_group, or a parameter was replaced.",
-        "Give the optimizer only what trains.",
-    ),
-    "grad": (
-        "A backward ran before it was frozen, or .grad was assigned: the next step applies it.",
-        _CLEAR_GRAD,
-    ),
-    "unverified": (
-        "A tensor that cannot be compared does not count as unchanged.",
-        "Leave it out with a pattern. If it is sharded, pass process_group=… on every rank.",
-    ),
-    # Layers.
-    "sync-batchnorm": (
-        "convert_sync_batchnorm rebuilt the layer, which is not frozen any more.",
-        "Convert first, then freeze.",
-    ),
-    "parametrized": (
-        "A parametrization was registered on the layer.",
-        "Parametrize first, then freeze.",
-    ),
-    "unfrozen": ("unfreeze() was called, or something replaced the layer.", "Freeze it again."),
-    "class-changed": (
-        "Something changed the layer's class, or replaced the layer.",
-        "Change the layer first, then freeze.",
-    ),
-    "train-called": ("model.train() was called after an eval() that does not last.", _FREEZE),
-    "frozen-again": ("freeze() was called again.", "Take the snapshot afterwards."),
-    # The whole model.
-    "other-model": (
-        "{gone} of {all} names are missing and {reshaped} have another shape: this is another "
-        "model, or its names begin differently.",
-        "Compare one model with itself. For one of several state_dicts in a file, use --key.",
-    ),
-    "other-objects": (
-        "All {count} parameters are other objects: this is another model or a copy, or "
-        "load_state_dict(assign=True) ran.",
-        "Check the model of the snapshot itself. For a copy, save the snapshot and load it.",
-    ),
-    "ranks-differ": (
-        "The ranks have different models, each unchanged since its snapshot: they started apart.",
-        "Broadcast the model, or load it on every rank, before the snapshot.",
-    ),
-    # What only a trace sees.
-    "undispatched": (
-        "It was written before {operation} saw it, by something that torch does not dispatch: an "
-        "assignment to .data, numpy, a raw pointer, compiled code.",
-        TRACE,
-    ),
-    "operation": ("{operation} wrote to it.", "Leave frozen tensors out of it, or freeze later."),
+# By its code a cause, in which details are filled in, and what to do about it. A kind of drift that
+# is its own cause has its own name here.
+_REASONS: Final[dict[str, tuple[str, str]]] = {
+    code: (cause, remedy)
+    for code, cause, remedy in re.findall(
+        r"^\| `(.+)` \| (.+) \| (.+) \|$",
+        files("bnfreeze").joinpath("causes.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
 }
+# The remedy if only a trace would tell more.
+TRACE: Final = _REASONS["unknown"][1]
 
 # A code of these, and what its sentence needs.
-Cause = tuple[str, dict[str, object]]
+Cause = tuple[str, dict[str, Any]]
 
 
-def because(drift: Drift, code: str, remedy: str = "", **details: object) -> Drift:
+def because(
+    drift: Drift, code: str, *, cause: str = "", remedy: str = "", **details: object
+) -> Drift:
     """The drift with the cause of this code; `details` fill in its sentence.
 
-    A `remedy` takes the place of the usual one.
+    A `cause` or a `remedy` takes the place of the usual one.
     """
     code = code if code in _REASONS else "unknown"
-    cause, usual = _REASONS[code]
-    text = cause.format(**details)
-    return replace(drift, cause_code=code, cause=text, remedy=remedy or usual)
+    usual, usual_remedy = _REASONS[code]
+    text = cause or usual.format(**details)
+    return replace(drift, cause_code=code, cause=text, remedy=remedy or usual_remedy)
 
 
 def explained(drifts: Sequence[Drift], before: State, after: State) -> tuple[Drift, ...]:
@@ -193,8 +63,7 @@ def explained(drifts: Sequence[Drift], before: State, after: State) -> tuple[Dri
         if drift.kind in other or not drift.cause_code:
             case = _Case(drift, before, after)
             code, details = other.get(drift.kind) or next(case.causes(), (drift.kind, {}))
-            remedy = case.now.remedy if case.now and code == "forward-in-training" else ""
-            drift = because(drift, code, remedy, **details)
+            drift = because(drift, code, **details)
         found.append(drift)
     return tuple(found)
 
@@ -205,7 +74,7 @@ def _other_model(drifts: Iterable[Drift], before: State, after: State) -> dict[s
     gone = sum(name not in theirs for name in ours)
     reshaped = sum(drift.kind == "shape" for drift in drifts)
     if 2 * (gone + reshaped) > len(ours):
-        details: dict[str, object] = {"gone": gone, "all": len(ours), "reshaped": reshaped}
+        details = {"gone": gone, "all": len(ours), "reshaped": reshaped}
         return dict.fromkeys(("removed", "added", "shape", "replaced"), ("other-model", details))
     replaced = {drift.name for drift in drifts if drift.kind == "replaced"}
     parameters = {n for n, facts in ours.items() if facts.kind == "parameter" and n in theirs}
@@ -254,7 +123,8 @@ class _Case:
         if is_statistic and self._was_reset():
             yield "reset", {}
         if was and now and was.policy not in ("none", now.policy):
-            yield "thawed", {"was": was.policy, "now": now.policy, "kind": now.short_kind}
+            policies = {"was": repr(was.policy), "now": repr(now.policy)}
+            yield "thawed", policies | {"kind": now.short_kind}
         if not is_statistic or (now and now.policy not in _MOVING):
             return
         batches, training = self._batches(), now is not None and now.training
@@ -276,7 +146,8 @@ class _Case:
                 text += f" ({batches} forward passes in {counted(steps, 'step')}: does "
                 text += "activation checkpointing run it twice?)"
             sentences.append(f"{text}.")
-        yield "forward-in-training", {"sentences": " ".join(sentences)}
+        remedy = now.remedy if now else ""
+        yield "forward-in-training", {"cause": " ".join(sentences), "remedy": remedy}
 
     def _batches(self) -> int | None:
         """By how much num_batches_tracked rose; None if that is not known, or not counted."""

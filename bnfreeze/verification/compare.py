@@ -202,7 +202,7 @@ def _layer(name: str, was: OwnerFacts, now: OwnerFacts, *, exact: bool) -> Itera
     elif now.woken_since(was):
         kind = "mode" if never_frozen else "thawed"
         drift = Drift(name, kind, before="eval mode", after="train mode")
-        yield because(drift, "train-called", now.remedy)
+        yield because(drift, "train-called", remedy=now.remedy)
     if was.eps is not None and now.eps is not None and was.eps != now.eps:
         eps = f"{name}.eps" if name else "eps"
         drift = Drift(eps, "value", 1, 1, (), was.eps, now.eps, abs(now.eps - was.eps))
