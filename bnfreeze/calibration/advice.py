@@ -194,14 +194,24 @@ def advice_after(
         )
     reached = _reached(before)
     left = ""
-    if shifted := [layer.name for layer in _of(after, "shifted")]:
-        untouched = len(set(shifted).difference(recalibrated))
+    if shifted := {layer.name for layer in _of(after, "shifted")}:
+        untouched = len(shifted.difference(recalibrated))
         left = f" {len(shifted)} of {len(reached)} layers still do not fit"
-        if untouched:
-            left += f", {untouched} of them left as they were"
+        left += f", {untouched} of them left as they were" if untouched else ""
         left += "." if untouched or exact else ": try exact=True."
     if scores:
-        return _by_score(*scores, misfit=bool(_of(before, "shifted"))) + left
+        old, new = scores
+        figures = f"({old:.4g} before, {new:.4g} after)"
+        said = f"says nothing {figures}."
+        if new > old:
+            enough = "If it is good enough, freeze the model; if not, fine-tune without freezing."
+            said = f"rose {figures}. {enough}"
+        elif new == old:
+            said = f"is the same {figures}. Recalibrating brought nothing."
+        elif new < old:
+            train = ", and fine-tune without freezing" if _of(before, "shifted") else ""
+            said = f"fell {figures}: take it back with report.undo(){train}."
+        return f"The score {said}{left}"
     own = [layer for layer in reached if layer.origin == "own"]
     then = (
         f" But {len(own)} of {len(reached)} layers were off even with normalised inputs, so the "
@@ -212,18 +222,3 @@ def advice_after(
         "than before."
     )
     return f"The statistics are those of this data now.{left}{then}"
-
-
-def _by_score(first: float, then: float, *, misfit: bool) -> str:
-    figures = f"({first:.4g} before, {then:.4g} after)"
-    if then > first:
-        return (
-            f"The score rose {figures}. If it is good enough, freeze the model; if not, "
-            f"fine-tune without freezing."
-        )
-    if then == first:
-        return f"The score is the same {figures}. Recalibrating brought nothing."
-    if then < first:
-        train = ", and fine-tune without freezing" if misfit else ""
-        return f"The score fell {figures}: take it back with report.undo(){train}."
-    return f"The score says nothing {figures}."

@@ -109,10 +109,8 @@ def call(
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if hasattr(value, "to"):  # what a library made of several; Transformers' change in place
-        return copy.copy(value).to(device)
+    if hasattr(value, "to"):  # what a library made of several tensors may change in place
+        return (value if isinstance(value, Tensor) else copy.copy(value)).to(device)
     if isinstance(value, Mapping):
         return {key: _moved(each, device) for key, each in value.items()}
     if isinstance(value, tuple | list):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import Any, Final
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bnfreeze.calibration.advice import advice_before, probe_findings
 from bnfreeze.calibration.batches import Batches, Progress
 from bnfreeze.calibration.fit import THRESHOLDS, THRESHOLDS_APART, Origin, Verdict, layer_fit
-from bnfreeze.calibration.measuring import Measured, Runs, as_in_evaluation
+from bnfreeze.calibration.measuring import Measured, as_in_evaluation, measure
 from bnfreeze.calibration.report import ProbeReport
 from bnfreeze.errors import PolicyError
 from bnfreeze.findings import worst_first
@@ -23,9 +25,6 @@ from bnfreeze.norm_layers import (
     matching,
     named_modules,
 )
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["MEASURABLE", "measurable_layers", "probe", "probe_report"]
 
@@ -39,7 +38,7 @@ def probe(
     select: str | Iterable[str] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     max_batches: int | None = None,
-    process_group: ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | None = None,
     progress: Progress = None,
 ) -> ProbeReport:
     """Say whether the statistics that a model has stored fit some data.
@@ -87,7 +86,7 @@ def probe(
     source = Batches(batches, max_batches, 1 if process_group is None else 2, progress)
     source.passes = 1  # as long as no layer is known not to fit
     with source, as_in_evaluation(model, process_group) as inner:
-        run = Runs(inner, source, forward, process_group).measure
+        run = partial(measure, inner, source, forward=forward, group=process_group)
         whole = run(layers)
         report = probe_report(layers, whole)
         if isinstance(batches, Iterator) or all(x.verdict != "shifted" for x in report.layers):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
+import torch.distributed as dist
 from torch import nn
 
 from bnfreeze.errors import NotFrozenError, PolicyError
 from bnfreeze.findings import finding_kind
 from bnfreeze.freezing.plan import plan
-from bnfreeze.inspection.behaviour import SHARES, updated_by_another
+from bnfreeze.inspection.behaviour import SHARES, LiveLayer, updated_by_another
 from bnfreeze.inspection.live import live_layers
 from bnfreeze.inspection.modes import in_training
 from bnfreeze.norm_layers import (
@@ -34,11 +34,6 @@ from bnfreeze.policies.record import (
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.verify import verify
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from bnfreeze.inspection.behaviour import LiveLayer
-
 __all__ = ["assert_frozen"]
 
 # What strict=True demands, and what freeze does by itself.
@@ -51,7 +46,7 @@ def assert_frozen(
     *,
     select: str | Iterable[str] | None = None,
     strict: bool = False,
-    process_group: ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> None:
     """Raise unless `model` is frozen, and is what it was.
 

@@ -143,7 +143,7 @@ class Diff(Printable):
             largest = (f"{most.max_abs:.3g}", most.name) if most else ("", "")
             rows.append((name, *cells, *largest))
         return Sheet(
-            title=f"{_shown(self.first)} → {_shown(self.second)}",
+            title=" → ".join(one.path or f"a {one.kind}" for one in (self.first, self.second)),
             columns=columns,
             rows=rows,
             findings=self.findings,
@@ -217,10 +217,6 @@ def _note(pair: ModelPair) -> str:
 
 def _same(changes: Iterable[TensorChange]) -> bool:
     return all(change.kind == "identical" for change in changes)
-
-
-def _shown(origin: Origin) -> str:
-    return origin.path or f"a {origin.kind}"
 
 
 def _summary(changes: list[TensorChange]) -> str:

@@ -81,8 +81,8 @@ def read_state(
     identities: dict[str, Identity] = {}
     owners: dict[str, nn.Module] = {}
     first: dict[int, str] = {}
-    # By device and address of a storage, which bytes of it have which name.
-    places: dict[tuple[torch.device, int], list[tuple[int, int, str]]] = {}
+    # By device, from which address to which there is what.
+    places: dict[torch.device, list[tuple[int, int, str]]] = {}
     for name, tensor, kind, owner, module in slots:
         if name not in chosen:
             continue
@@ -99,8 +99,10 @@ def read_state(
             local = tensor if own is None else own
             pointer = local.untyped_storage().data_ptr()
             if pointer and local.numel():
-                place = (*_bytes_of(local), name)
-                places.setdefault((local.device, pointer), []).append(place)
+                steps = zip(local.shape, local.stride(), strict=True)
+                last = local.data_ptr() + local.element_size() * sum((n - 1) * s for n, s in steps)
+                place = local.data_ptr(), last + local.element_size(), name
+                places.setdefault(local.device, []).append(place)
             version = None if tensor.is_inference() else tensor._version
         identities[name] = Identity(tensor, pointer, version)
         tensors[name] = TensorFacts(
@@ -126,13 +128,6 @@ def read_state(
         optimizers=tuple(weakref.ref(one) for one in optimizers),
         taken=next(_clock),
     )
-
-
-def _bytes_of(tensor: Tensor) -> tuple[int, int]:
-    """The range of bytes in its storage, from the first element to the end of the last one."""
-    start, size = tensor.storage_offset(), tensor.element_size()
-    span = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(start * size), int((start + span + 1) * size)
 
 
 def _overlapping(places: Sequence[tuple[int, int, str]]) -> Iterator[tuple[str, ...]]:

@@ -48,14 +48,14 @@ class SameBits:
             if _on_cpu(new) and _on_cpu(old):
                 self._here.append((old.data_ptr(), new.data_ptr(), new.nbytes))
                 continue
-            pair = _octets(old.to(new.device)), _octets(new)
+            before, after = (t.reshape(-1).view(torch.uint8) for t in (old.to(new.device), new))
             if new.nbytes <= _SMALL:
-                small.setdefault(new.device, []).append(pair)
+                small.setdefault(new.device, []).append((before, after))
             else:
-                self._there.setdefault(new.device, []).append((pair[0], [pair[1]]))
+                self._there.setdefault(new.device, []).append((before, [after]))
         for device, group in small.items():
-            before, after = zip(*group, strict=True)
-            self._there.setdefault(device, []).append((torch.cat(before), list(after)))
+            olds, news = zip(*group, strict=True)
+            self._there.setdefault(device, []).append((torch.cat(olds), list(news)))
 
     def __bool__(self) -> bool:
         return not any(size and _memcmp(old, new, size) for old, new, size in self._here) and all(
@@ -76,11 +76,6 @@ def _on_cpu(tensor: Tensor) -> bool:
 
 def _differs(before: Tensor, after: list[Tensor]) -> Tensor:
     return torch.ne(before, after[0] if len(after) == 1 else torch.cat(after)).any()
-
-
-def _octets(tensor: Tensor) -> Tensor:
-    """The tensor as flat bytes."""
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 class Unchanged:

@@ -96,11 +96,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             elif drift.remedy == TRACE:
                 drift = because(drift, "operation", operation=func)
             drifts.append(replace(drift, operation=str(func) if wrote else None, where=line))
-        try:
-            replace(report, drifts=tuple(drifts)).raise_if_drifted()
-        except DriftError as error:
-            self.error = error
-            raise
+        report = replace(report, drifts=tuple(drifts))
+        if not report.ok:
+            self.error = DriftError(report.message, report)
+            raise self.error
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

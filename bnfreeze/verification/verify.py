@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from statistics import mode
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -20,10 +20,7 @@ from bnfreeze.verification.live_state import read_state
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.state import State
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-__all__ = ["check", "look_again", "snapshot", "verify"]
+__all__ = ["check", "snapshot", "verify"]
 
 
 def snapshot(
@@ -70,7 +67,7 @@ def snapshot(
 
 
 def verify(
-    model: nn.Module, snapshot: Snapshot, *, process_group: ProcessGroup | None = None
+    model: nn.Module, snapshot: Snapshot, *, process_group: dist.ProcessGroup | None = None
 ) -> DriftReport:
     """Compare `model` with what it was: bit for bit, and everything else in the snapshot.
 
@@ -96,32 +93,28 @@ def verify(
     model = check_model(model)
     if not isinstance(snapshot, Snapshot):
         raise TypeError(f"Expected a Snapshot, not {type(snapshot).__name__}.")
-    return check(look_again(model, snapshot.state), snapshot.state, process_group)
-
-
-def look_again(model: nn.Module, before: State) -> State:
-    """What the state of `model`, known as `before`, is now."""
-    return read_state(model, before.selection, before.live_optimizers(), also=before.tensors)
+    return check(model, snapshot.state, process_group)[0]
 
 
 def check(
-    after: State,
+    model: nn.Module,
     before: State,
-    group: ProcessGroup | None,
+    group: dist.ProcessGroup | None,
     *,
     exchange: bool = True,
     **options: Any,
-) -> DriftReport:
-    """What `verify` does, with more `options` of `compare`.
+) -> tuple[DriftReport, State]:
+    """What `verify` does, with more `options` of `compare`; and what the state is now.
 
     With a group every rank of it has to call this. All get the same report, joined from those of
     all ranks: each sends what it found and the SHA-256 of each tensor that is not sharded. What
     most ranks have (in a tie, what the lowest rank has) counts as right, and a rank that differs
     from it is named. Without `exchange` each rank checks its own tensors and asks no other.
     """
+    after = read_state(model, before.selection, before.live_optimizers(), also=before.tensors)
     report = compare(before, after, gathered=group is not None, **options)
     if group is None or not exchange:
-        return report
+        return report, after
     own = [replace(drift, rank=dist.get_rank(group)) for drift in report.drifts]
     whole = [name for name in after.values if not after.tensors[name].placement]
     gathered: list[Any] = [None] * dist.get_world_size(group)
@@ -141,4 +134,5 @@ def check(
                 first = next(other for other, found in bits.items() if found == right)
                 what = f"other bits than on rank {first}"
                 drifts.append(because(Drift(name, "value", rank=rank, before=what), "ranks-differ"))
-    return DriftReport(tuple(drifts), min(checked for *_, checked in gathered), report.notes)
+    checked = min(checked for *_, checked in gathered)
+    return DriftReport(tuple(drifts), checked, report.notes), after

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bnfreeze.calibration.intervals import student_quantile
+from bnfreeze.calibration.fit import student_quantile
 from bnfreeze.calibration.moments import Moments
 
 SHAPES = {"(N, C)": (7, 5), "(N, C, L)": (7, 5, 9), "images": (7, 5, 6, 4), "1×1": (7, 5, 1, 1)}
