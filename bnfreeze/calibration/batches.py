@@ -27,11 +27,8 @@ class Batches(ExitStack):
     Args:
         batches: any iterable; a DataLoader as a rule.
         most: how many to take; None for all.
-        passes: how many times they will be gone through.
+        passes: how many times they will be gone through; it may change as more becomes known.
         progress: what to tell about that.
-
-    Attributes:
-        passes: the same; it may change as more becomes known.
 
     Raises:
         TypeError: they are no iterable, or a one-shot iterator where several passes are needed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -208,13 +209,9 @@ def student_quantile(tail: float, freedom: int) -> float:
     if freedom >= _MANY:  # Abramowitz and Stegun, 26.7.5
         z = -NormalDist().inv_cdf(tail)
         return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    low, high = 0.0, 1.0
-    while _tail(high, freedom) > tail:
-        low, high = high, 2 * high
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _tail(middle, freedom) > tail else (low, middle)
-    return high
+    step = 2.0**-33
+    beyond = bisect_left(range(1 << 62), True, key=lambda n: _tail(n * step, freedom) <= tail)
+    return beyond * step
 
 
 def _tail(t: float, freedom: int) -> float:

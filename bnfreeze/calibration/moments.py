@@ -85,8 +85,8 @@ class Moments:
 
     def merged(self, other: Moments) -> Moments:
         """Of both data together."""
-        if not self.samples or not other.samples:
-            return other if not self.samples else self
+        if not self.samples:
+            return other
         samples, elements = self.samples + other.samples, self.elements + other.elements
         share = other.samples / samples if self.within else other.elements / elements
         step, products = other.centre - self.centre, other.products - self.products

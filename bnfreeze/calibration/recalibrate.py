@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
@@ -125,20 +126,20 @@ def recalibrate(
     # Nothing can fail from here on.
     old = _current(new)
     _write(new)
-    names = tuple(entry.name for entry in reached)
-    return RecalibrationReport(
+    report = RecalibrationReport(
         mode=mode,
         exact=exact,
-        recalibrated=names,
+        recalibrated=tuple(entry.name for entry in reached),
         before=before,
         after=after,
         score_before=scores[0] if scores else None,
         score_after=scores[1] if scores else None,
         passes=source.passes,
         findings=after.findings,
-        advice=advice_after(before.layers, after.layers, names, mode, exact, scores),
+        advice="",
         undo=partial(_write, old),
     )
+    return replace(report, advice=advice_after(report))
 
 
 def _not_frozen(layers: Sequence[NamedModule], keep: bool) -> list[NamedModule]:

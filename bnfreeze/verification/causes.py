@@ -16,7 +16,7 @@ from typing import Any, Final
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.text import counted
 from bnfreeze.verification.drift import Drift
-from bnfreeze.verification.state import Identity, OwnerFacts, State
+from bnfreeze.verification.state import Identity, State
 
 __all__ = ["TRACE", "because", "explained"]
 
@@ -90,7 +90,9 @@ class _Case:
         self.drift, self.before, self.after = drift, before, after
         self.old, self.new = before.tensors.get(drift.name), after.tensors.get(drift.name)
         self.layer = self.old.owner if self.old else drift.name
-        self.was, self.now = (_known(state.owners.get(self.layer)) for state in (before, after))
+        owners = before.owners.get(self.layer), after.owners.get(self.layer)
+        # A checkpoint shows no classes and no policies.
+        self.was, self.now = (owner if owner and owner.kind else None for owner in owners)
 
     def causes(self) -> Iterator[Cause]:
         """What may be the cause, the likeliest first; nothing if the kind says all."""
@@ -98,7 +100,10 @@ class _Case:
             yield from self._statistics_moved()
             yield from self._replaced()
             yield from self._optimized()
-            yield from self._averaged()
+            # An average d * x + (1 - d) * x of equal numbers rounds, in some elements.
+            changed, ulps = self.drift.changed or 0, self.drift.max_ulps or 0
+            if changed > 1 and 0 < ulps <= 4:
+                yield "averaging", {"ulps": ulps}
             yield from self._written()
 
     def _identities(self, name: str) -> tuple[Identity, Identity] | None:
@@ -202,12 +207,6 @@ class _Case:
             name += f" with {' and '.join(forces)}" if forces else ""
             yield "leftover-grad", {"grad": ".grad" if grad.any() else zeros, "optimizer": name}
 
-    def _averaged(self) -> Iterator[Cause]:
-        """An average d * x + (1 - d) * x of equal numbers rounds, in some elements."""
-        changed, ulps = self.drift.changed or 0, self.drift.max_ulps or 0
-        if changed > 1 and 0 < ulps <= 4:
-            yield "averaging", {"ulps": ulps}
-
     def _written(self) -> Iterator[Cause]:
         """A write in place: to all tensors, or to this one; seen by autograd, or not.
 
@@ -228,11 +227,6 @@ class _Case:
             return None
         start, end = known[0].version, known[1].version
         return None if start is None or end is None else end - start
-
-
-def _known(facts: OwnerFacts | None) -> OwnerFacts | None:
-    # A checkpoint shows no classes and no policies.
-    return facts if facts is not None and facts.kind else None
 
 
 def _times(count: int) -> str:

@@ -115,16 +115,11 @@ class Diff(Printable):
         return {
             "schema": 2,
             "ok": self.ok,
-            "first": asdict(self.first),
-            "second": asdict(self.second),
-            "pairs": [asdict(pair) for pair in self.pairs],
-            "unread": [asdict(one) for one in self.unread],
+            **asdict(self),
             "modules": [
                 {"key": key, "name": name, "identical": _same(changes)}
                 for (key, name), changes in self.modules().items()
             ],
-            "tensors": [asdict(change) for change in self.tensors],
-            "findings": [finding.to_dict() for finding in self.findings],
         }
 
     def sheet(self) -> Sheet:

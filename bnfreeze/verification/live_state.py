@@ -192,8 +192,7 @@ def _chosen(modules: Iterable[NamedModule], slots: Iterable[_Slot], selection: s
         return {s.name for s in slots if is_norm(s.module)}
     if selection == "frozen":
         # By identity, so that the other names of a frozen tensor belong to it.
-        frozen = [getattr(entry.module, k) for entry in modules for k in frozen_names(entry.module)]
-        ids = set(map(id, frozen))
+        ids = {id(getattr(e.module, key)) for e in modules for key in frozen_names(e.module)}
         return {slot.name for slot in slots if id(slot.tensor) in ids}
     pattern = Pattern.parse(selection)
     return {slot.name for slot in slots if pattern.matches(slot.name)}
