@@ -124,18 +124,16 @@ def measure(
             statistics of; there are no batches; or another rank failed.
         Exception: what the model or `first` raised on this rank.
     """
+    here = partial(_on_this_rank, model, batches, layers, forward, with_batch, exact, first)
+    if group is None:
+        return here()
     error: Exception | None = None
     sent: Any = None
     try:
-        first()
-        found = _on_this_rank(model, batches, layers, forward, with_batch, exact)
-        if group is None:
-            return found
+        found = here()
         sent = replace(found, moments={name: m.on_cpu() for name, m in found.moments.items()})
-    except Exception as caught:
-        if group is None:
-            raise
-        error, sent = caught, f"{type(caught).__name__}: {caught}"  # the others wait for this one
+    except Exception as caught:  # the other ranks wait for this one
+        error, sent = caught, f"{type(caught).__name__}: {caught}"
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, sent, group=group)
     if error is not None:
@@ -156,7 +154,9 @@ def _on_this_rank(
     forward: Callable[[nn.Module, Any], Any] | None,
     with_batch: bool,
     exact: bool,
+    first: Callable[[], object],
 ) -> Measured:
+    first()
     found: dict[str, Moments] = {}
     empty = {
         entry.name: Moments.empty(

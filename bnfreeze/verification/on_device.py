@@ -104,10 +104,9 @@ class Unchanged:
         self._bits = SameBits({name: (one.tensor, live[name].tensor) for name, one in kept.items()})
 
     def __bool__(self) -> bool:
-        parts = self._all_parts()
         return (
             self._sure
-            and len(parts) == len(self._parts)
+            and len(parts := self._all_parts()) == len(self._parts)
             and all(map(is_, parts, self._parts))
             and [_facts(tensor) for tensor in self._watched.values()] == self._facts
             and bool(self._bits)

@@ -12,6 +12,7 @@ from bnfreeze.checkpoints import StateDict, StoredTensor
 from bnfreeze.errors import CheckpointError, PolicyError
 from bnfreeze.inspection.origin import Found
 from bnfreeze.patterns import hint, with_parents
+from bnfreeze.text import listed
 
 __all__ = ["checked_prefixes", "common_prefix", "mapped", "paired"]
 
@@ -27,7 +28,6 @@ _COUNTED: Final = 12
 # file could have any number.
 _MOST_NAMES: Final = 20_000
 _MOST_PAIRS: Final = 64
-_SHOWN: Final = 8
 
 
 def paired(first: Found, second: Found) -> list[tuple[StateDict | None, StateDict | None]]:
@@ -42,8 +42,8 @@ def paired(first: Found, second: Found) -> list[tuple[StateDict | None, StateDic
     pairs: list[tuple[StateDict | None, StateDict | None]] = [
         (part, left.pop(part.key, None)) for part in first.parts.all
     ]
-    ours = _models(one for one, other in pairs if one and not other)
-    theirs = _models(left.values())
+    ours = _models([one for one, other in pairs if one and not other])
+    theirs = _models([*left.values()])
     is_clear = any(one and other and one.has_norm_layers for one, other in pairs)
     if ours and theirs:
         alone = len(ours) == len(theirs) == 1 and not is_clear
@@ -60,7 +60,7 @@ def paired(first: Found, second: Found) -> list[tuple[StateDict | None, StateDic
         elif not is_clear:
             there = "; ".join(
                 f"{side.checkpoint.path or side.checkpoint.kind} has "
-                + ", ".join(repr(part.key) for part in parts[:_SHOWN])
+                + listed([repr(part.key) for part in parts], 8)
                 for side, parts in ((first, ours), (second, theirs))
             )
             raise CheckpointError(
@@ -70,8 +70,7 @@ def paired(first: Found, second: Found) -> list[tuple[StateDict | None, StateDic
     return [*pairs, *((None, part) for part in left.values())]
 
 
-def _models(parts: Iterable[StateDict]) -> list[StateDict]:
-    parts = list(parts)
+def _models(parts: list[StateDict]) -> list[StateDict]:
     return [part for part in parts if part.has_norm_layers] or parts
 
 
