@@ -158,28 +158,28 @@ def _on_this_rank(
 ) -> Measured:
     first()
     found: dict[str, Moments] = {}
-    empty = {
-        entry.name: Moments.empty(
-            entry.module.get_buffer(_MEAN), within=isinstance(entry.module, _InstanceNorm)
-        )
-        for entry in layers
-    }
+    references = {}
+    for entry in layers:
+        mean = entry.module.get_buffer(_MEAN)
+        where = mean.device if mean.is_cuda else "cpu"  # not every accelerator has fp64
+        references[entry.name] = mean.detach().to(where, torch.float64, copy=True)
     stored: dict[nn.Module, dict[str, Tensor | None]] = {}
 
     def before(name: str, module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        if empty[name].within and x.dim() == module._get_no_batch_dim():
+        within = isinstance(module, _InstanceNorm)
+        if within and x.dim() == module._get_no_batch_dim():
             x = x.unsqueeze(0)  # instance norm takes a single sample, too
         if not x.numel():
             return
-        channels = empty[name].reference.numel()
+        channels = references[name].numel()
         if x.dim() > 1 and x.shape[1] != channels:
             raise CalibrationError(
                 f"{name or 'The model'}: its statistics have {channels} elements, and its "
                 f"input has {x.shape[1]} channels. Such a layer cannot be measured."
             )
-        moments = empty[name].of_batch(x, exact=exact)
-        found[name] = found.get(name, empty[name]).merged(moments)
+        moments = Moments.of_batch(x, references[name], within=within, exact=exact)
+        found[name] = found[name].merged(moments) if name in found else moments
         if with_batch and moments.has_variance:
             own = module._buffers
             stored[module] = {_MEAN: own[_MEAN], _VAR: own[_VAR]}
