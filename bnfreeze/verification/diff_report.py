@@ -18,6 +18,8 @@ __all__ = ["Diff", "ModelPair", "TensorChange"]
 
 _COUNT = "num_batches_tracked"
 _ROLES = ("statistics", "weight", "bias", "other")
+# The order in JSON.
+_KEYS = ["schema", "ok", "first", "second", "pairs", "unread", "modules", "tensors", "findings"]
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,12 @@ class Diff(Printable):
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data with stable keys."""
-        return {
-            "schema": 2,
-            "ok": self.ok,
-            **asdict(self),
-            "modules": [
-                {"key": key, "name": name, "identical": _same(changes)}
-                for (key, name), changes in self.modules().items()
-            ],
-        }
+        modules = [
+            {"key": key, "name": name, "identical": _same(changes)}
+            for (key, name), changes in self.modules().items()
+        ]
+        facts = {"schema": 2, "ok": self.ok, "modules": modules, **asdict(self)}
+        return {key: facts[key] for key in _KEYS}
 
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
