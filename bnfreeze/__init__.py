@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from bnfreeze.nn.modules import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
     from bnfreeze.policies.policy import Policy
     from bnfreeze.verification.assert_frozen import assert_frozen
-    from bnfreeze.verification.diff import Diff, TensorChange, diff
+    from bnfreeze.verification.diff import diff
+    from bnfreeze.verification.diff_report import Diff, TensorChange
     from bnfreeze.verification.drift import Drift, DriftError, DriftReport
     from bnfreeze.verification.guard import Guard, guard
     from bnfreeze.verification.snapshot import Snapshot
@@ -108,7 +109,8 @@ _NAMES = {
     "nn.modules": "FrozenBatchNorm1d FrozenBatchNorm2d FrozenBatchNorm3d",
     "policies.policy": "Policy",
     "verification.assert_frozen": "assert_frozen",
-    "verification.diff": "Diff TensorChange diff",
+    "verification.diff": "diff",
+    "verification.diff_report": "Diff TensorChange",
     "verification.drift": "Drift DriftError DriftReport",
     "verification.guard": "Guard guard",
     "verification.snapshot": "Snapshot",

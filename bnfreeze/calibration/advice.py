@@ -12,8 +12,6 @@ from bnfreeze.findings import Finding, finding
 from bnfreeze.policies.policy import Policy
 from bnfreeze.text import listed
 
-__all__ = ["advice_after", "advice_before", "probe_findings"]
-
 _UNSEEN = "Unlabelled data cannot show whether the features suit"
 _CHECK = f"{_UNSEEN}: compare the accuracy before and after."
 

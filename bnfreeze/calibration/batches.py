@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batches", "Progress", "call"]
-
 # None, whether to show a bar, or what is called with the number of batches done and of all.
 Progress = bool | Callable[[int, int | None], object] | None
 

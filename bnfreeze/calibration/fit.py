@@ -15,18 +15,6 @@ from bnfreeze.calibration.moments import Moments
 from bnfreeze.norm_layers import STATISTICS, NamedModule, eps_of
 from bnfreeze.policies.record import layer_class, policy_name
 
-__all__ = [
-    "THRESHOLDS",
-    "THRESHOLDS_APART",
-    "LayerFit",
-    "Origin",
-    "PerChannel",
-    "Thresholds",
-    "Verdict",
-    "layer_fit",
-    "student_quantile",
-]
-
 Verdict = Literal["fits", "shifted", "uncertain", "not reached"]
 Origin = Literal["", "own", "carried", "unclear"]
 

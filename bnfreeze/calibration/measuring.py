@@ -22,8 +22,6 @@ from bnfreeze.inspection.modes import modes_put_back
 from bnfreeze.norm_layers import STATISTICS, NamedModule
 from bnfreeze.torch_private import _InstanceNorm
 
-__all__ = ["CalibrationError", "Measured", "as_in_evaluation", "measure"]
-
 _MEAN, _VAR = STATISTICS[:2]
 # What runs a model in a way of its own: DDP's forward sends buffers to other ranks, which may have
 # fewer batches.

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Moments"]
-
 
 @dataclass(frozen=True)
 class Moments:

@@ -26,8 +26,6 @@ from bnfreeze.norm_layers import (
     named_modules,
 )
 
-__all__ = ["MEASURABLE", "measurable_layers", "probe", "probe_report"]
-
 MEASURABLE: Final = "norm layer that keeps running statistics"
 
 

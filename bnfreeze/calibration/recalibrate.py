@@ -21,8 +21,6 @@ from bnfreeze.errors import PolicyError
 from bnfreeze.norm_layers import AFFINE, STATISTICS, NamedModule, check_model, eps_of, matching
 from bnfreeze.policies.record import frozen_names
 
-__all__ = ["recalibrate"]
-
 _MEAN, _VAR, _COUNT = STATISTICS
 # A tensor of the model, and its new value.
 _New = tuple[Tensor, Tensor]

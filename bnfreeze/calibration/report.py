@@ -13,8 +13,6 @@ from bnfreeze.histograms import Scale
 from bnfreeze.sheets import Cell, Sheet, shared_kind
 from bnfreeze.tables import Printable
 
-__all__ = ["Mode", "ProbeReport", "RecalibrationReport"]
-
 Mode = Literal["replace", "keep-function"]
 _BAR = 8
 

@@ -34,8 +34,6 @@ from bnfreeze.policies.record import (
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.verify import verify
 
-__all__ = ["assert_frozen"]
-
 # What strict=True demands, and what freeze does by itself.
 _FULL = Policy.EVAL | Policy.AFFINE
 

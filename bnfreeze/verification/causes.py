@@ -18,8 +18,6 @@ from bnfreeze.text import counted
 from bnfreeze.verification.drift import Drift
 from bnfreeze.verification.state import Identity, State
 
-__all__ = ["TRACE", "because", "explained"]
-
 # The same words as bnfreeze.norm_layers, which imports torch.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # The policies under which statistics move.

@@ -12,8 +12,6 @@ from bnfreeze.verification.drift import Drift, DriftReport, Kind
 from bnfreeze.verification.state import OwnerFacts, State, TensorFacts
 from bnfreeze.verification.values import locate
 
-__all__ = ["DIGESTED", "Progress", "compare"]
-
 DIGESTED = "Values were compared by SHA-256: equal up to a collision."
 _FROM_FILE = (
     "The snapshot is a copy or was read from a file, which does not show the device, whether a "

@@ -23,8 +23,6 @@ from bnfreeze.verification.stored import state_of
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Diff", "ModelPair", "TensorChange", "diff"]
-
 # The role of a tensor by the last part of its name; of all others it is "other".
 _ROLES: Final = {"weight": "weight", "bias": "bias"} | dict.fromkeys(
     ("running_mean", "running_var", "num_batches_tracked"), "statistics"

@@ -14,8 +14,6 @@ from bnfreeze.sheets import grouped
 from bnfreeze.tables import Printable, Sheet
 from bnfreeze.text import listed
 
-__all__ = ["Diff", "ModelPair", "TensorChange"]
-
 _COUNT = "num_batches_tracked"
 _ROLES = ("statistics", "weight", "bias", "other")
 # The order in JSON.

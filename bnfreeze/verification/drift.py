@@ -13,8 +13,6 @@ from bnfreeze.findings import Finding
 from bnfreeze.tables import Printable, Sheet
 from bnfreeze.text import counted, encodable, escaped
 
-__all__ = ["Drift", "DriftError", "DriftReport", "Kind", "Scalar", "sentence", "what_changed"]
-
 Kind = Literal[
     "value",
     "dtype",

@@ -22,8 +22,6 @@ from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.tracer import Tracer
 from bnfreeze.verification.verify import check, snapshot
 
-__all__ = ["Guard", "guard"]
-
 
 def guard(
     model: nn.Module,

@@ -27,8 +27,6 @@ from bnfreeze.patterns import Pattern, hint, with_parents
 from bnfreeze.policies.record import frozen_names, policy_name, record_of
 from bnfreeze.verification.state import LISTED, Identity, OwnerFacts, State, TensorFacts
 
-__all__ = ["as_list", "read_state"]
-
 _clock = count(1)
 # What is said if a selection has nothing.
 _NOTHING = {

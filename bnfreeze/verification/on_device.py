@@ -20,8 +20,6 @@ from bnfreeze.norm_layers import eps_of
 from bnfreeze.policies.record import record_of
 from bnfreeze.verification.state import State
 
-__all__ = ["Unchanged", "unequal_tensors"]
-
 Pair = tuple[Tensor, Tensor]
 
 # On the CPU the C library compares memory several times as fast as torch.equal does.

@@ -14,8 +14,6 @@ from bnfreeze.inspection.origin import Found
 from bnfreeze.patterns import hint, with_parents
 from bnfreeze.text import listed
 
-__all__ = ["checked_prefixes", "common_prefix", "mapped", "paired"]
-
 Tensors = Mapping[str, StoredTensor]
 
 # Prefixes of more segments are not looked for.

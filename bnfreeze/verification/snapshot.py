@@ -22,8 +22,6 @@ from bnfreeze.verification.drift import DriftReport
 from bnfreeze.verification.state import OwnerFacts, State, TensorFacts
 from bnfreeze.verification.values import KeptTensor
 
-__all__ = ["Snapshot"]
-
 _FORMAT = "bnfreeze-snapshot"
 _SCHEMA = 1
 _KEY = "bnfreeze"

@@ -16,8 +16,6 @@ from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.state import LISTED, OwnerFacts, State, TensorFacts
 from bnfreeze.verification.values import KeptTensor
 
-__all__ = ["snapshot_of", "state_of", "verify_found"]
-
 
 def state_of(tensors: Mapping[str, StoredTensor]) -> State:
     """What a checkpoint shows: names, dtypes, shapes, and the values, read when they are needed.

@@ -27,8 +27,6 @@ from bnfreeze.verification.drift import DriftError, DriftReport
 from bnfreeze.verification.on_device import unequal_tensors
 from bnfreeze.verification.state import State
 
-__all__ = ["Tracer"]
-
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises a `DriftError` at the operation that changes a bit of a frozen tensor.

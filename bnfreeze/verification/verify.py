@@ -20,8 +20,6 @@ from bnfreeze.verification.live_state import read_state
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.state import State
 
-__all__ = ["check", "snapshot", "verify"]
-
 
 def snapshot(
     model: nn.Module,
