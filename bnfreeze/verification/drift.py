@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.findings import Finding
-from bnfreeze.tables import Printable, Sheet
+from bnfreeze.sheets import Sheet
+from bnfreeze.tables import Printable
 from bnfreeze.text import counted, encodable, escaped
 
 Kind = Literal[
