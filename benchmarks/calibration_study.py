@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
 from bnfreeze.calibration.fit import THRESHOLDS, LayerFit, Thresholds, layer_fit
-from bnfreeze.calibration.measuring import Measured, Runs, as_in_evaluation
+from bnfreeze.calibration.measuring import Measured, as_in_evaluation, measure
 from bnfreeze.norm_layers import NamedModule, named_modules
 
 SIZES = (32, 256, 2048)
@@ -150,7 +150,7 @@ def norm_layers(model: nn.Module) -> list[NamedModule]:
 
 def measured(model: nn.Module, pixels: Tensor) -> Measured:
     with as_in_evaluation(model) as inner:
-        return Runs(inner, pixels.split(32)).measure(norm_layers(model))
+        return measure(inner, pixels.split(32), norm_layers(model))
 
 
 def moved(entry: NamedModule, shift: Tensor | float, factor: float = 1.0) -> NamedModule:
@@ -256,7 +256,7 @@ def batch_noise(networks: list[Trained]) -> dict[int, dict[str, float]]:
             means: dict[str, list[Tensor]] = defaultdict(list)
             with as_in_evaluation(network.model) as inner:
                 for batch in pixels.split(size)[:256]:
-                    for name, moments in Runs(inner, [batch]).measure(layers).moments.items():
+                    for name, moments in measure(inner, [batch], layers).moments.items():
                         means[name].append(moments.mean)
             for entry in layers:
                 sigma = (entry.module.running_var.double() + entry.module.eps).sqrt()

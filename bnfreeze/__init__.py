@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from bnfreeze.nn.modules import FrozenBatchNorm3d as FrozenBatchNorm3d
     from bnfreeze.policies.policy import Policy as Policy
     from bnfreeze.verification.assert_frozen import assert_frozen as assert_frozen
-    from bnfreeze.verification.diff import Diff as Diff
-    from bnfreeze.verification.diff import TensorChange as TensorChange
     from bnfreeze.verification.diff import diff as diff
+    from bnfreeze.verification.diff_report import Diff as Diff
+    from bnfreeze.verification.diff_report import TensorChange as TensorChange
     from bnfreeze.verification.drift import Drift as Drift
-    from bnfreeze.verification.drift_report import DriftError as DriftError
-    from bnfreeze.verification.drift_report import DriftReport as DriftReport
+    from bnfreeze.verification.drift import DriftError as DriftError
+    from bnfreeze.verification.drift import DriftReport as DriftReport
     from bnfreeze.verification.guard import Guard as Guard
     from bnfreeze.verification.guard import guard as guard
     from bnfreeze.verification.snapshot import Snapshot as Snapshot
@@ -71,9 +71,9 @@ _NAMES = {
     "nn.modules": "FrozenBatchNorm1d FrozenBatchNorm2d FrozenBatchNorm3d",
     "policies.policy": "Policy",
     "verification.assert_frozen": "assert_frozen",
-    "verification.diff": "Diff TensorChange diff",
-    "verification.drift": "Drift",
-    "verification.drift_report": "DriftError DriftReport",
+    "verification.diff": "diff",
+    "verification.diff_report": "Diff TensorChange",
+    "verification.drift": "Drift DriftError DriftReport",
     "verification.guard": "Guard guard",
     "verification.snapshot": "Snapshot",
     "verification.verify": "snapshot verify",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from bnfreeze.inspection.checkpoint import CheckpointInspection
     from bnfreeze.tables import Printable
     from bnfreeze.verification.diff_report import Diff
-    from bnfreeze.verification.drift_report import DriftReport
+    from bnfreeze.verification.drift import DriftReport
 
 __all__ = ["main"]
 

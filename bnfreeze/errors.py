@@ -33,10 +33,6 @@ class NotFrozenError(BnfreezeError, AssertionError):
         super().__init__(message)
         self.layers = layers
 
-    def __reduce__(self) -> tuple[type[NotFrozenError], tuple[str, tuple[tuple[str, str], ...]]]:
-        # Pickle's own way to rebuild an exception would lose the layers.
-        return (type(self), (str(self), self.layers))
-
 
 class CheckpointError(BnfreezeError):
     """A checkpoint that was not read."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from bnfreeze.errors import PolicyError
+from bnfreeze.patterns import Pattern, hint, with_parents
 from bnfreeze.torch_private import _InstanceNorm, _NormBase
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -265,6 +267,30 @@ def _walk(module: nn.Module, name: str, plain: str) -> Iterator[tuple[str, str, 
         if child is not None:
             shown = plain if key == hidden else f"{plain}.{key}" if plain else key
             yield from _walk(child, f"{name}.{key}" if name else key, shown)
+
+
+def matching(
+    modules: Sequence[NamedModule], select: str | Iterable[str], what: str = "module"
+) -> list[NamedModule]:
+    """Those of the modules that a pattern, or any of several, matches.
+
+    Raises:
+        PolicyError: a pattern that is malformed, or matches no such module.
+    """
+    patterns = [Pattern.parse(text) for text in ([select] if isinstance(select, str) else select)]
+    for pattern in patterns:
+        if not any(pattern.matches(*entry.all_names) for entry in modules):
+            near = nearest(pattern.text, modules)
+            raise PolicyError(f"Pattern {pattern.text!r} matches no {what}.{near}")
+    return [entry for entry in modules if any(p.matches(*entry.all_names) for p in patterns)]
+
+
+def nearest(text: str, modules: Iterable[NamedModule]) -> str:
+    """Name those of the modules, or of those around them, that a pattern may have meant."""
+    names = with_parents(name for entry in modules for name in entry.plain_names)
+    top = list(dict.fromkeys(name.partition(".")[0] for name in names))[:6]
+    there_are = " There are: " + ", ".join(map(repr, top)) + "." if top else ""
+    return hint(text, names) or there_are
 
 
 def check_model(model: object) -> nn.Module:

@@ -42,7 +42,7 @@ _SVG_CELL: Final = 12.2
 
 
 class Printable(ABC):
-    """Facts that give a table when printed, and HTML in a notebook.
+    """Facts that give a table when printed, and HTML in a notebook; true unless not ``ok``.
 
     ``str()`` uses only characters that ``sys.stdout`` can show. A dataclass that is one needs
     ``repr=False``, or it would list every field.
@@ -51,6 +51,9 @@ class Printable(ABC):
     @abstractmethod
     def sheet(self) -> Sheet:
         """The facts as a sheet."""
+
+    def __bool__(self) -> bool:
+        return bool(getattr(self, "ok", True))
 
     def __str__(self) -> str:
         from rich.console import Console

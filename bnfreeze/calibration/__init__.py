@@ -4,10 +4,9 @@
 moments     mean and variance per channel, merged over samples, batches, ranks
 batches     what a DataLoader gives, turned into calls of the model; how far a run has come
 measuring   the model run over the data, with nothing changed
-intervals   Student's t
 fit         one layer's statistics against its data: numbers, and a verdict
-advice      findings, and what to do
 report      `ProbeReport` and `RecalibrationReport`: data, and tables
+advice      findings, and what to do
 probe       `probe`
 recalibrate `recalibrate`
 =========== ==================================================================

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 
 from bnfreeze.calibration.fit import THRESHOLDS, LayerFit, Verdict
+from bnfreeze.calibration.report import RecalibrationReport
 from bnfreeze.findings import Finding, finding
 from bnfreeze.policies.policy import Policy
 from bnfreeze.text import listed
-
-__all__ = ["advice_after", "advice_before", "probe_findings"]
 
 _UNSEEN = "Unlabelled data cannot show whether the features suit"
 _CHECK = f"{_UNSEEN}: compare the accuracy before and after."
@@ -76,8 +75,7 @@ def _noisy(layers: Sequence[LayerFit]) -> list[LayerFit]:
         for layer in _reached(layers)
         if math.isfinite(layer.batch_noise) and not _policy(layer).forces_eval
     ]
-    noisy = bool(live) and median(layer.batch_noise for layer in live) > THRESHOLDS.noise
-    return live if noisy else []
+    return live if live and median(x.batch_noise for x in live) > THRESHOLDS.noise else []
 
 
 def _short_of_samples(layers: Sequence[LayerFit]) -> str:
@@ -128,10 +126,8 @@ def advice_before(layers: Sequence[LayerFit]) -> str:
             + f". Do not freeze them like this: {call} is likely to mend it; then freeze. {_CHECK}"
         )
     if not unsure:
-        if all(_policy(layer).forces_eval for layer in reached):
-            then = "keep them frozen"
-        else:
-            then = "freeze(model, 'eval+affine') keeps them"
+        kept = all(_policy(layer).forces_eval for layer in reached)
+        then = "keep them frozen" if kept else "freeze(model, 'eval+affine') keeps them"
         if noisy := _noisy(layers):
             then += f", and ends the noise of batches of {noisy[0].batch_size}"
         return (
@@ -157,9 +153,9 @@ def _worst(layers: Sequence[LayerFit]) -> str:
         )
 
     layer = max(layers, key=size)
+    where = f"{layer.name}, where " if len(layers) > 1 else ""
     return (
-        (f"{layer.name}, where " if len(layers) > 1 else "")
-        + f"means are off by {layer.mean_shift.median:.2f} σ, variances are "
+        f"{where}means are off by {layer.mean_shift.median:.2f} σ, variances are "
         f"{layer.variance_ratio.median:.2f} times the stored ones"
     )
 
@@ -169,39 +165,33 @@ def _are_most(own: Sequence[LayerFit], reached: Sequence[LayerFit]) -> bool:
     return len(reached) > 2 and 2 * len(own) > len(reached)
 
 
-def advice_after(
-    before: Sequence[LayerFit],
-    after: Sequence[LayerFit],
-    recalibrated: Collection[str],
-    mode: str,
-    exact: bool,
-    scores: Sequence[float],
-) -> str:
-    """What to do with a model that was recalibrated.
-
-    Args:
-        before: the layers' fit before.
-        after: and with the new statistics.
-        recalibrated: the names of the layers that were.
-        mode: how.
-        exact: likewise.
-        scores: before and after, or none; more is better.
-    """
-    if mode == "keep-function":
+def advice_after(report: RecalibrationReport) -> str:
+    """What to do with a model that was recalibrated; the report has no advice yet."""
+    if report.mode == "keep-function":
         return (
             "The model computes what it did before, and its statistics are those of this data: "
             "fine-tune it. Freezing alone changes nothing for the better."
         )
-    reached = _reached(before)
+    reached = _reached(report.before.layers)
     left = ""
-    if shifted := [layer.name for layer in _of(after, "shifted")]:
-        untouched = len(set(shifted).difference(recalibrated))
+    if shifted := {layer.name for layer in _of(report.after.layers, "shifted")}:
+        untouched = len(shifted.difference(report.recalibrated))
         left = f" {len(shifted)} of {len(reached)} layers still do not fit"
-        if untouched:
-            left += f", {untouched} of them left as they were"
-        left += "." if untouched or exact else ": try exact=True."
-    if scores:
-        return _by_score(*scores, misfit=bool(_of(before, "shifted"))) + left
+        left += f", {untouched} of them left as they were" if untouched else ""
+        left += "." if untouched or report.exact else ": try exact=True."
+    old, new = report.score_before, report.score_after
+    if old is not None and new is not None:
+        figures = f"({old:.4g} before, {new:.4g} after)"
+        said = f"says nothing {figures}."
+        if new > old:
+            enough = "If it is good enough, freeze the model; if not, fine-tune without freezing."
+            said = f"rose {figures}. {enough}"
+        elif new == old:
+            said = f"is the same {figures}. Recalibrating brought nothing."
+        elif new < old:
+            train = ", and fine-tune without freezing" if _of(reached, "shifted") else ""
+            said = f"fell {figures}: take it back with report.undo(){train}."
+        return f"The score {said}{left}"
     own = [layer for layer in reached if layer.origin == "own"]
     then = (
         f" But {len(own)} of {len(reached)} layers were off even with normalised inputs, so the "
@@ -212,18 +202,3 @@ def advice_after(
         "than before."
     )
     return f"The statistics are those of this data now.{left}{then}"
-
-
-def _by_score(first: float, then: float, *, misfit: bool) -> str:
-    figures = f"({first:.4g} before, {then:.4g} after)"
-    if then > first:
-        return (
-            f"The score rose {figures}. If it is good enough, freeze the model; if not, "
-            f"fine-tune without freezing."
-        )
-    if then == first:
-        return f"The score is the same {figures}. Recalibrating brought nothing."
-    if then < first:
-        train = ", and fine-tune without freezing" if misfit else ""
-        return f"The score fell {figures}: take it back with report.undo(){train}."
-    return f"The score says nothing {figures}."

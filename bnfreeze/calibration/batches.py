@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batches", "Progress", "call"]
-
 # None, whether to show a bar, or what is called with the number of batches done and of all.
 Progress = bool | Callable[[int, int | None], object] | None
 
@@ -27,11 +25,8 @@ class Batches(ExitStack):
     Args:
         batches: any iterable; a DataLoader as a rule.
         most: how many to take; None for all.
-        passes: how many times they will be gone through.
+        passes: how many times they will be gone through; it may change as more becomes known.
         progress: what to tell about that.
-
-    Attributes:
-        passes: the same; it may change as more becomes known.
 
     Raises:
         TypeError: they are no iterable, or a one-shot iterator where several passes are needed.
@@ -109,10 +104,8 @@ def call(
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if hasattr(value, "to"):  # what a library made of several; Transformers' change in place
-        return copy.copy(value).to(device)
+    if hasattr(value, "to"):  # what a library made of several tensors may change in place
+        return (value if isinstance(value, Tensor) else copy.copy(value)).to(device)
     if isinstance(value, Mapping):
         return {key: _moved(each, device) for key, each in value.items()}
     if isinstance(value, tuple | list):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,11 +21,6 @@ from bnfreeze.errors import BnfreezeError
 from bnfreeze.inspection.modes import modes_put_back
 from bnfreeze.norm_layers import STATISTICS, NamedModule
 from bnfreeze.torch_private import _InstanceNorm
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-__all__ = ["CalibrationError", "Measured", "Runs", "as_in_evaluation"]
 
 _MEAN, _VAR = STATISTICS[:2]
 # What runs a model in a way of its own: DDP's forward sends buffers to other ranks, which may have
@@ -56,7 +51,9 @@ class Measured:
 
 
 @contextmanager
-def as_in_evaluation(model: nn.Module, group: ProcessGroup | None = None) -> Iterator[nn.Module]:
+def as_in_evaluation(
+    model: nn.Module, group: dist.ProcessGroup | None = None
+) -> Iterator[nn.Module]:
     """Run what is inside in eval mode and without gradients; then put everything back.
 
     Training flags, buffers and the random state of torch, NumPy and Python are afterwards what they
@@ -67,165 +64,150 @@ def as_in_evaluation(model: nn.Module, group: ProcessGroup | None = None) -> Ite
         the model to call: without what would synchronise ranks, or skip hooks.
     """
     modules = list(model.modules())
-    numpy = sys.modules.get("numpy.random")
-    state = random.getstate(), numpy.get_state() if numpy is not None else None
     devices = list({t.device for t in model.parameters() if t.device.type == "cuda"})
     inner = model
     while type(inner).__name__ in _RUNNERS:
         inner = getattr(inner, _RUNNERS[type(inner).__name__])
-    # Compiled code calls no hooks that came later, so what is compiled runs as it was written.
-    compiled = any(m._compiled_call_impl or type(m).__name__ == "OptimizedModule" for m in modules)
-    eager: AbstractContextManager[object] = nullcontext()
-    if compiled:
-        eager = torch.compiler.set_stance("force_eager")
-    try:
-        with (
-            modes_put_back(modules, False, buffers=True),
-            torch.random.fork_rng(devices),
-            torch.no_grad(),
-            eager,
-        ):
-            if group is not None:
-                stored = [
-                    b
-                    for module in modules
-                    for name, b in module._buffers.items()
-                    if b is not None and name in STATISTICS and not b.is_meta
-                ]
-                sent: list[Any] = [[tensor.cpu() for tensor in stored]]
-                dist.broadcast_object_list(sent, src=dist.get_global_rank(group, 0), group=group)
-                for tensor, value in zip(stored, sent[0], strict=True):
-                    tensor.copy_(value)
-            model.eval()
-            yield inner
-    finally:
-        random.setstate(state[0])
-        if numpy is not None:
-            numpy.set_state(state[1])
+    with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        # Compiled code calls no hooks that came later, so what is compiled runs as it was written.
+        if any(m._compiled_call_impl or type(m).__name__ == "OptimizedModule" for m in modules):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(modes_put_back(modules, False, buffers=True))
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.no_grad())
+        if group is not None:
+            stored = [
+                b
+                for module in modules
+                for name, b in module._buffers.items()
+                if b is not None and name in STATISTICS and not b.is_meta
+            ]
+            sent: list[Any] = [[tensor.cpu() for tensor in stored]]
+            dist.broadcast_object_list(sent, src=dist.get_global_rank(group, 0), group=group)
+            for tensor, value in zip(stored, sent[0], strict=True):
+                tensor.copy_(value)
+        model.eval()
+        yield inner
 
 
-@dataclass(frozen=True)
-class Runs:
-    """Runs a model over data, as often as it is asked to, inside `as_in_evaluation`.
+def measure(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Sequence[NamedModule],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    group: dist.ProcessGroup | None = None,
+    with_batch: bool = False,
+    exact: bool = False,
+    first: Callable[[], object] = lambda: None,
+) -> Measured:
+    """Run a model once over data and measure the inputs of layers, inside `as_in_evaluation`.
 
-    Attributes:
+    Args:
         model: what to run.
         batches: what to run it on, on this rank.
+        layers: the norm layers to measure.
         forward: how to call the model on a batch, where it is not ``model(inputs)``.
         group: pool what its ranks have measured, which is the same on every rank then; every rank
             has to ask for the same. None for this process alone.
+        with_batch: normalise with each batch's own statistics in these layers meanwhile. A
+            batch with one value per channel is normalised with the stored ones.
+        exact: reduce in fp64.
+        first: called before; of what it raises, all ranks are told.
+
+    Raises:
+        CalibrationError: a layer was given NaN, infinity or other channels than it has
+            statistics of; there are no batches; or another rank failed.
+        Exception: what the model or `first` raised on this rank.
     """
-
-    model: nn.Module
-    batches: Iterable[Any]
-    forward: Callable[[nn.Module, Any], Any] | None = None
-    group: ProcessGroup | None = None
-
-    def measure(
-        self,
-        layers: Sequence[NamedModule],
-        *,
-        with_batch: bool = False,
-        exact: bool = False,
-        first: Callable[[], object] = lambda: None,
-    ) -> Measured:
-        """Run the model once over the data and measure the inputs of `layers`.
-
-        Args:
-            layers: the norm layers to measure.
-            with_batch: normalise with each batch's own statistics in these layers meanwhile. A
-                batch with one value per channel is normalised with the stored ones.
-            exact: reduce in fp64.
-            first: called before; of what it raises, all ranks are told.
-
-        Raises:
-            CalibrationError: a layer was given NaN, infinity or other channels than it has
-                statistics of; there are no batches; or another rank failed.
-            Exception: what the model or `first` raised on this rank.
-        """
-        if self.group is None:
-            first()
-            return self._on_this_rank(layers, with_batch, exact)
-        error: Exception | None = None
-        sent: Any = None
-        try:
-            first()
-            own = self._on_this_rank(layers, with_batch, exact)
-            sent = replace(own, moments={name: m.on_cpu() for name, m in own.moments.items()})
-        except Exception as caught:  # the other ranks wait for this one
-            error, sent = caught, f"{type(caught).__name__}: {caught}"
-        gathered: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(gathered, sent, group=self.group)
-        if error is not None:
-            raise error
-        moments: dict[str, Moments] = {}
-        for rank, other in enumerate(gathered):
-            if isinstance(other, str):
-                raise CalibrationError(f"rank {rank}: {other}")
-            for name, found in other.moments.items():
-                moments[name] = moments[name].merged(found) if name in moments else found
-        return Measured(moments, sum(other.batches for other in gathered))
-
-    def _on_this_rank(
-        self, layers: Sequence[NamedModule], with_batch: bool, exact: bool
-    ) -> Measured:
-        found: dict[str, Moments] = {}
-        empty = {
-            entry.name: Moments.empty(
-                entry.module.get_buffer(_MEAN), within=isinstance(entry.module, _InstanceNorm)
-            )
-            for entry in layers
-        }
-        stored: dict[nn.Module, dict[str, Tensor | None]] = {}
-
-        def before(name: str, module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if empty[name].within and x.dim() == module._get_no_batch_dim():
-                x = x.unsqueeze(0)  # instance norm takes a single sample, too
-            if not x.numel():
-                return
-            channels = empty[name].reference.numel()
-            if x.dim() > 1 and x.shape[1] != channels:
-                raise CalibrationError(
-                    f"{name or 'The model'}: its statistics have {channels} elements, and its "
-                    f"input has {x.shape[1]} channels. Such a layer cannot be measured."
-                )
-            moments = empty[name].of_batch(x, exact=exact)
-            found[name] = found[name].merged(moments) if name in found else moments
-            if with_batch and moments.has_variance:
-                own = module._buffers
-                stored[module] = {_MEAN: own[_MEAN], _VAR: own[_VAR]}
-                own[_MEAN] = moments.mean.to(own[_MEAN])
-                own[_VAR] = moments.biased_variance.to(own[_VAR])
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            module._buffers.update(stored.pop(module, {}))
-
-        self.model.eval()  # whatever `first` has left
-        tensors = chain(self.model.parameters(), self.model.buffers())
-        device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
-        count = 0
-        with ExitStack() as hooks:
-            for name, module in ((entry.name, entry.module) for entry in layers):
-                hook = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
-                hooks.enter_context(hook)
-                if with_batch:
-                    hooks.enter_context(module.register_forward_hook(after, always_call=True))
-            for batch in self.batches:
-                call(self.model, batch, self.forward, device)
-                _check_finite(found, count)
-                count += 1
-        if not count:
-            raise CalibrationError("batches: there are none, so nothing was measured.")
-        return Measured(found, count)
+    here = partial(_on_this_rank, model, batches, layers, forward, with_batch, exact, first)
+    if group is None:
+        return here()
+    error: Exception | None = None
+    sent: Any = None
+    try:
+        found = here()
+        sent = replace(found, moments={name: m.on_cpu() for name, m in found.moments.items()})
+    except Exception as caught:  # the other ranks wait for this one
+        error, sent = caught, f"{type(caught).__name__}: {caught}"
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, sent, group=group)
+    if error is not None:
+        raise error
+    moments: dict[str, Moments] = {}
+    for rank, other in enumerate(gathered):
+        if isinstance(other, str):
+            raise CalibrationError(f"rank {rank}: {other}")
+        for name, there in other.moments.items():
+            moments[name] = moments[name].merged(there) if name in moments else there
+    return Measured(moments, sum(other.batches for other in gathered))
 
 
-def _check_finite(found: dict[str, Moments], batch: int) -> None:
-    # Asked when the batch is done, so that a GPU is waited for once and not in each layer.
-    for name, moments in found.items():
-        if not bool(torch.isfinite(moments.m2.sum())):
+def _on_this_rank(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Sequence[NamedModule],
+    forward: Callable[[nn.Module, Any], Any] | None,
+    with_batch: bool,
+    exact: bool,
+    first: Callable[[], object],
+) -> Measured:
+    first()
+    found: dict[str, Moments] = {}
+    references = {}
+    for entry in layers:
+        mean = entry.module.get_buffer(_MEAN)
+        where = mean.device if mean.is_cuda else "cpu"  # not every accelerator has fp64
+        references[entry.name] = mean.detach().to(where, torch.float64, copy=True)
+    stored: dict[nn.Module, dict[str, Tensor | None]] = {}
+
+    def before(name: str, module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        within = isinstance(module, _InstanceNorm)
+        if within and x.dim() == module._get_no_batch_dim():
+            x = x.unsqueeze(0)  # instance norm takes a single sample, too
+        if not x.numel():
+            return
+        channels = references[name].numel()
+        if x.dim() > 1 and x.shape[1] != channels:
             raise CalibrationError(
-                f"batch {batch}: the input of {name or 'the model'} has NaN or infinity in it. "
-                f"Nothing was changed. Look at this batch (counted from 0), and at the parameters "
-                f"and statistics of the layers before it."
+                f"{name or 'The model'}: its statistics have {channels} elements, and its "
+                f"input has {x.shape[1]} channels. Such a layer cannot be measured."
             )
+        moments = Moments.of_batch(x, references[name], within=within, exact=exact)
+        found[name] = found[name].merged(moments) if name in found else moments
+        if with_batch and moments.has_variance:
+            own = module._buffers
+            stored[module] = {_MEAN: own[_MEAN], _VAR: own[_VAR]}
+            own[_MEAN] = moments.mean.to(own[_MEAN])
+            own[_VAR] = moments.biased_variance.to(own[_VAR])
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        module._buffers.update(stored.pop(module, {}))
+
+    model.eval()  # whatever `first` has left
+    tensors = chain(model.parameters(), model.buffers())
+    device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
+    count = 0
+    with ExitStack() as hooks:
+        for entry in layers:
+            hook = partial(before, entry.name)
+            hooks.enter_context(entry.module.register_forward_pre_hook(hook, with_kwargs=True))
+            if with_batch:
+                hooks.enter_context(entry.module.register_forward_hook(after, always_call=True))
+        for batch in batches:
+            call(model, batch, forward, device)
+            # Asked when the batch is done, so that a GPU is waited for once and not in each layer.
+            for name, moments in found.items():
+                if not bool(torch.isfinite(moments.m2.sum())):
+                    raise CalibrationError(
+                        f"batch {count}: the input of {name or 'the model'} has NaN or infinity "
+                        f"in it. Nothing was changed. Look at this batch (counted from 0), and at "
+                        f"the parameters and statistics of the layers before it."
+                    )
+            count += 1
+    if not count:
+        raise CalibrationError("batches: there are none, so nothing was measured.")
+    return Measured(found, count)

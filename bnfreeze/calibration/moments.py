@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Moments"]
-
 
 @dataclass(frozen=True)
 class Moments:
@@ -49,32 +47,29 @@ class Moments:
     m2: Tensor
 
     @classmethod
-    def empty(cls, reference: Tensor, *, within: bool = False) -> Moments:
-        """Of no data; `reference` of the shape (C,)."""
-        # Not every accelerator has fp64.
-        where = reference.device if reference.device.type == "cuda" else "cpu"
-        reference = reference.detach().to(where, torch.float64, copy=True)
-        zeros = torch.zeros_like(reference).expand(2, 2, -1)
-        return cls(reference, within, 0, 0, 0, zeros[0], zeros, zeros[0, 0])
-
-    def of_batch(self, x: Tensor, *, exact: bool = False) -> Moments:
-        """Of one batch, to be merged with these; on their device, without waiting for a GPU.
+    def of_batch(
+        cls, x: Tensor, reference: Tensor, *, within: bool = False, exact: bool = False
+    ) -> Moments:
+        """Of one batch; on the device of `reference`, without waiting for a GPU.
 
         Args:
             x: (N, C, *) of a floating dtype, with a value at least.
+            reference: (C,) in fp64; the same one for all that is merged.
+            within: as the attribute.
             exact: reduce in fp64. Otherwise each sample is reduced in fp32: the error is below
                 1e-4 standard deviations.
         """
         values = x.detach().unsqueeze(-1).flatten(2)  # in most layouts a view
         size = values.shape[2]
-        a, v = (t.to(self.reference.device).double() for t in _by_sample(values, exact))
-        second = v * (size / max(size - 1, 1)) if self.within else v + (a - self.reference).square()
+        a, v = (t.to(reference.device).double() for t in _by_sample(values, exact))
+        second = v * (size / max(size - 1, 1)) if within else v + (a - reference).square()
         each = torch.stack([a, second])
         centre = each.mean(1)
         off = each - centre[:, None]
         products = (off[:, None] * off).mean(2)
-        return replace(
-            self,
+        return cls(
+            reference,
+            within,
             samples=len(a),
             elements=len(a) * size,
             batch_size=len(a),
@@ -85,8 +80,6 @@ class Moments:
 
     def merged(self, other: Moments) -> Moments:
         """Of both data together."""
-        if not self.samples or not other.samples:
-            return other if not self.samples else self
         samples, elements = self.samples + other.samples, self.elements + other.elements
         share = other.samples / samples if self.within else other.elements / elements
         step, products = other.centre - self.centre, other.products - self.products

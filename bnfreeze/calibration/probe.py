@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import Any, Final
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bnfreeze.calibration.advice import advice_before, probe_findings
 from bnfreeze.calibration.batches import Batches, Progress
 from bnfreeze.calibration.fit import THRESHOLDS, THRESHOLDS_APART, Origin, Verdict, layer_fit
-from bnfreeze.calibration.measuring import Measured, Runs, as_in_evaluation
+from bnfreeze.calibration.measuring import Measured, as_in_evaluation, measure
 from bnfreeze.calibration.report import ProbeReport
 from bnfreeze.errors import PolicyError
 from bnfreeze.findings import worst_first
-from bnfreeze.norm_layers import STATISTICS, NamedModule, check_model, is_plain_norm, named_modules
-from bnfreeze.patterns import Pattern, hint
+from bnfreeze.norm_layers import (
+    STATISTICS,
+    NamedModule,
+    check_model,
+    is_plain_norm,
+    matching,
+    named_modules,
+)
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-__all__ = ["probe", "probe_report", "selected_layers"]
+MEASURABLE: Final = "norm layer that keeps running statistics"
 
 
 def probe(
@@ -31,7 +36,7 @@ def probe(
     select: str | Iterable[str] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     max_batches: int | None = None,
-    process_group: ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | None = None,
     progress: Progress = None,
 ) -> ProbeReport:
     """Say whether the statistics that a model has stored fit some data.
@@ -74,17 +79,18 @@ def probe(
         CalibrationError: the data has NaN or infinity in it, or there are no batches.
     """
     check_model(model)
-    layers = selected_layers(model, select)
+    every = measurable_layers(model)
+    layers = every if select is None else matching(every, select, MEASURABLE)
     source = Batches(batches, max_batches, 1 if process_group is None else 2, progress)
     source.passes = 1  # as long as no layer is known not to fit
     with source, as_in_evaluation(model, process_group) as inner:
-        run = Runs(inner, source, forward, process_group).measure
+        run = partial(measure, inner, source, forward=forward, group=process_group)
         whole = run(layers)
         report = probe_report(layers, whole)
         if isinstance(batches, Iterator) or all(x.verdict != "shifted" for x in report.layers):
             return report
         source.passes = 2
-        return probe_report(layers, whole, run(selected_layers(model, None), with_batch=True))
+        return probe_report(layers, whole, run(every, with_batch=True))
 
 
 def probe_report(
@@ -122,16 +128,15 @@ _ORIGINS: Final[dict[Verdict, Origin]] = {
 }
 
 
-def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> list[NamedModule]:
-    """The norm layers that keep statistics, all or those that a pattern matches.
+def measurable_layers(model: nn.Module) -> list[NamedModule]:
+    """The norm layers that keep statistics.
 
     Raises:
-        PolicyError: there are none.
+        PolicyError: there are none, or they have no values.
     """
-    modules = named_modules(model)
     layers = [
         entry
-        for entry in modules
+        for entry in named_modules(model)
         if is_plain_norm(entry.module)
         and all(isinstance(entry.module._buffers.get(name), Tensor) for name in STATISTICS[:2])
     ]
@@ -147,16 +152,4 @@ def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> lis
             "No norm layer of this model keeps running statistics, so there is nothing to compare "
             "with the data."
         )
-    if select is None:
-        return layers
-    chosen: list[NamedModule] = []
-    for text in [select] if isinstance(select, str) else select:
-        pattern = Pattern.parse(text)
-        matched = [entry for entry in layers if pattern.matches(*entry.all_names)]
-        if not matched:
-            names = [name for entry in modules for name in entry.plain_names]
-            raise PolicyError(
-                f"select: {text!r} matches no norm layer that keeps statistics." + hint(text, names)
-            )
-        chosen += matched
-    return [entry for entry in layers if entry in chosen]
+    return layers

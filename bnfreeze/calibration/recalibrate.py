@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bnfreeze.calibration.advice import advice_after
 from bnfreeze.calibration.batches import Batches, Progress
-from bnfreeze.calibration.measuring import CalibrationError, Measured, Runs, as_in_evaluation
-from bnfreeze.calibration.probe import probe_report, selected_layers
+from bnfreeze.calibration.measuring import CalibrationError, Measured, as_in_evaluation, measure
+from bnfreeze.calibration.probe import MEASURABLE, measurable_layers, probe_report
 from bnfreeze.calibration.report import Mode, RecalibrationReport
 from bnfreeze.errors import PolicyError
-from bnfreeze.norm_layers import AFFINE, STATISTICS, NamedModule, check_model, eps_of
+from bnfreeze.norm_layers import AFFINE, STATISTICS, NamedModule, check_model, eps_of, matching
 from bnfreeze.policies.record import frozen_names
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-__all__ = ["recalibrate"]
 
 _MEAN, _VAR, _COUNT = STATISTICS
 # A tensor of the model, and its new value.
@@ -39,7 +36,7 @@ def recalibrate(
     score: Callable[[nn.Module], float] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     max_batches: int | None = None,
-    process_group: ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | None = None,
     progress: Progress = None,
 ) -> RecalibrationReport:
     """Replace the running statistics by those of some data. Nothing is trained.
@@ -92,8 +89,8 @@ def recalibrate(
     keep = mode == "keep-function"
     if keep and exact:
         raise ValueError("exact=True: the mode 'keep-function' is exact, in a single pass.")
-    layers = selected_layers(model, None)
-    chosen = selected_layers(model, select) if select is not None else _not_frozen(layers, keep)
+    layers = measurable_layers(model)
+    chosen = _not_frozen(layers, keep) if select is None else matching(layers, select, MEASURABLE)
     _check_sharing(layers, chosen)
     if keep:
         _check_affine(model, chosen)
@@ -105,7 +102,7 @@ def recalibrate(
             scores.append(float(score(inner)))
 
     with source, as_in_evaluation(model, process_group) as inner:
-        run = Runs(inner, source, forward, process_group).measure
+        run = partial(measure, inner, source, forward=forward, group=process_group)
         now = run(layers, exact=keep, first=rate)
         reached = _reached(chosen, now)
         apart = None if keep or exact else run(reached, with_batch=True, exact=True)
@@ -127,20 +124,20 @@ def recalibrate(
     # Nothing can fail from here on.
     old = _current(new)
     _write(new)
-    names = tuple(entry.name for entry in reached)
-    return RecalibrationReport(
+    report = RecalibrationReport(
         mode=mode,
         exact=exact,
-        recalibrated=names,
+        recalibrated=tuple(entry.name for entry in reached),
         before=before,
         after=after,
         score_before=scores[0] if scores else None,
         score_after=scores[1] if scores else None,
         passes=source.passes,
         findings=after.findings,
-        advice=advice_after(before.layers, after.layers, names, mode, exact, scores),
+        advice="",
         undo=partial(_write, old),
     )
+    return replace(report, advice=advice_after(report))
 
 
 def _not_frozen(layers: Sequence[NamedModule], keep: bool) -> list[NamedModule]:
@@ -172,13 +169,14 @@ def _check_sharing(layers: Sequence[NamedModule], chosen: Sequence[NamedModule])
 
 def _check_affine(model: nn.Module, chosen: Sequence[NamedModule]) -> None:
     """Refuse what has no weight and bias that could change without changing something else."""
-    holders = Counter(id(tensor) for module in model.modules() for tensor in _own(module).values())
+    own = {module: {**module._parameters, **module._buffers} for module in model.modules()}
+    holders = Counter(id(tensor) for tensors in own.values() for tensor in tensors.values())
     for entry in chosen:
-        own = _own(entry.module)
+        affine = [own[entry.module].get(name) for name in AFFINE]
         problem = ""
-        if any(not isinstance(own.get(name), Tensor) for name in AFFINE):
+        if not all(isinstance(tensor, Tensor) for tensor in affine):
             problem = "this layer has none of its own"
-        elif any(holders[id(own[name])] > 1 for name in AFFINE):
+        elif any(holders[id(tensor)] > 1 for tensor in affine):
             problem = "another module shares them, whose function would change"
         if problem:
             raise PolicyError(
@@ -187,27 +185,23 @@ def _check_affine(model: nn.Module, chosen: Sequence[NamedModule]) -> None:
             )
 
 
-def _own(module: nn.Module) -> dict[str, Tensor | None]:
-    return {**module._parameters, **module._buffers}
-
-
 def _reached(chosen: Sequence[NamedModule], measured: Measured) -> list[NamedModule]:
     """Those of the chosen layers that were given data, in the order of their first call."""
     by_name = {entry.name: entry for entry in chosen}
-    reached = [by_name[name] for name in measured.moments if name in by_name]
-    if not reached:
+    found = {by_name[name]: m for name, m in measured.moments.items() if name in by_name}
+    if not found:
         raise CalibrationError(
             "None of the chosen norm layers was given any data: nothing was changed. "
             "Pass forward=, if the model has to be called in another way."
         )
-    for name, moments in measured.moments.items():
-        if name in by_name and not moments.has_variance:
+    for entry, moments in found.items():
+        if not moments.has_variance:
             raise CalibrationError(
-                f"{name or 'the model'}: a single value per channel was measured"
+                f"{entry.name or 'the model'}: a single value per channel was measured"
                 f"{' in each sample' if moments.within else ''}, and one value has no variance. "
                 f"Nothing was changed."
             )
-    return reached
+    return list(found)
 
 
 def _new_values(entry: NamedModule, measured: Measured, keep: bool) -> list[_New]:

@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 from bnfreeze.freezing.apply import carry_out
 from bnfreeze.freezing.plan import plan, restoring
 from bnfreeze.freezing.report import FreezeReport, LayerRow
-from bnfreeze.freezing.rules import matching, parse_rules, policies_for
+from bnfreeze.freezing.rules import parse_rules, policies_for
 from bnfreeze.fusion.tracing import names_of
 from bnfreeze.inspection.behaviour import optimizers_by_id
 from bnfreeze.inspection.live import inspect_model
-from bnfreeze.norm_layers import NamedModule, check_model, is_norm, named_modules
+from bnfreeze.norm_layers import NamedModule, check_model, is_norm, matching, named_modules
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import mark_left_alone, record_of
 from bnfreeze.policies.transaction import transaction

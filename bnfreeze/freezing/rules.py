@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from bnfreeze.errors import PolicyError
 from bnfreeze.inspection.unregistered import unregistered
-from bnfreeze.norm_layers import NamedModule, foreign_remedy, is_foreign, is_norm
-from bnfreeze.patterns import Pattern, hint, with_parents
+from bnfreeze.norm_layers import NamedModule, foreign_remedy, is_foreign, is_norm, nearest
+from bnfreeze.patterns import Pattern
 from bnfreeze.policies.policy import Policy
 
 _STATELESS = re.compile(r"(Layer|Group|RMS|Instance)_?Norm")
@@ -87,21 +87,6 @@ def _policy_of(rule: Rule, entry: NamedModule) -> Policy | None:
     return Policy.WEIGHTS if Policy.WEIGHTS in policy and module._parameters else None
 
 
-def matching(modules: Sequence[NamedModule], select: str | Iterable[str]) -> list[NamedModule]:
-    """The modules that a pattern, or any of several, matches.
-
-    Raises:
-        PolicyError: a pattern that is malformed, or matches no module at all.
-    """
-    patterns = [Pattern.parse(text) for text in ([select] if isinstance(select, str) else select)]
-    for pattern in patterns:
-        if not any(pattern.matches(*entry.all_names) for entry in modules):
-            raise PolicyError(
-                f"Pattern {pattern.text!r} matches no module.{_nearest(pattern.text, modules)}"
-            )
-    return [entry for entry in modules if any(p.matches(*entry.all_names) for p in patterns)]
-
-
 def eligible(module: nn.Module, policy: Policy) -> bool:
     """Whether the policy freezes something of the module."""
     if is_norm(module):
@@ -143,13 +128,5 @@ def _nothing_found(modules: Sequence[NamedModule], rule: Rule) -> str:
         problem = f"matches {reached[0].name!r}{more}, but no {what}."
     if set("[]{}()|") & set(pattern.text):
         problem += " Only *, ? and ** are special in a pattern."
-    near = _nearest(pattern.text, (e for e in modules if eligible(e.module, wanted)))
+    near = nearest(pattern.text, [entry for entry in modules if eligible(entry.module, wanted)])
     return f"Pattern {pattern.text!r} {problem}{near}"
-
-
-def _nearest(text: str, modules: Iterable[NamedModule]) -> str:
-    """Name those of the modules, or of those around them, that a pattern may have meant."""
-    names = with_parents(name for entry in modules for name in entry.plain_names)
-    top = list(dict.fromkeys(name.partition(".")[0] for name in names))[:6]
-    there_are = " There are: " + ", ".join(map(repr, top)) + "." if top else ""
-    return hint(text, names) or there_are

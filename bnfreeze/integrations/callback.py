@@ -19,7 +19,7 @@ from bnfreeze.inspection.in_memory import shard_of
 from bnfreeze.inspection.live import inspect_model
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import frozen_names, recorded
-from bnfreeze.verification.drift_report import DriftError
+from bnfreeze.verification.drift import DriftError
 from bnfreeze.verification.guard import Guard, guard
 
 _PROBED = 32  # batches

@@ -3,13 +3,11 @@
 Read from the bottom up; each module imports only modules above it in this list.
 
 ============= ============================================================== ========
-drift         one change (`Drift`), as data and as a sentence                no torch
+drift         `Drift`, one change; `DriftReport` and `DriftError`, all       no torch
 values        two tensors: do their bits differ, where, by how much          no torch
-on_device     the same question for live tensors, asked on their own device
 state         what is known of a model at one moment: facts and values       no torch
-drift_report  all changes (`DriftReport`, `DriftError`)                      no torch
-reasons       the causes that are known, with their remedies                 no torch
-causes        which of them is the likeliest                                 no torch
+on_device     do the bits differ, asked of live tensors on their own device
+causes        the causes that are known, and which is the likeliest          no torch
 compare       two states → the changes: the comparison that all others use   no torch
 snapshot      `Snapshot`, in memory and as a file                            no torch
 stored        a checkpoint compared with a snapshot                          no torch

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
+import torch.distributed as dist
 from torch import nn
 
 from bnfreeze.errors import NotFrozenError, PolicyError
 from bnfreeze.findings import finding_kind
 from bnfreeze.freezing.plan import plan
-from bnfreeze.inspection.behaviour import SHARES, live_layers, updated_by_another
+from bnfreeze.inspection.behaviour import SHARES, LiveLayer, live_layers, updated_by_another
 from bnfreeze.inspection.modes import in_training
 from bnfreeze.norm_layers import (
     NamedModule,
@@ -18,9 +18,9 @@ from bnfreeze.norm_layers import (
     foreign_remedy,
     is_foreign,
     is_norm,
+    matching,
     named_modules,
 )
-from bnfreeze.patterns import Pattern
 from bnfreeze.policies.policy import Policy
 from bnfreeze.policies.record import (
     class_changed_since,
@@ -32,13 +32,6 @@ from bnfreeze.policies.record import (
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.verify import verify
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from bnfreeze.inspection.behaviour import LiveLayer
-
-__all__ = ["assert_frozen"]
-
 # What strict=True demands, and what freeze does by itself.
 _FULL = Policy.EVAL | Policy.AFFINE
 
@@ -49,7 +42,7 @@ def assert_frozen(
     *,
     select: str | Iterable[str] | None = None,
     strict: bool = False,
-    process_group: ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> None:
     """Raise unless `model` is frozen, and is what it was.
 
@@ -71,26 +64,17 @@ def assert_frozen(
             the names and the reasons.
         DriftError: something has changed since the snapshot; ``.report`` has the drifts.
         PolicyError: there is nothing to check: no layer is frozen and none is a norm layer, or
-            `select` matches none.
+            a pattern matches none.
         TypeError: `model` is not an `nn.Module`, or `before` not a `Snapshot`.
     """
     __tracebackhide__ = True
     modules = named_modules(check_model(model))
     if before is not None:
         verify(model, before, process_group=process_group).raise_if_drifted()
-    texts = "**" if select is None else select
-    patterns = [Pattern.parse(text) for text in ([texts] if isinstance(texts, str) else texts)]
-    chosen = [
-        entry
-        for entry in modules
-        if (record_of(entry.module) or is_norm(entry.module))
-        and any(pattern.matches(*entry.all_names) for pattern in patterns)
-    ]
-    if select is not None and not chosen:
-        raise PolicyError(
-            f"select={select!r} matches no frozen module and no norm layer: nothing to check."
-        )
-    if before is None and not chosen:
+    chosen = [entry for entry in modules if record_of(entry.module) or is_norm(entry.module)]
+    if select is not None:
+        chosen = matching(chosen, select, "frozen module and no norm layer")
+    if not chosen and (before is None or select is not None):
         raise PolicyError(
             "Nothing in the model is frozen and it has no norm layer: there is nothing to check."
         )
@@ -122,11 +106,11 @@ def _reasons(module: nn.Module, facts: LiveLayer | None, strict: bool) -> Iterat
     if record is not None:
         if class_changed_since(module):
             yield f"it was frozen by {policy!r}, and something changed its class since"
-        if facts is not None and record.policy.freezes_statistics and facts.updates_statistics:
+        if facts and record.policy.freezes_statistics and facts.updates_statistics:
             shared = updated_by_another(facts)
             text = f"its statistics update, though policy {policy!r} freezes them"
             yield f"{text}: {shared}" if shared else text
-        if facts is not None and record.policy.forces_eval and facts.normalizes_with == "batch":
+        if facts and record.policy.forces_eval and facts.normalizes_with == "batch":
             yield f"it normalises with the batch, though policy {policy!r} promises eval mode"
         own = {name: parameter for name, parameter, _ in recorded(module)}
         training = [name for name, parameter in own.items() if parameter.requires_grad]
@@ -154,17 +138,13 @@ def _remedy(modules: Sequence[NamedModule], failing: Mapping[str, str], strict: 
     """What to do about the failing layers. It is planned as freeze plans it, which may refuse."""
     if all(SHARES in why for why in failing.values()):
         return finding_kind("stats-shared").remedy
-    found = [entry for entry in modules if entry.name in failing]
-    records = [record_of(entry.module) for entry in found]
-    policies = [
-        (entry, record.policy if record else _FULL)
-        for entry, record in zip(found, records, strict=True)
-    ]
+    records = {entry: record_of(entry.module) for entry in modules if entry.name in failing}
+    policies = [(entry, record.policy if record else _FULL) for entry, record in records.items()]
     try:
         plan(modules, policies)
     except PolicyError as refusal:
         return f"To freeze them, mend this first: {refusal}"
-    never = [entry for entry, record in zip(found, records, strict=True) if record is None]
+    never = [entry for entry, record in records.items() if record is None]
     if foreign := next((entry for entry in never if is_foreign(entry.module)), None):
         return foreign_remedy(foreign.module, foreign.plain_names[0])
     if strict and any(is_norm(entry.module) and _FULL not in old for entry, old in policies):

@@ -7,13 +7,10 @@ from dataclasses import replace
 from math import prod
 
 from bnfreeze.checkpoints import naming_file
-from bnfreeze.verification.causes import explained
-from bnfreeze.verification.drift import Drift, Kind
-from bnfreeze.verification.drift_report import DriftReport
+from bnfreeze.verification.causes import because, explained
+from bnfreeze.verification.drift import Drift, DriftReport, Kind
 from bnfreeze.verification.state import OwnerFacts, State, TensorFacts
 from bnfreeze.verification.values import locate
-
-__all__ = ["DIGESTED", "Progress", "compare"]
 
 DIGESTED = "Values were compared by SHA-256: equal up to a collision."
 _FROM_FILE = (
@@ -169,36 +166,42 @@ def _values(
 def _aliases(before: State, after: State) -> Iterator[Drift]:
     """One drift for each group of names that was merged or split."""
     common = before.tensors.keys() & after.tensors.keys()
-    old, new = _partners(before, common), _partners(after, common)
+    partners: list[dict[str, list[str]]] = []
+    for state in (before, after):
+        groups = [sorted(common.intersection(group)) for group in state.groups]
+        partners.append({name: group for group in groups for name in group})
     reported: set[str] = set()
     for name in before.tensors:
-        if name not in common or name in reported or old[name] == new[name]:
+        old, new = (by_name.get(name, [name]) for by_name in partners)
+        if name not in common or name in reported or old == new:
             continue
-        reported |= {*old[name], *new[name]}
-        others = [", ".join(n for n in group if n != name) for group in (old[name], new[name])]
+        reported.update(old, new)
+        others = [", ".join(n for n in group if n != name) for group in (old, new)]
         yield Drift(name, "aliasing", before=others[0], after=others[1])
-
-
-def _partners(state: State, common: set[str]) -> dict[str, tuple[str, ...]]:
-    partners: dict[str, tuple[str, ...]] = {name: (name,) for name in common}
-    for group in state.groups:
-        kept = tuple(sorted(name for name in group if name in common))
-        partners.update(dict.fromkeys(kept, kept))
-    return partners
 
 
 def _layer(name: str, was: OwnerFacts, now: OwnerFacts, *, exact: bool) -> Iterator[Drift]:
     # In another process a class may come from another module: __main__, or an older torch.
     same = was.kind == now.kind if exact else was.short_kind == now.short_kind
     never_frozen = was.policy == "none"
+    unfrozen = was.policy not in ("none", "frozen") and now.policy == "none"
     if not same and (not never_frozen or now.policy == "none"):
         kind: Kind = "replaced" if never_frozen else "thawed"
-        yield Drift(name, kind, before=was.short_kind, after=now.short_kind)
+        code = "unfrozen" if unfrozen else "class-changed"
+        if now.short_kind == "SyncBatchNorm":
+            code = "sync-batchnorm"
+        elif now.short_kind.startswith("Parametrized"):
+            code = "parametrized"
+        yield because(Drift(name, kind, before=was.short_kind, after=now.short_kind), code)
     elif not never_frozen and was.policy != now.policy:
-        yield Drift(name, "thawed", before=f"policy {was.policy}", after=f"policy {now.policy}")
+        policies = f"policy {was.policy}", f"policy {now.policy}"
+        drift = Drift(name, "thawed", before=policies[0], after=policies[1])
+        yield because(drift, "unfrozen" if unfrozen else "frozen-again")
     elif now.woken_since(was):
         kind = "mode" if never_frozen else "thawed"
-        yield Drift(name, kind, before="eval mode", after="train mode")
+        drift = Drift(name, kind, before="eval mode", after="train mode")
+        yield because(drift, "train-called", remedy=now.remedy)
     if was.eps is not None and now.eps is not None and was.eps != now.eps:
         eps = f"{name}.eps" if name else "eps"
-        yield Drift(eps, "value", 1, 1, (), was.eps, now.eps, abs(now.eps - was.eps))
+        drift = Drift(eps, "value", 1, 1, (), was.eps, now.eps, abs(now.eps - was.eps))
+        yield because(drift, "eps")

@@ -17,13 +17,11 @@ from bnfreeze.inspection.origin import Found
 from bnfreeze.verification.compare import Progress, compare
 from bnfreeze.verification.diff_report import Diff, ModelPair, TensorChange
 from bnfreeze.verification.drift import Drift
-from bnfreeze.verification.pairing import check_prefixes, common_prefix, mapped, paired
+from bnfreeze.verification.pairing import checked_prefixes, common_prefix, mapped, paired
 from bnfreeze.verification.stored import state_of
 
 if TYPE_CHECKING:
     from torch import nn
-
-__all__ = ["Diff", "ModelPair", "TensorChange", "diff"]
 
 # The role of a tensor by the last part of its name; of all others it is "other".
 _ROLES: Final = {"weight": "weight", "bias": "bias"} | dict.fromkeys(
@@ -73,10 +71,11 @@ def diff(
     patterns = [select] if isinstance(select, str) else list(select or ())
     with ExitStack() as stack:
         sides = [_found(one, k, stack) for one, k in zip((a, b), keys, strict=True)]
-        names = [[name for part in side.parts.all for name in part.tensors] for side in sides]
         chosen = selected([part for side in sides for part in side.parts.all], patterns)
         wanted = {name for part in chosen for name in part.tensors}
-        check_prefixes(prefixes or {}, *names)
+        if prefixes is not None:
+            names = ([name for part in side.parts.all for name in part.tensors] for side in sides)
+            prefixes = checked_prefixes(prefixes, *names)
         pairs: list[ModelPair] = []
         tensors: list[TensorChange] = []
         findings = [
@@ -110,20 +109,10 @@ def diff(
                 # The others are compared all the same.
                 unread.append(Unread(model, type(error).__name__, str(error)))
                 continue
-            findings += (
-                *_same_memory(states, model),
-                *_leaks(changes, model),
-                *_averages(changes, model),
-            )
+            findings += _meaning(states, changes, model)
             tensors += changes
-        return Diff(
-            sides[0].origin(sides[0].parts.all),
-            sides[1].origin(sides[1].parts.all),
-            tuple(pairs),
-            tuple(tensors),
-            worst_first(findings),
-            tuple(unread),
-        )
+        left, right = (side.origin(side.parts.all) for side in sides)
+        return Diff(left, right, tuple(pairs), tuple(tensors), worst_first(findings), tuple(unread))
 
 
 def _found(what: object, key: str | None, stack: ExitStack) -> Found:
@@ -190,8 +179,10 @@ def _changes(
     return changes
 
 
-def _same_memory(states: Sequence[dict[str, StoredTensor]], key: str) -> Iterator[Finding]:
-    """Tensors that are one and the same on both sides: comparing them shows nothing."""
+def _meaning(
+    states: Sequence[dict[str, StoredTensor]], changes: Sequence[TensorChange], key: str
+) -> Iterator[Finding]:
+    """What the changes of a model together mean."""
     old, new = states
     pairs = [(one, new[n]) for n, one in old.items() if n in new and one.has_values and one.numel]
     if same := sum(one.address is not None and one.address == two.address for one, two in pairs):
@@ -202,40 +193,30 @@ def _same_memory(states: Sequence[dict[str, StoredTensor]], key: str) -> Iterato
             level="error" if same == len(pairs) else "warning",
             key=key,
         )
-
-
-def _leaks(changes: Iterable[TensorChange], key: str) -> Iterator[Finding]:
-    """Norm layers whose weight and bias did not change, and whose statistics did."""
     layers: dict[str, dict[str, TensorChange]] = {}
     for change in changes:
         layer, _, part = change.name.rpartition(".")
         layers.setdefault(layer, {})[part] = change
     for layer, parts in layers.items():
-        affine = [parts[part].kind for part in ("weight", "bias") if part in parts]
+        affine = {parts[part].kind for part in ("weight", "bias") if part in parts}
         statistics = [parts[part] for part in ("running_mean", "running_var") if part in parts]
         moved = any(one.kind == "value" and not _is_rounding(one) for one in statistics)
-        if moved and {*affine} == {"identical"}:
+        if moved and affine == {"identical"}:
             text = "weight and bias are bit-identical, and the running statistics moved."
             yield finding("stats-not-frozen", layer, text, key=key)
+    moving = [change for change in changes if change.kind == "value"]
+    if rounded := [change.max_ulps or 0 for change in moving if _is_rounding(change)]:
+        yield finding(
+            "model-averaged",
+            "",
+            f"{len(rounded)} of {len(moving)} tensors that moved differ by rounding alone, at most "
+            f"{max(rounded):,} units of the last place: they look like an average (EMA, SWA) of "
+            f"values that did not change.",
+            key=key,
+        )
 
 
 def _is_rounding(change: TensorChange) -> bool:
     """Whether it moved as in an average of equal numbers: most elements stay, the others hardly."""
     few = 2 * change.changed <= change.total
     return 0 < (change.max_ulps or 0) <= (_ROUNDING if few else 4)
-
-
-def _averages(changes: Iterable[TensorChange], key: str) -> Iterator[Finding]:
-    """Whether tensors differ by so little as an average of equal numbers does."""
-    moved = [change for change in changes if change.kind == "value"]
-    rounded = [change for change in moved if _is_rounding(change)]
-    if rounded:
-        most = max(change.max_ulps or 0 for change in rounded)
-        yield finding(
-            "model-averaged",
-            "",
-            f"{len(rounded)} of {len(moved)} tensors that moved differ by rounding alone, at most "
-            f"{most:,} units of the last place: they look like an average (EMA, SWA) of values "
-            f"that did not change.",
-            key=key,
-        )

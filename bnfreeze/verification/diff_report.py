@@ -14,10 +14,10 @@ from bnfreeze.sheets import Sheet, grouped
 from bnfreeze.tables import Printable
 from bnfreeze.text import listed
 
-__all__ = ["Diff", "ModelPair", "TensorChange"]
-
 _COUNT = "num_batches_tracked"
 _ROLES = ("statistics", "weight", "bias", "other")
+# The order in JSON.
+_KEYS = ["schema", "ok", "first", "second", "pairs", "unread", "modules", "tensors", "findings"]
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,6 @@ class Diff(Printable):
             and all(one.level != "error" for one in self.findings)
         )
 
-    def __bool__(self) -> bool:
-        return self.ok
-
     def modules(self) -> dict[tuple[str, str], list[TensorChange]]:
         """The tensors by the key of their model and the part of it that they belong to."""
         by_key: dict[str, list[TensorChange]] = {}
@@ -115,20 +112,12 @@ class Diff(Printable):
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data with stable keys."""
-        return {
-            "schema": 2,
-            "ok": self.ok,
-            "first": asdict(self.first),
-            "second": asdict(self.second),
-            "pairs": [asdict(pair) for pair in self.pairs],
-            "unread": [asdict(one) for one in self.unread],
-            "modules": [
-                {"key": key, "name": name, "identical": _same(changes)}
-                for (key, name), changes in self.modules().items()
-            ],
-            "tensors": [asdict(change) for change in self.tensors],
-            "findings": [finding.to_dict() for finding in self.findings],
-        }
+        modules = [
+            {"key": key, "name": name, "identical": _same(changes)}
+            for (key, name), changes in self.modules().items()
+        ]
+        facts = {"schema": 2, "ok": self.ok, "modules": modules, **asdict(self)}
+        return {key: facts[key] for key in _KEYS}
 
     def sheet(self) -> Sheet:
         """The facts laid out for `bnfreeze.tables`."""
@@ -146,7 +135,7 @@ class Diff(Printable):
             largest = (f"{most.max_abs:.3g}", most.name) if most else ("", "")
             rows.append((name, *cells, *largest))
         return Sheet(
-            title=f"{_shown(self.first)} → {_shown(self.second)}",
+            title=" → ".join(one.path or f"a {one.kind}" for one in (self.first, self.second)),
             columns=columns,
             rows=rows,
             findings=self.findings,
@@ -220,10 +209,6 @@ def _note(pair: ModelPair) -> str:
 
 def _same(changes: Iterable[TensorChange]) -> bool:
     return all(change.kind == "identical" for change in changes)
-
-
-def _shown(origin: Origin) -> str:
-    return origin.path or f"a {origin.kind}"
 
 
 def _summary(changes: list[TensorChange]) -> str:

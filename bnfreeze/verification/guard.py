@@ -7,25 +7,20 @@ import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bnfreeze.errors import BnfreezeWarning
-from bnfreeze.verification.drift_report import DriftError, DriftReport
+from bnfreeze.verification.drift import DriftError, DriftReport
 from bnfreeze.verification.live_state import as_list
+from bnfreeze.verification.on_device import Unchanged
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.tracer import Tracer
-from bnfreeze.verification.unchanged import Unchanged, unchanged
-from bnfreeze.verification.verify import check, look_again, snapshot
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-__all__ = ["Guard", "guard"]
+from bnfreeze.verification.verify import check, snapshot
 
 
 def guard(
@@ -35,7 +30,7 @@ def guard(
     every: int = 1,
     tensors: str = "frozen",
     trace: bool = False,
-    process_group: ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Guard:
     """Watch `model` in a ``with`` block: what is frozen must not change in it.
 
@@ -95,7 +90,7 @@ class Guard:
     _every: int
     _tensors: str
     _trace: bool
-    _group: ProcessGroup | None
+    _group: dist.ProcessGroup | None
     step: int = 0
     before: Snapshot | None = None
     report: DriftReport | None = None
@@ -127,12 +122,7 @@ class Guard:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         __tracebackhide__ = True
         self._stack.close()
         traced = self._tracer.error if self._tracer is not None else None
@@ -150,10 +140,6 @@ class Guard:
             DriftError: something has changed.
         """
         __tracebackhide__ = True
-        with self._tracer.pause() if self._tracer else nullcontext():
-            if self.report is not None and self._unchanged:
-                self._checked_at = self.step
-                return self.report
         report = self._compare()
         report.raise_if_drifted()
         return report
@@ -163,12 +149,12 @@ class Guard:
         if self.before is None:
             raise RuntimeError("The guard is not active: enter it with a with statement.")
         options = {"step": self.step, "since": self._checked_at, **options}
-        before, self._unchanged = self.before.state, None
+        before = self.before.state
         with self._tracer.pause() if self._tracer else nullcontext():
-            after = look_again(self._model, before)
-            self.report = check(after, before, self._group, **options)
-            if self._group is None and self.report.ok:
-                self._unchanged = unchanged(self._model, before, after)
+            if self.report is None or not self._unchanged:
+                self.report, after = check(self._model, before, self._group, **options)
+                quick = self._group is None and self.report.ok
+                self._unchanged = Unchanged(self._model, before, after) if quick else None
         self._checked_at = self.step
         return self.report
 

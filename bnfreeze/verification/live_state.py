@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain, count
 from typing import Any, NamedTuple
 
@@ -27,16 +27,21 @@ from bnfreeze.patterns import Pattern, hint, with_parents
 from bnfreeze.policies.record import frozen_names, policy_name, record_of
 from bnfreeze.verification.state import LISTED, Identity, OwnerFacts, State, TensorFacts
 
-__all__ = ["as_list", "read_state"]
-
 _clock = count(1)
+# What is said if a selection has nothing.
+_NOTHING = {
+    "frozen": "Nothing in the model is frozen, so there is nothing to record. Use freeze(model) "
+    "first, or pass tensors='norm', 'all' or a pattern of tensor names.",
+    "norm": "The model has no norm layer, so there is nothing to record. Use tensors='all'.",
+    "all": "The model has no tensor, so there is nothing to record.",
+}
 
 
 class _Slot(NamedTuple):
     """A place in a module where a tensor is registered, under one of its names."""
 
     name: str
-    tensor: Tensor
+    tensor: Any
     kind: str
     owner: str
     module: nn.Module
@@ -64,36 +69,53 @@ def read_state(
     optimized = optimizers_by_id(optimizers) if optimizers else None
     modules = named_modules(model)
     slots = list(_slots(modules))
-    chosen = _chosen(modules, slots, selection)
-    if not chosen and not also:
-        raise PolicyError(_nothing(selection, slots))
+    chosen = _chosen(modules, slots, selection).union(also)
+    if not chosen:
+        near = hint(selection, [*_NOTHING, *with_parents(slot.name for slot in slots)])
+        nothing = f"Pattern {selection!r} matches no tensor of the model.{near}"
+        raise PolicyError(_NOTHING.get(selection, nothing))
     tensors: dict[str, TensorFacts] = {}
     values: dict[str, TensorInMemory] = {}
     identities: dict[str, Identity] = {}
     owners: dict[str, nn.Module] = {}
     first: dict[int, str] = {}
-    # By device and address of a storage, which bytes of it have which name.
-    places: dict[tuple[torch.device, int], list[tuple[int, int, str]]] = {}
-    for slot in slots:
-        name, tensor = slot.name, slot.tensor
-        if name not in chosen and name not in also:
+    # By device, from which address to which there is what.
+    places: dict[torch.device, list[tuple[int, int, str]]] = {}
+    for name, tensor, kind, owner, module in slots:
+        if name not in chosen:
             continue
+        owners[owner] = module
         known = first.setdefault(id(tensor), name)
-        value = TensorInMemory(tensor)
-        tensors[name] = _tensor_facts(slot, known, optimized, value)
-        owners[slot.owner] = slot.module
-        identities[name] = Identity(tensor)
+        value, own, placement = TensorInMemory(tensor), shard_of(tensor), ""
+        if own is not None:
+            shards = ", ".join(map(str, tensor.placements))
+            placement = f"{shards} over {tuple(tensor.device_mesh.shape)}"
+        pointer, version = 0, None
         if value.has_values:
             if known == name:
                 values[name] = value
-            own = shard_of(tensor)
             local = tensor if own is None else own
             pointer = local.untyped_storage().data_ptr()
             if pointer and local.numel():
-                place = (*_bytes_of(local), name)
-                places.setdefault((local.device, pointer), []).append(place)
+                steps = zip(local.shape, local.stride(), strict=True)
+                last = local.data_ptr() + local.element_size() * sum((n - 1) * s for n, s in steps)
+                place = local.data_ptr(), last + local.element_size(), name
+                places.setdefault(local.device, []).append(place)
             version = None if tensor.is_inference() else tensor._version
-            identities[name] = Identity(tensor, pointer, version)
+        identities[name] = Identity(tensor, pointer, version)
+        tensors[name] = TensorFacts(
+            kind=kind,
+            dtype=value.dtype,
+            shape=tuple(tensor.shape) if placement else value.shape,
+            device=str(tensor.device),
+            requires_grad=tensor.requires_grad,
+            has_grad=tensor.is_leaf and tensor.grad is not None,
+            optimized=None if optimized is None else id(tensor) in optimized,
+            owner=owner,
+            first=known,
+            placement=placement,
+            unreadable=value.why,
+        )
     return State(
         selection,
         tensors,
@@ -104,13 +126,6 @@ def read_state(
         optimizers=tuple(weakref.ref(one) for one in optimizers),
         taken=next(_clock),
     )
-
-
-def _bytes_of(tensor: Tensor) -> tuple[int, int]:
-    """The range of bytes in its storage, from the first element to the end of the last one."""
-    start, size = tensor.storage_offset(), tensor.element_size()
-    span = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(start * size), int((start + span + 1) * size)
 
 
 def _overlapping(places: Sequence[tuple[int, int, str]]) -> Iterator[tuple[str, ...]]:
@@ -148,23 +163,22 @@ def _slots(modules: Iterable[NamedModule]) -> Iterator[_Slot]:
     seen: dict[str, int] = {}
     for entry in modules:
         module = entry.module
-        found = list(_own(module))
+        holders = (module._parameters, "parameter"), (module._buffers, "buffer")
+        found = [
+            (key, value, kind)
+            for holder, kind in (*holders, (vars(module), "attribute"))
+            for key, value in holder.items()
+            if isinstance(value, Tensor)
+        ]
         for plain in entry.plain_names if found else ():
             for key, tensor, kind in found:
                 name = f"{plain}.{key}" if plain else key
                 # A wrapper's own tensor may have the very name of one inside it.
                 if seen.setdefault(name, id(tensor)) != id(tensor):
                     name = f"{entry.name}.{key}" if entry.name else key
+                if kind == "buffer" and key in module._non_persistent_buffers_set:
+                    kind = "non-persistent buffer"
                 yield _Slot(name, tensor, kind, plain, module)
-
-
-def _own(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
-    holders = (module._parameters, "parameter"), (module._buffers, "buffer")
-    for holder, kind in (*holders, (module.__dict__, "attribute")):
-        for key, value in holder.items():
-            if isinstance(value, Tensor):
-                passing = kind == "buffer" and key in module._non_persistent_buffers_set
-                yield key, value, "non-persistent buffer" if passing else kind
 
 
 def _chosen(modules: Iterable[NamedModule], slots: Iterable[_Slot], selection: str) -> set[str]:
@@ -176,48 +190,10 @@ def _chosen(modules: Iterable[NamedModule], slots: Iterable[_Slot], selection: s
         return {s.name for s in slots if is_norm(s.module)}
     if selection == "frozen":
         # By identity, so that the other names of a frozen tensor belong to it.
-        frozen = [getattr(entry.module, k) for entry in modules for k in frozen_names(entry.module)]
-        ids = set(map(id, frozen))
+        ids = {id(getattr(e.module, key)) for e in modules for key in frozen_names(e.module)}
         return {slot.name for slot in slots if id(slot.tensor) in ids}
     pattern = Pattern.parse(selection)
     return {slot.name for slot in slots if pattern.matches(slot.name)}
-
-
-def _nothing(selection: str, slots: Iterable[_Slot]) -> str:
-    if selection == "frozen":
-        return (
-            "Nothing in the model is frozen, so there is nothing to record. Use freeze(model) "
-            "first, or pass tensors='norm', 'all' or a pattern of tensor names."
-        )
-    if selection == "norm":
-        return "The model has no norm layer, so there is nothing to record. Use tensors='all'."
-    if selection == "all":
-        return "The model has no tensor, so there is nothing to record."
-    near = hint(selection, ["frozen", "norm", "all", *with_parents(slot.name for slot in slots)])
-    return f"Pattern {selection!r} matches no tensor of the model.{near}"
-
-
-def _tensor_facts(
-    slot: _Slot, first: str, optimized: Mapping[int, str] | None, value: TensorInMemory
-) -> TensorFacts:
-    tensor: Any = slot.tensor
-    placement = ""
-    if shard_of(tensor) is not None:
-        shards = ", ".join(map(str, tensor.placements))
-        placement = f"{shards} over {tuple(tensor.device_mesh.shape)}"
-    return TensorFacts(
-        kind=slot.kind,
-        dtype=value.dtype,
-        shape=tuple(tensor.shape) if placement else value.shape,
-        device=str(tensor.device),
-        requires_grad=tensor.requires_grad,
-        has_grad=tensor.is_leaf and tensor.grad is not None,
-        optimized=None if optimized is None else id(tensor) in optimized,
-        owner=slot.owner,
-        first=first,
-        placement=placement,
-        unreadable=value.why,
-    )
 
 
 def _owner_facts(name: str, module: nn.Module) -> OwnerFacts:

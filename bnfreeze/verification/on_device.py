@@ -1,15 +1,24 @@
-"""Live tensors compared on the device where they are, with one answer for all of them."""
+"""Live tensors compared on the device where they are, with one answer for all of them.
+
+And a quick look at a whole model, which shows that nothing has changed since a comparison that
+found nothing.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 from collections.abc import Mapping
+from operator import is_
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["SameBits", "unequal_tensors"]
+from bnfreeze.nn.eager import PLAIN
+from bnfreeze.norm_layers import eps_of
+from bnfreeze.policies.record import record_of
+from bnfreeze.verification.state import State
 
 Pair = tuple[Tensor, Tensor]
 
@@ -37,14 +46,14 @@ class SameBits:
             if _on_cpu(new) and _on_cpu(old):
                 self._here.append((old.data_ptr(), new.data_ptr(), new.nbytes))
                 continue
-            pair = _octets(old.to(new.device)), _octets(new)
+            before, after = (t.reshape(-1).view(torch.uint8) for t in (old.to(new.device), new))
             if new.nbytes <= _SMALL:
-                small.setdefault(new.device, []).append(pair)
+                small.setdefault(new.device, []).append((before, after))
             else:
-                self._there.setdefault(new.device, []).append((pair[0], [pair[1]]))
+                self._there.setdefault(new.device, []).append((before, [after]))
         for device, group in small.items():
-            before, after = zip(*group, strict=True)
-            self._there.setdefault(device, []).append((torch.cat(before), list(after)))
+            olds, news = zip(*group, strict=True)
+            self._there.setdefault(device, []).append((torch.cat(olds), list(news)))
 
     def __bool__(self) -> bool:
         return not any(size and _memcmp(old, new, size) for old, new, size in self._here) and all(
@@ -67,6 +76,66 @@ def _differs(before: Tensor, after: list[Tensor]) -> Tensor:
     return torch.ne(before, after[0] if len(after) == 1 else torch.cat(after)).any()
 
 
-def _octets(tensor: Tensor) -> Tensor:
-    """The tensor as flat bytes."""
-    return tensor.reshape(-1).view(torch.uint8)
+class Unchanged:
+    """A model as it is; true as long as it is so.
+
+    The full comparison reads every fact of every tensor, which takes a third of a short training
+    step on a GPU. Most steps change nothing. This asks only whether all that the facts were read
+    from is still the same: the modules, their modes, the objects in them, and the bits. If it is
+    not sure, it is false, and the full comparison decides.
+    """
+
+    def __init__(self, model: nn.Module, before: State, after: State) -> None:
+        """Remember `model`, whose state is `after` and equals `before`, which is a copy."""
+        self._model, self._optimizers = model, before.live_optimizers()
+        self._watched = {id(one.tensor): one.tensor for one in after.identities.values()}
+        self._parts = self._all_parts()
+        self._facts = [_facts(tensor) for tensor in self._watched.values()]
+        kept: Mapping[str, Any] = before.values
+        live: Mapping[str, Any] = {name: after.value(name) for name in kept}
+        # A tensor subclass may do anything, and a copy in another layout is no look at the tensor.
+        self._sure = all(
+            type(tensor := after.identities[name].tensor) in PLAIN
+            and tensor.data_ptr() == value.tensor.data_ptr()
+            for name, value in live.items()
+        )
+        self._bits = SameBits({name: (one.tensor, live[name].tensor) for name, one in kept.items()})
+
+    def __bool__(self) -> bool:
+        return (
+            self._sure
+            and len(parts := self._all_parts()) == len(self._parts)
+            and all(map(is_, parts, self._parts))
+            and [_facts(tensor) for tensor in self._watched.values()] == self._facts
+            and bool(self._bits)
+        )
+
+    def _all_parts(self) -> list[object]:
+        """All objects that the state is read from; the same ones in the same order, or a change."""
+        parts: list[object] = []
+        for module in self._model.modules():
+            parts += type(module), record_of(module), module.training, eps_of(module)
+            for holder in (module._modules, module._parameters, module._buffers):
+                if holder:
+                    parts += holder
+                    parts += holder.values()
+            parts += module._non_persistent_buffers_set
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor):  # others are not kept alive
+                    parts += name, self._watched.get(id(value))
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                parts += group["params"]
+        return parts
+
+
+def _facts(tensor: Tensor) -> tuple[object, ...]:
+    return (
+        tensor.data_ptr(),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.device,
+        tensor.requires_grad,
+        tensor.is_leaf and tensor.grad is not None,
+    )

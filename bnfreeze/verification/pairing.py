@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Final
 
 from bnfreeze.checkpoints import StateDict, StoredTensor
 from bnfreeze.errors import CheckpointError, PolicyError
 from bnfreeze.inspection.origin import Found
-from bnfreeze.patterns import hint
-
-__all__ = ["check_prefixes", "common_prefix", "mapped", "paired"]
+from bnfreeze.patterns import hint, with_parents
+from bnfreeze.text import listed
 
 Tensors = Mapping[str, StoredTensor]
 
@@ -22,11 +22,10 @@ _DEEPEST: Final = 8
 _COMMONEST: Final = 16
 # So many of the likeliest prefixes are counted exactly.
 _COUNTED: Final = 12
-# Names beyond these are not looked at for a prefix or a suggestion, nor more pairs of models than
-# these: a hostile file could have any number.
+# Names beyond these are not looked at for a prefix, nor more pairs of models than these: a hostile
+# file could have any number.
 _MOST_NAMES: Final = 20_000
 _MOST_PAIRS: Final = 64
-_SHOWN: Final = 8
 
 
 def paired(first: Found, second: Found) -> list[tuple[StateDict | None, StateDict | None]]:
@@ -41,8 +40,8 @@ def paired(first: Found, second: Found) -> list[tuple[StateDict | None, StateDic
     pairs: list[tuple[StateDict | None, StateDict | None]] = [
         (part, left.pop(part.key, None)) for part in first.parts.all
     ]
-    ours = _models(one for one, other in pairs if one and not other)
-    theirs = _models(left.values())
+    ours = _models([one for one, other in pairs if one and not other])
+    theirs = _models([*left.values()])
     is_clear = any(one and other and one.has_norm_layers for one, other in pairs)
     if ours and theirs:
         alone = len(ours) == len(theirs) == 1 and not is_clear
@@ -59,7 +58,7 @@ def paired(first: Found, second: Found) -> list[tuple[StateDict | None, StateDic
         elif not is_clear:
             there = "; ".join(
                 f"{side.checkpoint.path or side.checkpoint.kind} has "
-                + ", ".join(repr(part.key) for part in parts[:_SHOWN])
+                + listed([repr(part.key) for part in parts], 8)
                 for side, parts in ((first, ours), (second, theirs))
             )
             raise CheckpointError(
@@ -69,8 +68,7 @@ def paired(first: Found, second: Found) -> list[tuple[StateDict | None, StateDic
     return [*pairs, *((None, part) for part in left.values())]
 
 
-def _models(parts: Iterable[StateDict]) -> list[StateDict]:
-    parts = list(parts)
+def _models(parts: list[StateDict]) -> list[StateDict]:
     return [part for part in parts if part.has_norm_layers] or parts
 
 
@@ -130,46 +128,46 @@ def _votes(first: Iterable[str], second: Iterable[str]) -> Counter[tuple[str, st
     for name in islice(second, _MOST_NAMES):
         for prefix, ending in _splits(name):
             prefixes.setdefault(ending, []).append(prefix)
-    votes: Counter[tuple[str, str]] = Counter()
-    for name in islice(first, _MOST_NAMES):
-        for old, ending in _splits(name):
-            found = prefixes.get(ending, ())
-            if len(found) > _COMMONEST:
-                break
-            for new in found:
-                # Prefixes that end alike belong to a longer ending.
-                if old.split(".")[-2:-1] != new.split(".")[-2:-1]:
-                    votes[old, new] += 1
-    return votes
+    return Counter(
+        (old, new)
+        for name in islice(first, _MOST_NAMES)
+        for old, ending in _splits(name)
+        if len(found := prefixes.get(ending, ())) <= _COMMONEST
+        for new in found
+        # Prefixes that end alike belong to a longer ending.
+        if old.split(".")[-2:-1] != new.split(".")[-2:-1]
+    )
 
 
-def _splits(name: str) -> Iterator[tuple[str, str]]:
+def _splits(name: str) -> list[tuple[str, str]]:
     """Each way to divide a name into a prefix and an ending, the longest ending first.
 
     An ending has two segments: to share `weight` alone is no likeness.
     """
-    last, position = name.rfind("."), 0
-    for _ in range(_DEEPEST):
-        if position > last:
-            return
-        yield name[:position], name[position:]
-        position = name.find(".", position) + 1
+    dots = islice(re.finditer(r"\.", name), _DEEPEST)
+    starts = [0, *(dot.end() for dot in dots)][:-1]
+    return [(name[:start], name[start:]) for start in starts]
 
 
-def check_prefixes(
+def checked_prefixes(
     prefixes: Mapping[str, str], first: Sequence[str], second: Sequence[str]
-) -> None:
-    """Refuse an old prefix that no name of the first has, or a new one that none of the second has.
+) -> dict[str, str]:
+    """The prefixes, each empty or with a dot at its end.
 
     Raises:
-        PolicyError: names the nearest.
+        PolicyError: no name of the first has an old one, or none of the second has a new one;
+            names the nearest.
     """
-    for wanted, names in ((prefixes, first), (prefixes.values(), second)):
-        for prefix in map(_dotted, wanted):
+    dotted = [
+        [f"{prefix}." if prefix and not prefix.endswith(".") else prefix for prefix in side]
+        for side in (prefixes, prefixes.values())
+    ]
+    for wanted, names in zip(dotted, (first, second), strict=True):
+        for prefix in wanted:
             if not any(name.startswith(prefix) for name in names):
-                begins = (begin for name in names[:_MOST_NAMES] for begin, _ in _splits(name))
-                near = hint(prefix[:-1], dict.fromkeys(begin[:-1] for begin in begins))
+                near = hint(prefix[:-1], with_parents(names))
                 raise PolicyError(f"No name begins with {prefix[:-1]!r}.{near}")
+    return dict(zip(*dotted, strict=True))
 
 
 def mapped(names: Iterable[str], prefixes: Mapping[str, str]) -> dict[str, str]:
@@ -177,22 +175,16 @@ def mapped(names: Iterable[str], prefixes: Mapping[str, str]) -> dict[str, str]:
 
     Args:
         names: those of the first.
-        prefixes: the old and the new prefixes, with a dot at the end or without. The longest old
-            one decides; names without any stay.
+        prefixes: the old and the new ones. The longest old one decides; names without any stay.
 
     Raises:
         PolicyError: two names would become one.
     """
-    whole = {_dotted(old): _dotted(new) for old, new in prefixes.items()}
-    longest = sorted(whole, key=len, reverse=True)
+    longest = sorted(prefixes, key=len, reverse=True)
     taken: dict[str, str] = {}
     for name in names:
         old = next((old for old in longest if name.startswith(old)), None)
-        other = name if old is None else whole[old] + name[len(old) :]
+        other = name if old is None else prefixes[old] + name[len(old) :]
         if taken.setdefault(other, name) != name:
             raise PolicyError(f"{taken[other]} and {name} would both become {other}.")
     return {name: other for other, name in taken.items()}
-
-
-def _dotted(prefix: str) -> str:
-    return f"{prefix}." if prefix and not prefix.endswith(".") else prefix

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import stat
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from bnfreeze.checkpoints import StoredTensor, open_checkpoint
 from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, check_limit
@@ -18,16 +18,15 @@ from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 from bnfreeze.files import replacement
 from bnfreeze.verification.compare import compare
-from bnfreeze.verification.drift_report import DriftReport
+from bnfreeze.verification.drift import DriftReport
 from bnfreeze.verification.state import OwnerFacts, State, TensorFacts
 from bnfreeze.verification.values import KeptTensor
-
-__all__ = ["Snapshot"]
 
 _FORMAT = "bnfreeze-snapshot"
 _SCHEMA = 1
 _KEY = "bnfreeze"
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_TYPES: dict[type, Any] = {kind: get_type_hints(kind) for kind in (TensorFacts, OwnerFacts)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,13 +123,13 @@ class Snapshot:
                 f"of a model, and `bnfreeze snapshot` one of a checkpoint."
             )
         with open_checkpoint(path) as opened:
-            noted = _noted(path) if opened.kind == "safetensors" else None
-            if noted is None:
+            noted = _noted(path) if opened.kind == "safetensors" else {}
+            if not noted:
                 raise UnsupportedFormatError(
                     f"{path} is a safetensors file, but not a snapshot: it lacks the facts that "
                     f"Snapshot.save writes. `bnfreeze snapshot` makes a snapshot of a checkpoint."
                 )
-            return cls(_with_values(path, _facts(path, noted), noted, opened.root))
+            return cls(_state(path, noted, opened.root))
 
     def __eq__(self, other: object) -> bool:
         return self.compared_to(other).ok if isinstance(other, Snapshot) else NotImplemented
@@ -145,74 +144,63 @@ class Snapshot:
         return f"<Snapshot of {len(self)} tensors ({self.tensors}), {kept}>"
 
 
-def _noted(path: Path) -> Any:
-    """What `save` wrote into the metadata; None if there is none. The header has been checked."""
+def _noted(path: Path) -> dict[str, Any]:
+    """What `save` wrote into the metadata; empty if there is none. The header has been checked."""
     with path.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        metadata = json.loads(stream.read(size)).get("__metadata__")
-    text = metadata.get(_KEY) if isinstance(metadata, dict) else None
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     try:
-        return json.loads(text) if isinstance(text, str) else None
+        noted = json.loads(header["__metadata__"][_KEY])
+    except (KeyError, TypeError):
+        return {}
     except (ValueError, RecursionError) as error:
         raise _corrupt(path, f"its facts are not valid JSON ({error})") from error
+    return noted if isinstance(noted, dict) and noted.get("format") == _FORMAT else {}
 
 
-def _facts(path: Path, header: Any) -> State:
-    """The state without values."""
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise UnsupportedFormatError(f"{path} is not a snapshot: Snapshot.save writes one.")
-    if header.get("schema") != _SCHEMA:
+def _state(path: Path, noted: dict[str, Any], stored: dict[str, StoredTensor]) -> State:
+    """The facts with what is stored: every readable tensor has its values or its digest."""
+    if noted.get("schema") != _SCHEMA:
         raise UnsupportedFormatError(
-            f"{path} is a snapshot of schema {header.get('schema')!r:.20}, and this version of "
+            f"{path} is a snapshot of schema {noted.get('schema')!r:.20}, and this version of "
             f"bnfreeze reads schema {_SCHEMA}: use the version that wrote it, or a later one."
         )
     try:
-        facts = header["facts"]
+        facts = noted["facts"]
         tensors = {
             name: TensorFacts(**{**fields, "shape": tuple(map(int, fields["shape"]))})
             for name, fields in facts["tensors"].items()
         }
         owners = {name: OwnerFacts(**fields) for name, fields in facts["owners"].items()}
         groups = tuple(tuple(map(str, group)) for group in facts["groups"])
+        selection = str(facts["selection"])
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise _corrupt(path, f"its facts are incomplete ({error!r:.200})") from error
-    texts = [text for owner in owners.values() for text in (*owner[:2], owner.remedy)]
-    for one in tensors.values():
-        texts += [one.kind, one.dtype, one.device, one.owner, one.first]
-        texts += [one.placement, one.unreadable]
-    if not all(isinstance(text, str) for text in texts):
-        raise _corrupt(path, "a name in its facts is not text")
-    if not all(isinstance(owner.eps, float | int | None) for owner in owners.values()):
-        raise _corrupt(path, "an eps in its facts is not a number")
-    known = all(one.first in tensors and one.owner in owners for one in tensors.values())
-    if not (tensors and known and tensors.keys() >= {name for group in groups for name in group}):
+    for noted_facts in (*tensors.values(), *owners.values()):
+        for fact, kind in _TYPES[type(noted_facts)].items():
+            if fact != "shape" and not isinstance(known := getattr(noted_facts, fact), kind):
+                raise _corrupt(path, f"{known!r:.40} in its facts is no {fact}")
+    fit = all(one.first in tensors and one.owner in owners for one in tensors.values())
+    if not (tensors and fit and tensors.keys() >= {name for group in groups for name in group}):
         raise _corrupt(path, "the names in its facts do not fit together")
-    return State(str(facts["selection"]), tensors, owners, groups)
-
-
-def _with_values(
-    path: Path, state: State, noted: dict[str, Any], stored: dict[str, StoredTensor]
-) -> State:
-    """The state with what is stored: every readable tensor has its values or its digest."""
     digests = noted.get("sha256", {})
     if not isinstance(digests, dict) or not all(
         isinstance(value, str) and len(value) == 64 for value in digests.values()
     ):
         raise _corrupt(path, "it has no list of SHA-256 digests")
-    wanted = state.tensors if digests else {facts.first for facts in state.tensors.values()}
-    readable = {name for name in wanted if not state.tensors[name].unreadable}
+    wanted = tensors if digests else {one.first for one in tensors.values()}
+    readable = {name for name in wanted if not tensors[name].unreadable}
     for name in sorted(readable ^ (digests | stored).keys()):
         what = "is noted, but its values are missing" if name in readable else "is not noted"
         raise _corrupt(path, f"{name} {what}")
     values = {}
     for name, value in stored.items():
-        facts = state.tensors[name]
-        fits = facts.shape == value.shape or facts.placement  # a shard has a shape of its own
-        if facts.dtype != value.dtype or not fits:
-            what = f"{name} is noted as {facts.dtype} of shape {facts.shape}, but is not"
+        one = tensors[name]
+        fits = one.shape == value.shape or one.placement  # a shard has a shape of its own
+        if one.dtype != value.dtype or not fits:
+            what = f"{name} is noted as {one.dtype} of shape {one.shape}, but is not"
             raise _corrupt(path, what)
         values[name] = KeptTensor(value.dtype, value.shape, value.words())
-    return replace(state, values=values, digests=digests)
+    return State(selection, tensors, owners, groups, values, digests)
 
 
 def _corrupt(path: Path, what: str) -> CorruptCheckpointError:

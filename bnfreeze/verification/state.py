@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["LISTED", "Identity", "OwnerFacts", "State", "TensorFacts"]
-
 # The selection of a snapshot of a checkpoint: exactly the tensors listed in it.
 LISTED = "listed"
 

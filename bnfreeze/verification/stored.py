@@ -11,12 +11,10 @@ from bnfreeze.errors import CheckpointError, PolicyError
 from bnfreeze.inspection.origin import Found
 from bnfreeze.patterns import Pattern
 from bnfreeze.verification.compare import DIGESTED, Progress, compare
-from bnfreeze.verification.drift_report import DriftReport
+from bnfreeze.verification.drift import DriftReport
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.state import LISTED, OwnerFacts, State, TensorFacts
 from bnfreeze.verification.values import KeptTensor
-
-__all__ = ["snapshot_of", "state_of", "verify_found"]
 
 
 def state_of(tensors: Mapping[str, StoredTensor]) -> State:
@@ -118,7 +116,16 @@ def verify_found(
         raise PolicyError(f"The snapshot has nothing in {' or '.join(select)}.")
     values = {n: before.value(n) for n in noted if before.tensors[n].first in before.values}
     old = replace(before, tensors=noted, groups=(), values=values, identities={})
-    tensors = _tensors_for(before, found)
+    names, models = before.tensors.keys(), found.parts.models
+    tensors = tensors_by_name(found.parts.all, models[0].key if len(models) == 1 else None)
+    if names.isdisjoint(tensors):
+        if len(models) > 1 and not all(names.isdisjoint(model.tensors) for model in models):
+            keys = ", ".join(repr(model.key) for model in models)
+            raise CheckpointError(
+                f"The snapshot is of one model, and there are several: {keys}. Choose one with "
+                f"--key."
+            )
+        tensors = tensors_by_name(found.parts.all, None)
     now = state_of({name: tensors[name] for name in noted if name in tensors})
     unsaved = {
         name: facts._replace(unreadable=f"a checkpoint has no {facts.kind}")
@@ -130,21 +137,3 @@ def verify_found(
     notes = (DIGESTED,) if before.digests else ()
     report = compare(old, after, progress=progress)
     return replace(report, notes=notes, findings=found.code_findings())
-
-
-def _tensors_for(before: State, found: Found) -> dict[str, StoredTensor]:
-    """The tensors that a snapshot is compared with, by their names in it.
-
-    Raises:
-        CheckpointError: it is not clear which model is meant.
-    """
-    names, models = before.tensors.keys(), found.parts.models
-    tensors = tensors_by_name(found.parts.all, models[0].key if len(models) == 1 else None)
-    if not names.isdisjoint(tensors):
-        return tensors
-    if len(models) > 1 and not all(names.isdisjoint(model.tensors) for model in models):
-        keys = ", ".join(repr(model.key) for model in models)
-        raise CheckpointError(
-            f"The snapshot is of one model, and there are several: {keys}. Choose one with --key."
-        )
-    return tensors_by_name(found.parts.all, None)

@@ -11,10 +11,9 @@ from __future__ import annotations
 import os
 import sysconfig
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +22,10 @@ from torch import Tensor
 
 from bnfreeze.inspection.in_memory import TensorInMemory, shard_of, why_unreadable
 from bnfreeze.torch_private import TorchDispatchMode
-from bnfreeze.verification.drift_report import DriftError, DriftReport
+from bnfreeze.verification.causes import TRACE, because
+from bnfreeze.verification.drift import DriftError, DriftReport
 from bnfreeze.verification.on_device import unequal_tensors
-from bnfreeze.verification.reasons import TRACE, because
 from bnfreeze.verification.state import State
-
-__all__ = ["Tracer"]
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -48,8 +45,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # By the address of the memory, the first names of the frozen tensors there.
         self._names: dict[int, list[str]] = {}
         for name in before.values:
-            if pointer := before.identities[name].pointer:
-                self._names.setdefault(pointer, []).append(name)
+            self._names.setdefault(before.identities[name].pointer, []).append(name)
+        self._names.pop(0, None)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -65,9 +62,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         __tracebackhide__ = True
         kwargs = kwargs or {}
-        names = [] if self._paused else self._touched((args, kwargs))
-        if not names:
-            return func(*args, **kwargs)
+        pointers = [] if self._paused else map(_pointer, _tensors([args, kwargs]))
+        names = {name for pointer in pointers for name in self._names.get(pointer, ())}
         if any(map(self._differs, names)):
             self._stop(names, func, wrote=False)
         result = func(*args, **kwargs)
@@ -75,19 +71,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._stop(names, func, wrote=True)
         return result
 
-    def _touched(self, arguments: object) -> list[str]:
-        found = [self._names.get(_pointer(tensor), []) for tensor in _tensors(arguments)]
-        return list(dict.fromkeys(chain.from_iterable(found)))
-
     def _differs(self, name: str) -> bool:
         now = TensorInMemory(self._before.identities[name].tensor)
         before = cast("TensorInMemory", self._before.values[name])
         if now.why:
             return False  # the full comparison will say so
         old, new = before.tensor, now.tensor
-        if (old.dtype, old.shape, old.device) != (new.dtype, new.shape, new.device):
-            return True
-        return bool(unequal_tensors({name: (old, new)}))
+        alike = (old.dtype, old.shape, old.device) == (new.dtype, new.shape, new.device)
+        return not alike or bool(unequal_tensors({name: (old, new)}))
 
     def _stop(self, names: Collection[str], func: object, *, wrote: bool) -> None:
         """Raise what the comparison finds in these tensors, with the operation and the line."""
@@ -95,30 +86,25 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         line = _user_line()
         report = self._look()
         drifts = []
-        for drift in report.drifts:
-            if drift.name not in names:
-                continue
+        for drift in (drift for drift in report.drifts if drift.name in names):
             # The operation shows more than the two states do.
             if not wrote:
                 drift = because(drift, "undispatched", operation=func)
             elif drift.remedy == TRACE:
                 drift = because(drift, "operation", operation=func)
             drifts.append(replace(drift, operation=str(func) if wrote else None, where=line))
-        try:
-            replace(report, drifts=tuple(drifts)).raise_if_drifted()
-        except DriftError as error:
-            self.error = error
-            raise
+        report = replace(report, drifts=tuple(drifts))
+        if not report.ok:
+            self.error = DriftError(report.message, report)
+            raise self.error
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 def _pointer(tensor: Tensor) -> int:
@@ -127,12 +113,9 @@ def _pointer(tensor: Tensor) -> int:
     return 0 if why_unreadable(tensor) else tensor.untyped_storage().data_ptr()
 
 
-_OWN = (Path(__file__).resolve().parents[1], Path(torch.__file__).resolve().parent)
-_LIBRARIES = (
-    sysconfig.get_path("stdlib"),
-    sysconfig.get_path("purelib"),
-    sysconfig.get_path("platlib"),
-)
+_PACKAGES = Path(__file__).resolve().parents[1], Path(torch.__file__).resolve().parent
+_OWN = tuple(f"{folder}{os.sep}" for folder in _PACKAGES)
+_LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
 
 
 def _user_line() -> str | None:
@@ -144,12 +127,8 @@ def _user_line() -> str | None:
     outside = None
     for frame, number in traceback.walk_stack(None):
         file = frame.f_code.co_filename
-        if not file.startswith("<") and not _below(file, _OWN):
+        if not file.startswith(("<", *_OWN)):
             outside = outside or f"{file}:{number}"
-            if not _below(file, _LIBRARIES):
+            if not file.startswith(_LIBRARIES):
                 return f"{file}:{number}"
     return outside
-
-
-def _below(file: str, folders: Iterable[Path | str]) -> bool:
-    return file.startswith(tuple(f"{folder}{os.sep}" for folder in folders))

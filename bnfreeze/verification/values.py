@@ -9,8 +9,6 @@ import numpy as np
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES, StoredTensor, Words, decoded
 from bnfreeze.verification.drift import Drift, Scalar
 
-__all__ = ["KeptTensor", "locate", "sha256"]
-
 
 class KeptTensor(StoredTensor):
     """A tensor whose elements are kept in memory, as words."""

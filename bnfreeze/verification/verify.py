@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from statistics import mode
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -13,18 +13,12 @@ from torch.optim import Optimizer
 
 from bnfreeze.inspection.in_memory import TensorInMemory
 from bnfreeze.norm_layers import check_model
+from bnfreeze.verification.causes import because
 from bnfreeze.verification.compare import compare
-from bnfreeze.verification.drift import Drift
-from bnfreeze.verification.drift_report import DriftReport
+from bnfreeze.verification.drift import Drift, DriftReport
 from bnfreeze.verification.live_state import read_state
-from bnfreeze.verification.reasons import because
 from bnfreeze.verification.snapshot import Snapshot
 from bnfreeze.verification.state import State
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-__all__ = ["check", "look_again", "snapshot", "verify"]
 
 
 def snapshot(
@@ -71,7 +65,7 @@ def snapshot(
 
 
 def verify(
-    model: nn.Module, snapshot: Snapshot, *, process_group: ProcessGroup | None = None
+    model: nn.Module, snapshot: Snapshot, *, process_group: dist.ProcessGroup | None = None
 ) -> DriftReport:
     """Compare `model` with what it was: bit for bit, and everything else in the snapshot.
 
@@ -97,66 +91,46 @@ def verify(
     model = check_model(model)
     if not isinstance(snapshot, Snapshot):
         raise TypeError(f"Expected a Snapshot, not {type(snapshot).__name__}.")
-    return check(look_again(model, snapshot.state), snapshot.state, process_group)
-
-
-def look_again(model: nn.Module, before: State) -> State:
-    """What the state of `model`, known as `before`, is now."""
-    return read_state(model, before.selection, before.live_optimizers(), also=before.tensors)
+    return check(model, snapshot.state, process_group)[0]
 
 
 def check(
-    after: State,
+    model: nn.Module,
     before: State,
-    group: ProcessGroup | None,
+    group: dist.ProcessGroup | None,
     *,
     exchange: bool = True,
     **options: Any,
-) -> DriftReport:
-    """What `verify` does, with more `options` of `compare`.
+) -> tuple[DriftReport, State]:
+    """What `verify` does, with more `options` of `compare`; and what the state is now.
 
-    Without `exchange` each rank of the group checks its own tensors and asks no other.
-    """
-    report = compare(before, after, gathered=group is not None, **options)
-    return report if group is None or not exchange else _across_ranks(report, after, group)
-
-
-def _across_ranks(report: DriftReport, state: State, group: ProcessGroup) -> DriftReport:
-    """The report of this rank joined with those of the others, the same on every rank.
-
-    Each rank sends what it found and the SHA-256 of each tensor that is not sharded. What
+    With a group every rank of it has to call this. All get the same report, joined from those of
+    all ranks: each sends what it found and the SHA-256 of each tensor that is not sharded. What
     most ranks have (in a tie, what the lowest rank has) counts as right, and a rank that differs
-    from it is named.
-
-    Args:
-        report: what this rank found by itself.
-        state: this rank's state.
-        group: the process group; every rank of it has to call this.
+    from it is named. Without `exchange` each rank checks its own tensors and asks no other.
     """
+    after = read_state(model, before.selection, before.live_optimizers(), also=before.tensors)
+    report = compare(before, after, gathered=group is not None, **options)
+    if group is None or not exchange:
+        return report, after
     own = [replace(drift, rank=dist.get_rank(group)) for drift in report.drifts]
-    whole = [name for name in state.values if not state.tensors[name].placement]
-    sent = (own, {name: state.digest(name) for name in whole}, report.checked)
-    gathered: list[tuple[list[Drift], dict[str, str], int]]
-    gathered = [sent] * dist.get_world_size(group)
+    whole = [name for name in after.values if not after.tensors[name].placement]
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    sent = own, {name: after.digest(name) for name in whole}, report.checked
     dist.all_gather_object(gathered, sent, group=group)
-    drifts = [drift for found, _, _ in gathered for drift in found]
-    drifts += _diverged(drifts, [digests for _, digests, _ in gathered])
-    return DriftReport(tuple(drifts), min(found[2] for found in gathered), report.notes)
-
-
-def _diverged(known: Sequence[Drift], digests: Sequence[dict[str, str]]) -> Iterator[Drift]:
-    """The tensors that are not the same on all ranks, though none of these drifted by itself."""
-    known_here = {(drift.name, drift.rank) for drift in known}
-    for name in dict.fromkeys(name for own in digests for name in own):
+    drifts: list[Drift] = [drift for found, _, _ in gathered for drift in found]
+    known = {(drift.name, drift.rank) for drift in drifts}
+    for name in dict.fromkeys(name for _, digests, _ in gathered for name in digests):
         # What drifted on a rank is reported already; that rank has no vote on what is right.
-        kept = {
-            rank: own.get(name)
-            for rank, own in enumerate(digests)
-            if (name, rank) not in known_here
+        bits = {
+            rank: digests.get(name)
+            for rank, (_, digests, _) in enumerate(gathered)
+            if (name, rank) not in known
         }
-        right = Counter(kept.values()).most_common(1)[0][0] if kept else None
-        first = next((rank for rank, bits in kept.items() if bits == right), 0)
-        for rank, bits in kept.items():
-            if bits != right:
+        for rank, there in bits.items():
+            if there != (right := mode(bits.values())):
+                first = next(other for other, found in bits.items() if found == right)
                 what = f"other bits than on rank {first}"
-                yield because(Drift(name, "value", rank=rank, before=what), "ranks-differ")
+                drifts.append(because(Drift(name, "value", rank=rank, before=what), "ranks-differ"))
+    checked = min(checked for *_, checked in gathered)
+    return DriftReport(tuple(drifts), checked, report.notes), after

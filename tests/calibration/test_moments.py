@@ -1,11 +1,12 @@
 """Moments, their errors, and Student's t, against plain formulas."""
 
 import math
+from functools import reduce
 
 import pytest
 import torch
 
-from bnfreeze.calibration.intervals import student_quantile
+from bnfreeze.calibration.fit import student_quantile
 from bnfreeze.calibration.moments import Moments
 
 SHAPES = {"(N, C)": (7, 5), "(N, C, L)": (7, 5, 9), "images": (7, 5, 6, 4), "1×1": (7, 5, 1, 1)}
@@ -13,10 +14,11 @@ SHAPES = {"(N, C)": (7, 5), "(N, C, L)": (7, 5, 9), "images": (7, 5, 6, 4), "1×
 
 def of_parts(x, sizes, reference=None, *, within=False, **options):
     reference = torch.zeros(x.shape[1]) if reference is None else reference
-    total = Moments.empty(reference, within=within)
-    for part in x.split(sizes):
-        total = total.merged(total.of_batch(part, **options))
-    return total
+    parts = (
+        Moments.of_batch(part, reference.double(), within=within, **options)
+        for part in x.split(sizes)
+    )
+    return reduce(Moments.merged, parts)
 
 
 def by_channel(x):

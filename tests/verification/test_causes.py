@@ -2,7 +2,10 @@
 
 import copy
 import json
+import re
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,8 +14,11 @@ from torch import nn
 import bnfreeze
 from bnfreeze.checkpoints import open_checkpoint
 from bnfreeze.inspection.origin import Found
-from bnfreeze.verification.drift import Drift, sentence
+from bnfreeze.verification.causes import _REASONS
+from bnfreeze.verification.drift import Drift, Kind, sentence
 from bnfreeze.verification.stored import verify_found
+
+PAGE = Path(bnfreeze.__file__).with_name("causes.md")
 
 
 def layer(policy=None):
@@ -86,6 +92,13 @@ CAUSES = {
     "a copy": (frozen_(), lambda m: m.bn.running_mean.copy_(torch.ones(2)), "frozen", "in-place"),
     "through .data": (frozen_(), lambda m: m.bn.weight.data.zero_(), "frozen", "hidden-write"),
 }
+
+
+def test_the_causes_are_read_from_their_page():
+    rows = re.findall(r"^\| `([\w-]+)` \|", PAGE.read_text("utf-8"), re.M)
+    assert rows == list(_REASONS)
+    kinds = {kind for kind in get_args(Kind) if kind not in {"value", "mode"}}
+    assert kinds | {code for *_, code in CAUSES.values()} <= {*rows}
 
 
 @pytest.mark.parametrize("case", CAUSES)

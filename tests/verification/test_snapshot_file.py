@@ -146,10 +146,11 @@ def one_more(header):
 # What is done to the facts, and a part of the reason. Each is refused in both forms.
 DAMAGE = [
     (lambda h: h.pop("facts"), "incomplete"),
+    (lambda h: h["facts"].pop("selection"), "incomplete"),
     (lambda h: h.update(facts=[]), "incomplete"),
     (lambda h: first(h).pop("kind"), "incomplete"),
     (lambda h: first(h).update(evil=1), "incomplete"),
-    (lambda h: first(h).update(dtype=3), "not text"),
+    (lambda h: first(h).update(dtype=3), "3 in its facts is no dtype"),
     (lambda h: first(h).update(shape=[float("inf")]), "incomplete"),
     (lambda h: h["facts"].update(tensors={}), "fit together"),
     (lambda h: h["facts"].update(owners={}), "fit together"),
