@@ -16,8 +16,9 @@ by ranges.
 """
 
 from bnfreeze.checkpoints.modules import LayerSettings
-from bnfreeze.checkpoints.opening import Checkpoint, naming_file, open_checkpoint
+from bnfreeze.checkpoints.opening import Checkpoint, open_checkpoint
 from bnfreeze.checkpoints.placeholders import CodeCall, Uninterpreted
+from bnfreeze.checkpoints.reading import naming_file
 from bnfreeze.checkpoints.state_dicts import (
     StateDict,
     StateDicts,

@@ -8,16 +8,18 @@ one. Everything that is not listed here is reported, with the level that `level_
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from bnfreeze.checkpoints.numpy_arrays import NUMPY_BUILDERS
 from bnfreeze.checkpoints.pickled import Opaque
 from bnfreeze.checkpoints.torch_calls import TORCH_NAMES
+from bnfreeze.errors import CheckpointError
 from bnfreeze.findings import Level
 from bnfreeze.text import listed
 
-__all__ = ["VALUES", "is_ordinary", "level_of", "would_call"]
+__all__ = ["VALUES", "is_ordinary", "level_of", "naming_calls", "would_call"]
 
 
 def _each(names: dict[str, str]) -> frozenset[str]:
@@ -127,6 +129,15 @@ def level_of(name: str, *, at_run_time: bool, is_module: bool) -> Level | None:
     if is_module and (not known or (is_class and name.startswith(_MODEL_PACKAGES))):
         return "note"
     return "error" if known else "warning"
+
+
+@contextmanager
+def naming_calls(made: Iterable[Opaque]) -> Iterator[None]:
+    """Let an error that comes out say what loading the file would call, too."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise type(error)(f"{error}{would_call(made)}") from None
 
 
 def would_call(made: Iterable[Opaque]) -> str:

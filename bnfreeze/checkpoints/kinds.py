@@ -1,7 +1,8 @@
 """The formats that are read, recognised by their content; and errors that name other files.
 
 To add a format, write its reader in a module beside this one, and a line in `_FORMATS`. A reader
-takes an `OpenFile` and returns a `Content`. Formats that are a folder stand in `opening`.
+takes an `OpenFile` and returns a `Content`, or raises a `CheckpointError`: refused or damaged.
+Formats that are a folder stand in `opening`.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
-
-import numpy as np
+from collections.abc import Callable
+from typing import Final
 
 from bnfreeze.checkpoints.limits import is_shape
 from bnfreeze.checkpoints.pickled import Opaque
@@ -13,10 +12,10 @@ from bnfreeze.checkpoints.stored_tensor import (
     ITEM_SIZES,
     NUMPY_DTYPES,
     DescribedTensor,
-    Record,
+    StridedTensor,
     packed_tensor,
 )
-from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
+from bnfreeze.errors import UnsupportedFormatError, damaged
 
 __all__ = ["NUMPY_BUILDERS", "fill_array", "numpy_dtype"]
 
@@ -59,7 +58,7 @@ def fill_array(made: Opaque) -> None:
         return
     state, made.state, made.given = made.state, None, True
     if type(state) is not tuple or len(state) not in (4, 5):
-        raise CorruptCheckpointError("Damaged: an array's state is none.")
+        raise damaged("an array's state is none.")
     shape, described, fortran, data = state[-4:]
     try:
         dtype = _dtype_of(described)
@@ -72,15 +71,14 @@ def fill_array(made: Opaque) -> None:
         made.state = data if type(data) is list else None
         return
     if fortran not in (False, True):
-        raise CorruptCheckpointError("Damaged: an array's order is none.")
-    name, swapped = dtype
-    made.array = packed_tensor(name, shape, Record(_bytes_of(data), swapped), bool(fortran))
+        raise damaged("an array's order is none.")
+    made.array = _array(data, dtype, shape, is_fortran=bool(fortran))
 
 
 def _dtype_of(described: object) -> tuple[str, bool] | None:
     """The dtype that a `numpy.dtype(…)` of the pickle stands for."""
     if not isinstance(described, Opaque) or described.name != "numpy.dtype":
-        raise CorruptCheckpointError("Damaged: an array whose dtype is none.")
+        raise damaged("an array whose dtype is none.")
     # Where it changed later, the array would be another.
     described.given = True
     text = described.arguments[0] if described.arguments else None
@@ -90,50 +88,43 @@ def _dtype_of(described: object) -> tuple[str, bool] | None:
     return numpy_dtype(order[:1] + text.lstrip("<>|=") if order else text)
 
 
-def _bytes_of(data: object) -> Source:
+def _array(
+    data: object, dtype: tuple[str, bool], shape: object, *, is_fortran: bool = False
+) -> StridedTensor:
     if type(data) is str and len(data) <= _LONGEST_TEXT:
         # Python 2's byte strings; those that are longer stay in the file.
         data = data.encode("latin-1")
-    if isinstance(data, Source):
-        return data
-    if type(data) is not bytes:
-        raise CorruptCheckpointError("Damaged: an array's bytes are none.")
-    return Source.of(data)
+    source = Source.of(data) if type(data) is bytes else data
+    if not isinstance(source, Source):
+        raise damaged("an array's bytes are none.")
+    return packed_tensor(dtype[0], shape, source, is_swapped=dtype[1], is_fortran=is_fortran)
 
 
-def _empty(_: tuple[Any, ...]) -> Opaque:
+def _empty(*_: object) -> Opaque:
     return Opaque(_EMPTY_ARRAY, ())
 
 
-def _from_buffer(arguments: tuple[Any, ...]) -> object:
-    data, described, shape, order = arguments
+def _from_buffer(data: object, described: object, shape: object, order: object) -> object:
     if order not in ("C", "F"):
         raise ValueError
     dtype = _dtype_of(described)
-    if dtype is None:
-        return None
-    return packed_tensor(dtype[0], shape, Record(_bytes_of(data), dtype[1]), order == "F")
+    return None if dtype is None else _array(data, dtype, shape, is_fortran=order == "F")
 
 
-def _scalar(arguments: tuple[Any, ...]) -> object:
+def _scalar(described: object, data: object) -> object:
     """A number, as Python has it; None where it is of another kind."""
-    dtype = None if len(arguments) < 2 else _dtype_of(arguments[0])
-    if dtype is None:
-        return None
-    data = _bytes_of(arguments[1])
-    name, swapped = dtype
-    if data.size != ITEM_SIZES[name]:
-        raise CorruptCheckpointError("Damaged: a number of another size than its dtype.")
-    kind = np.dtype(name).newbyteorder(">" if swapped else "<")
-    return np.frombuffer(data.read(0, data.size), kind)[0].item()
+    dtype = _dtype_of(described)
+    values = None if dtype is None else _array(data, dtype, ()).values()
+    return None if values is None else values.item()
 
 
+_BUILDERS: Final[dict[str, Callable[..., object]]] = {
+    "multiarray._reconstruct": _empty,
+    "multiarray.scalar": _scalar,
+    "numeric._frombuffer": _from_buffer,
+}
 NUMPY_BUILDERS: Final = {
     f"numpy.{core}.{name}": builder
     for core in ("core", "_core")
-    for name, builder in {
-        "multiarray._reconstruct": _empty,
-        "multiarray.scalar": _scalar,
-        "numeric._frombuffer": _from_buffer,
-    }.items()
+    for name, builder in _BUILDERS.items()
 }

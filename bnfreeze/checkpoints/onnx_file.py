@@ -9,16 +9,14 @@ from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, MAX_TENSORS, check_limi
 from bnfreeze.checkpoints.modules import LayerSettings, Model, plain_number
 from bnfreeze.checkpoints.pickled import Content
 from bnfreeze.checkpoints.reading import OpenFile
-from bnfreeze.checkpoints.shards import beside
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import (
     DescribedTensor,
-    Record,
     StoredTensor,
     numbered,
     packed_tensor,
 )
-from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
+from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError, damaged
 
 __all__ = ["read_onnx"]
 
@@ -41,7 +39,6 @@ def read_onnx(file: OpenFile) -> Content:
 
     Raises:
         UnsupportedFormatError: the package `onnx` is not installed.
-        CheckpointError: damaged.
     """
     try:
         import onnx
@@ -52,15 +49,15 @@ def read_onnx(file: OpenFile) -> Content:
         ) from None
     check_limit(file.source.size, _MOST_BYTES, "bytes of an ONNX model")
     try:
-        model = onnx.ModelProto.FromString(file.source.read(0, file.source.size))
+        model = onnx.ModelProto.FromString(file.source.read())
     except DecodeError:
-        raise CorruptCheckpointError("Damaged: it begins as ONNX, and is none.") from None
+        raise damaged("it begins as ONNX, and is none.") from None
     tensors: dict[str, StoredTensor] = {}
     layers: dict[str, LayerSettings] = {}
     graphs = list(_with_subgraphs(model.graph))
     # Protobuf gives bytes for a text that is no UTF-8.
     if any(type(text) is not str for graph in graphs for text in _texts(graph)):
-        raise CorruptCheckpointError("Damaged: a name in it is no text.")
+        raise damaged("a name in it is no text.")
     for proto in _tensors_in(graphs):
         check_limit(len(proto.name), MAX_NAME_LENGTH, "characters of a tensor's name")
         if proto.name in tensors:
@@ -161,7 +158,6 @@ def _norm_nodes(
 
 
 def _tensor(proto: Any, file: OpenFile) -> StoredTensor:
-    shape = tuple(proto.dims)
     dtype = _DTYPES.get(proto.data_type)
     if dtype is None:
         return DescribedTensor("uint8", (0,), "its elements are of a kind that torch has not")
@@ -175,19 +171,17 @@ def _tensor(proto: Any, file: OpenFile) -> StoredTensor:
         try:
             data = Source.of(numpy_helper.to_array(proto).tobytes())
         except (ValueError, TypeError):
-            raise CorruptCheckpointError(f"Damaged: {proto.name!r:.200} is no tensor.") from None
-    return packed_tensor(dtype, shape, Record(data))
+            raise damaged(f"{proto.name!r:.200} is no tensor.") from None
+    return packed_tensor(dtype, tuple(proto.dims), data)
 
 
 def _beside(proto: Any, file: OpenFile) -> Source:
     """The bytes of a tensor that lies in another file."""
     entries = {entry.key: entry.value for entry in proto.external_data}
-    if any(type(text) is not str for text in (*entries, *entries.values())):
-        raise CorruptCheckpointError(f"Damaged: {proto.name!r:.200} lies nowhere.")
-    source = file.beside(beside(file.path.parent, entries.get("location", ""))).source
     try:
+        source = file.beside(entries.get("location", "")).source
         offset = int(entries.get("offset", "0"))
-        length = int(entries.get("length", str(source.size - offset)))
-    except ValueError:
-        raise CorruptCheckpointError(f"Damaged: {proto.name!r:.200} lies nowhere.") from None
-    return source.part(offset, length)
+        return source.part(offset, int(entries.get("length", source.size - offset)))
+    # Protobuf gives bytes for a text that is no UTF-8.
+    except (TypeError, ValueError):
+        raise damaged(f"{proto.name!r:.200} lies nowhere.") from None

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_PICKLE_BYTES, check_limit
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.errors import CorruptCheckpointError
+from bnfreeze.errors import damaged
 
 __all__ = ["CODES", "Opcodes"]
 
@@ -134,7 +134,7 @@ class Opcodes:
         left = self._source.size - self._begin
         check_limit(self._taken + count, MAX_PICKLE_BYTES, "bytes of a pickle and more")
         if count > left:
-            raise CorruptCheckpointError("Damaged: its pickle ends or breaks off.")
+            raise damaged("its pickle ends or breaks off.")
         self._window = self._source.read(self._begin, min(max(count, _WINDOW), left))
 
     def _counted(
@@ -142,7 +142,7 @@ class Opcodes:
     ) -> object:
         (count,) = form.unpack(self.read(form.size))
         if count < 0:
-            raise CorruptCheckpointError("Damaged: its pickle has a text of negative length.")
+            raise damaged("its pickle has a text of negative length.")
         if not may_stay or count <= _LONG:
             return decode(self.read(count))
         there = self._source.part(self.position, count)

@@ -9,18 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from bnfreeze.checkpoints.code_names import would_call
+from bnfreeze.checkpoints.code_names import naming_calls
 from bnfreeze.checkpoints.distributed import read_distributed
 from bnfreeze.checkpoints.kinds import read_file
 from bnfreeze.checkpoints.pickled import Content
 from bnfreeze.checkpoints.placeholders import placeholders_in
-from bnfreeze.checkpoints.reading import OpenFile
-from bnfreeze.checkpoints.remote import RemotePath, is_remote, standard_input
+from bnfreeze.checkpoints.reading import OpenFile, naming_file
+from bnfreeze.checkpoints.remote import RemotePath, is_remote, plain_errors, standard_input
 from bnfreeze.checkpoints.source import FilePath, Source, opened
 from bnfreeze.checkpoints.state_dicts import StateDicts, find_state_dicts
-from bnfreeze.errors import BnfreezeError, CheckpointError, UnsupportedFormatError
+from bnfreeze.errors import UnsupportedFormatError
 
-__all__ = ["Checkpoint", "naming_file", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint"]
 
 
 class Checkpoint:
@@ -53,11 +53,8 @@ class Checkpoint:
         Raises:
             UnsupportedFormatError: there are no tensors by name.
         """
-        with naming_file(self.path):
-            try:
-                return find_state_dicts(self.root)
-            except UnsupportedFormatError as error:
-                raise UnsupportedFormatError(f"{error}{would_call(self._made)}") from None
+        with naming_file(self.path), naming_calls(self._made):
+            return find_state_dicts(self.root)
 
     def chosen(self, key: str | None) -> StateDicts:
         """The state_dict under a key alone; all of them where there is no key.
@@ -67,17 +64,6 @@ class Checkpoint:
         """
         with naming_file(self.path):
             return self.state_dicts.chosen(key)
-
-
-@contextmanager
-def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let an error of the package that comes out say which file or tensor it is about."""
-    try:
-        yield
-    except BnfreezeError as error:
-        if str(error).startswith(f"{path}: "):
-            raise
-        raise type(error)(f"{path}: {error}") from None
 
 
 @contextmanager
@@ -98,23 +84,20 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
 
 
 def _read(path: str | os.PathLike[str], stack: ExitStack) -> tuple[str, Content]:
-    def open_file(file: FilePath) -> OpenFile:
-        return OpenFile(stack.enter_context(opened(file)), file, open_file)
-
     if path == "-":
         file = stack.enter_context(standard_input())
-        return read_file(OpenFile(Source(file, 0, file.seek(0, os.SEEK_END)), Path(path)))
+        return read_file(OpenFile(Source(file, 0, file.seek(0, os.SEEK_END))))
     place: FilePath = Path(path)
     if isinstance(path, str) and is_remote(path):
         place = RemotePath(path)
-    try:
-        if place.is_dir():
-            if (place / ".metadata").exists():
-                return "distributed", read_distributed(place)
+    with plain_errors("opened"):
+        is_folder = place.is_dir()
+        is_distributed = is_folder and (place / ".metadata").exists()
+        if is_folder and not is_distributed:
             place = _model_in(place)
-    except OSError as error:
-        raise CheckpointError(f"Cannot be opened: {error.strerror}.") from None
-    return read_file(open_file(place))
+    if is_distributed:
+        return "distributed", read_distributed(place)
+    return read_file(OpenFile(stack.enter_context(opened(place)), place, stack))
 
 
 # What the folders of Hugging Face's libraries are made of, in the order in which they look.

@@ -13,16 +13,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, BinaryIO, Final, cast
+from typing import IO, Any, Final, cast
 
-from bnfreeze.errors import CheckpointError, CorruptCheckpointError, UnsupportedFormatError
+from bnfreeze.errors import CheckpointError, UnsupportedFormatError
 
-__all__ = ["RangedFile", "RemotePath", "is_remote", "standard_input"]
+__all__ = ["RemotePath", "is_remote", "plain_errors", "standard_input"]
 
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+://")
-# What is fetched at least, and how much of it is kept: the tensors of a layer lie together.
-_BLOCK: Final = 1 << 12
-_KEPT: Final = 512
+# What is fetched beyond what is asked for: the tensors of a layer lie together.
+_AHEAD: Final = 1 << 12
 
 
 def is_remote(path: str) -> bool:
@@ -68,7 +67,7 @@ class RemotePath:
 
     @cached_property
     def _info(self) -> dict[str, Any]:
-        with _plain_errors():
+        with plain_errors("opened"):
             return dict(self._system.info(self._name))
 
     def is_dir(self) -> bool:
@@ -79,103 +78,48 @@ class RemotePath:
 
     def exists(self) -> bool:
         """Whether there is something."""
-        with _plain_errors():
+        with plain_errors("opened"):
             return bool(self._system.exists(self._name))
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """The files in it whose names match."""
-        with _plain_errors():
+        with plain_errors("opened"):
             names = self._system.glob(f"{self._name}/{pattern}")
         for name in names:
             yield self / str(name).rpartition("/")[2]
 
-    def open(self) -> RangedFile:
-        """Open it for reading by ranges.
+    def open(self) -> tuple[IO[bytes], int]:
+        """Open it for reading by ranges, and say its size in bytes.
 
         Raises:
-            CheckpointError: it is not there, or the server gives no ranges.
+            UnsupportedFormatError: the server gives no ranges.
         """
-        info = self._info
-        if type(info.get("size")) is not int or info.get("partial") is False:
+        size = self._info.get("size")
+        if type(size) is not int or self._info.get("partial") is False:
             raise UnsupportedFormatError(
                 "The server does not give parts of the file: download it, and name the copy."
             )
-        return RangedFile(self._system, self._name, info["size"])
-
-
-class RangedFile:
-    """A file on a server, as far as `Source` needs one.
-
-    Attributes:
-        size: of the file, in bytes.
-        identity: the same for the same file.
-    """
-
-    def __init__(self, system: Any, name: str, size: int) -> None:
-        """Take a file system of fsspec, a name in it, and the file's size."""
-        self.size = size
-        self.identity = (hash(name), size)
-        self._system = system
-        self._name = name
-        self._at = 0
-        self._blocks: dict[int, bytes] = {}
-
-    def seek(self, position: int) -> None:
-        """Go to a position."""
-        self._at = position
-
-    def read(self, length: int) -> bytes:
-        """The next bytes.
-
-        Raises:
-            CheckpointError: the server gave others than were asked for.
-        """
-        start, end = self._at, min(self._at + length, self.size)
-        self._at = end
-        if start >= end:
-            return b""
-        blocks = range(start // _BLOCK, -(-end // _BLOCK))
-        if len(blocks) > _KEPT // 2:
-            return self._fetch(start, end)
-        missing = [block for block in blocks if block not in self._blocks]
-        if missing:
-            first, last = missing[0], missing[-1]
-            begin = first * _BLOCK
-            data = self._fetch(begin, min((last + 1) * _BLOCK, self.size))
-            for block in range(first, last + 1):
-                self._blocks[block] = data[block * _BLOCK - begin : (block + 1) * _BLOCK - begin]
-        found = b"".join(self._blocks[block] for block in blocks)
-        while len(self._blocks) > _KEPT:
-            del self._blocks[next(iter(self._blocks))]
-        return found[start - blocks[0] * _BLOCK : end - blocks[0] * _BLOCK]
-
-    def _fetch(self, start: int, end: int) -> bytes:
-        with _plain_errors():
-            data = bytes(self._system.cat_file(self._name, start=start, end=end))
-        if len(data) != end - start:
-            raise CorruptCheckpointError(
-                f"The server gave {len(data):,} bytes, and {end - start:,} were asked for: "
-                f"download the file, and name the copy."
-            )
-        return data
+        file = self._system.open(self._name, block_size=_AHEAD, cache_type="readahead")
+        return cast("IO[bytes]", file), size
 
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_errors(what: str = "read") -> Iterator[None]:
+    """Let whatever goes wrong with a file come out as a `CheckpointError`."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
-    except FileNotFoundError:
-        raise CheckpointError("Cannot be opened: there is no such file.") from None
     # Every kind of server has errors of its own, of no common class.
     except Exception as error:
-        what = str(error) or type(error).__name__
-        raise CheckpointError(f"Cannot be read from the server: {what:.300}") from None
+        is_missing = isinstance(error, FileNotFoundError)
+        why = "there is no such file" if is_missing else str(error) or type(error).__name__
+        why = getattr(error, "strerror", None) or why
+        raise CheckpointError(f"Cannot be {what}: {why:.300}.") from None
 
 
 @contextlib.contextmanager
-def standard_input() -> Iterator[BinaryIO]:
+def standard_input() -> Iterator[IO[bytes]]:
     """Standard input, copied to a temporary file, because readers go back and forth."""
     with tempfile.TemporaryFile() as file:
         shutil.copyfileobj(sys.stdin.buffer, file)

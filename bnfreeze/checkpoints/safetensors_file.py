@@ -6,16 +6,14 @@ from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_limit, is_size
 from bnfreeze.checkpoints.pickled import Content
-from bnfreeze.checkpoints.reading import OpenFile, read_json
-from bnfreeze.checkpoints.source import Source
+from bnfreeze.checkpoints.reading import OpenFile, naming_file, read_json
 from bnfreeze.checkpoints.stored_tensor import (
     ITEM_SIZES,
     NUMPY_DTYPES,
-    Record,
     StoredTensor,
     packed_tensor,
 )
-from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
+from bnfreeze.errors import UnsupportedFormatError, damaged
 
 __all__ = ["DTYPES", "read_safetensors"]
 
@@ -38,10 +36,6 @@ def read_safetensors(file: OpenFile) -> Content:
     """The tensors by name, in the order in which they lie in the file.
 
     As the format asks for, they must lie one after the other, without a gap, to the very end.
-
-    Raises:
-        CorruptCheckpointError: its parts contradict each other, or a name stands there twice.
-        UnsafeCheckpointError: beyond the limits.
     """
     source = file.source
     length = int.from_bytes(source.read(0, 8), "little")
@@ -51,37 +45,30 @@ def read_safetensors(file: OpenFile) -> Content:
     check_limit(len(header), MAX_TENSORS, "tensors")
     data = source.part(8 + length, source.size - 8 - length)
     places = {name: _place(description) for name, description in header.items()}
-    names = sorted(places, key=lambda name: places[name])
-    end = 0
-    for name in names:
-        if places[name][0] != end:
-            raise CorruptCheckpointError(f"Damaged: {name!r:.200} does not follow the one before.")
-        end = places[name][1]
-    if end != data.size:
-        raise CorruptCheckpointError(
-            f"Damaged: its tensors should take {end:,} bytes, and there are {data.size:,}."
-        )
-    return Content({name: _tensor(name, header[name], data) for name in names})
+    whole = max((end for _, end in places.values()), default=0)
+    if whole != data.size:
+        raise damaged(f"its tensors should take {whole:,} bytes, and there are {data.size:,}.")
+    position = 0
+    tensors: dict[str, StoredTensor] = {}
+    for name, (begin, end) in sorted(places.items(), key=lambda item: item[1]):
+        if begin != position:
+            raise damaged(f"{name!r:.200} does not follow the one before.")
+        dtype, shape = header[name].get("dtype"), header[name].get("shape")
+        if type(dtype) is not str or type(shape) is not list:
+            raise damaged("its header does not describe tensors.")
+        if dtype not in DTYPES:
+            raise UnsupportedFormatError(f"{name!r:.200} is of dtype {dtype!r:.40}, unknown here.")
+        with naming_file(f"{name!r:.200}"):
+            tensors[name] = packed_tensor(DTYPES[dtype], shape, data.part(begin, end - begin))
+        position = end
+    return Content(tensors)
 
 
 def _place(description: Any) -> tuple[int, int]:
     try:
         begin, end = description["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise CorruptCheckpointError("Damaged: its header does not describe tensors.") from None
+        raise damaged("its header does not describe tensors.") from None
     if not (is_size(begin) and is_size(end) and begin <= end):
-        raise CorruptCheckpointError("Damaged: its header has a place that makes no sense.")
+        raise damaged("its header has a place that makes no sense.")
     return begin, end
-
-
-def _tensor(name: str, description: dict[str, Any], data: Source) -> StoredTensor:
-    dtype, shape = description.get("dtype"), description.get("shape")
-    if type(dtype) is not str or type(shape) is not list:
-        raise CorruptCheckpointError("Damaged: its header does not describe tensors.")
-    if dtype not in DTYPES:
-        raise UnsupportedFormatError(f"{name!r:.200} is of dtype {dtype!r:.40}, unknown here.")
-    begin, end = description["data_offsets"]
-    try:
-        return packed_tensor(DTYPES[dtype], shape, Record(data.part(begin, end - begin)))
-    except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{name!r:.200}: {error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,13 +12,17 @@ from numpy.typing import NDArray
 
 from bnfreeze.checkpoints.limits import MAX_DIMENSIONS, check_limit, is_shape, is_size
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError, UnsupportedFormatError
+from bnfreeze.errors import (
+    CorruptCheckpointError,
+    UnsafeCheckpointError,
+    UnsupportedFormatError,
+    damaged,
+)
 
 __all__ = [
     "ITEM_SIZES",
     "NUMPY_DTYPES",
     "DescribedTensor",
-    "Record",
     "StoredTensor",
     "StridedTensor",
     "Words",
@@ -138,52 +141,24 @@ class DescribedTensor(StoredTensor):
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
-    """A storage: where its bytes lie.
-
-    Attributes:
-        source: the storage's bytes.
-        swapped: whether they are big-endian.
-        checksum: the CRC-32 of all of them, as far as the file has one.
-        before: the CRC-32 of what stands before them, where the checksum is that of both.
-    """
-
-    source: Source
-    swapped: bool = False
-    checksum: int | None = None
-    before: int = 0
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Bytes of it, checked against the checksum where they are all of it."""
-        data = self.source.read(offset, length)
-        whole = self.checksum is not None and length == self.source.size
-        if whole and zlib.crc32(data, self.before) != self.checksum:
-            raise CorruptCheckpointError(
-                "Damaged: a tensor's bytes do not match the checksum stored with them."
-            )
-        return data
-
-
-@dataclass(frozen=True, eq=False)
 class StridedTensor(StoredTensor):
-    """A view of a record. Making one checks that all of it lies inside.
+    """A view of a storage. Making one checks that all of it lies inside.
 
     Attributes:
         stride: in elements, as torch has it.
+        source: the storage's bytes.
         offset: of the first element, in elements.
+        is_swapped: whether the numbers are big-endian.
     """
 
     dtype: str
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    record: Record
+    source: Source
     offset: int = 0
+    is_swapped: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in ITEM_SIZES:
-            raise UnsupportedFormatError(
-                f"A tensor of dtype {self.dtype}, which is not known here."
-            )
         check_limit(len(self.shape), MAX_DIMENSIONS, "dimensions of a tensor")
         if (
             len(self.shape) != len(self.stride)
@@ -194,10 +169,10 @@ class StridedTensor(StoredTensor):
                 "A tensor whose shape, stride and offset do not make sense."
             )
         end = (self.offset + self._span) * ITEM_SIZES[self.dtype]
-        if self.numel and end > self.record.source.size:
+        if self.numel and end > self.source.size:
             raise CorruptCheckpointError(
                 f"A tensor of shape {shown(self.shape)} reaches to byte {end:,} of its storage, "
-                f"which has {self.record.source.size:,}."
+                f"which has {self.source.size:,}."
             )
 
     @property
@@ -215,8 +190,8 @@ class StridedTensor(StoredTensor):
         return True
 
     def storage(self) -> tuple[object, int]:
-        """The record and its bytes."""
-        return self.record, self.record.source.size
+        """The source and its bytes."""
+        return self.source, self.source.size
 
     def words(self) -> Words:
         """All elements in row-major order, as unsigned integers.
@@ -257,36 +232,38 @@ class StridedTensor(StoredTensor):
 
     def _read(self, start: int, count: int) -> Words:
         size = ITEM_SIZES[self.dtype]
-        return self._words(self.record.read((self.offset + start) * size, count * size))
+        return self._words(self.source.read((self.offset + start) * size, count * size))
 
     def _words(self, data: bytes) -> Words:
         size = ITEM_SIZES[self.dtype]
         # The halves of a complex number are swapped each by itself.
         size = size // 2 if self.dtype.startswith("complex") else size
-        words = np.frombuffer(data, np.dtype(f"{'>' if self.record.swapped else '<'}u{size}"))
+        words = np.frombuffer(data, np.dtype(f"{'>' if self.is_swapped else '<'}u{size}"))
         words = words.astype(words.dtype.newbyteorder("<"), copy=False)
         if self.dtype in {"complex64", "complex32"}:
             words = words.view(f"<u{size * 2}")
         return words
 
 
-def packed_tensor(dtype: str, shape: Any, record: Record, fortran: bool = False) -> StridedTensor:
-    """A tensor whose elements fill its record, in row-major order or in Fortran's.
+def packed_tensor(
+    dtype: str, shape: Any, source: Source, *, is_swapped: bool = False, is_fortran: bool = False
+) -> StridedTensor:
+    """A tensor whose elements fill its source, in row-major order or in Fortran's.
 
     Raises:
         CorruptCheckpointError: the shape is none, or does not fit the bytes.
     """
     if type(shape) not in {tuple, list} or not is_shape(shape):
-        raise CorruptCheckpointError("Damaged: a tensor whose shape makes no sense.")
+        raise damaged("a tensor whose shape makes no sense.")
     check_limit(len(shape), MAX_DIMENSIONS, "dimensions of a tensor")
-    if math.prod(shape) * ITEM_SIZES[dtype] != record.source.size:
-        raise CorruptCheckpointError(
-            f"Damaged: a tensor of {math.prod(shape):,} elements of {dtype} is said to lie in "
-            f"{record.source.size:,} bytes."
+    count = math.prod(shape)
+    if count * ITEM_SIZES[dtype] != source.size:
+        raise damaged(
+            f"a tensor of {count:,} elements of {dtype} is said to lie in {source.size:,} bytes."
         )
     axes = range(len(shape))
-    stride = tuple(math.prod(shape[:axis] if fortran else shape[axis + 1 :]) for axis in axes)
-    return StridedTensor(dtype, tuple(shape), stride, record)
+    stride = tuple(math.prod(shape[:axis] if is_fortran else shape[axis + 1 :]) for axis in axes)
+    return StridedTensor(dtype, tuple(shape), stride, source, is_swapped=is_swapped)
 
 
 def check_claims(tensors: Iterable[StoredTensor]) -> None:

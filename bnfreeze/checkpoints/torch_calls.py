@@ -9,10 +9,10 @@ from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_DIMENSIONS, MAX_NAME_LENGTH, check_limit, is_shape
 from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs, check_new, tensor_in
+from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import (
     ITEM_SIZES,
     DescribedTensor,
-    Record,
     StoredTensor,
     StridedTensor,
 )
@@ -59,10 +59,11 @@ DTYPES: Final[dict[str, str]] = {f"torch.{dtype}": dtype for dtype in ITEM_SIZES
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """A storage that the pickle refers to, and the dtype that it says it has."""
+    """A storage that the pickle refers to, and what it says of the numbers in it."""
 
-    record: Record
+    source: Source
     dtype: str
+    is_swapped: bool
 
 
 # What makes a layer that bnfreeze froze, or a block that it fused: of its class, of how it behaves,
@@ -113,7 +114,7 @@ def check_attributes(state: object) -> None:
             raise ValueError
 
 
-def attribute(arguments: tuple[Any, ...]) -> Global | None:
+def attribute(*arguments: Any) -> Global | None:
     """An attribute of something that is named, as a method of a class: a longer name.
 
     None of anything else, which stays a call.
@@ -125,76 +126,79 @@ def attribute(arguments: tuple[Any, ...]) -> Global | None:
     return Global(name)
 
 
-def _view(arguments: tuple[Any, ...], dtype: str, flags: tuple[Any, ...] = ()) -> StoredTensor:
-    """A tensor by its storage, offset, shape and stride.
-
-    Of a conjugated or negated view, whose stored values are others, there are no values.
-    """
-    storage, offset, shape, stride = arguments[:4]
+def _tensor(
+    storage: object,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+    _grad: object = None,
+    _hooks: object = None,
+    flags: object = None,
+    *,
+    dtype: str | None = None,
+) -> StoredTensor:
+    """A view. Of one that is conjugated or negated there are no values: the stored are others."""
     if not isinstance(storage, Storage):
         raise TypeError
-    tensor = StridedTensor(dtype, tuple(shape), tuple(stride), storage.record, offset)
-    flag = flags[0] if flags else None
-    if flag is None or (isinstance(flag, Pairs) and not flag.pairs):
+    kind, shape, stride = dtype or storage.dtype, tuple(shape), tuple(stride)
+    tensor = StridedTensor(kind, shape, stride, storage.source, offset, storage.is_swapped)
+    if flags is None or (isinstance(flags, Pairs) and not flags.pairs):
         return tensor
-    return DescribedTensor(tensor.dtype, tensor.shape, "it is a conjugated or negated view")
+    return DescribedTensor(kind, shape, "it is a conjugated or negated view")
 
 
-def _tensor(arguments: tuple[Any, ...]) -> StoredTensor:
-    return _view(arguments, arguments[0].dtype, arguments[6:7])
+def _tensor_v3(*arguments: Any) -> StoredTensor:
+    dtype = DTYPES[arguments[6].name]
+    return _tensor(*arguments[:6], *arguments[7:], dtype=dtype)
 
 
-def _tensor_v3(arguments: tuple[Any, ...]) -> StoredTensor:
-    return _view(arguments, DTYPES[arguments[6].name], arguments[7:8])
-
-
-def _quantised(arguments: tuple[Any, ...]) -> StoredTensor:
-    tensor = _view(arguments, arguments[0].dtype)
+def _quantised(*arguments: Any) -> StoredTensor:
+    tensor = _tensor(*arguments[:4])
     return DescribedTensor(tensor.dtype, tensor.shape, "it is quantised")
 
 
-def _parameter(arguments: tuple[Any, ...]) -> StoredTensor:
+def _parameter(
+    tensor: object, _grad: object = None, _hooks: object = None, state: object = None
+) -> StoredTensor:
     """The tensor of a parameter."""
-    tensor: object = arguments[0]
     if not isinstance(tensor, StoredTensor):
         raise TypeError
-    # Of _rebuild_parameter_with_state; the others have no fourth.
-    check_attributes(arguments[3] if len(arguments) > 3 else None)
+    check_attributes(state)
     return tensor
 
 
-def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _size(sizes: object) -> tuple[Any, ...]:
     # Not a list: what is put into that later would change the size.
-    if type(arguments[0]) is not tuple:
+    if type(sizes) is not tuple:
         raise TypeError
-    return arguments[0]
+    return sizes
 
 
 def _described(dtype: Any, shape: Any, why: str) -> DescribedTensor:
     return DescribedTensor(DTYPES[dtype.name], checked_shape(shape), why)
 
 
-def _meta(arguments: tuple[Any, ...]) -> DescribedTensor:
-    return _described(arguments[0], arguments[1], "it was saved without values")
+def _meta(dtype: object, shape: object, *_: object) -> DescribedTensor:
+    return _described(dtype, shape, "it was saved without values")
 
 
-def _wrapper(arguments: tuple[Any, ...]) -> DescribedTensor:
-    return _described(arguments[1], arguments[2], "its class keeps its values in a way of its own")
+def _wrapper(_class: object, dtype: object, shape: object, *_: object) -> DescribedTensor:
+    return _described(dtype, shape, "its class keeps its values in a way of its own")
 
 
-def _elsewhere(arguments: tuple[Any, ...]) -> DescribedTensor:
-    array: Any = tensor_in(arguments[0])
-    return _described(arguments[1], array.shape, "it lay on a device of another kind")
+def _elsewhere(array: Any, dtype: object, *_: object) -> DescribedTensor:
+    tensor: Any = tensor_in(array)
+    return _described(dtype, tensor.shape, "it lay on a device of another kind")
 
 
-def _sparse(arguments: tuple[Any, ...]) -> DescribedTensor:
-    check_limit(len(arguments[1]), _FEW, "parts of a sparse tensor")
-    indices_and_values = [part for part in arguments[1] if isinstance(part, StoredTensor)]
-    shapes = [part for part in arguments[1] if type(part) is tuple]
+def _sparse(_layout: object, parts: Any) -> DescribedTensor:
+    check_limit(len(parts), _FEW, "parts of a sparse tensor")
+    indices_and_values = [part for part in parts if isinstance(part, StoredTensor)]
+    shapes = [part for part in parts if type(part) is tuple]
     return DescribedTensor(indices_and_values[-1].dtype, checked_shape(shapes[0]), "it is sparse")
 
 
-def _constructed(_: tuple[Any, ...]) -> object:
+def _constructed(*_: object) -> object:
     """A tensor of a list or of nothing, which torch never writes."""
     raise ValueError
 
@@ -212,7 +216,7 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
     return tuple(shape)
 
 
-TORCH_BUILDERS: Final[dict[str, Callable[[tuple[Any, ...]], object]]] = {
+TORCH_BUILDERS: Final[dict[str, Callable[..., object]]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,

@@ -10,14 +10,13 @@ from bnfreeze.checkpoints.pickled import Content
 from bnfreeze.checkpoints.reading import OpenFile, read_json
 from bnfreeze.checkpoints.stored_tensor import (
     DescribedTensor,
-    Record,
     StoredTensor,
     StridedTensor,
     numbered,
 )
 from bnfreeze.checkpoints.torch_calls import checked_shape
 from bnfreeze.checkpoints.torch_zip import read_torch_zip
-from bnfreeze.errors import CorruptCheckpointError
+from bnfreeze.errors import damaged
 
 __all__ = ["read_export"]
 
@@ -39,14 +38,10 @@ _UNSEEN: Final = (
 
 
 def read_export(file: OpenFile) -> Content:
-    """The weights by name; of several models in one archive, each under its name.
-
-    Raises:
-        CheckpointError: refused or damaged.
-    """
+    """The weights by name; of several models in one archive, each under its name."""
     if _OLD in file.entries:
         # Before torch 2.8 the weights were a file of torch.save inside the archive.
-        old = read_torch_zip(OpenFile(file.entry(_OLD).source, file.path))
+        old = read_torch_zip(OpenFile(file.entry(_OLD).source))
         return replace(old, remarks=(*old.remarks, _UNSEEN))
     configs = [
         name for name in file.entries if name.startswith("data/weights/") and name.endswith(_CONFIG)
@@ -65,16 +60,15 @@ def read_export(file: OpenFile) -> Content:
 
 
 def _weights(file: OpenFile, config: str) -> dict[str, StoredTensor]:
-    entry = file.entry(config)
-    weights = read_json(entry.read(), "the list of weights").get("config")
+    text = file.entry(config).source.read()
+    weights = read_json(text, "the list of weights").get("config")
     if type(weights) is not dict:
-        raise CorruptCheckpointError("Damaged: the list of weights has no config.")
+        raise damaged("the list of weights has no config.")
     check_limit(len(weights), MAX_TENSORS, "tensors")
-    records: dict[str, Record] = {}
-    return {name: _tensor(file, weight, records) for name, weight in weights.items()}
+    return {name: _tensor(file, weight) for name, weight in weights.items()}
 
 
-def _tensor(file: OpenFile, weight: Any, records: dict[str, Record]) -> StoredTensor:
+def _tensor(file: OpenFile, weight: Any) -> StoredTensor:
     try:
         meta, name = weight["tensor_meta"], weight["path_name"]
         shape = tuple(size["as_int"] for size in meta["sizes"])
@@ -84,10 +78,7 @@ def _tensor(file: OpenFile, weight: Any, records: dict[str, Record]) -> StoredTe
             return DescribedTensor(
                 dtype, checked_shape(shape), "its class keeps its values in its own way"
             )
-        if name not in records:
-            entry = file.entry(f"data/weights/{name}")
-            records[name] = Record(entry.source, checksum=entry.checksum)
-        offset = meta["storage_offset"]["as_int"]
-        return StridedTensor(dtype, shape, stride, records[name], offset)
+        source = file.entry(f"data/weights/{name}").source
+        return StridedTensor(dtype, shape, stride, source, meta["storage_offset"]["as_int"])
     except (KeyError, TypeError, ValueError):
-        raise CorruptCheckpointError("Damaged: a weight's description is none.") from None
+        raise damaged("a weight's description is none.") from None

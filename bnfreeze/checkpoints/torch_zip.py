@@ -8,9 +8,8 @@ from bnfreeze.checkpoints.limits import MAX_PICKLE_BYTES, check_limit
 from bnfreeze.checkpoints.pickled import Content
 from bnfreeze.checkpoints.reading import OpenFile
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.checkpoints.stored_tensor import Record
 from bnfreeze.checkpoints.torch_tensors import TorchPickleReader
-from bnfreeze.errors import CorruptCheckpointError
+from bnfreeze.errors import CorruptCheckpointError, damaged
 
 __all__ = ["read_torch_zip", "read_torchscript"]
 
@@ -20,9 +19,6 @@ def read_torchscript(file: OpenFile) -> Content:
 
     Its code entries are compressed; they are never read. What its pickle names are classes of that
     code, and not of Python: loading it calls nothing by these names.
-
-    Raises:
-        CheckpointError: refused or damaged.
     """
     content = read_torch_zip(file)
     return replace(
@@ -33,41 +29,26 @@ def read_torchscript(file: OpenFile) -> Content:
 
 
 def read_torch_zip(file: OpenFile) -> Content:
-    """What was saved, with a `StoredTensor` for each tensor.
-
-    Raises:
-        CheckpointError: refused or damaged.
-    """
+    """What was saved, with a `StoredTensor` for each tensor."""
     folders = {name.partition("/")[0] for name in file.entries}
     if "data.pkl" not in file.entries and len(folders) > 1:
         raise CorruptCheckpointError("Ambiguous: the zip file has several folders at its top.")
-    pickle = file.entry("data.pkl")
-    check_limit(pickle.source.size, MAX_PICKLE_BYTES, "bytes of a pickle")
-    swapped = _is_big_endian(file)
-    found: dict[str, Record] = {}
-
-    def find(key: str, size: int, _: int) -> Record:
-        if key not in found:
-            entry = file.entries.get(f"data/{key}")
-            if entry is None:
-                raise CorruptCheckpointError(
-                    f"Damaged: a tensor's storage 'data/{key:.80}' is missing."
-                )
-            found[key] = Record(entry.source, swapped, entry.checksum)
-        if found[key].source.size != size:
-            raise CorruptCheckpointError(
-                f"Damaged: a storage is said to have {size:,} bytes, "
-                f"and 'data/{key:.80}' has {found[key].source.size:,}."
-            )
-        return found[key]
-
-    return TorchPickleReader(find).read(Source.of(pickle.read()))
-
-
-def _is_big_endian(file: OpenFile) -> bool:
-    if "byteorder" not in file.entries:
-        return False
-    order = file.entries["byteorder"].source.head(10)
+    pickle = file.entry("data.pkl").source
+    check_limit(pickle.size, MAX_PICKLE_BYTES, "bytes of a pickle")
+    order = file.entries["byteorder"].source.head(10) if "byteorder" in file.entries else b"little"
     if order not in (b"little", b"big"):
-        raise CorruptCheckpointError(f"Damaged: a byte order that does not exist: {order!r}.")
-    return order == b"big"
+        raise damaged(f"a byte order that does not exist: {order!r}.")
+
+    def find(key: str, size: int, _: int) -> Source:
+        entry = file.entries.get(f"data/{key}")
+        if entry is None:
+            raise damaged(f"a tensor's storage 'data/{key:.80}' is missing.")
+        if entry.source.size != size:
+            raise damaged(
+                f"a storage is said to have {size:,} bytes, and 'data/{key:.80}' has "
+                f"{entry.size:,}."
+            )
+        return entry.source
+
+    reader = TorchPickleReader(find, is_big_endian=order == b"big")
+    return reader.read(Source.of(pickle.read()))
