@@ -38,12 +38,6 @@ def _is_safetensors(file: OpenFile) -> bool:
     return file.head[8:9] == b"{" and (fits or not _is_pickle(file))
 
 
-def _is_export(file: OpenFile) -> bool:
-    return "serialized_state_dict.pt" in file.entries or any(
-        name.startswith("data/weights/") for name in file.entries
-    )
-
-
 # By name: the module and the function that read the format, imported when they are needed; and
 # whether a file is of it. The first that matches is taken.
 _FORMATS: Final[dict[str, tuple[str, Callable[[OpenFile], bool]]]] = {
@@ -53,9 +47,15 @@ _FORMATS: Final[dict[str, tuple[str, Callable[[OpenFile], bool]]]] = {
         "torch_zip.read_torch_zip",
         lambda file: any(f"/{name}".endswith("/data.pkl") for name in file.entries),
     ),
-    "torch.export": ("torch_export.read_export", _is_export),
+    "torch.export": (
+        "torch_zip.read_export",
+        lambda file: (
+            "serialized_state_dict.pt" in file.entries
+            or any(name.startswith("data/weights/") for name in file.entries)
+        ),
+    ),
     "npz": (
-        "npz.read_npz",
+        "numpy_arrays.read_npz",
         lambda file: bool(file.entries) and all(name.endswith(".npy") for name in file.entries),
     ),
     "torch legacy": (
@@ -68,13 +68,8 @@ _FORMATS: Final[dict[str, tuple[str, Callable[[OpenFile], bool]]]] = {
 }
 
 
-def read_file(file: OpenFile, *, shard: bool = False) -> tuple[str, Content]:
+def read_file(file: OpenFile) -> tuple[str, Content]:
     """The kind of a file, and what is in it.
-
-    Args:
-        file: any file.
-        shard: whether an index names it. An index is refused then, before it is read: two that
-            name each other would have no end.
 
     Raises:
         CorruptCheckpointError: empty, or nothing but zeros.
@@ -85,8 +80,6 @@ def read_file(file: OpenFile, *, shard: bool = False) -> tuple[str, Content]:
         raise CorruptCheckpointError("The file is empty.")
     for kind, (reader, matches) in _FORMATS.items():
         if matches(file):
-            if shard and kind == "shard index":
-                raise UnsupportedFormatError("An index, where a file with tensors should be.")
             module, _, function = reader.rpartition(".")
             read = getattr(import_module(f"bnfreeze.checkpoints.{module}"), function)
             return kind, read(file)
@@ -94,7 +87,13 @@ def read_file(file: OpenFile, *, shard: bool = False) -> tuple[str, Content]:
         raise UnsupportedFormatError(_archive(file))
     if not file.head.strip(b"\0"):
         raise CorruptCheckpointError("It begins with zeros: it was not downloaded or copied whole.")
-    raise UnsupportedFormatError(_other(file.head))
+    for beginning, what in _OTHERS.items():
+        if re.match(beginning, file.head):
+            raise UnsupportedFormatError(what)
+    raise UnsupportedFormatError(
+        f"No checkpoint of a known kind: it begins with {file.head[:8].hex(' ')}. Known are "
+        f"{', '.join(_FORMATS)}, and folders of torch.distributed.checkpoint and Hugging Face."
+    )
 
 
 # What else a file may be, by its beginning.
@@ -105,20 +104,23 @@ _OTHERS: Final = {
     "or a login, and no checkpoint. Open it in a browser to see what it asks for.",
     rb"(?s).{257}ustar": "A tar archive, as NeMo's .nemo is: unpack it with `tar -xf FILE`, and "
     "name the checkpoint in it.",
-    rb"\x1f\x8b": "No checkpoint: it is compressed with gzip, as a .nemo or .tar.gz may be: unpack "
-    "it first, with `tar -xzf FILE` or `gunzip FILE`.",
-    rb"\xfd7zXZ\0": "No checkpoint: it is compressed with xz: unpack it first, with `unxz FILE`.",
-    rb"BZh": "No checkpoint: it is compressed with bzip2: unpack it first, with `bunzip2 FILE`.",
-    rb"\x28\xb5\x2f\xfd": "No checkpoint: it is compressed with zstd: unpack it first, with "
-    "`unzstd FILE`.",
-    rb"7z\xbc\xaf\x27\x1c": "No checkpoint: it is a 7z archive: unpack it first, with `7z x FILE`.",
-    rb"Rar!": "No checkpoint: it is a RAR archive: unpack it first, with `unrar x FILE`.",
-    rb"\x89HDF": "No checkpoint: it is HDF5, as Keras writes it.",
-    rb"GGUF": "No checkpoint: it is GGUF, which has no running statistics.",
-    rb"\x93NUMPY": "No checkpoint: it is one NumPy array.",
-    rb"\x7fELF": "No checkpoint: it is a program.",
-    rb"%PDF": "No checkpoint: it is a PDF.",
-    rb"#!": "No checkpoint: it is a script.",
+} | {
+    beginning: f"No checkpoint: it is {what}."
+    for beginning, what in {
+        rb"\x1f\x8b": "compressed with gzip, as a .nemo or .tar.gz may be: unpack it first, with "
+        "`tar -xzf FILE` or `gunzip FILE`",
+        rb"\xfd7zXZ\0": "compressed with xz: unpack it first, with `unxz FILE`",
+        rb"BZh": "compressed with bzip2: unpack it first, with `bunzip2 FILE`",
+        rb"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it first, with `unzstd FILE`",
+        rb"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it first, with `7z x FILE`",
+        rb"Rar!": "a RAR archive: unpack it first, with `unrar x FILE`",
+        rb"\x89HDF": "HDF5, as Keras writes it",
+        rb"GGUF": "GGUF, which has no running statistics",
+        rb"\x93NUMPY": "one NumPy array",
+        rb"\x7fELF": "a program",
+        rb"%PDF": "a PDF",
+        rb"#!": "a script",
+    }.items()
 }
 
 
@@ -136,15 +138,4 @@ def _archive(file: OpenFile) -> str:
     return (
         f"A zip archive{maker} with checkpoints in it ({shown}): unpack it with `unzip FILE`, and "
         f"name one of them."
-    )
-
-
-def _other(head: bytes) -> str:
-    for beginning, what in _OTHERS.items():
-        if re.match(beginning, head):
-            return what
-    return (
-        f"No checkpoint of a known kind: it begins with {head[:8].hex(' ')}. Known are "
-        f"{', '.join(_FORMATS)}, and folders of "
-        f"torch.distributed.checkpoint and Hugging Face."
     )

@@ -1,32 +1,43 @@
-"""NumPy's arrays, scalars and dtypes in a pickle, described as data."""
+"""NumPy's arrays, scalars and dtypes in a pickle, described as data; and archives, `.npz`."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Final
 
-from bnfreeze.checkpoints.limits import is_shape
-from bnfreeze.checkpoints.pickled import Opaque
+from bnfreeze.checkpoints.limits import MAX_TENSORS, check_limit, is_shape
+from bnfreeze.checkpoints.pickled import Content, Opaque
+from bnfreeze.checkpoints.reading import OpenFile
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import (
     ITEM_SIZES,
     NUMPY_DTYPES,
     DescribedTensor,
+    StoredTensor,
     StridedTensor,
     packed_tensor,
 )
-from bnfreeze.errors import UnsupportedFormatError, damaged
+from bnfreeze.checkpoints.zips import Entry
+from bnfreeze.errors import UnsafeCheckpointError, UnsupportedFormatError, damaged
 
-__all__ = ["NUMPY_BUILDERS", "fill_array", "numpy_dtype"]
+__all__ = ["NUMPY_BUILDERS", "fill_array", "read_npz"]
 
 _LONGEST_TEXT: Final = 1 << 12
 # NumPy's short names, such as `f4`, and torch's.
 _DTYPES: Final = {f"{name[0]}{ITEM_SIZES[name]}": name for name in NUMPY_DTYPES}
 # Objects, bytes, texts, records, dates and times; in an archive, records begin with a bracket.
 _NO_NUMBERS: Final = tuple("OSaUVMm[")
+# A header is a line of text that says the dtype and the shape. Sizes of so many digits are refused
+# as numbers, and not by Python.
+_LONGEST_HEADER: Final = 10_000
+_HEADER: Final = re.compile(
+    rb"\{'descr': ('[^']*'|\[.*\]), 'fortran_order': (True|False), "
+    rb"'shape': \((\d{1,20}(?:, \d{1,20})*|),?\), \} *\n"
+)
 
 
-def numpy_dtype(text: str) -> tuple[str, bool] | None:
+def _dtype(text: str) -> tuple[str, bool] | None:
     """Torch's name of a NumPy dtype such as ``"<f4"``, and whether it is big-endian.
 
     None for a dtype that is no number: objects, texts, dates, records.
@@ -85,7 +96,7 @@ def _dtype_of(described: object) -> tuple[str, bool] | None:
     order = described.state[1] if type(described.state) is tuple and described.state[1:] else ""
     if type(text) is not str or type(order) is not str:
         raise UnsupportedFormatError("An array of a dtype that is not known here.")
-    return numpy_dtype(order[:1] + text.lstrip("<>|=") if order else text)
+    return _dtype(order[:1] + text.lstrip("<>|=") if order else text)
 
 
 def _array(
@@ -128,3 +139,35 @@ NUMPY_BUILDERS: Final = {
     for core in ("core", "_core")
     for name, builder in _BUILDERS.items()
 }
+
+
+def read_npz(file: OpenFile) -> Content:
+    """The arrays by name. One that is compressed, as by `numpy.savez_compressed`, is refused."""
+    check_limit(len(file.entries), MAX_TENSORS, "arrays")
+    return Content(
+        {name.removesuffix(".npy"): _array_in(entry) for name, entry in file.entries.items()}
+    )
+
+
+def _array_in(entry: Entry) -> StoredTensor:
+    if isinstance(entry.refusal, UnsafeCheckpointError):
+        raise UnsafeCheckpointError(
+            f"{entry.refusal} numpy.savez_compressed writes such files: load the file where you "
+            f"trust it, and save it with numpy.savez."
+        )
+    source = entry.source
+    start = source.head(12)
+    if start[:6] != b"\x93NUMPY" or start[6:7] not in (b"\1", b"\2"):
+        raise damaged(f"{entry.name!r:.200} is no array.")
+    begin = 10 if start[6:7] == b"\1" else 12
+    length = int.from_bytes(start[8:begin], "little")
+    check_limit(length, _LONGEST_HEADER, "bytes of an array's header")
+    header = _HEADER.fullmatch(source.read(begin, length))
+    if header is None:
+        raise damaged(f"{entry.name!r:.200} has a header that is none.")
+    dtype, fortran, sizes = (part.decode("ascii", "replace") for part in header.groups())
+    number = _dtype(dtype.strip("'"))
+    if number is None:
+        return DescribedTensor("uint8", (0,), "its elements are not numbers")
+    shape = tuple(int(size) for size in sizes.split(",") if size.strip())
+    return _array(source.after(begin + length), number, shape, is_fortran=fortran == "True")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -92,11 +93,11 @@ def _read(path: str | os.PathLike[str], stack: ExitStack) -> tuple[str, Content]
         place = RemotePath(path)
     with plain_errors("opened"):
         is_folder = place.is_dir()
-        is_distributed = is_folder and (place / ".metadata").exists()
-        if is_folder and not is_distributed:
-            place = _model_in(place)
-    if is_distributed:
+        names = sorted(file.name for file in place.iterdir()) if is_folder else []
+    if ".metadata" in names:
         return "distributed", read_distributed(place)
+    if is_folder:
+        place /= _model_among(names)
     return read_file(OpenFile(stack.enter_context(opened(place)), place, stack))
 
 
@@ -106,16 +107,15 @@ _MODEL_FILES: Final = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "*.index.json",
+    "*.safetensors",
 )
 
 
-def _model_in(folder: FilePath) -> FilePath:
+def _model_among(names: list[str]) -> str:
     """The file in a folder that has its model."""
-    for name in _MODEL_FILES:
-        if (folder / name).exists():
-            return folder / name
-    for pattern in ("*.index.json", "*.safetensors"):
-        found: list[FilePath] = sorted(folder.glob(pattern), key=str)
+    for pattern in _MODEL_FILES:
+        found = fnmatch.filter(names, pattern)
         if len(found) == 1:
             return found[0]
     raise UnsupportedFormatError(

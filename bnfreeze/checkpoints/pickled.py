@@ -21,6 +21,7 @@ __all__ = [
     "check_nesting",
     "check_new",
     "children_of",
+    "joined_key",
     "key_text",
     "tensor_in",
 ]
@@ -133,6 +134,8 @@ def tensor_in(value: object) -> StoredTensor | None:
     return value if isinstance(value, StoredTensor) else None
 
 
+# Of a key that is shown: what is longer is shown by its end.
+_KEY_LENGTH: Final = 400
 # What may have tensors in it.
 HOLDERS: Final = (dict, list, tuple, Pairs, Opaque)
 
@@ -175,3 +178,8 @@ def key_text(key: object) -> str:
         return key
     # A number of thousands of digits cannot be written.
     return str(key) if is_size(key) else "…"
+
+
+def joined_key(key: str, name: str) -> str:
+    """The dotted key of what is under a name in another key. Long ones are cut."""
+    return f"{key}.{name:.200}"[-_KEY_LENGTH:] if key and name else key or name[:200]

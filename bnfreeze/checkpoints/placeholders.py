@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from bnfreeze.checkpoints.code_names import VALUES, level_of
 from bnfreeze.checkpoints.modules import is_module
-from bnfreeze.checkpoints.pickled import HOLDERS, Content, Global, Opaque, children_of, key_text
+from bnfreeze.checkpoints.pickled import (
+    HOLDERS,
+    Content,
+    Global,
+    Opaque,
+    children_of,
+    joined_key,
+    key_text,
+)
 from bnfreeze.findings import Level
 
 __all__ = ["CodeCall", "Uninterpreted", "placeholders_in"]
 
 # Of each kind so many are listed; more of them say nothing more.
 _ENOUGH: Final = 100
-_KEY_LENGTH: Final = 400
 _SCRIPT: Final = "__torch__."
 
 
@@ -58,8 +65,7 @@ def placeholders_in(content: Content) -> tuple[tuple[Uninterpreted, ...], tuple[
         level = level_of(made.name, at_run_time=made.at_run_time, is_module=is_model)
         before = calls.get(made.name)
         if level and (before is None or _SEVERITY[level] < _SEVERITY[before.level]):
-            place = places.get(id(made))
-            calls[made.name] = CodeCall(made.name, place.path() if place else "", level)
+            calls[made.name] = CodeCall(made.name, places.get(id(made), ""), level)
     ordered = sorted(calls.values(), key=lambda call: _SEVERITY[call.level])
     return uninterpreted, tuple(ordered[:_ENOUGH])
 
@@ -67,27 +73,12 @@ def placeholders_in(content: Content) -> tuple[tuple[Uninterpreted, ...], tuple[
 _SEVERITY: Final = {"error": 0, "warning": 1, "note": 2}
 
 
-class _Place(NamedTuple):
-    """A place in the file: a key in another place."""
-
-    above: _Place | None
-    key: str
-
-    def path(self) -> str:
-        keys = []
-        place: _Place | None = self
-        while place is not None and place.key:
-            keys.append(place.key[:200])
-            place = place.above
-        return ".".join(reversed(keys))[-_KEY_LENGTH:]
-
-
-def _walk(root: Any) -> tuple[dict[int, _Place], tuple[Uninterpreted, ...]]:
-    """The place of each placeholder, and those that were not interpreted; each object once."""
-    places: dict[int, _Place] = {}
+def _walk(root: Any) -> tuple[dict[int, str], tuple[Uninterpreted, ...]]:
+    """The key of each placeholder, and those that were not interpreted; each object once."""
+    places: dict[int, str] = {}
     found: dict[str, Uninterpreted] = {}
     seen = {id(root)}
-    waiting: deque[tuple[_Place, Any, bool]] = deque([(_Place(None, ""), root, False)])
+    waiting: deque[tuple[str, Any, bool]] = deque([("", root, False)])
     while waiting:
         place, value, is_inside = waiting.popleft()
         if isinstance(value, (Opaque, Global)):
@@ -95,13 +86,13 @@ def _walk(root: Any) -> tuple[dict[int, _Place], tuple[Uninterpreted, ...]]:
             # What is in an object that is left out is left out with it.
             if not is_inside and not _is_interpreted(value):
                 is_inside = True
-                if value.name not in found and len(found) < _ENOUGH:
-                    found[value.name] = Uninterpreted(value.name, place.path())
+                if len(found) < _ENOUGH:
+                    found.setdefault(value.name, Uninterpreted(value.name, place))
         for key, child in children_of(value):
             if isinstance(child, _LOOKED_INTO) and id(child) not in seen:
                 seen.add(id(child))
-                text = key_text(key)
-                inside = place if text in _PARTS else _Place(place, text)
+                name = key_text(key)
+                inside = place if name in _PARTS else joined_key(place, name)
                 waiting.append((inside, child, is_inside))
     return places, tuple(found.values())
 

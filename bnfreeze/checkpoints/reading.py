@@ -25,7 +25,7 @@ class OpenFile:
 
     Attributes:
         source: its bytes.
-        path: where it lies; None of a part, which cannot refer to other files.
+        path: where it lies; None of a part, which must not refer to other files.
         stack: closes the files that are opened for it.
     """
 
@@ -73,11 +73,11 @@ class OpenFile:
             CheckpointError: it cannot be opened.
         """
         if self.path is None:
-            raise CorruptCheckpointError("A part of a file that refers to other files.")
-        path = path_beside(self.path.parent, name)
+            raise CorruptCheckpointError("A part, as a shard of an index, that refers to others.")
         if name not in self._others:
-            source = self.stack.enter_context(opened(path))
-            self._others[name] = OpenFile(source, path, self.stack)
+            source = self.stack.enter_context(opened(path_beside(self.path.parent, name)))
+            # Without a path: two indexes that name each other would have no end.
+            self._others[name] = OpenFile(source)
         return self._others[name]
 
 

@@ -61,6 +61,11 @@ class RemotePath:
         return RemotePath(f"{self.url}/{name}")
 
     @property
+    def name(self) -> str:
+        """The last part of it."""
+        return self.url.rpartition("/")[2]
+
+    @property
     def parent(self) -> RemotePath:
         """What it lies in."""
         return RemotePath(self.url.partition("?")[0].rpartition("/")[0])
@@ -76,17 +81,12 @@ class RemotePath:
             not self.url.startswith(("http:", "https:")) and self._info.get("type") == "directory"
         )
 
-    def exists(self) -> bool:
-        """Whether there is something."""
+    def iterdir(self) -> Iterator[RemotePath]:
+        """What is in it."""
         with plain_errors("opened"):
-            return bool(self._system.exists(self._name))
-
-    def glob(self, pattern: str) -> Iterator[RemotePath]:
-        """The files in it whose names match."""
-        with plain_errors("opened"):
-            names = self._system.glob(f"{self._name}/{pattern}")
+            names = self._system.ls(self._name, detail=False)
         for name in names:
-            yield self / str(name).rpartition("/")[2]
+            yield self / str(name).rstrip("/").rpartition("/")[2]
 
     def open(self) -> tuple[IO[bytes], int]:
         """Open it for reading by ranges, and say its size in bytes.

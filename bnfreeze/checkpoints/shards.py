@@ -36,7 +36,7 @@ def read_shards(file: OpenFile) -> Content:
             if shard.source.identity() in seen:
                 raise CorruptCheckpointError("It is the same file as another shard.")
             seen.add(shard.source.identity())
-            _, content = read_file(shard, shard=True)
+            _, content = read_file(shard)
             root = content.root.named() if isinstance(content.root, Pairs) else content.root
             if not isinstance(root, dict):
                 raise CheckpointError("It holds no tensors by name.")

@@ -9,7 +9,14 @@ from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_DICTS, MAX_NAME_LENGTH, check_limit, is_size
 from bnfreeze.checkpoints.modules import LayerSettings, Model, is_module, model_of
-from bnfreeze.checkpoints.pickled import HOLDERS, Opaque, children_of, key_text, tensor_in
+from bnfreeze.checkpoints.pickled import (
+    HOLDERS,
+    Opaque,
+    children_of,
+    joined_key,
+    key_text,
+    tensor_in,
+)
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
@@ -17,8 +24,6 @@ __all__ = ["StateDict", "StateDicts", "find_state_dicts", "tensors_by_name"]
 
 # Below these, tensors are no model's, unless there are norm layers.
 _OPTIMIZERS: Final = ("optim", "lr_sched", "scaler")
-# Of a key that is shown: what is longer is shown by its end.
-_KEY_LENGTH: Final = 400
 _HIDDEN_SEGMENT: Final = "_orig_mod"
 
 
@@ -168,7 +173,7 @@ def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
             if not isinstance(child, HOLDERS) or not child:
                 continue
             name = key_text(part)
-            path = _joined(key, name)
+            path = joined_key(key, name)
             if id(child) not in seen:
                 seen[id(child)] = path
                 waiting.append((path, child, in_optimizer or name.startswith(_OPTIMIZERS)))
@@ -213,12 +218,6 @@ def _tensors_of(holder: Any) -> dict[str, StoredTensor]:
         elif tensor is not None and is_size(key):
             numbered[str(key)] = tensor
     return {f"{key}'" if key in named else key: value for key, value in numbered.items()} | named
-
-
-def _joined(key: str, name: str) -> str:
-    if not name:
-        return key
-    return f"{key}.{name:.200}"[-_KEY_LENGTH:] if key else name[:200]
 
 
 def _plain_names(names: list[str]) -> tuple[list[str], tuple[str, ...]]:

@@ -68,13 +68,9 @@ def decoded(words: Words, dtype: str) -> NDArray[Any] | None:
     """The values that words of a dtype stand for; None where numpy has no such dtype."""
     if dtype == "bfloat16":
         return (words.astype(np.uint32) << 16).view(np.float32)
-    if dtype not in NUMPY_DTYPES:
-        return None
-    # Any byte but 0 is true, as torch has it.
-    values: NDArray[Any] = (
-        words != 0 if dtype == "bool" else words.view(np.dtype(dtype).newbyteorder("<"))
-    )
-    return values
+    if dtype == "bool":
+        return np.not_equal(words, 0)  # any byte but 0 is true, as torch has it
+    return words.view(np.dtype(dtype).newbyteorder("<")) if dtype in NUMPY_DTYPES else None
 
 
 class StoredTensor:
@@ -201,7 +197,7 @@ class StridedTensor(StoredTensor):
                 strewn over many more bytes than they are.
         """
         if not self.numel:
-            return self._words(b"")
+            return self._read(0, 0)
         # Whatever is read or built here stays within a small multiple of bytes that are there.
         if self.numel > max(self._span, 1 << 20):
             raise UnsafeCheckpointError(
@@ -217,9 +213,8 @@ class StridedTensor(StoredTensor):
             return words
         # Of complex128 an element is two words.
         size = ITEM_SIZES[self.dtype]
-        elements = words.view(f"V{size}")
         steps = [stride * size for stride in self.stride]
-        view = np.lib.stride_tricks.as_strided(elements, self.shape, steps, writeable=False)
+        view = np.ndarray(self.shape, f"V{size}", words, strides=steps)
         return np.ascontiguousarray(view).reshape(-1).view(words.dtype)
 
     def pieces(self) -> Iterator[Words]:
@@ -232,17 +227,11 @@ class StridedTensor(StoredTensor):
 
     def _read(self, start: int, count: int) -> Words:
         size = ITEM_SIZES[self.dtype]
-        return self._words(self.source.read((self.offset + start) * size, count * size))
-
-    def _words(self, data: bytes) -> Words:
-        size = ITEM_SIZES[self.dtype]
+        data = self.source.read((self.offset + start) * size, count * size) if count else b""
         # The halves of a complex number are swapped each by itself.
-        size = size // 2 if self.dtype.startswith("complex") else size
-        words = np.frombuffer(data, np.dtype(f"{'>' if self.is_swapped else '<'}u{size}"))
-        words = words.astype(words.dtype.newbyteorder("<"), copy=False)
-        if self.dtype in {"complex64", "complex32"}:
-            words = words.view(f"<u{size * 2}")
-        return words
+        half = size // 2 if self.dtype.startswith("complex") else size
+        words = np.frombuffer(data, f"{'>' if self.is_swapped else '<'}u{half}")
+        return words.astype(f"<u{half}", copy=False).view(f"<u{min(size, 8)}")
 
 
 def packed_tensor(
