@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from bnfreeze.checkpoints.code_names import naming_calls
 from bnfreeze.checkpoints.limits import (
     MAX_NESTING,
     MAX_PICKLE_BYTES,
@@ -23,6 +22,7 @@ from bnfreeze.checkpoints.limits import (
 )
 from bnfreeze.checkpoints.pickled import Content, Global, Opaque, Pairs
 from bnfreeze.checkpoints.pickles import PickleReader
+from bnfreeze.checkpoints.placeholders import naming_calls
 from bnfreeze.checkpoints.reading import OpenFile, path_beside
 from bnfreeze.checkpoints.source import FilePath, Source, opened
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES, StoredTensor, Words

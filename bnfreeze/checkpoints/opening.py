@@ -10,11 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from bnfreeze.checkpoints.code_names import naming_calls
 from bnfreeze.checkpoints.distributed import read_distributed
 from bnfreeze.checkpoints.kinds import read_file
 from bnfreeze.checkpoints.pickled import Content
-from bnfreeze.checkpoints.placeholders import placeholders_in
+from bnfreeze.checkpoints.placeholders import naming_calls, placeholders_in
 from bnfreeze.checkpoints.reading import OpenFile, naming_file
 from bnfreeze.checkpoints.remote import RemotePath, is_remote, plain_errors, standard_input
 from bnfreeze.checkpoints.source import FilePath, Source, opened

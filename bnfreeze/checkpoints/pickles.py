@@ -12,10 +12,10 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
-from bnfreeze.checkpoints.code_names import naming_calls
 from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, MAX_OPCODES, check_limit
 from bnfreeze.checkpoints.opcodes import CODES, Opcodes
 from bnfreeze.checkpoints.pickled import Content, Global, Opaque, Pairs, check_nesting, check_new
+from bnfreeze.checkpoints.placeholders import naming_calls
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.errors import CorruptCheckpointError, damaged
 
@@ -181,15 +181,13 @@ class PickleReader:
         self._make(kind, arguments)
 
     def _make(self, function: object, arguments: object) -> None:
-        if type(arguments) is not tuple:
+        if type(arguments) is not tuple or not isinstance(function, (Global, Opaque)):
             raise damaged("its pickle calls what is no function.")
         if isinstance(function, Global):
             made = self.called(Opaque(function.name, arguments))
-        elif isinstance(function, Opaque):
+        else:
             name = function.name if function.at_run_time else f"{function.name}(…)"
             made = Opaque(name, (function, arguments), at_run_time=True)
-        else:
-            raise damaged("its pickle calls what is no function.")
         if isinstance(made, Opaque):
             self.made.append(made)
         self._stack.append(made)

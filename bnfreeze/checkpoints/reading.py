@@ -14,7 +14,13 @@ from typing import Any
 
 from bnfreeze.checkpoints.source import FilePath, Source, opened
 from bnfreeze.checkpoints.zips import Entry, read_directory
-from bnfreeze.errors import BnfreezeError, CorruptCheckpointError, UnsafeCheckpointError, damaged
+from bnfreeze.errors import (
+    BnfreezeError,
+    CorruptCheckpointError,
+    UnsafeCheckpointError,
+    UnsupportedFormatError,
+    damaged,
+)
 
 __all__ = ["OpenFile", "naming_file", "path_beside", "read_json"]
 
@@ -73,7 +79,7 @@ class OpenFile:
             CheckpointError: it cannot be opened.
         """
         if self.path is None:
-            raise CorruptCheckpointError("A part, as a shard of an index, that refers to others.")
+            raise UnsupportedFormatError("A part, as a shard of an index, that refers to others.")
         if name not in self._others:
             source = self.stack.enter_context(opened(path_beside(self.path.parent, name)))
             # Without a path: two indexes that name each other would have no end.

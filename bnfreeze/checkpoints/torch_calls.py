@@ -66,10 +66,7 @@ class Storage:
     is_swapped: bool
 
 
-# What makes a layer that bnfreeze froze, or a block that it fused: of its class, of how it behaves,
-# and of how it was made.
 _FEW: Final = 16
-_PLAIN: Final = frozenset({"copyreg.__newobj__", "copyreg._reconstructor"})
 _REBUILD: Final = re.compile(r"bnfreeze\.policies\.\w+\._rebuild")
 
 
@@ -78,22 +75,23 @@ def object_of(call: Opaque) -> Opaque | None:
 
     None where the call is none of these, or could do anything else.
     """
-    if not 1 <= len(call.arguments) <= _FEW or not isinstance(call.arguments[0], Global):
+    if len(call.arguments) > _FEW:
         return None
-    kind, *rest = call.arguments
-    if call.name == "copyreg.__newobj__":
-        check_new(kind.name, tuple(rest))
-        return Opaque(kind.name, tuple(rest))
-    if call.name == "copyreg._reconstructor":
-        is_plain = len(rest) == 2 and isinstance(rest[0], Global) and rest[1] is None
-        return Opaque(kind.name, ()) if is_plain and rest[0].name == "builtins.object" else None
-    if _REBUILD.fullmatch(call.name):
-        behaviour, make, given = rest if len(rest) == 3 else (None, None, None)
-        if isinstance(behaviour, Global) and isinstance(make, Global) and type(given) is tuple:
-            made = object_of(Opaque(make.name, given)) if make.name in _PLAIN else None
-            if made and made.name == kind.name and not made.arguments:
-                ours = behaviour.name.startswith(("bnfreeze.policies.", "bnfreeze.fusion."))
-                return made if ours else None
+    match call.name, call.arguments:
+        case "copyreg.__newobj__", (Global(kind), *rest):
+            check_new(kind, tuple(rest))
+            return Opaque(kind, tuple(rest))
+        case "copyreg._reconstructor", (Global(kind), Global("builtins.object"), None):
+            return Opaque(kind, ())
+        # A layer that bnfreeze froze, or a block that it fused: of its class, of how it behaves,
+        # and of how it was made.
+        case name, (Global(kind), Global(behaviour), Global(make), tuple(given)) if (
+            _REBUILD.fullmatch(name)
+            and behaviour.startswith(("bnfreeze.policies.", "bnfreeze.fusion."))
+            and make in ("copyreg.__newobj__", "copyreg._reconstructor")
+        ):
+            made = object_of(Opaque(make, given))
+            return made if made and made.name == kind and not made.arguments else None
     return None
 
 

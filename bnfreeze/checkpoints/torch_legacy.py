@@ -13,10 +13,10 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Final
 
-from bnfreeze.checkpoints.code_names import naming_calls
 from bnfreeze.checkpoints.limits import MAX_TENSORS, check_limit
 from bnfreeze.checkpoints.pickled import Content, Pairs
 from bnfreeze.checkpoints.pickles import PickleReader
+from bnfreeze.checkpoints.placeholders import naming_calls
 from bnfreeze.checkpoints.reading import OpenFile
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.torch_tensors import TorchPickleReader

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Final
 
-from bnfreeze.checkpoints.code_names import is_ordinary
 from bnfreeze.checkpoints.limits import (
     MAX_OPCODES,
     MAX_PICKLE_BYTES,
@@ -18,6 +17,7 @@ from bnfreeze.checkpoints.limits import (
 from bnfreeze.checkpoints.numpy_arrays import NUMPY_BUILDERS, fill_array
 from bnfreeze.checkpoints.pickled import Content, Global, Opaque, Pairs
 from bnfreeze.checkpoints.pickles import PickleReader
+from bnfreeze.checkpoints.placeholders import is_ordinary
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES, StoredTensor
 from bnfreeze.checkpoints.torch_calls import (
