@@ -32,20 +32,18 @@ from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError, dama
 
 __all__ = ["read_distributed"]
 
-_METADATA: Final = "torch.distributed.checkpoint.metadata."
-_FILESYSTEM: Final = "torch.distributed.checkpoint.filesystem."
-
-_MOST_FIELDS: Final = 20
-
-# What torch itself writes into the metadata.
-_CLASSES: Final = (
-    "Metadata TensorStorageMetadata BytesStorageMetadata TensorProperties ChunkStorageMetadata "
-    "MetadataIndex StorageMeta _MEM_FORMAT_ENCODING"
-)
+# Classes that torch itself writes into the metadata.
 _EXPECTED: Final = frozenset(
-    {f"{_METADATA}{name}" for name in _CLASSES.split()}
-    | {f"{_FILESYSTEM}_StorageInfo", f"{_FILESYSTEM}_StoragePrefix"}
+    f"torch.distributed.checkpoint.{module}.{name}"
+    for module, names in {
+        "metadata": "Metadata TensorStorageMetadata BytesStorageMetadata TensorProperties "
+        "ChunkStorageMetadata MetadataIndex StorageMeta _MEM_FORMAT_ENCODING",
+        "filesystem": "_StorageInfo _StoragePrefix",
+    }.items()
+    for name in names.split()
 )
+_BYTES: Final = "torch.distributed.checkpoint.metadata.BytesStorageMetadata"
+_MOST_FIELDS: Final = 20
 
 # For each piece of a tensor, by name and offset: the bytes that hold it, a file of torch.save.
 _Places = dict[tuple[str, tuple[int, ...] | None], Source]
@@ -71,16 +69,18 @@ def read_distributed(folder: FilePath) -> Content:
 
 def _tree(root: Any, folder: FilePath, made: list[Opaque]) -> dict[str, Any]:
     """What the metadata describe, in nested dicts; `made` gets what the objects in it make."""
-    metadata = _fields(root, f"{_METADATA}Metadata")
-    tensors = _pairs(metadata.get("state_dict_metadata"))
+    metadata = _fields(root, "Metadata")
+    tensors, storage = metadata.get("state_dict_metadata"), metadata.get("storage_data")
+    if not isinstance(tensors, Pairs) or not isinstance(storage, Pairs):
+        raise damaged("its metadata lacks a part.")
     check_limit(len(tensors.pairs), MAX_TENSORS, "tensors")
     planner = metadata.get("planner_data")
     paths = planner.named() if isinstance(planner, Pairs) else {}
-    places = _places(_pairs(metadata.get("storage_data")), folder)
+    places = _places(storage, folder)
     tree: dict[str, Any] = {}
     pieces = pickled = 0
     for name, entry in tensors.named().items():
-        if isinstance(entry, Opaque) and entry.name == f"{_METADATA}BytesStorageMetadata":
+        if isinstance(entry, Opaque) and entry.name == _BYTES:
             # An object that is no tensor, which torch unpickles without `weights_only`.
             content = read_torch_zip(OpenFile(_piece(places, name, None)))
             pickled += content.end
@@ -97,17 +97,12 @@ def _tree(root: Any, folder: FilePath, made: list[Opaque]) -> dict[str, Any]:
 
 def _fields(made: object, kind: str) -> dict[str, object]:
     """The fields of an object of the class `kind`."""
-    if not isinstance(made, Opaque) or made.name != kind or not isinstance(made.state, Pairs):
-        raise damaged(f"its metadata has no {kind.rpartition('.')[2]}.")
+    name, state = (made.name, made.state) if isinstance(made, Opaque) else ("", None)
+    if name not in _EXPECTED or not name.endswith(f".{kind}") or not isinstance(state, Pairs):
+        raise damaged(f"its metadata has no {kind}.")
     # Few opcodes can give the same object to many names, and each looks through its fields.
-    check_limit(len(made.state.pairs), _MOST_FIELDS, "fields of an object")
-    return made.state.named()
-
-
-def _pairs(value: object) -> Pairs:
-    if not isinstance(value, Pairs):
-        raise damaged("its metadata lacks a part.")
-    return value
+    check_limit(len(state.pairs), _MOST_FIELDS, "fields of an object")
+    return state.named()
 
 
 def _numbers(value: object) -> tuple[int, ...]:
@@ -125,8 +120,8 @@ def _places(storage: Pairs, folder: FilePath) -> _Places:
     sizes: dict[str, int] = {}
     used: Counter[str] = Counter()
     for key, value in storage.pairs:
-        index = _fields(key, f"{_METADATA}MetadataIndex")
-        info = _fields(value, f"{_FILESYSTEM}_StorageInfo")
+        index = _fields(key, "MetadataIndex")
+        info = _fields(value, "_StorageInfo")
         name, offset = index.get("fqn"), index.get("offset")
         file, start, length = (info.get(k) for k in ("relative_path", "offset", "length"))
         if type(name) is not str or type(file) is not str:
@@ -160,7 +155,7 @@ def _piece(places: _Places, name: str, offsets: tuple[int, ...] | None) -> Sourc
 
 
 def _tensor(name: str, entry: object, places: _Places) -> _PiecedTensor:
-    fields = _fields(entry, f"{_METADATA}TensorStorageMetadata")
+    fields = _fields(entry, "TensorStorageMetadata")
     properties, chunks = fields.get("properties"), fields.get("chunks")
     state = properties.state if isinstance(properties, Opaque) else None
     first = state[0] if type(state) is tuple and state else None
@@ -170,7 +165,7 @@ def _tensor(name: str, entry: object, places: _Places) -> _PiecedTensor:
     shape = _numbers(fields.get("size"))
     pieces = []
     for chunk in chunks:
-        parts = _fields(chunk, f"{_METADATA}ChunkStorageMetadata")
+        parts = _fields(chunk, "ChunkStorageMetadata")
         offsets, sizes = _numbers(parts.get("offsets")), _numbers(parts.get("sizes"))
         source = _piece(places, name, offsets)
         if (

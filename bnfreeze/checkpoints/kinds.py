@@ -21,15 +21,17 @@ __all__ = ["read_file"]
 
 # The magic number of files of torch.save before torch 1.6, as their first pickle has it.
 _LEGACY: Final = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
-# The beginning of a pickle of protocol 0 or 1, which has no header: a dict, a list or a name.
-_OLD_PICKLE: Final = re.compile(rb"\(d?p0\n|\(lp0\n|\(i|[}\]]q[\0\1]|c[A-Za-z_][\w.]*\n\w+\n")
+# The header of a pickle, or the beginning of one of protocol 0 or 1, which has none: a dict, a list
+# or a name.
+_PICKLE: Final = re.compile(
+    rb"\x80[\1-\5]|\(d?p0\n|\(lp0\n|\(i|[}\]]q[\0\1]|c[A-Za-z_][\w.]*\n\w+\n"
+)
 # Of ONNX, the version of its representation, then its producer, its domain or its graph.
 _ONNX: Final = re.compile(rb"\x08[\x01-\x20][\x10\x12\x1a\x20\x2a\x3a\x42]")
 
 
 def _is_pickle(file: OpenFile) -> bool:
-    header = file.head[:1] == b"\x80" and file.head[1:2] in (b"\1", b"\2", b"\3", b"\4", b"\5")
-    return header or bool(_OLD_PICKLE.match(file.head))
+    return bool(_PICKLE.match(file.head))
 
 
 def _is_safetensors(file: OpenFile) -> bool:
@@ -63,7 +65,7 @@ _FORMATS: Final[dict[str, tuple[str, Callable[[OpenFile], bool]]]] = {
         lambda file: _is_pickle(file) and _LEGACY in file.head[:24],
     ),
     "pickle": ("torch_legacy.read_plain_pickle", _is_pickle),
-    "shard index": ("shards.read_shards", lambda file: file.head.lstrip()[:1] == b"{"),
+    "shard index": ("safetensors_file.read_shards", lambda file: file.head.lstrip()[:1] == b"{"),
     "ONNX": ("onnx_file.read_onnx", lambda file: bool(_ONNX.match(file.head))),
 }
 

@@ -15,7 +15,6 @@ __all__ = [
     "MAX_HEADER_BYTES",
     "MAX_NAME_LENGTH",
     "MAX_NESTING",
-    "MAX_NUMBER",
     "MAX_OPCODES",
     "MAX_PICKLE_BYTES",
     "MAX_RECORDS",
@@ -42,7 +41,7 @@ MAX_CHANNELS: Final = 1 << 22
 # Dicts with tensors in them: the parameters of an optimizer have one each.
 MAX_DICTS: Final = 20_000
 # Sizes and offsets, as torch has them; larger ones could not even be printed.
-MAX_NUMBER: Final = 2**63 - 1
+_MAX_NUMBER: Final = 2**63 - 1
 
 
 def check_limit(value: int, limit: int, what: str) -> None:
@@ -59,7 +58,7 @@ def check_limit(value: int, limit: int, what: str) -> None:
 
 def is_size(value: object) -> TypeGuard[int]:
     """Whether a value from a file can be a size or an offset."""
-    return type(value) is int and 0 <= value <= MAX_NUMBER
+    return type(value) is int and 0 <= value <= _MAX_NUMBER
 
 
 def is_shape(sizes: Collection[object]) -> bool:
@@ -69,4 +68,4 @@ def is_shape(sizes: Collection[object]) -> bool:
     and NumPy have: both compute it for empty tensors too.
     """
     numbers = [size for size in sizes if is_size(size)]
-    return len(numbers) == len(sizes) and math.prod(filter(None, numbers)) <= MAX_NUMBER // 16
+    return len(numbers) == len(sizes) and math.prod(filter(None, numbers)) <= _MAX_NUMBER // 16

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import (
@@ -25,7 +25,6 @@ __all__ = ["LayerSettings", "Model", "is_module", "model_of", "plain_number"]
 
 _PARTS: Final = ("_parameters", "_buffers", "_modules")
 _UNSAVED: Final = "_non_persistent_buffers_set"
-_COUNTED: Final = (*_PARTS, _UNSAVED)
 _STATISTICS: Final = frozenset({"running_mean", "running_var"})
 _SCRIPT: Final = "__torch__."
 # What TorchScript puts between the parts of a name to keep names apart.
@@ -56,7 +55,7 @@ class LayerSettings:
     in_graph: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Model:
     """What a whole model holds.
 
@@ -68,10 +67,10 @@ class Model:
         looked: how many entries of modules were looked through, for this one and those before it.
     """
 
-    tensors: Mapping[str, StoredTensor]
-    layers: Mapping[str, LayerSettings]
-    visited: frozenset[int] = frozenset()
-    besides: tuple[tuple[str, Any], ...] = ()
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    layers: dict[str, LayerSettings] = field(default_factory=dict)
+    visited: set[int] = field(default_factory=set)
+    besides: list[tuple[str, Any]] = field(default_factory=list)
     looked: int = 0
 
 
@@ -98,10 +97,7 @@ def model_of(root: Opaque | Pairs, looked: int) -> Model:
     Raises:
         UnsafeCheckpointError: nested too deep, or more than the limits allow.
     """
-    tensors: dict[str, StoredTensor] = {}
-    layers: dict[str, LayerSettings] = {}
-    visited: set[int] = set()
-    besides: list[tuple[str, Any]] = []
+    model = Model(looked=looked)
     waiting: list[tuple[str, Any, int]] = [("", root, 0)]
     count = 0
     while waiting:
@@ -112,25 +108,26 @@ def model_of(root: Opaque | Pairs, looked: int) -> Model:
         check_limit(depth, MAX_NESTING, "levels of modules")
         check_limit(len(name), MAX_NAME_LENGTH, "characters of a module's name")
         attributes = _attributes(module)
-        looked += 1 + len(attributes) + sum(_length(attributes.get(part)) for part in _COUNTED)
-        check_limit(looked, MAX_OPCODES, "entries of modules")
+        sizes = (_length(attributes.get(part)) for part in (*_PARTS, _UNSAVED))
+        model.looked += 1 + len(attributes) + sum(sizes)
+        check_limit(model.looked, MAX_OPCODES, "entries of modules")
         own, children = _parts_of(module, attributes)
         prefix = f"{name}." if name else ""
-        tensors |= {f"{prefix}{part}": tensor for part, tensor in own.items()}
-        check_limit(len(tensors), MAX_TENSORS, "tensors")
+        model.tensors |= {f"{prefix}{part}": tensor for part, tensor in own.items()}
+        check_limit(len(model.tensors), MAX_TENSORS, "tensors")
         if not _STATISTICS.isdisjoint(own):
-            layers[name] = _settings(module, attributes)
+            model.layers[name] = _settings(module, attributes)
         waiting += [
             (f"{prefix}{part}", child, depth + 1) for part, child in reversed(children.items())
         ]
-        if id(module) not in visited:
-            visited.add(id(module))
-            besides += [
+        if id(module) not in model.visited:
+            model.visited.add(id(module))
+            model.besides += [
                 (f"{prefix}{part}" if part else name, value)
                 for part, value in _besides(module, attributes)
                 if isinstance(value, HOLDERS)
             ]
-    return Model(tensors, layers, frozenset(visited), tuple(besides), looked)
+    return model
 
 
 def _attributes(module: Opaque | Pairs) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ import codecs
 import pickletools
 import struct
 from collections.abc import Callable, Iterator
+from pickle import decode_long
 from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_PICKLE_BYTES, check_limit
@@ -34,10 +35,6 @@ def _old_text(data: bytes) -> str:
     return data.decode("latin-1")
 
 
-def _integer(data: bytes) -> int:
-    return int.from_bytes(data, "little", signed=True)
-
-
 # The size that comes first, what to make of the bytes, and whether they may stay in the file.
 _COUNTED: Final[dict[int, tuple[struct.Struct, Callable[[bytes], Any], bool]]] = {
     CODES[name]: (struct.Struct(form), decode, decode in (bytes, _old_text))
@@ -45,7 +42,7 @@ _COUNTED: Final[dict[int, tuple[struct.Struct, Callable[[bytes], Any], bool]]] =
         (_text, {"SHORT_BINUNICODE": "<B", "BINUNICODE": "<I", "BINUNICODE8": "<Q"}),
         (bytes, {"SHORT_BINBYTES": "<B", "BINBYTES": "<I", "BINBYTES8": "<Q", "BYTEARRAY8": "<Q"}),
         (_old_text, {"SHORT_BINSTRING": "<B", "BINSTRING": "<i"}),
-        (_integer, {"LONG1": "<B", "LONG4": "<i"}),
+        (decode_long, {"LONG1": "<B", "LONG4": "<i"}),
     )
     for name, form in forms.items()
 }

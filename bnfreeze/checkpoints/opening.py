@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +18,7 @@ from bnfreeze.checkpoints.kinds import read_file
 from bnfreeze.checkpoints.pickled import Content
 from bnfreeze.checkpoints.placeholders import naming_calls, placeholders_in
 from bnfreeze.checkpoints.reading import OpenFile, naming_file
-from bnfreeze.checkpoints.remote import RemotePath, is_remote, plain_errors, standard_input
+from bnfreeze.checkpoints.remote import RemotePath, plain_errors
 from bnfreeze.checkpoints.source import FilePath, Source, opened
 from bnfreeze.checkpoints.state_dicts import StateDicts, find_state_dicts
 from bnfreeze.errors import UnsupportedFormatError
@@ -46,24 +49,16 @@ class Checkpoint:
         self.uninterpreted, self.calls = placeholders_in(content)
         self._made = content.made
 
-    @cached_property
-    def state_dicts(self) -> StateDicts:
-        """Every state_dict in it, with norm layers or without.
-
-        Raises:
-            UnsupportedFormatError: there are no tensors by name.
-        """
-        with naming_file(self.path), naming_calls(self._made):
-            return find_state_dicts(self.root)
-
-    def chosen(self, key: str | None) -> StateDicts:
-        """The state_dict under a key alone; all of them where there is no key.
+    def chosen(self, key: str | None = None) -> StateDicts:
+        """The state_dict under a key alone; all, with norm layers or without, if there is no key.
 
         Raises:
             UnsupportedFormatError: there is none of that name, or there are several.
         """
         with naming_file(self.path):
-            return self.state_dicts.chosen(key)
+            with naming_calls(self._made):
+                found = find_state_dicts(self.root)
+            return found.chosen(key)
 
 
 @contextmanager
@@ -85,11 +80,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
 
 def _read(path: str | os.PathLike[str], stack: ExitStack) -> tuple[str, Content]:
     if path == "-":
-        file = stack.enter_context(standard_input())
-        return read_file(OpenFile(Source(file, 0, file.seek(0, os.SEEK_END))))
-    place: FilePath = Path(path)
-    if isinstance(path, str) and is_remote(path):
-        place = RemotePath(path)
+        # Copied, because readers go back and forth.
+        file = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
+        shutil.copyfileobj(sys.stdin.buffer, file)
+        return read_file(OpenFile(Source(file, 0, file.tell())))
+    is_url = isinstance(path, str) and re.match(r"[A-Za-z][A-Za-z0-9+.:-]+://", path)
+    place: FilePath = RemotePath(str(path)) if is_url else Path(path)
     with plain_errors("opened"):
         is_folder = place.is_dir()
         names = sorted(file.name for file in place.iterdir()) if is_folder else []

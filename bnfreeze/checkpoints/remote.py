@@ -1,4 +1,4 @@
-"""Files on servers, read by ranges through fsspec; and standard input.
+"""Files on servers, read by ranges through fsspec.
 
 Nothing is downloaded whole: of a checkpoint its directory is read, its description, and the bytes
 of the norm layers.
@@ -7,26 +7,16 @@ of the norm layers.
 from __future__ import annotations
 
 import contextlib
-import re
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from typing import IO, Any, Final, cast
 
 from bnfreeze.errors import CheckpointError, UnsupportedFormatError
 
-__all__ = ["RemotePath", "is_remote", "plain_errors", "standard_input"]
+__all__ = ["RemotePath", "plain_errors"]
 
-_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+://")
 # What is fetched beyond what is asked for: the tensors of a layer lie together.
 _AHEAD: Final = 1 << 12
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL such as ``https://…``, ``hf://…`` or ``s3://…``."""
-    return _SCHEME.match(path) is not None
 
 
 class RemotePath:
@@ -116,11 +106,3 @@ def plain_errors(what: str = "read") -> Iterator[None]:
         why = "there is no such file" if is_missing else str(error) or type(error).__name__
         why = getattr(error, "strerror", None) or why
         raise CheckpointError(f"Cannot be {what}: {why:.300}.") from None
-
-
-@contextlib.contextmanager
-def standard_input() -> Iterator[IO[bytes]]:
-    """Standard input, copied to a temporary file, because readers go back and forth."""
-    with tempfile.TemporaryFile() as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
-        yield file

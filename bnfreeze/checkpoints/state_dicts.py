@@ -48,6 +48,12 @@ class StateDict:
         """Whether there are running statistics among its tensors."""
         return any(name.endswith(("running_mean", "running_var")) for name in self.tensors)
 
+    @property
+    def is_counter(self) -> bool:
+        """Whether these are counters or losses that stand beside a model."""
+        numbers = all(tensor.numel <= 1 for tensor in self.tensors.values())
+        return numbers and not self.has_norm_layers
+
 
 @dataclass(frozen=True)
 class StateDicts:
@@ -126,15 +132,10 @@ def find_state_dicts(root: Any) -> StateDicts:
     aliases: dict[str, str] = {}
     found = list(_candidates(root, aliases))
     if len(found) > 1:
-        found = [one for one in found if not _is_counter(one)] or found
+        found = [one for one in found if not one.is_counter] or found
     if not found:
         raise UnsupportedFormatError("It holds no tensors by name, and so no state_dict.")
     return StateDicts(tuple(found), aliases)
-
-
-def _is_counter(one: StateDict) -> bool:
-    """Whether these are counters or losses that stand beside a model."""
-    return not one.has_norm_layers and all(tensor.numel <= 1 for tensor in one.tensors.values())
 
 
 def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:

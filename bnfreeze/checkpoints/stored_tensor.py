@@ -178,12 +178,9 @@ class StridedTensor(StoredTensor):
 
     @property
     def _contiguous(self) -> bool:
-        expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size != 1 and stride != expected:
-                return False
-            expected *= size
-        return True
+        packed = _packed_strides(self.shape)
+        steps = zip(self.shape, self.stride, packed, strict=True)
+        return all(size == 1 or step == expected for size, step, expected in steps)
 
     def storage(self) -> tuple[object, int]:
         """The source and its bytes."""
@@ -250,9 +247,14 @@ def packed_tensor(
         raise damaged(
             f"a tensor of {count:,} elements of {dtype} is said to lie in {source.size:,} bytes."
         )
-    axes = range(len(shape))
-    stride = tuple(math.prod(shape[:axis] if is_fortran else shape[axis + 1 :]) for axis in axes)
-    return StridedTensor(dtype, tuple(shape), stride, source, is_swapped=is_swapped)
+    sizes = tuple(shape)
+    stride = _packed_strides(sizes[::-1])[::-1] if is_fortran else _packed_strides(sizes)
+    return StridedTensor(dtype, sizes, stride, source, is_swapped=is_swapped)
+
+
+def _packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of elements that lie in row-major order."""
+    return tuple(math.prod(shape[axis:]) for axis in range(1, len(shape) + 1))
 
 
 def check_claims(tensors: Iterable[StoredTensor]) -> None:

@@ -23,10 +23,9 @@ __all__ = [
     "TORCH_BUILDERS",
     "TORCH_NAMES",
     "Storage",
-    "attribute",
     "check_attributes",
     "checked_shape",
-    "object_of",
+    "meaning_of",
 ]
 
 # By the name of a typed storage, the dtype of its elements.
@@ -70,14 +69,15 @@ _FEW: Final = 16
 _REBUILD: Final = re.compile(r"bnfreeze\.policies\.\w+\._rebuild")
 
 
-def object_of(call: Opaque) -> Opaque | None:
-    """What a call of another function makes, as if the class itself were called.
-
-    None where the call is none of these, or could do anything else.
-    """
+def meaning_of(call: Opaque) -> Opaque | Global:
+    """What a call stands for: a call of the class itself, or a longer name; or else itself."""
     if len(call.arguments) > _FEW:
-        return None
+        return call
     match call.name, call.arguments:
+        # An attribute of something that is named, as a method of a class.
+        case "builtins.getattr", (Global(holder), str(attribute)):
+            check_limit(len(holder) + len(attribute), MAX_NAME_LENGTH, "characters of a name")
+            return Global(f"{holder}.{attribute}")
         case "copyreg.__newobj__", (Global(kind), *rest):
             check_new(kind, tuple(rest))
             return Opaque(kind, tuple(rest))
@@ -90,9 +90,10 @@ def object_of(call: Opaque) -> Opaque | None:
             and behaviour.startswith(("bnfreeze.policies.", "bnfreeze.fusion."))
             and make in ("copyreg.__newobj__", "copyreg._reconstructor")
         ):
-            made = object_of(Opaque(make, given))
-            return made if made and made.name == kind and not made.arguments else None
-    return None
+            made = meaning_of(Opaque(make, given))
+            if isinstance(made, Opaque) and made.name == kind and not made.arguments:
+                return made
+    return call
 
 
 # Attributes of a tensor that stand for its values: to set one is to write others.
@@ -110,18 +111,6 @@ def check_attributes(state: object) -> None:
             not isinstance(part, Pairs) or not _VALUES.isdisjoint(part.named())
         ):
             raise ValueError
-
-
-def attribute(*arguments: Any) -> Global | None:
-    """An attribute of something that is named, as a method of a class: a longer name.
-
-    None of anything else, which stays a call.
-    """
-    if len(arguments) != 2 or not isinstance(arguments[0], Global) or type(arguments[1]) is not str:
-        return None
-    name = f"{arguments[0].name}.{arguments[1]}"
-    check_limit(len(name), MAX_NAME_LENGTH, "characters of a name")
-    return Global(name)
 
 
 def _tensor(

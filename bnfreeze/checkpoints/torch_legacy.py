@@ -9,7 +9,6 @@ keys, and for each key a count and that many elements.
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Final
 
@@ -50,7 +49,11 @@ def read_torch_legacy(file: OpenFile) -> Content:
     keys = PickleReader().read(source, content.end)
     made = (*content.made, *keys.made)
     with naming_calls(made):
-        _check_keys(keys.root, elements)
+        if type(keys.root) is not list or any(type(key) is not str for key in keys.root):
+            raise damaged("the list of storages is none.")
+        check_limit(len(keys.root), MAX_TENSORS, "storages")
+        if sorted(keys.root) != sorted(storages):
+            raise damaged("the storages listed are not those that tensors use.")
         position = keys.end
         for key in keys.root:
             (count,) = struct.unpack("<q", source.read(position, 8))
@@ -86,12 +89,3 @@ def _preamble(source: Source) -> int:
     if system.root.named().get("little_endian") is not True:
         raise UnsupportedFormatError("Saved on a big-endian machine before torch 1.6.")
     return system.end
-
-
-def _check_keys(keys: object, elements: Collection[str]) -> None:
-    """Check that the storages listed are those that tensors use."""
-    if type(keys) is not list or any(type(key) is not str for key in keys):
-        raise damaged("the list of storages is none.")
-    check_limit(len(keys), MAX_TENSORS, "storages")
-    if len(set(keys)) != len(keys) or set(keys) != set(elements):
-        raise damaged("the storages listed are not those that tensors use.")

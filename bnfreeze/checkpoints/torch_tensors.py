@@ -24,16 +24,15 @@ from bnfreeze.checkpoints.torch_calls import (
     STORAGES,
     TORCH_BUILDERS,
     Storage,
-    attribute,
     check_attributes,
-    object_of,
+    meaning_of,
 )
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError, damaged
 
 __all__ = ["TorchPickleReader"]
 
 
-_BUILDERS: Final = TORCH_BUILDERS | NUMPY_BUILDERS | {"builtins.getattr": attribute}
+_BUILDERS: Final = TORCH_BUILDERS | NUMPY_BUILDERS
 
 
 class TorchPickleReader(PickleReader):
@@ -68,7 +67,10 @@ class TorchPickleReader(PickleReader):
 
     def called(self, call: Opaque) -> object:
         """What a call gives: a tensor, a dict, or, where it is not interpreted, the call itself."""
-        call = object_of(call) or call
+        meant = meaning_of(call)
+        if isinstance(meant, Global):
+            return meant
+        call = meant
         if is_ordinary(call.name):
             # Such a call may call what it is given: `collections.defaultdict(os.system)`.
             self._charge(len(call.arguments))
