@@ -18,6 +18,7 @@ from bnfreeze.checkpoints.limits import (
     MAX_PICKLE_BYTES,
     MAX_TENSORS,
     check_limit,
+    checked_shape,
     is_size,
 )
 from bnfreeze.checkpoints.pickled import Content, Global, Opaque, Pairs
@@ -26,7 +27,7 @@ from bnfreeze.checkpoints.placeholders import naming_calls
 from bnfreeze.checkpoints.reading import OpenFile, path_beside
 from bnfreeze.checkpoints.source import FilePath, Source, opened
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES, StoredTensor, Words
-from bnfreeze.checkpoints.torch_calls import DTYPES, checked_shape
+from bnfreeze.checkpoints.torch_calls import DTYPES
 from bnfreeze.checkpoints.torch_zip import read_torch_zip
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError, damaged
 
@@ -69,12 +70,11 @@ def read_distributed(folder: FilePath) -> Content:
 
 def _tree(root: Any, folder: FilePath, made: list[Opaque]) -> dict[str, Any]:
     """What the metadata describe, in nested dicts; `made` gets what the objects in it make."""
-    metadata = _fields(root, "Metadata")
-    tensors, storage = metadata.get("state_dict_metadata"), metadata.get("storage_data")
+    parts = ("state_dict_metadata", "storage_data", "planner_data")
+    tensors, storage, planner = _fields(root, "Metadata", *parts)
     if not isinstance(tensors, Pairs) or not isinstance(storage, Pairs):
         raise damaged("its metadata lacks a part.")
     check_limit(len(tensors.pairs), MAX_TENSORS, "tensors")
-    planner = metadata.get("planner_data")
     paths = planner.named() if isinstance(planner, Pairs) else {}
     places = _places(storage, folder)
     tree: dict[str, Any] = {}
@@ -87,31 +87,29 @@ def _tree(root: Any, folder: FilePath, made: list[Opaque]) -> dict[str, Any]:
             check_limit(pickled, MAX_PICKLE_BYTES, "bytes of pickles")
             made += content.made
             _put(tree, paths.get(name), name, content.root)
-            continue
-        tensor = _tensor(name, entry, places)
-        pieces += len(tensor.parts)
-        check_limit(pieces, MAX_TENSORS, "pieces of tensors")
-        _put(tree, paths.get(name), name, tensor)
+        else:
+            tensor = _tensor(name, entry, places)
+            pieces += len(tensor.parts)
+            check_limit(pieces, MAX_TENSORS, "pieces of tensors")
+            _put(tree, paths.get(name), name, tensor)
     return tree
 
 
-def _fields(made: object, kind: str) -> dict[str, object]:
-    """The fields of an object of the class `kind`."""
+def _fields(made: object, kind: str, *names: str) -> list[Any]:
+    """The values of these fields of an object of the class `kind`; None for one that it lacks."""
     name, state = (made.name, made.state) if isinstance(made, Opaque) else ("", None)
     if name not in _EXPECTED or not name.endswith(f".{kind}") or not isinstance(state, Pairs):
         raise damaged(f"its metadata has no {kind}.")
     # Few opcodes can give the same object to many names, and each looks through its fields.
     check_limit(len(state.pairs), _MOST_FIELDS, "fields of an object")
-    return state.named()
+    return [state.named().get(name) for name in names]
 
 
-def _numbers(value: object) -> tuple[int, ...]:
+def _numbers(value: Any) -> tuple[int, ...]:
     """The numbers of a `torch.Size`."""
-    inner: Any = value.arguments[0] if isinstance(value, Opaque) and value.arguments else value
-    try:
-        return checked_shape(inner)
-    except (TypeError, ValueError):
-        raise damaged("its metadata has a size that is none.") from None
+    if isinstance(value, Opaque) and value.arguments:
+        value = value.arguments[0]
+    return checked_shape(value)
 
 
 def _places(storage: Pairs, folder: FilePath) -> _Places:
@@ -120,15 +118,14 @@ def _places(storage: Pairs, folder: FilePath) -> _Places:
     sizes: dict[str, int] = {}
     used: Counter[str] = Counter()
     for key, value in storage.pairs:
-        index = _fields(key, "MetadataIndex")
-        info = _fields(value, "_StorageInfo")
-        name, offset = index.get("fqn"), index.get("offset")
-        file, start, length = (info.get(k) for k in ("relative_path", "offset", "length"))
+        name, offset = _fields(key, "MetadataIndex", "fqn", "offset")
+        parts = ("relative_path", "offset", "length", "transform_descriptors")
+        file, start, length, transforms = _fields(value, "_StorageInfo", *parts)
         if type(name) is not str or type(file) is not str:
             raise damaged("its metadata has a name that is no text.")
         if not (is_size(start) and is_size(length)):
             raise damaged("its metadata has a position that is no number.")
-        if info.get("transform_descriptors"):
+        if transforms:
             raise UnsupportedFormatError("Its files were transformed (compressed) when saved.")
         path = path_beside(folder, file)
         if file not in sizes:
@@ -155,18 +152,17 @@ def _piece(places: _Places, name: str, offsets: tuple[int, ...] | None) -> Sourc
 
 
 def _tensor(name: str, entry: object, places: _Places) -> _PiecedTensor:
-    fields = _fields(entry, "TensorStorageMetadata")
-    properties, chunks = fields.get("properties"), fields.get("chunks")
+    parts = ("properties", "chunks", "size")
+    properties, chunks, size = _fields(entry, "TensorStorageMetadata", *parts)
     state = properties.state if isinstance(properties, Opaque) else None
     first = state[0] if type(state) is tuple and state else None
     dtype = DTYPES.get(first.name) if isinstance(first, Global) else None
     if dtype is None or type(chunks) is not list:
         raise damaged(f"its metadata does not describe {name!r:.200}.")
-    shape = _numbers(fields.get("size"))
+    shape = _numbers(size)
     pieces = []
     for chunk in chunks:
-        parts = _fields(chunk, "ChunkStorageMetadata")
-        offsets, sizes = _numbers(parts.get("offsets")), _numbers(parts.get("sizes"))
+        offsets, sizes = map(_numbers, _fields(chunk, "ChunkStorageMetadata", "offsets", "sizes"))
         source = _piece(places, name, offsets)
         if (
             not len(offsets) == len(sizes) == len(shape)

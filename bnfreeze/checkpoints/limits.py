@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import Final, TypeGuard
+from typing import Any, Final, TypeGuard
 
-from bnfreeze.errors import UnsafeCheckpointError
+from bnfreeze.errors import UnsafeCheckpointError, damaged
 
 __all__ = [
     "MAX_CHANNELS",
@@ -20,7 +19,7 @@ __all__ = [
     "MAX_RECORDS",
     "MAX_TENSORS",
     "check_limit",
-    "is_shape",
+    "checked_shape",
     "is_size",
 ]
 
@@ -61,11 +60,18 @@ def is_size(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value <= _MAX_NUMBER
 
 
-def is_shape(sizes: Collection[object]) -> bool:
-    """Whether values from a file can be the shape of a tensor.
+def checked_shape(sizes: Any) -> tuple[int, ...]:
+    """The shape that values from a file stand for.
 
     Whatever the dtype, the bytes that the sizes other than 0 ask for must be a number that torch
     and NumPy have: both compute it for empty tensors too.
+
+    Raises:
+        UnsafeCheckpointError: too many dimensions.
+        CorruptCheckpointError: these are no sizes.
     """
-    numbers = [size for size in sizes if is_size(size)]
-    return len(numbers) == len(sizes) and math.prod(filter(None, numbers)) <= _MAX_NUMBER // 16
+    numbers = sizes if type(sizes) in {tuple, list} else [None]
+    check_limit(len(numbers), MAX_DIMENSIONS, "dimensions of a tensor")
+    if not all(map(is_size, numbers)) or math.prod(filter(None, numbers)) > _MAX_NUMBER // 16:
+        raise damaged("the sizes of a tensor do not make sense.")
+    return tuple(numbers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from bnfreeze.checkpoints.limits import (
     MAX_NAME_LENGTH,
@@ -18,7 +18,7 @@ from bnfreeze.checkpoints.limits import (
     MAX_TENSORS,
     check_limit,
 )
-from bnfreeze.checkpoints.pickled import HOLDERS, Opaque, Pairs, key_text, tensor_in
+from bnfreeze.checkpoints.pickled import HOLDERS, SCRIPT, Opaque, Pairs, key_text, tensor_in
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 
 __all__ = ["LayerSettings", "Model", "is_module", "model_of", "plain_number"]
@@ -26,7 +26,6 @@ __all__ = ["LayerSettings", "Model", "is_module", "model_of", "plain_number"]
 _PARTS: Final = ("_parameters", "_buffers", "_modules")
 _UNSAVED: Final = "_non_persistent_buffers_set"
 _STATISTICS: Final = frozenset({"running_mean", "running_var"})
-_SCRIPT: Final = "__torch__."
 # What TorchScript puts between the parts of a name to keep names apart.
 _MANGLED: Final = re.compile(r"___torch_mangle_\d+\.")
 # Where bnfreeze notes what it froze.
@@ -76,15 +75,12 @@ class Model:
 
 def is_module(value: object) -> bool:
     """Whether the value is a placeholder of a module, or a module's `__dict__`."""
-    if isinstance(value, Opaque):
-        if value.name.startswith(_SCRIPT):
-            return isinstance(value.state, Pairs)
-        names: Mapping[str, Any] = value.attributes()
-    elif isinstance(value, Pairs):
-        names = value.named()
-    else:
+    if not isinstance(value, (Opaque, Pairs)):
         return False
-    return all(isinstance(names.get(part), (Pairs, Opaque)) for part in _PARTS)
+    if _is_script(value):
+        return isinstance(value.state, Pairs)
+    attributes = value.attributes()
+    return all(isinstance(attributes.get(part), (Pairs, Opaque)) for part in _PARTS)
 
 
 def model_of(root: Opaque | Pairs, looked: int) -> Model:
@@ -107,7 +103,7 @@ def model_of(root: Opaque | Pairs, looked: int) -> Model:
         check_limit(count, MAX_TENSORS, "modules")
         check_limit(depth, MAX_NESTING, "levels of modules")
         check_limit(len(name), MAX_NAME_LENGTH, "characters of a module's name")
-        attributes = _attributes(module)
+        attributes = module.attributes()
         sizes = (_length(attributes.get(part)) for part in (*_PARTS, _UNSAVED))
         model.looked += 1 + len(attributes) + sum(sizes)
         check_limit(model.looked, MAX_OPCODES, "entries of modules")
@@ -130,12 +126,8 @@ def model_of(root: Opaque | Pairs, looked: int) -> Model:
     return model
 
 
-def _attributes(module: Opaque | Pairs) -> Mapping[str, Any]:
-    return module.attributes() if isinstance(module, Opaque) else module.named()
-
-
-def _is_script(module: Opaque | Pairs) -> bool:
-    return isinstance(module, Opaque) and module.name.startswith(_SCRIPT)
+def _is_script(module: Opaque | Pairs) -> TypeGuard[Opaque]:
+    return isinstance(module, Opaque) and module.name.startswith(SCRIPT)
 
 
 def _length(holder: object) -> int:
@@ -183,7 +175,7 @@ def _settings(module: Opaque | Pairs, attributes: Mapping[str, Any]) -> LayerSet
     name = module.name if isinstance(module, Opaque) else ""
     training = attributes.get("training")
     return LayerSettings(
-        class_name=_MANGLED.sub("", name.removeprefix(_SCRIPT)),
+        class_name=_MANGLED.sub("", name.removeprefix(SCRIPT)),
         eps=plain_number(attributes.get("eps")),
         momentum=plain_number(attributes.get("momentum")),
         training=training if type(training) is bool else None,

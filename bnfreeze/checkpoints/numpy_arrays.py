@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from bnfreeze.checkpoints.limits import MAX_TENSORS, check_limit, is_shape
+from bnfreeze.checkpoints.limits import MAX_TENSORS, check_limit, checked_shape
 from bnfreeze.checkpoints.pickled import Content, Opaque
 from bnfreeze.checkpoints.reading import OpenFile
 from bnfreeze.checkpoints.source import Source
@@ -74,8 +74,7 @@ def fill_array(made: Opaque) -> None:
     try:
         dtype = _dtype_of(described)
     except UnsupportedFormatError:
-        shape = shape if type(shape) is tuple and is_shape(shape) else (0,)
-        made.array = DescribedTensor("uint8", shape, "its dtype is not known here")
+        made.array = DescribedTensor("uint8", checked_shape(shape), "its dtype is not known here")
         return
     if dtype is None:
         # Its elements are not numbers, and may be anything.

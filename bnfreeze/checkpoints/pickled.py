@@ -14,6 +14,7 @@ from bnfreeze.errors import CorruptCheckpointError
 
 __all__ = [
     "HOLDERS",
+    "SCRIPT",
     "Content",
     "Global",
     "Opaque",
@@ -25,6 +26,10 @@ __all__ = [
     "key_text",
     "tensor_in",
 ]
+
+
+# The names of TorchScript's classes, whose code is in the file, begin with this.
+SCRIPT: Final = "__torch__."
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +93,9 @@ class Pairs:
             named = {key: value for key, value in self.pairs if type(key) is str}
             self._named = (len(self.pairs), named)
         return self._named[1]
+
+    # Of an object, where it is the object's `__dict__`.
+    attributes = named
 
 
 @dataclass(frozen=True)

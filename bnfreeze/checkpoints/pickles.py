@@ -95,7 +95,7 @@ class PickleReader:
         push = self._stack.append
         steps: dict[str, Callable[[Any], object]] = {
             **dict.fromkeys(_VALUES, push),
-            **dict.fromkeys(("PROTO", "FRAME"), lambda _: None),
+            **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda _: None),
             **dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT"), self._put),
             **dict.fromkeys(("BINGET", "LONG_BINGET", "GET"), self._get),
             "MEMOIZE": lambda _: self._put(len(self._memo)),
@@ -107,15 +107,13 @@ class PickleReader:
             "NEWTRUE": lambda _: push(True),
             "NEWFALSE": lambda _: push(False),
             "EMPTY_TUPLE": lambda _: push(()),
-            "EMPTY_LIST": lambda _: push([]),
-            "EMPTY_SET": lambda _: push([]),
+            **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET"), lambda _: push([])),
             "EMPTY_DICT": lambda _: push(Pairs()),
             "TUPLE1": lambda _: push((*self._popped(1),)),
             "TUPLE2": lambda _: push((*self._popped(2),)),
             "TUPLE3": lambda _: push((*self._popped(3),)),
             "TUPLE": lambda _: push(tuple(self._marked())),
-            "LIST": lambda _: push(self._marked()),
-            "FROZENSET": lambda _: push(self._marked()),
+            **dict.fromkeys(("LIST", "FROZENSET"), lambda _: push(self._marked())),
             "DICT": lambda _: push(Pairs(_paired(self._marked()))),
             "APPEND": lambda _: self._extend(self._popped(1), "append"),
             "APPENDS": lambda _: self._extend(self._marked(), "extend"),
@@ -131,7 +129,6 @@ class PickleReader:
             "OBJ": self._make_of_marked,
             "BUILD": self._build,
             "BINPERSID": lambda _: push(self.referred(*self._popped(1))),
-            "STOP": lambda _: None,
         }
         return {CODES[name]: step for name, step in steps.items()}
 

@@ -18,6 +18,7 @@ from bnfreeze.checkpoints.modules import is_module
 from bnfreeze.checkpoints.numpy_arrays import NUMPY_BUILDERS
 from bnfreeze.checkpoints.pickled import (
     HOLDERS,
+    SCRIPT,
     Content,
     Global,
     Opaque,
@@ -34,7 +35,6 @@ __all__ = ["CodeCall", "Uninterpreted", "is_ordinary", "naming_calls", "placehol
 
 # Of each kind so many are listed; more of them say nothing more.
 _ENOUGH: Final = 100
-_SCRIPT: Final = "__torch__."
 _LOOKED_INTO: Final = (Global, *HOLDERS)
 # The parts of a module, which are no keys of their own.
 _PARTS: Final = frozenset({"", "_modules", "_parameters", "_buffers"})
@@ -191,7 +191,7 @@ def _walk(root: Any) -> tuple[dict[int, str], tuple[Uninterpreted, ...]]:
 
 
 def _is_interpreted(value: Opaque | Global) -> bool:
-    return value.name in _VALUES or is_module(value) or value.name.startswith(_SCRIPT)
+    return value.name in _VALUES or is_module(value) or value.name.startswith(SCRIPT)
 
 
 def is_ordinary(name: str) -> bool:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from bnfreeze.checkpoints.kinds import read_file
 from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_limit, is_size
+from bnfreeze.checkpoints.opening import read_file
 from bnfreeze.checkpoints.pickled import Content, Opaque, Pairs, tensor_in
 from bnfreeze.checkpoints.reading import OpenFile, naming_file, read_json
 from bnfreeze.checkpoints.stored_tensor import (

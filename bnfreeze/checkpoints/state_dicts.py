@@ -135,7 +135,8 @@ def find_state_dicts(root: Any) -> StateDicts:
         found = [one for one in found if not one.is_counter] or found
     if not found:
         raise UnsupportedFormatError("It holds no tensors by name, and so no state_dict.")
-    return StateDicts(tuple(found), aliases)
+    keys = {one.key for one in found}
+    return StateDicts(tuple(found), {key: at for key, at in aliases.items() if at in keys})
 
 
 def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
@@ -152,10 +153,10 @@ def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
         if is_module(holder):
             model = model_of(holder, looked)
             looked = model.looked
-        parts = [_state_dict(key, holder, model)]
-        if model and isinstance(holder, Opaque):
-            # Its class may be one of dicts as well.
-            parts.append(_state_dict(key, holder, None))
+        parts = [_state_dict(key, model.tensors, model.layers)] if model else []
+        if not model or isinstance(holder, Opaque):
+            # The class of a model may be one of dicts as well.
+            parts.append(_state_dict(key, _tensors_of(holder), {}))
         for found in parts:
             if found is None or (in_optimizer and not found.has_norm_layers):
                 continue
@@ -180,24 +181,23 @@ def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
                 waiting.append((path, child, in_optimizer or name.startswith(_OPTIMIZERS)))
             elif seen[id(child)] != path and len(aliases) < MAX_DICTS:
                 aliases[path] = seen[id(child)]
-    for alias in [alias for alias, there in aliases.items() if there not in yielded]:
-        del aliases[alias]
 
 
-def _state_dict(key: str, holder: Any, model: Model | None) -> StateDict | None:
-    """What a dict or a model holds by name; None where that is no tensor."""
-    tensors = dict(model.tensors) if model else _tensors_of(holder)
+def _state_dict(
+    key: str, tensors: dict[str, StoredTensor], layers: dict[str, LayerSettings]
+) -> StateDict | None:
+    """The tensors by their plain names; None where there are none."""
     if not tensors:
         return None
     names, stripped = _plain_names(list(tensors))
     plain = dict(zip(tensors, names, strict=True))
     parts = {name.rpartition(".")[0]: name for name in tensors}
-    layers = {
+    renamed = {
         plain[parts[layer]].rpartition(".")[0]: settings
-        for layer, settings in (model.layers.items() if model else ())
+        for layer, settings in layers.items()
         if layer in parts
     }
-    return StateDict(key, dict(zip(names, tensors.values(), strict=True)), layers, stripped)
+    return StateDict(key, dict(zip(names, tensors.values(), strict=True)), renamed, stripped)
 
 
 def _tensors_of(holder: Any) -> dict[str, StoredTensor]:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfreeze.checkpoints.limits import MAX_DIMENSIONS, check_limit, is_shape, is_size
+from bnfreeze.checkpoints.limits import checked_shape, is_size
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.errors import (
     CorruptCheckpointError,
@@ -155,12 +155,8 @@ class StridedTensor(StoredTensor):
     is_swapped: bool = False
 
     def __post_init__(self) -> None:
-        check_limit(len(self.shape), MAX_DIMENSIONS, "dimensions of a tensor")
-        if (
-            len(self.shape) != len(self.stride)
-            or not is_shape(self.shape)
-            or not all(map(is_size, (*self.stride, self.offset)))
-        ):
+        sizes, places = checked_shape(self.shape), (*self.stride, self.offset)
+        if len(sizes) != len(self.stride) or not all(map(is_size, places)):
             raise CorruptCheckpointError(
                 "A tensor whose shape, stride and offset do not make sense."
             )
@@ -239,15 +235,12 @@ def packed_tensor(
     Raises:
         CorruptCheckpointError: the shape is none, or does not fit the bytes.
     """
-    if type(shape) not in {tuple, list} or not is_shape(shape):
-        raise damaged("a tensor whose shape makes no sense.")
-    check_limit(len(shape), MAX_DIMENSIONS, "dimensions of a tensor")
-    count = math.prod(shape)
+    sizes = checked_shape(shape)
+    count = math.prod(sizes)
     if count * ITEM_SIZES[dtype] != source.size:
         raise damaged(
             f"a tensor of {count:,} elements of {dtype} is said to lie in {source.size:,} bytes."
         )
-    sizes = tuple(shape)
     stride = _packed_strides(sizes[::-1])[::-1] if is_fortran else _packed_strides(sizes)
     return StridedTensor(dtype, sizes, stride, source, is_swapped=is_swapped)
 

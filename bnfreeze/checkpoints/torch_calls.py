@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
-from bnfreeze.checkpoints.limits import MAX_DIMENSIONS, MAX_NAME_LENGTH, check_limit, is_shape
+from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, check_limit, checked_shape
 from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs, check_new, tensor_in
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import (
@@ -24,7 +25,6 @@ __all__ = [
     "TORCH_NAMES",
     "Storage",
     "check_attributes",
-    "checked_shape",
     "meaning_of",
 ]
 
@@ -114,21 +114,14 @@ def check_attributes(state: object) -> None:
 
 
 def _tensor(
-    storage: object,
-    offset: Any,
-    shape: Any,
-    stride: Any,
-    _grad: object = None,
-    _hooks: object = None,
-    flags: object = None,
-    *,
-    dtype: str | None = None,
+    storage: object, offset: Any, shape: Any, stride: Any, *rest: object, dtype: str | None = None
 ) -> StoredTensor:
     """A view. Of one that is conjugated or negated there are no values: the stored are others."""
     if not isinstance(storage, Storage):
         raise TypeError
     kind, shape, stride = dtype or storage.dtype, tuple(shape), tuple(stride)
     tensor = StridedTensor(kind, shape, stride, storage.source, offset, storage.is_swapped)
+    flags = rest[2] if len(rest) > 2 else None
     if flags is None or (isinstance(flags, Pairs) and not flags.pairs):
         return tensor
     return DescribedTensor(kind, shape, "it is a conjugated or negated view")
@@ -161,21 +154,14 @@ def _size(sizes: object) -> tuple[Any, ...]:
     return sizes
 
 
-def _described(dtype: Any, shape: Any, why: str) -> DescribedTensor:
-    return DescribedTensor(DTYPES[dtype.name], checked_shape(shape), why)
-
-
-def _meta(dtype: object, shape: object, *_: object) -> DescribedTensor:
-    return _described(dtype, shape, "it was saved without values")
-
-
-def _wrapper(_class: object, dtype: object, shape: object, *_: object) -> DescribedTensor:
-    return _described(dtype, shape, "its class keeps its values in a way of its own")
+def _described(at: int, why: str, *arguments: Any) -> DescribedTensor:
+    """A tensor of which the dtype and the shape are given, from the argument at a place."""
+    return DescribedTensor(DTYPES[arguments[at].name], checked_shape(arguments[at + 1]), why)
 
 
 def _elsewhere(array: Any, dtype: object, *_: object) -> DescribedTensor:
     tensor: Any = tensor_in(array)
-    return _described(dtype, tensor.shape, "it lay on a device of another kind")
+    return _described(0, "it lay on a device of another kind", dtype, tensor.shape)
 
 
 def _sparse(_layout: object, parts: Any) -> DescribedTensor:
@@ -190,29 +176,20 @@ def _constructed(*_: object) -> object:
     raise ValueError
 
 
-def checked_shape(shape: Any) -> tuple[int, ...]:
-    """The shape of a tensor that is only described.
-
-    Raises:
-        UnsafeCheckpointError: too many dimensions.
-        ValueError: it is none.
-    """
-    check_limit(len(shape), MAX_DIMENSIONS, "dimensions of a tensor")
-    if not is_shape(shape):
-        raise ValueError
-    return tuple(shape)
-
-
 TORCH_BUILDERS: Final[dict[str, Callable[..., object]]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch._utils._rebuild_meta_tensor_no_storage": _meta,
+    "torch._utils._rebuild_meta_tensor_no_storage": partial(
+        _described, 0, "it was saved without values"
+    ),
     "torch._utils._rebuild_qtensor": _quantised,
     "torch._utils._rebuild_sparse_tensor": _sparse,
-    "torch._utils._rebuild_wrapper_subclass": _wrapper,
+    "torch._utils._rebuild_wrapper_subclass": partial(
+        _described, 1, "its class keeps its values in a way of its own"
+    ),
     "torch._utils._rebuild_device_tensor_from_numpy": _elsewhere,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _elsewhere,
     "torch.nn.parameter.Parameter": _parameter,

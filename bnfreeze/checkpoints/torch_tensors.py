@@ -105,13 +105,12 @@ class TorchPickleReader(PickleReader):
         self._used[what] += amount
         check_limit(self._used[what], limit, what)
 
-    def referred(self, key: object) -> object:
+    def referred(self, key: Any) -> object:
         """What a persistent id means: a storage, or a class of modules with its source code."""
         if self._find is None:
             return super().referred(key)
-        if type(key) is tuple and len(key) == 4 and key[0] == "module":
-            if not isinstance(key[1], Global):
-                raise damaged("a class of modules that is none.")
+        is_module = type(key) is tuple and len(key) == 4 and key[0] == "module"
+        if is_module and isinstance(key[1], Global):
             return key[1]
         if type(key) is not tuple or len(key) < 5 or key[0] not in ("storage", b"storage"):
             raise damaged("its pickle refers to something that is no storage.")

@@ -10,8 +10,9 @@ from bnfreeze.checkpoints.limits import (
     MAX_PICKLE_BYTES,
     MAX_TENSORS,
     check_limit,
+    checked_shape,
 )
-from bnfreeze.checkpoints.pickled import Content
+from bnfreeze.checkpoints.pickled import SCRIPT, Content
 from bnfreeze.checkpoints.reading import OpenFile, read_json
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import (
@@ -20,7 +21,6 @@ from bnfreeze.checkpoints.stored_tensor import (
     StridedTensor,
     numbered,
 )
-from bnfreeze.checkpoints.torch_calls import checked_shape
 from bnfreeze.checkpoints.torch_tensors import TorchPickleReader
 from bnfreeze.errors import CorruptCheckpointError, damaged
 
@@ -52,7 +52,7 @@ def read_torchscript(file: OpenFile) -> Content:
     content = read_torch_zip(file)
     return replace(
         content,
-        made=tuple(made for made in content.made if not made.name.startswith("__torch__.")),
+        made=tuple(made for made in content.made if not made.name.startswith(SCRIPT)),
         remarks=("TorchScript: its code was not looked at. Calling the model runs that code.",),
     )
 
