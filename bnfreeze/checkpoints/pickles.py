@@ -152,7 +152,8 @@ class PickleReader:
         if type(holder) is list:
             holder.extend(items)
         elif isinstance(holder, Opaque):
-            _check_changeable(holder)
+            if holder.given:
+                _refuse_change(holder)
             holder.items.extend(items)
         else:
             self._call_of(holder, method, tuple(items))
@@ -161,7 +162,8 @@ class PickleReader:
         holder = self._stack[-1]
         pairs = _paired(items)
         if isinstance(holder, (Pairs, Opaque)):
-            _check_changeable(holder)
+            if holder.given:
+                _refuse_change(holder)
             holder.pairs.extend(pairs)
         else:
             self._call_of(holder, "__setitem__", tuple(items))
@@ -206,8 +208,7 @@ class PickleReader:
             if isinstance(part, Pairs):
                 part.given = True
         if isinstance(made, Opaque):
-            _check_changeable(made)
-            if made.state is not None:
+            if made.given or made.state is not None:
                 _refuse_change(made)
             made.state = state
             self.filled(made)
@@ -240,11 +241,6 @@ class PickleReader:
         items = self._stack[mark:]
         del self._stack[mark:]
         return items
-
-
-def _check_changeable(holder: Pairs | Opaque) -> None:
-    if holder.given:
-        _refuse_change(holder)
 
 
 def _refuse_change(holder: object) -> NoReturn:

@@ -26,7 +26,7 @@ from bnfreeze.errors import (
 __all__ = ["FilePath", "RemotePath", "Source", "opened", "plain_errors"]
 
 # What is fetched beyond what is asked for: the tensors of a layer lie together.
-_AHEAD: Final = 1 << 12
+_AHEAD: Final = 1 << 13
 
 
 class RemotePath:
