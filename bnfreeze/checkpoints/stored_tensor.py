@@ -157,9 +157,7 @@ class StridedTensor(StoredTensor):
     def __post_init__(self) -> None:
         sizes, places = checked_shape(self.shape), (*self.stride, self.offset)
         if len(sizes) != len(self.stride) or not all(map(is_size, places)):
-            raise CorruptCheckpointError(
-                "A tensor whose shape, stride and offset do not make sense."
-            )
+            raise damaged("a tensor whose shape, stride and offset do not make sense.")
         end = (self.offset + self._span) * ITEM_SIZES[self.dtype]
         if self.numel and end > self.source.size:
             raise CorruptCheckpointError(

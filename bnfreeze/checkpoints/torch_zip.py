@@ -95,11 +95,8 @@ def read_export(file: OpenFile) -> Content:
     configs = [
         name for name in file.entries if name.startswith("data/weights/") and name.endswith(_CONFIG)
     ]
-    check_limit(
-        sum(file.entries[name].size for name in configs),
-        MAX_HEADER_BYTES,
-        "bytes of lists of weights",
-    )
+    total = sum(file.entries[name].size for name in configs)
+    check_limit(total, MAX_HEADER_BYTES, "bytes of lists of weights")
     models = {
         name.removeprefix("data/weights/").removesuffix(_CONFIG): _weights(file, name)
         for name in configs
