@@ -81,8 +81,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from bnfreeze.inspection.inspect import inspect_checkpoint
 
     _check_outputs(options)
-    shown: list[CheckpointInspection] = []
-    refused: dict[str, dict[str, Any]] = {}
+    results: list[CheckpointInspection | dict[str, Any]] = []
     code = 0
     for path in options.paths:
         try:
@@ -97,32 +96,26 @@ def _inspect(options: argparse.Namespace) -> int:
         except BnfreezeError as error:
             # The others are shown all the same.
             code = complain(str(error))
-            refused[path] = {"kind": type(error).__name__, "message": str(error)}
+            failure = {"kind": type(error).__name__, "message": str(error)}
+            results.append({"path": path, "error": failure})
         else:
-            shown.append(found)
+            results.append(found)
             code = max(code, _exit_code(found))
+    shown = [one for one in results if not isinstance(one, dict)]
 
     def data() -> dict[str, Any]:
-        left = iter(shown)
-        files = [
-            {"path": path, "error": refused[path]} if path in refused else next(left).to_dict()
-            for path in options.paths
-        ]
+        files = [one if isinstance(one, dict) else one.to_dict() for one in results]
         for file in files:
             file.pop("schema", None)
         return {"schema": 2, "ok": code == 0, "files": files}
 
-    several = len(options.paths) > 1
-    _show(
-        options,
-        shown,
-        data,
-        lambda: [
-            (*([one.origin.path] if several else []), *line)
-            for one in shown
-            for line in one.lines()
-        ],
-    )
+    def lines() -> list[tuple[str, ...]]:
+        several = len(options.paths) > 1
+        return [
+            (one.origin.path, *line) if several else line for one in shown for line in one.lines()
+        ]
+
+    _show(options, shown, data, lines)
     return code
 
 

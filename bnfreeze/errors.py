@@ -11,6 +11,7 @@ __all__ = [
     "PolicyError",
     "UnsafeCheckpointError",
     "UnsupportedFormatError",
+    "damaged",
 ]
 
 
@@ -44,6 +45,11 @@ class UnsafeCheckpointError(CheckpointError):
 
 class CorruptCheckpointError(CheckpointError):
     """The file's parts contradict each other, or some are missing."""
+
+
+def damaged(what: str) -> CorruptCheckpointError:
+    """The error of a file that is not as it was written; `what` is a sentence."""
+    return CorruptCheckpointError(f"Damaged: {what}")
 
 
 class UnsupportedFormatError(CheckpointError):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = ["replacement", "write_whole"]
@@ -21,19 +21,14 @@ def replacement(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     path = Path(os.path.realpath(path))
-    name = ""
+    fresh = path.with_name(f".bnfreeze.{secrets.token_hex(8)}")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".bnfreeze.")
-        os.close(handle)
-        yield Path(name)
-        # mkstemp makes a private file; this gives it the permissions that open() would.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
+        fresh.touch(exist_ok=False)
+        yield fresh
+        fresh.replace(path)
     except BaseException as error:
-        if name:
-            os.unlink(name)
+        with suppress(OSError):
+            fresh.unlink()
         if isinstance(error, OSError) and error.errno:
             error.filename = os.fspath(path)  # not the temporary name
         raise

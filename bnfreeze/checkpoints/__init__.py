@@ -6,18 +6,19 @@ bytes that are there, and its values when they are asked for. What is neither a 
 a text nor a container of these becomes a placeholder with a name. torch is neither used nor
 imported; its own loaders never see the file.
 
-`kinds` has the table of formats; their readers are in `torch_zip`, `torch_legacy`,
-`torch_export`, `npz`, `safetensors_file`, `shards`, `onnx_file` and `distributed`. The pickles in
-them are read as data (`opcodes`, `pickles`, `pickled`), with the names of torch (`torch_tensors`,
+`opening` has the table of formats; their readers are in `torch_zip`, `torch_legacy`,
+`numpy_arrays`, `safetensors_file`, `onnx_file` and `distributed`. The pickles in them are read as
+data (`opcodes`, `pickles`, `pickled`), with the names of torch (`torch_tensors`,
 `torch_calls`) and of NumPy (`numpy_arrays`). `state_dicts` finds the models in what was saved, and
 `modules` those that were saved whole. `placeholders` says what was not interpreted, and what
-loading the file would call; the names that are harmless stand in `code_names`. `remote` reads URLs
-by ranges.
+loading the file would call; it has the list of names that are harmless. `source` reads files and
+URLs by ranges.
 """
 
 from bnfreeze.checkpoints.modules import LayerSettings
-from bnfreeze.checkpoints.opening import Checkpoint, naming_file, open_checkpoint
+from bnfreeze.checkpoints.opening import Checkpoint, open_checkpoint
 from bnfreeze.checkpoints.placeholders import CodeCall, Uninterpreted
+from bnfreeze.checkpoints.reading import naming_file
 from bnfreeze.checkpoints.state_dicts import (
     StateDict,
     StateDicts,

@@ -7,46 +7,47 @@ data, like any other pickle.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
-from bnfreeze.checkpoints.code_names import would_call
 from bnfreeze.checkpoints.limits import (
     MAX_NESTING,
     MAX_PICKLE_BYTES,
     MAX_TENSORS,
     check_limit,
+    checked_shape,
     is_size,
 )
 from bnfreeze.checkpoints.pickled import Content, Global, Opaque, Pairs
-from bnfreeze.checkpoints.pickles import read_pickle
-from bnfreeze.checkpoints.reading import OpenFile
-from bnfreeze.checkpoints.shards import beside
+from bnfreeze.checkpoints.pickles import PickleReader
+from bnfreeze.checkpoints.placeholders import naming_calls
+from bnfreeze.checkpoints.reading import OpenFile, path_beside
 from bnfreeze.checkpoints.source import FilePath, Source, opened
 from bnfreeze.checkpoints.stored_tensor import ITEM_SIZES, StoredTensor, Words
-from bnfreeze.checkpoints.torch_calls import DTYPES, checked_shape
+from bnfreeze.checkpoints.torch_calls import DTYPES
 from bnfreeze.checkpoints.torch_zip import read_torch_zip
-from bnfreeze.errors import CheckpointError, CorruptCheckpointError, UnsupportedFormatError
+from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError, damaged
 
 __all__ = ["read_distributed"]
 
-_METADATA: Final = "torch.distributed.checkpoint.metadata."
-_FILESYSTEM: Final = "torch.distributed.checkpoint.filesystem."
-
+# Classes that torch itself writes into the metadata.
+_EXPECTED: Final = frozenset(
+    f"torch.distributed.checkpoint.{module}.{name}"
+    for module, names in {
+        "metadata": "Metadata TensorStorageMetadata BytesStorageMetadata TensorProperties "
+        "ChunkStorageMetadata MetadataIndex StorageMeta _MEM_FORMAT_ENCODING",
+        "filesystem": "_StorageInfo _StoragePrefix",
+    }.items()
+    for name in names.split()
+)
+_BYTES: Final = "torch.distributed.checkpoint.metadata.BytesStorageMetadata"
 _MOST_FIELDS: Final = 20
 
-# What torch itself writes into the metadata.
-_CLASSES: Final = (
-    "Metadata TensorStorageMetadata BytesStorageMetadata TensorProperties ChunkStorageMetadata "
-    "MetadataIndex StorageMeta _MEM_FORMAT_ENCODING"
-)
-_EXPECTED: Final = frozenset(
-    {f"{_METADATA}{name}" for name in _CLASSES.split()}
-    | {f"{_FILESYSTEM}_StorageInfo", f"{_FILESYSTEM}_StoragePrefix"}
-)
+# For each piece of a tensor, by name and offset: the bytes that hold it, a file of torch.save.
+_Places = dict[tuple[str, tuple[int, ...] | None], Source]
 
 
 def read_distributed(folder: FilePath) -> Content:
@@ -61,88 +62,72 @@ def read_distributed(folder: FilePath) -> Content:
         CheckpointError: refused, or the folder's parts contradict each other.
     """
     with opened(folder / ".metadata") as source:
-        check_limit(source.size, MAX_PICKLE_BYTES, "bytes of a pickle")
-        content = read_pickle(Source.of(source.read(0, source.size)))
+        content = PickleReader().read(source)
     made = [made for made in content.made if made.name not in _EXPECTED]
-    try:
+    with naming_calls(made):
         return Content(_tree(content.root, folder, made), tuple(made))
-    except CheckpointError as error:
-        raise type(error)(f"{error}{would_call(made)}") from None
 
 
 def _tree(root: Any, folder: FilePath, made: list[Opaque]) -> dict[str, Any]:
     """What the metadata describe, in nested dicts; `made` gets what the objects in it make."""
-    metadata = _fields(root, f"{_METADATA}Metadata")
-    tensors = _pairs(metadata.get("state_dict_metadata"))
+    parts = ("state_dict_metadata", "storage_data", "planner_data")
+    tensors, storage, planner = _fields(root, "Metadata", *parts)
+    if not isinstance(tensors, Pairs) or not isinstance(storage, Pairs):
+        raise damaged("its metadata lacks a part.")
     check_limit(len(tensors.pairs), MAX_TENSORS, "tensors")
-    planner = metadata.get("planner_data")
     paths = planner.named() if isinstance(planner, Pairs) else {}
-    places = dict(_places(_pairs(metadata.get("storage_data")), folder))
+    places = _places(storage, folder)
     tree: dict[str, Any] = {}
     pieces = pickled = 0
     for name, entry in tensors.named().items():
-        if isinstance(entry, Opaque) and entry.name == f"{_METADATA}BytesStorageMetadata":
+        if isinstance(entry, Opaque) and entry.name == _BYTES:
             # An object that is no tensor, which torch unpickles without `weights_only`.
-            path, start, length = _place_of(places, name, None)
-            content = read_torch_zip(OpenFile(Source(path, start, length), path))
+            content = read_torch_zip(OpenFile(_piece(places, name, None)))
             pickled += content.end
             check_limit(pickled, MAX_PICKLE_BYTES, "bytes of pickles")
             made += content.made
             _put(tree, paths.get(name), name, content.root)
-            continue
-        tensor = _tensor(name, entry, places)
-        pieces += len(tensor.parts)
-        check_limit(pieces, MAX_TENSORS, "pieces of tensors")
-        _put(tree, paths.get(name), name, tensor)
+        else:
+            tensor = _tensor(name, entry, places)
+            pieces += len(tensor.parts)
+            check_limit(pieces, MAX_TENSORS, "pieces of tensors")
+            _put(tree, paths.get(name), name, tensor)
     return tree
 
 
-def _fields(made: object, kind: str) -> dict[str, object]:
-    """The fields of an object of the class `kind`."""
-    if not isinstance(made, Opaque) or made.name != kind or not isinstance(made.state, Pairs):
-        raise CorruptCheckpointError(f"Damaged: its metadata has no {kind.rpartition('.')[2]}.")
+def _fields(made: object, kind: str, *names: str) -> list[Any]:
+    """The values of these fields of an object of the class `kind`; None for one that it lacks."""
+    name, state = (made.name, made.state) if isinstance(made, Opaque) else ("", None)
+    if name not in _EXPECTED or not name.endswith(f".{kind}") or not isinstance(state, Pairs):
+        raise damaged(f"its metadata has no {kind}.")
     # Few opcodes can give the same object to many names, and each looks through its fields.
-    check_limit(len(made.state.pairs), _MOST_FIELDS, "fields of an object")
-    return made.state.named()
+    check_limit(len(state.pairs), _MOST_FIELDS, "fields of an object")
+    return [state.named().get(name) for name in names]
 
 
-def _pairs(value: object) -> Pairs:
-    if not isinstance(value, Pairs):
-        raise CorruptCheckpointError("Damaged: its metadata lacks a part.")
-    return value
-
-
-def _numbers(value: object) -> tuple[int, ...]:
+def _numbers(value: Any) -> tuple[int, ...]:
     """The numbers of a `torch.Size`."""
-    inner: Any = value.arguments[0] if isinstance(value, Opaque) and value.arguments else value
-    try:
-        return checked_shape(inner)
-    except (TypeError, ValueError):
-        raise CorruptCheckpointError("Damaged: its metadata has a size that is none.") from None
+    if isinstance(value, Opaque) and value.arguments:
+        value = value.arguments[0]
+    return checked_shape(value)
 
 
-_Place = tuple[FilePath, int, int]
-_Places = dict[tuple[str, tuple[int, ...] | None], _Place]
-
-
-def _places(
-    storage: Pairs, folder: FilePath
-) -> Iterator[tuple[tuple[str, tuple[int, ...] | None], _Place]]:
-    """For each piece of a tensor, by name and offset: the file, and where in it."""
+def _places(storage: Pairs, folder: FilePath) -> _Places:
+    """Where each piece lies."""
+    places: _Places = {}
     sizes: dict[str, int] = {}
-    used: dict[str, int] = {}
+    used: Counter[str] = Counter()
     for key, value in storage.pairs:
-        index = _fields(key, f"{_METADATA}MetadataIndex")
-        info = _fields(value, f"{_FILESYSTEM}_StorageInfo")
-        name, offset = index.get("fqn"), index.get("offset")
-        file, start, length = (info.get(k) for k in ("relative_path", "offset", "length"))
+        name, offset = _fields(key, "MetadataIndex", "fqn", "offset")
+        parts = ("relative_path", "offset", "length", "transform_descriptors")
+        file, start, length, transforms = _fields(value, "_StorageInfo", *parts)
         if type(name) is not str or type(file) is not str:
-            raise CorruptCheckpointError("Damaged: its metadata has a name that is no text.")
+            raise damaged("its metadata has a name that is no text.")
         if not (is_size(start) and is_size(length)):
-            raise CorruptCheckpointError("Damaged: its metadata has a position that is no number.")
-        if info.get("transform_descriptors"):
+            raise damaged("its metadata has a position that is no number.")
+        if transforms:
             raise UnsupportedFormatError("Its files were transformed (compressed) when saved.")
-        path = beside(folder, file)
+        path = path_beside(folder, file)
         if file not in sizes:
             with opened(path) as source:
                 sizes[file] = source.size
@@ -152,41 +137,42 @@ def _places(
                 f"and has {sizes[file]:,}."
             )
         # So that a few bytes cannot stand for many pieces.
-        used[file] = used.get(file, 0) + length
+        used[file] += length
         if used[file] > sizes[file]:
-            raise CorruptCheckpointError(f"Damaged: pieces overlap in {file:.80}.")
-        yield (name, None if offset is None else _numbers(offset)), (path, start, length)
+            raise damaged(f"pieces overlap in {file:.80}.")
+        place = None if offset is None else _numbers(offset)
+        places[name, place] = Source(path, start, length)
+    return places
 
 
-def _place_of(places: _Places, name: str, offsets: tuple[int, ...] | None) -> _Place:
+def _piece(places: _Places, name: str, offsets: tuple[int, ...] | None) -> Source:
     if (name, offsets) not in places:
-        raise CorruptCheckpointError(f"Damaged: a piece of {name!r:.200} is missing.")
+        raise damaged(f"a piece of {name!r:.200} is missing.")
     return places[name, offsets]
 
 
 def _tensor(name: str, entry: object, places: _Places) -> _PiecedTensor:
-    fields = _fields(entry, f"{_METADATA}TensorStorageMetadata")
-    properties, chunks = fields.get("properties"), fields.get("chunks")
+    parts = ("properties", "chunks", "size")
+    properties, chunks, size = _fields(entry, "TensorStorageMetadata", *parts)
     state = properties.state if isinstance(properties, Opaque) else None
     first = state[0] if type(state) is tuple and state else None
     dtype = DTYPES.get(first.name) if isinstance(first, Global) else None
     if dtype is None or type(chunks) is not list:
-        raise CorruptCheckpointError(f"Damaged: its metadata does not describe {name!r:.200}.")
-    shape = _numbers(fields.get("size"))
+        raise damaged(f"its metadata does not describe {name!r:.200}.")
+    shape = _numbers(size)
     pieces = []
     for chunk in chunks:
-        parts = _fields(chunk, f"{_METADATA}ChunkStorageMetadata")
-        offsets, sizes = _numbers(parts.get("offsets")), _numbers(parts.get("sizes"))
-        place = _place_of(places, name, offsets)
+        offsets, sizes = map(_numbers, _fields(chunk, "ChunkStorageMetadata", "offsets", "sizes"))
+        source = _piece(places, name, offsets)
         if (
             not len(offsets) == len(sizes) == len(shape)
             or any(o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True))
-            or math.prod(sizes) * ITEM_SIZES[dtype] > place[2]
+            or math.prod(sizes) * ITEM_SIZES[dtype] > source.size
         ):
-            raise CorruptCheckpointError(f"Damaged: a piece of {name!r:.200} does not fit.")
-        pieces.append((offsets, sizes, place))
+            raise damaged(f"a piece of {name!r:.200} does not fit.")
+        pieces.append((offsets, sizes, source))
     if sum(math.prod(sizes) for _, sizes, _ in pieces) != math.prod(shape):
-        raise CorruptCheckpointError(f"Damaged: the pieces of {name!r:.200} do not make it up.")
+        raise damaged(f"the pieces of {name!r:.200} do not make it up.")
     return _PiecedTensor(dtype, shape, pieces)
 
 
@@ -195,18 +181,25 @@ class _PiecedTensor(StoredTensor):
     """A tensor in pieces, each a file of torch.save inside another file.
 
     Attributes:
-        parts: of each piece, where it begins in the tensor, its shape, and where it lies.
+        parts: of each piece, where it begins in the tensor, its shape, and its bytes.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    parts: list[tuple[tuple[int, ...], tuple[int, ...], _Place]]
+    parts: list[tuple[tuple[int, ...], tuple[int, ...], Source]]
 
     def words(self) -> Words:
         pair = (2,) if self.dtype == "complex128" else ()
         whole: Words | None = None
-        for offsets, sizes, (path, start, length) in self.parts:
-            words = self._piece(path, start, length, sizes)
+        for offsets, sizes, source in self.parts:
+            # Read at once: to open the file for each part of it would take long.
+            content = read_torch_zip(OpenFile(Source.of(source.read())))
+            piece = content.root
+            is_it = isinstance(piece, StoredTensor) and piece.shape == sizes
+            with naming_calls(content.made):
+                if not is_it or piece.dtype != self.dtype:
+                    raise damaged("a file has another tensor than its metadata say.")
+            words = piece.words()
             if whole is None:
                 # The bytes are there: the pieces' sizes add up to the whole.
                 whole = np.zeros((*self.shape, *pair), words.dtype)
@@ -217,20 +210,8 @@ class _PiecedTensor(StoredTensor):
         if whole is None:
             return np.empty(0, np.uint8)
         if not covered.all():
-            raise CorruptCheckpointError("Damaged: the pieces of a tensor overlap and leave gaps.")
+            raise damaged("the pieces of a tensor overlap and leave gaps.")
         return whole.reshape(-1)
-
-    def _piece(self, path: FilePath, start: int, length: int, sizes: tuple[int, ...]) -> Words:
-        with opened(path) as source:
-            content = read_torch_zip(OpenFile(source.part(start, length), path))
-            piece = content.root
-            expected = (self.dtype, sizes)
-            if isinstance(piece, StoredTensor) and (piece.dtype, piece.shape) == expected:
-                return piece.words()
-            raise CorruptCheckpointError(
-                "Damaged: a file has another tensor than its metadata say."
-                f"{would_call(content.made)}"
-            )
 
 
 def _put(tree: dict[str, Any], path: object, name: str, value: Any) -> None:
@@ -239,12 +220,12 @@ def _put(tree: dict[str, Any], path: object, name: str, value: Any) -> None:
     if type(path) is tuple and path:
         check_limit(len(path), MAX_NESTING, "levels of nesting")
         if not all(type(key) is str or is_size(key) for key in path):
-            raise CorruptCheckpointError(f"Damaged: the place of {name!r:.200} is none.")
+            raise damaged(f"the place of {name!r:.200} is none.")
         keys = [str(key) for key in path]
     for key in keys[:-1]:
         below = tree.setdefault(key, {})
         if not isinstance(below, dict):
-            raise CorruptCheckpointError(f"Damaged: {name!r:.200} is said to lie inside a tensor.")
+            raise damaged(f"{name!r:.200} is said to lie inside a tensor.")
         tree = below
     if keys[-1] in tree:
         raise CorruptCheckpointError(f"Ambiguous: {name!r:.200} is there twice.")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import Final, TypeGuard
+from typing import Any, Final, TypeGuard
 
-from bnfreeze.errors import UnsafeCheckpointError
+from bnfreeze.errors import UnsafeCheckpointError, damaged
 
 __all__ = [
     "MAX_CHANNELS",
@@ -15,13 +14,12 @@ __all__ = [
     "MAX_HEADER_BYTES",
     "MAX_NAME_LENGTH",
     "MAX_NESTING",
-    "MAX_NUMBER",
     "MAX_OPCODES",
     "MAX_PICKLE_BYTES",
     "MAX_RECORDS",
     "MAX_TENSORS",
     "check_limit",
-    "is_shape",
+    "checked_shape",
     "is_size",
 ]
 
@@ -42,7 +40,7 @@ MAX_CHANNELS: Final = 1 << 22
 # Dicts with tensors in them: the parameters of an optimizer have one each.
 MAX_DICTS: Final = 20_000
 # Sizes and offsets, as torch has them; larger ones could not even be printed.
-MAX_NUMBER: Final = 2**63 - 1
+_MAX_NUMBER: Final = 2**63 - 1
 
 
 def check_limit(value: int, limit: int, what: str) -> None:
@@ -59,14 +57,21 @@ def check_limit(value: int, limit: int, what: str) -> None:
 
 def is_size(value: object) -> TypeGuard[int]:
     """Whether a value from a file can be a size or an offset."""
-    return type(value) is int and 0 <= value <= MAX_NUMBER
+    return type(value) is int and 0 <= value <= _MAX_NUMBER
 
 
-def is_shape(sizes: Collection[object]) -> bool:
-    """Whether values from a file can be the shape of a tensor.
+def checked_shape(sizes: Any) -> tuple[int, ...]:
+    """The shape that values from a file stand for.
 
     Whatever the dtype, the bytes that the sizes other than 0 ask for must be a number that torch
     and NumPy have: both compute it for empty tensors too.
+
+    Raises:
+        UnsafeCheckpointError: too many dimensions.
+        CorruptCheckpointError: these are no sizes.
     """
-    numbers = [size for size in sizes if is_size(size)]
-    return len(numbers) == len(sizes) and math.prod(filter(None, numbers)) <= MAX_NUMBER // 16
+    numbers = sizes if type(sizes) in {tuple, list} else [None]
+    check_limit(len(numbers), MAX_DIMENSIONS, "dimensions of a tensor")
+    if not all(map(is_size, numbers)) or math.prod(filter(None, numbers)) > _MAX_NUMBER // 16:
+        raise damaged("the sizes of a tensor do not make sense.")
+    return tuple(numbers)

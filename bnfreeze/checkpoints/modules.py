@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeGuard
 
 from bnfreeze.checkpoints.limits import (
     MAX_NAME_LENGTH,
@@ -18,16 +18,14 @@ from bnfreeze.checkpoints.limits import (
     MAX_TENSORS,
     check_limit,
 )
-from bnfreeze.checkpoints.pickled import HOLDERS, Opaque, Pairs, key_text, tensor_in
+from bnfreeze.checkpoints.pickled import HOLDERS, SCRIPT, Opaque, Pairs, key_text, tensor_in
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 
 __all__ = ["LayerSettings", "Model", "is_module", "model_of", "plain_number"]
 
 _PARTS: Final = ("_parameters", "_buffers", "_modules")
 _UNSAVED: Final = "_non_persistent_buffers_set"
-_COUNTED: Final = (*_PARTS, _UNSAVED)
 _STATISTICS: Final = frozenset({"running_mean", "running_var"})
-_SCRIPT: Final = "__torch__."
 # What TorchScript puts between the parts of a name to keep names apart.
 _MANGLED: Final = re.compile(r"___torch_mangle_\d+\.")
 # Where bnfreeze notes what it froze.
@@ -56,7 +54,7 @@ class LayerSettings:
     in_graph: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Model:
     """What a whole model holds.
 
@@ -68,24 +66,21 @@ class Model:
         looked: how many entries of modules were looked through, for this one and those before it.
     """
 
-    tensors: Mapping[str, StoredTensor]
-    layers: Mapping[str, LayerSettings]
-    visited: frozenset[int] = frozenset()
-    besides: tuple[tuple[str, Any], ...] = ()
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    layers: dict[str, LayerSettings] = field(default_factory=dict)
+    visited: set[int] = field(default_factory=set)
+    besides: list[tuple[str, Any]] = field(default_factory=list)
     looked: int = 0
 
 
 def is_module(value: object) -> bool:
     """Whether the value is a placeholder of a module, or a module's `__dict__`."""
-    if isinstance(value, Opaque):
-        if value.name.startswith(_SCRIPT):
-            return isinstance(value.state, Pairs)
-        names: Mapping[str, Any] = value.attributes()
-    elif isinstance(value, Pairs):
-        names = value.named()
-    else:
+    if not isinstance(value, (Opaque, Pairs)):
         return False
-    return all(isinstance(names.get(part), (Pairs, Opaque)) for part in _PARTS)
+    if _is_script(value):
+        return isinstance(value.state, Pairs)
+    attributes = value.attributes()
+    return all(isinstance(attributes.get(part), (Pairs, Opaque)) for part in _PARTS)
 
 
 def model_of(root: Opaque | Pairs, looked: int) -> Model:
@@ -98,10 +93,7 @@ def model_of(root: Opaque | Pairs, looked: int) -> Model:
     Raises:
         UnsafeCheckpointError: nested too deep, or more than the limits allow.
     """
-    tensors: dict[str, StoredTensor] = {}
-    layers: dict[str, LayerSettings] = {}
-    visited: set[int] = set()
-    besides: list[tuple[str, Any]] = []
+    model = Model(looked=looked)
     waiting: list[tuple[str, Any, int]] = [("", root, 0)]
     count = 0
     while waiting:
@@ -111,34 +103,31 @@ def model_of(root: Opaque | Pairs, looked: int) -> Model:
         check_limit(count, MAX_TENSORS, "modules")
         check_limit(depth, MAX_NESTING, "levels of modules")
         check_limit(len(name), MAX_NAME_LENGTH, "characters of a module's name")
-        attributes = _attributes(module)
-        looked += 1 + len(attributes) + sum(_length(attributes.get(part)) for part in _COUNTED)
-        check_limit(looked, MAX_OPCODES, "entries of modules")
+        attributes = module.attributes()
+        sizes = (_length(attributes.get(part)) for part in (*_PARTS, _UNSAVED))
+        model.looked += 1 + len(attributes) + sum(sizes)
+        check_limit(model.looked, MAX_OPCODES, "entries of modules")
         own, children = _parts_of(module, attributes)
         prefix = f"{name}." if name else ""
-        tensors |= {f"{prefix}{part}": tensor for part, tensor in own.items()}
-        check_limit(len(tensors), MAX_TENSORS, "tensors")
+        model.tensors |= {f"{prefix}{part}": tensor for part, tensor in own.items()}
+        check_limit(len(model.tensors), MAX_TENSORS, "tensors")
         if not _STATISTICS.isdisjoint(own):
-            layers[name] = _settings(module, attributes)
+            model.layers[name] = _settings(module, attributes)
         waiting += [
             (f"{prefix}{part}", child, depth + 1) for part, child in reversed(children.items())
         ]
-        if id(module) not in visited:
-            visited.add(id(module))
-            besides += [
+        if id(module) not in model.visited:
+            model.visited.add(id(module))
+            model.besides += [
                 (f"{prefix}{part}" if part else name, value)
                 for part, value in _besides(module, attributes)
                 if isinstance(value, HOLDERS)
             ]
-    return Model(tensors, layers, frozenset(visited), tuple(besides), looked)
+    return model
 
 
-def _attributes(module: Opaque | Pairs) -> Mapping[str, Any]:
-    return module.attributes() if isinstance(module, Opaque) else module.named()
-
-
-def _is_script(module: Opaque | Pairs) -> bool:
-    return isinstance(module, Opaque) and module.name.startswith(_SCRIPT)
+def _is_script(module: Opaque | Pairs) -> TypeGuard[Opaque]:
+    return isinstance(module, Opaque) and module.name.startswith(SCRIPT)
 
 
 def _length(holder: object) -> int:
@@ -186,7 +175,7 @@ def _settings(module: Opaque | Pairs, attributes: Mapping[str, Any]) -> LayerSet
     name = module.name if isinstance(module, Opaque) else ""
     training = attributes.get("training")
     return LayerSettings(
-        class_name=_MANGLED.sub("", name.removeprefix(_SCRIPT)),
+        class_name=_MANGLED.sub("", name.removeprefix(SCRIPT)),
         eps=plain_number(attributes.get("eps")),
         momentum=plain_number(attributes.get("momentum")),
         training=training if type(training) is bool else None,

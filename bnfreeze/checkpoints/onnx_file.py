@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, MAX_TENSORS, check_limit
 from bnfreeze.checkpoints.modules import LayerSettings, Model, plain_number
 from bnfreeze.checkpoints.pickled import Content
 from bnfreeze.checkpoints.reading import OpenFile
-from bnfreeze.checkpoints.shards import beside
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import (
     DescribedTensor,
-    Record,
     StoredTensor,
     numbered,
     packed_tensor,
 )
-from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
+from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError, damaged
 
 __all__ = ["read_onnx"]
 
@@ -32,6 +30,11 @@ _EXTERNAL: Final = 1
 _NORM: Final = "BatchNormalization"
 # What a BatchNormalization node is given, after its input.
 _PARTS: Final = ("weight", "bias", "running_mean", "running_var")
+_UNREAD: Final = "compute their statistics, or lie in functions, and were not read."
+_FOLDED: Final = (
+    "There is no BatchNormalization node in the graph. Exporters fold batch norm into the "
+    "convolution before it."
+)
 
 
 def read_onnx(file: OpenFile) -> Content:
@@ -41,7 +44,6 @@ def read_onnx(file: OpenFile) -> Content:
 
     Raises:
         UnsupportedFormatError: the package `onnx` is not installed.
-        CheckpointError: damaged.
     """
     try:
         import onnx
@@ -52,32 +54,37 @@ def read_onnx(file: OpenFile) -> Content:
         ) from None
     check_limit(file.source.size, _MOST_BYTES, "bytes of an ONNX model")
     try:
-        model = onnx.ModelProto.FromString(file.source.read(0, file.source.size))
+        model = onnx.ModelProto.FromString(file.source.read())
     except DecodeError:
-        raise CorruptCheckpointError("Damaged: it begins as ONNX, and is none.") from None
-    tensors: dict[str, StoredTensor] = {}
-    layers: dict[str, LayerSettings] = {}
+        raise damaged("it begins as ONNX, and is none.") from None
     graphs = list(_with_subgraphs(model.graph))
+    nodes = [node for graph in graphs for node in graph.node]
     # Protobuf gives bytes for a text that is no UTF-8.
     if any(type(text) is not str for graph in graphs for text in _texts(graph)):
-        raise CorruptCheckpointError("Damaged: a name in it is no text.")
-    for proto in _tensors_in(graphs):
+        raise damaged("a name in it is no text.")
+    stored = [proto for graph in graphs for proto in graph.initializer]
+    for node in nodes:
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.HasField("t") and node.output:
+                attribute.t.name = node.output[0]
+                stored.append(attribute.t)
+    check_limit(len(stored), MAX_TENSORS, "tensors")
+    tensors: dict[str, StoredTensor] = {}
+    for proto in stored:
         check_limit(len(proto.name), MAX_NAME_LENGTH, "characters of a tensor's name")
-        if proto.name in tensors:
-            if len(graphs) == 1:
-                raise CorruptCheckpointError(f"Ambiguous: {proto.name!r:.200} is there twice.")
+        if proto.name not in tensors:
+            tensors[proto.name] = _tensor(proto, file)
+        elif len(graphs) == 1:
+            raise CorruptCheckpointError(f"Ambiguous: {proto.name!r:.200} is there twice.")
+        else:
             tensors[proto.name] = DescribedTensor("uint8", (0,), "several branches have the name")
-            continue
-        tensors[proto.name] = _tensor(proto, file)
-        check_limit(len(tensors), MAX_TENSORS, "tensors")
-    unread = 0
-    for name, node, parts, settings in _norm_nodes(graphs, tensors):
-        if name in layers:
-            name = node
+    layers: dict[str, LayerSettings] = {}
+    unread = sum(node.op_type == _NORM for one in model.functions for node in one.node)
+    for name, node_name, parts, settings in _norm_layers(nodes, tensors):
+        name = node_name if name in layers else name
         layers[name] = settings
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         unread += "running_mean" not in parts or "running_var" not in parts
-    unread += sum(node.op_type == _NORM for one in model.functions for node in one.node)
     remarks: tuple[str, ...] = () if layers else (_FOLDED,)
     if unread:
         remarks = (f"{unread} of its {_NORM} nodes {_UNREAD}",)
@@ -90,12 +97,8 @@ def _with_subgraphs(graph: Any) -> Iterator[Any]:
     while waiting:
         one = waiting.pop()
         yield one
-        waiting += [
-            attribute.g
-            for node in one.node
-            for attribute in node.attribute
-            if attribute.HasField("g")
-        ]
+        attributes = (attribute for node in one.node for attribute in node.attribute)
+        waiting += [attribute.g for attribute in attributes if attribute.HasField("g")]
 
 
 def _texts(graph: Any) -> Iterator[object]:
@@ -105,29 +108,10 @@ def _texts(graph: Any) -> Iterator[object]:
         yield from (attribute.name for attribute in node.attribute)
 
 
-def _tensors_in(graphs: Iterable[Any]) -> Iterator[Any]:
-    """The initializers, and the tensors of Constant nodes under their outputs' names."""
-    for graph in graphs:
-        yield from graph.initializer
-        for node in graph.node:
-            for attribute in node.attribute:
-                if node.op_type == "Constant" and attribute.HasField("t") and node.output:
-                    attribute.t.name = node.output[0]
-                    yield attribute.t
-
-
-_UNREAD: Final = "compute their statistics, or lie in functions, and were not read."
-_FOLDED: Final = (
-    "There is no BatchNormalization node in the graph. Exporters fold batch norm into the "
-    "convolution before it."
-)
-
-
-def _norm_nodes(
-    graphs: Sequence[Any], tensors: Mapping[str, StoredTensor]
+def _norm_layers(
+    nodes: list[Any], tensors: Mapping[str, StoredTensor]
 ) -> Iterator[tuple[str, str, dict[str, StoredTensor], LayerSettings]]:
     """The name of each norm layer, that of its node, its tensors, and its settings."""
-    nodes = [node for graph in graphs for node in graph.node]
     same = {
         node.output[0]: node.input[0]
         for node in nodes
@@ -146,22 +130,17 @@ def _norm_nodes(
         values = {attribute.name: attribute for attribute in node.attribute}
         # ONNX keeps this share of the old value; torch takes the rest from the new one.
         kept = values["momentum"].f if "momentum" in values else 0.9
-        yield (
-            name,
-            node_name,
-            parts,
-            LayerSettings(
-                class_name=_NORM,
-                eps=plain_number(values["epsilon"].f if "epsilon" in values else 1e-5),
-                momentum=plain_number(round(1 - kept, 6)),
-                training=bool(values["training_mode"].i) if "training_mode" in values else False,
-                in_graph=True,
-            ),
+        settings = LayerSettings(
+            class_name=_NORM,
+            eps=plain_number(values["epsilon"].f if "epsilon" in values else 1e-5),
+            momentum=plain_number(round(1 - kept, 6)),
+            training=bool(values["training_mode"].i) if "training_mode" in values else False,
+            in_graph=True,
         )
+        yield name, node_name, parts, settings
 
 
 def _tensor(proto: Any, file: OpenFile) -> StoredTensor:
-    shape = tuple(proto.dims)
     dtype = _DTYPES.get(proto.data_type)
     if dtype is None:
         return DescribedTensor("uint8", (0,), "its elements are of a kind that torch has not")
@@ -175,19 +154,17 @@ def _tensor(proto: Any, file: OpenFile) -> StoredTensor:
         try:
             data = Source.of(numpy_helper.to_array(proto).tobytes())
         except (ValueError, TypeError):
-            raise CorruptCheckpointError(f"Damaged: {proto.name!r:.200} is no tensor.") from None
-    return packed_tensor(dtype, shape, Record(data))
+            raise damaged(f"{proto.name!r:.200} is no tensor.") from None
+    return packed_tensor(dtype, tuple(proto.dims), data)
 
 
 def _beside(proto: Any, file: OpenFile) -> Source:
     """The bytes of a tensor that lies in another file."""
     entries = {entry.key: entry.value for entry in proto.external_data}
-    if any(type(text) is not str for text in (*entries, *entries.values())):
-        raise CorruptCheckpointError(f"Damaged: {proto.name!r:.200} lies nowhere.")
-    source = file.beside(beside(file.path.parent, entries.get("location", ""))).source
     try:
+        source = file.beside(entries.get("location", "")).source
         offset = int(entries.get("offset", "0"))
-        length = int(entries.get("length", str(source.size - offset)))
-    except ValueError:
-        raise CorruptCheckpointError(f"Damaged: {proto.name!r:.200} lies nowhere.") from None
-    return source.part(offset, length)
+        return source.part(offset, int(entries.get("length", source.size - offset)))
+    # Protobuf gives bytes for a text that is no UTF-8.
+    except (TypeError, ValueError):
+        raise damaged(f"{proto.name!r:.200} lies nowhere.") from None

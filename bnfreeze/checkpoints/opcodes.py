@@ -10,11 +10,12 @@ import codecs
 import pickletools
 import struct
 from collections.abc import Callable, Iterator
+from pickle import decode_long
 from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_PICKLE_BYTES, check_limit
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.errors import CorruptCheckpointError
+from bnfreeze.errors import damaged
 
 __all__ = ["CODES", "Opcodes"]
 
@@ -34,10 +35,6 @@ def _old_text(data: bytes) -> str:
     return data.decode("latin-1")
 
 
-def _integer(data: bytes) -> int:
-    return int.from_bytes(data, "little", signed=True)
-
-
 # The size that comes first, what to make of the bytes, and whether they may stay in the file.
 _COUNTED: Final[dict[int, tuple[struct.Struct, Callable[[bytes], Any], bool]]] = {
     CODES[name]: (struct.Struct(form), decode, decode in (bytes, _old_text))
@@ -45,7 +42,7 @@ _COUNTED: Final[dict[int, tuple[struct.Struct, Callable[[bytes], Any], bool]]] =
         (_text, {"SHORT_BINUNICODE": "<B", "BINUNICODE": "<I", "BINUNICODE8": "<Q"}),
         (bytes, {"SHORT_BINBYTES": "<B", "BINBYTES": "<I", "BINBYTES8": "<Q", "BYTEARRAY8": "<Q"}),
         (_old_text, {"SHORT_BINSTRING": "<B", "BINSTRING": "<i"}),
-        (_integer, {"LONG1": "<B", "LONG4": "<i"}),
+        (decode_long, {"LONG1": "<B", "LONG4": "<i"}),
     )
     for name, form in forms.items()
 }
@@ -134,7 +131,7 @@ class Opcodes:
         left = self._source.size - self._begin
         check_limit(self._taken + count, MAX_PICKLE_BYTES, "bytes of a pickle and more")
         if count > left:
-            raise CorruptCheckpointError("Damaged: its pickle ends or breaks off.")
+            raise damaged("its pickle ends or breaks off.")
         self._window = self._source.read(self._begin, min(max(count, _WINDOW), left))
 
     def _counted(
@@ -142,7 +139,7 @@ class Opcodes:
     ) -> object:
         (count,) = form.unpack(self.read(form.size))
         if count < 0:
-            raise CorruptCheckpointError("Damaged: its pickle has a text of negative length.")
+            raise damaged("its pickle has a text of negative length.")
         if not may_stay or count <= _LONG:
             return decode(self.read(count))
         there = self._source.part(self.position, count)

@@ -14,6 +14,7 @@ from bnfreeze.errors import CorruptCheckpointError
 
 __all__ = [
     "HOLDERS",
+    "SCRIPT",
     "Content",
     "Global",
     "Opaque",
@@ -21,9 +22,14 @@ __all__ = [
     "check_nesting",
     "check_new",
     "children_of",
+    "joined_key",
     "key_text",
     "tensor_in",
 ]
+
+
+# The names of TorchScript's classes, whose code is in the file, begin with this.
+SCRIPT: Final = "__torch__."
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +94,9 @@ class Pairs:
             self._named = (len(self.pairs), named)
         return self._named[1]
 
+    # Of an object, where it is the object's `__dict__`.
+    attributes = named
+
 
 @dataclass(frozen=True)
 class Content:
@@ -133,6 +142,8 @@ def tensor_in(value: object) -> StoredTensor | None:
     return value if isinstance(value, StoredTensor) else None
 
 
+# Of a key that is shown: what is longer is shown by its end.
+_KEY_LENGTH: Final = 400
 # What may have tensors in it.
 HOLDERS: Final = (dict, list, tuple, Pairs, Opaque)
 
@@ -175,3 +186,8 @@ def key_text(key: object) -> str:
         return key
     # A number of thousands of digits cannot be written.
     return str(key) if is_size(key) else "…"
+
+
+def joined_key(key: str, name: str) -> str:
+    """The dotted key of what is under a name in another key. Long ones are cut."""
+    return f"{key}.{name:.200}"[-_KEY_LENGTH:] if key and name else key or name[:200]

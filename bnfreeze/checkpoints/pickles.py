@@ -12,21 +12,14 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
-from bnfreeze.checkpoints.code_names import would_call
 from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, MAX_OPCODES, check_limit
 from bnfreeze.checkpoints.opcodes import CODES, Opcodes
-from bnfreeze.checkpoints.pickled import (
-    Content,
-    Global,
-    Opaque,
-    Pairs,
-    check_nesting,
-    check_new,
-)
+from bnfreeze.checkpoints.pickled import Content, Global, Opaque, Pairs, check_nesting, check_new
+from bnfreeze.checkpoints.placeholders import naming_calls
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.errors import CheckpointError, CorruptCheckpointError
+from bnfreeze.errors import CorruptCheckpointError, damaged
 
-__all__ = ["PickleReader", "read_pickle"]
+__all__ = ["PickleReader"]
 
 
 # What puts its own argument on the stack.
@@ -37,18 +30,6 @@ _VALUES: Final = (
 )
 
 _NAMES: Final = {code: name for name, code in CODES.items()}
-
-
-def read_pickle(source: Source, start: int = 0) -> Content:
-    """Describe what the pickle at `start` of `source` would build.
-
-    What follows the pickle is not looked at.
-
-    Raises:
-        UnsafeCheckpointError: it goes beyond the limits.
-        CorruptCheckpointError: it is no well-formed pickle, or changes what it made before.
-    """
-    return PickleReader().read(source, start)
 
 
 class PickleReader:
@@ -77,39 +58,44 @@ class PickleReader:
 
     def referred(self, key: object) -> object:
         """What a persistent id stands for."""
-        raise CorruptCheckpointError("Damaged: its pickle refers to storages out of place.")
+        raise damaged("its pickle refers to storages out of place.")
 
     def read(self, source: Source, start: int = 0) -> Content:
-        """As `read_pickle`; once only."""
+        """Describe what the pickle at `start` of `source` would build; once only.
+
+        What follows the pickle is not looked at.
+
+        Raises:
+            UnsafeCheckpointError: it goes beyond the limits.
+            CorruptCheckpointError: it is no well-formed pickle, or changes what it made before.
+        """
         opcodes = Opcodes(source, start)
-        steps = self._steps()
-        count = 0
-        try:
-            for code, argument in opcodes:
-                count += 1
-                if count > MAX_OPCODES:
-                    check_limit(count, MAX_OPCODES, "opcodes of a pickle and more")
-                step = steps.get(code)
-                if step is None:
-                    name = _NAMES.get(code, f"the byte {code:#04x}")
-                    raise CorruptCheckpointError(f"Its pickle uses {name}, which is not read here.")
-                step(argument)
-            (root,) = self._popped(1)
-        # With python -W error a warning is an error, such as one about a bad escape in a string.
-        except (ValueError, IndexError, OverflowError, Warning) as error:
-            raise CorruptCheckpointError(
-                f"Damaged: its pickle ends or breaks off ({error}).{would_call(self.made)}"
-            ) from None
-        except CheckpointError as error:
-            raise type(error)(f"{error}{would_call(self.made)}") from None
+        with naming_calls(self.made):
+            try:
+                self._walk(opcodes)
+                (root,) = self._popped(1)
+            # With python -W error a warning is an error, as about a bad escape in a string.
+            except (ValueError, IndexError, OverflowError, Warning) as error:
+                raise damaged(f"its pickle ends or breaks off ({error}).") from None
         check_nesting(root)
         return Content(root, tuple(self.made), end=opcodes.position)
+
+    def _walk(self, opcodes: Opcodes) -> None:
+        steps = self._steps()
+        for count, (code, argument) in enumerate(opcodes, 1):
+            if count > MAX_OPCODES:
+                check_limit(count, MAX_OPCODES, "opcodes of a pickle and more")
+            step = steps.get(code)
+            if step is None:
+                name = _NAMES.get(code, f"the byte {code:#04x}")
+                raise CorruptCheckpointError(f"Its pickle uses {name}, which is not read here.")
+            step(argument)
 
     def _steps(self) -> dict[int, Callable[[Any], object]]:
         push = self._stack.append
         steps: dict[str, Callable[[Any], object]] = {
             **dict.fromkeys(_VALUES, push),
-            **dict.fromkeys(("PROTO", "FRAME"), lambda _: None),
+            **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda _: None),
             **dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT"), self._put),
             **dict.fromkeys(("BINGET", "LONG_BINGET", "GET"), self._get),
             "MEMOIZE": lambda _: self._put(len(self._memo)),
@@ -121,15 +107,13 @@ class PickleReader:
             "NEWTRUE": lambda _: push(True),
             "NEWFALSE": lambda _: push(False),
             "EMPTY_TUPLE": lambda _: push(()),
-            "EMPTY_LIST": lambda _: push([]),
-            "EMPTY_SET": lambda _: push([]),
+            **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET"), lambda _: push([])),
             "EMPTY_DICT": lambda _: push(Pairs()),
             "TUPLE1": lambda _: push((*self._popped(1),)),
             "TUPLE2": lambda _: push((*self._popped(2),)),
             "TUPLE3": lambda _: push((*self._popped(3),)),
             "TUPLE": lambda _: push(tuple(self._marked())),
-            "LIST": lambda _: push(self._marked()),
-            "FROZENSET": lambda _: push(self._marked()),
+            **dict.fromkeys(("LIST", "FROZENSET"), lambda _: push(self._marked())),
             "DICT": lambda _: push(Pairs(_paired(self._marked()))),
             "APPEND": lambda _: self._extend(self._popped(1), "append"),
             "APPENDS": lambda _: self._extend(self._marked(), "extend"),
@@ -145,7 +129,6 @@ class PickleReader:
             "OBJ": self._make_of_marked,
             "BUILD": self._build,
             "BINPERSID": lambda _: push(self.referred(*self._popped(1))),
-            "STOP": lambda _: None,
         }
         return {CODES[name]: step for name, step in steps.items()}
 
@@ -154,7 +137,7 @@ class PickleReader:
 
     def _get(self, index: int) -> None:
         if index not in self._memo:
-            raise CorruptCheckpointError("Damaged: its pickle refers to what it does not hold.")
+            raise damaged("its pickle refers to what it does not hold.")
         self._stack.append(self._memo[index])
 
     def _pop(self, _: object) -> None:
@@ -169,7 +152,8 @@ class PickleReader:
         if type(holder) is list:
             holder.extend(items)
         elif isinstance(holder, Opaque):
-            _check_changeable(holder)
+            if holder.given:
+                _refuse_change(holder)
             holder.items.extend(items)
         else:
             self._call_of(holder, method, tuple(items))
@@ -178,7 +162,8 @@ class PickleReader:
         holder = self._stack[-1]
         pairs = _paired(items)
         if isinstance(holder, (Pairs, Opaque)):
-            _check_changeable(holder)
+            if holder.given:
+                _refuse_change(holder)
             holder.pairs.extend(pairs)
         else:
             self._call_of(holder, "__setitem__", tuple(items))
@@ -195,15 +180,13 @@ class PickleReader:
         self._make(kind, arguments)
 
     def _make(self, function: object, arguments: object) -> None:
-        if type(arguments) is not tuple:
-            raise CorruptCheckpointError("Damaged: its pickle calls what is no function.")
+        if type(arguments) is not tuple or not isinstance(function, (Global, Opaque)):
+            raise damaged("its pickle calls what is no function.")
         if isinstance(function, Global):
             made = self.called(Opaque(function.name, arguments))
-        elif isinstance(function, Opaque):
+        else:
             name = function.name if function.at_run_time else f"{function.name}(…)"
             made = Opaque(name, (function, arguments), at_run_time=True)
-        else:
-            raise CorruptCheckpointError("Damaged: its pickle calls what is no function.")
         if isinstance(made, Opaque):
             self.made.append(made)
         self._stack.append(made)
@@ -211,7 +194,7 @@ class PickleReader:
     def _make_with_keywords(self, _: object) -> None:
         kind, arguments, keywords = self._popped(3)
         if type(arguments) is not tuple or not isinstance(keywords, Pairs):
-            raise CorruptCheckpointError("Damaged: its pickle calls what is no function.")
+            raise damaged("its pickle calls what is no function.")
         self._make_new(kind, (arguments, keywords) if keywords.pairs else arguments)
 
     def _make_of_marked(self, _: object) -> None:
@@ -225,8 +208,7 @@ class PickleReader:
             if isinstance(part, Pairs):
                 part.given = True
         if isinstance(made, Opaque):
-            _check_changeable(made)
-            if made.state is not None:
+            if made.given or made.state is not None:
                 _refuse_change(made)
             made.state = state
             self.filled(made)
@@ -238,7 +220,7 @@ class PickleReader:
 
     def _name(self, module: object, name: object) -> Global:
         if type(module) is not str or type(name) is not str:
-            raise CorruptCheckpointError("Damaged: its pickle names something that is no text.")
+            raise damaged("its pickle names something that is no text.")
         # Few opcodes can put the same long texts together again and again.
         check_limit(len(module) + len(name), MAX_NAME_LENGTH, "characters of a name")
         # Python 2's names, which protocols 0 to 2 use to this day.
@@ -247,23 +229,18 @@ class PickleReader:
 
     def _popped(self, count: int) -> list[Any]:
         if len(self._stack) - (self._marks[-1] if self._marks else 0) < count:
-            raise CorruptCheckpointError("Damaged: its pickle takes more than it put.")
+            raise damaged("its pickle takes more than it put.")
         items = self._stack[-count:]
         del self._stack[-count:]
         return items
 
     def _marked(self) -> list[Any]:
         if not self._marks:
-            raise CorruptCheckpointError("Damaged: its pickle closes what it did not open.")
+            raise damaged("its pickle closes what it did not open.")
         mark = self._marks.pop()
         items = self._stack[mark:]
         del self._stack[mark:]
         return items
-
-
-def _check_changeable(holder: Pairs | Opaque) -> None:
-    if holder.given:
-        _refuse_change(holder)
 
 
 def _refuse_change(holder: object) -> NoReturn:
@@ -276,5 +253,5 @@ def _refuse_change(holder: object) -> NoReturn:
 
 def _paired(items: list[Any]) -> list[tuple[object, object]]:
     if len(items) % 2:
-        raise CorruptCheckpointError("Damaged: its pickle has a key without a value.")
+        raise damaged("its pickle has a key without a value.")
     return list(zip(items[::2], items[1::2], strict=True))

@@ -1,35 +1,44 @@
-"""What every reader of a format gets, and what it gives."""
+"""What every reader of a format gets."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from bnfreeze.checkpoints.source import FilePath, Source
+from bnfreeze.checkpoints.source import FilePath, Source, opened
 from bnfreeze.checkpoints.zips import Entry, read_directory
-from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError
+from bnfreeze.errors import (
+    BnfreezeError,
+    CorruptCheckpointError,
+    UnsafeCheckpointError,
+    UnsupportedFormatError,
+    damaged,
+)
 
-__all__ = ["OpenFile", "read_json"]
+__all__ = ["OpenFile", "naming_file", "path_beside", "read_json"]
 
 
 @dataclass(eq=False)
 class OpenFile:
-    """A file that was opened for reading.
+    """A file that was opened for reading, or a part of one.
 
     Attributes:
         source: its bytes.
-        path: where it lies.
-        open_file: opens another file until this one is closed; None where there is no other.
+        path: where it lies; None of a part, which must not refer to other files.
+        stack: closes the files that are opened for it.
     """
 
     source: Source
-    path: FilePath
-    open_file: Callable[[FilePath], OpenFile] | None = None
-    _opened: dict[str, OpenFile] = field(default_factory=dict)
+    path: FilePath | None = None
+    stack: ExitStack = field(default_factory=ExitStack)
+    _others: dict[str, OpenFile] = field(default_factory=dict)
 
     @cached_property
     def head(self) -> bytes:
@@ -60,20 +69,47 @@ class OpenFile:
             CorruptCheckpointError: it is not.
         """
         if name not in self.entries:
-            raise CorruptCheckpointError(f"Damaged: '{name:.80}' is missing in it.")
+            raise damaged(f"'{name:.80}' is missing in it.")
         return self.entries[name]
 
-    def beside(self, path: FilePath) -> OpenFile:
-        """Another file, open as long as this one; the same for the same path.
+    def beside(self, name: str) -> OpenFile:
+        """A file beside this one, open as long as this one; the same for the same name.
 
         Raises:
             CheckpointError: it cannot be opened.
         """
-        if self.open_file is None:
-            raise CorruptCheckpointError("A part of a file that refers to other files.")
-        if str(path) not in self._opened:
-            self._opened[str(path)] = self.open_file(path)
-        return self._opened[str(path)]
+        if self.path is None:
+            raise UnsupportedFormatError("A part, as a shard of an index, that refers to others.")
+        if name not in self._others:
+            source = self.stack.enter_context(opened(path_beside(self.path.parent, name)))
+            # Without a path: two indexes that name each other would have no end.
+            self._others[name] = OpenFile(source)
+        return self._others[name]
+
+
+def path_beside(folder: FilePath, name: str) -> FilePath:
+    """The path of a file that another file names: a plain name, and so beside it.
+
+    Raises:
+        UnsafeCheckpointError: anything but a plain name.
+    """
+    plain = all(kind(name).name == name for kind in (PurePosixPath, PureWindowsPath))
+    if not plain or name in {"", ".", ".."} or "\0" in name:
+        raise UnsafeCheckpointError(
+            f"Refused: it refers to {name!r:.200}, and not to a file beside it."
+        )
+    return folder / name
+
+
+@contextmanager
+def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an error of the package that comes out say which file or tensor it is about."""
+    try:
+        yield
+    except BnfreezeError as error:
+        if str(error).startswith(f"{path}: "):
+            raise
+        raise type(error)(f"{path}: {error}") from None
 
 
 def read_json(data: bytes, what: str) -> dict[str, Any]:
@@ -83,20 +119,20 @@ def read_json(data: bytes, what: str) -> dict[str, Any]:
         CorruptCheckpointError: no JSON, no object, or one with a name twice.
         UnsafeCheckpointError: nested too deep.
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+            raise CorruptCheckpointError(f"Ambiguous: {what} has the name {name!r:.200} twice.")
+        return found
+
     try:
-        value = json.loads(data.decode(), object_pairs_hook=lambda pairs: _unique(pairs, what))
+        value = json.loads(data.decode(), object_pairs_hook=unique)
     except RecursionError:
         raise UnsafeCheckpointError(f"Refused: {what} is nested too deep.") from None
     except ValueError as error:
-        raise CorruptCheckpointError(f"Damaged: {what} is no JSON ({error}).") from None
+        raise damaged(f"{what} is no JSON ({error}).") from None
     if type(value) is not dict:
-        raise CorruptCheckpointError(f"Damaged: {what} is no JSON object.")
+        raise damaged(f"{what} is no JSON object.")
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise CorruptCheckpointError(f"Ambiguous: {what} has the name {name!r:.200} twice.")
-    return found

@@ -1,23 +1,31 @@
-"""Safetensors files: a header of JSON that says where each tensor lies, then their bytes."""
+"""Hugging Face's files: safetensors, and the index of shards that such files are.
+
+A safetensors file is a header of JSON that says where each tensor lies, then their bytes. An index
+is a JSON file that says in which of several files each tensor lies.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_HEADER_BYTES, MAX_TENSORS, check_limit, is_size
-from bnfreeze.checkpoints.pickled import Content
-from bnfreeze.checkpoints.reading import OpenFile, read_json
-from bnfreeze.checkpoints.source import Source
+from bnfreeze.checkpoints.opening import read_file
+from bnfreeze.checkpoints.pickled import Content, Opaque, Pairs, tensor_in
+from bnfreeze.checkpoints.reading import OpenFile, naming_file, read_json
 from bnfreeze.checkpoints.stored_tensor import (
     ITEM_SIZES,
     NUMPY_DTYPES,
-    Record,
     StoredTensor,
     packed_tensor,
 )
-from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
+from bnfreeze.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    UnsupportedFormatError,
+    damaged,
+)
 
-__all__ = ["DTYPES", "read_safetensors"]
+__all__ = ["DTYPES", "read_safetensors", "read_shards"]
 
 # Safetensors' names: of most, the first letter and the bits.
 DTYPES: Final = {
@@ -38,10 +46,6 @@ def read_safetensors(file: OpenFile) -> Content:
     """The tensors by name, in the order in which they lie in the file.
 
     As the format asks for, they must lie one after the other, without a gap, to the very end.
-
-    Raises:
-        CorruptCheckpointError: its parts contradict each other, or a name stands there twice.
-        UnsafeCheckpointError: beyond the limits.
     """
     source = file.source
     length = int.from_bytes(source.read(0, 8), "little")
@@ -51,37 +55,71 @@ def read_safetensors(file: OpenFile) -> Content:
     check_limit(len(header), MAX_TENSORS, "tensors")
     data = source.part(8 + length, source.size - 8 - length)
     places = {name: _place(description) for name, description in header.items()}
-    names = sorted(places, key=lambda name: places[name])
-    end = 0
-    for name in names:
-        if places[name][0] != end:
-            raise CorruptCheckpointError(f"Damaged: {name!r:.200} does not follow the one before.")
-        end = places[name][1]
-    if end != data.size:
-        raise CorruptCheckpointError(
-            f"Damaged: its tensors should take {end:,} bytes, and there are {data.size:,}."
-        )
-    return Content({name: _tensor(name, header[name], data) for name in names})
+    whole = max((end for _, end in places.values()), default=0)
+    if whole != data.size:
+        raise damaged(f"its tensors should take {whole:,} bytes, and there are {data.size:,}.")
+    position = 0
+    tensors: dict[str, StoredTensor] = {}
+    for name, (begin, end) in sorted(places.items(), key=lambda item: item[1]):
+        if begin != position:
+            raise damaged(f"{name!r:.200} does not follow the one before.")
+        dtype, shape = header[name].get("dtype"), header[name].get("shape")
+        if type(dtype) is not str or type(shape) is not list:
+            raise damaged("its header does not describe tensors.")
+        if dtype not in DTYPES:
+            raise UnsupportedFormatError(f"{name!r:.200} is of dtype {dtype!r:.40}, unknown here.")
+        with naming_file(f"{name!r:.200}"):
+            tensors[name] = packed_tensor(DTYPES[dtype], shape, data.part(begin, end - begin))
+        position = end
+    return Content(tensors)
 
 
 def _place(description: Any) -> tuple[int, int]:
     try:
         begin, end = description["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise CorruptCheckpointError("Damaged: its header does not describe tensors.") from None
+        raise damaged("its header does not describe tensors.") from None
     if not (is_size(begin) and is_size(end) and begin <= end):
-        raise CorruptCheckpointError("Damaged: its header has a place that makes no sense.")
+        raise damaged("its header has a place that makes no sense.")
     return begin, end
 
 
-def _tensor(name: str, description: dict[str, Any], data: Source) -> StoredTensor:
-    dtype, shape = description.get("dtype"), description.get("shape")
-    if type(dtype) is not str or type(shape) is not list:
-        raise CorruptCheckpointError("Damaged: its header does not describe tensors.")
-    if dtype not in DTYPES:
-        raise UnsupportedFormatError(f"{name!r:.200} is of dtype {dtype!r:.40}, unknown here.")
-    begin, end = description["data_offsets"]
-    try:
-        return packed_tensor(DTYPES[dtype], shape, Record(data.part(begin, end - begin)))
-    except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{name!r:.200}: {error}") from None
+def read_shards(file: OpenFile) -> Content:
+    """The tensors of all shards by name, in the order of the index. The shards lie beside it."""
+    check_limit(file.source.size, MAX_HEADER_BYTES, "bytes of an index")
+    places = read_json(file.source.read(), "the index").get("weight_map")
+    if type(places) is not dict:
+        raise UnsupportedFormatError("JSON, but no index of shards: it has no weight_map.")
+    check_limit(len(places), MAX_TENSORS, "tensors")
+    if any(type(place) is not str for place in places.values()):
+        raise damaged("the index has a shard whose name is no text.")
+    shards: dict[str, dict[str, StoredTensor]] = {}
+    made: list[Opaque] = []
+    seen: set[object] = set()
+    for place in dict.fromkeys(places.values()):
+        with naming_file(f"Shard {place}"):
+            shard = file.beside(place)
+            # However it is named: reading one file again and again could go on for ever.
+            if shard.source.identity() in seen:
+                raise CorruptCheckpointError("It is the same file as another shard.")
+            seen.add(shard.source.identity())
+            _, content = read_file(shard)
+            root = content.root.named() if isinstance(content.root, Pairs) else content.root
+            if not isinstance(root, dict):
+                raise CheckpointError("It holds no tensors by name.")
+            tensors = {name: tensor_in(value) for name, value in root.items()}
+            shards[place] = {name: one for name, one in tensors.items() if one is not None}
+            made += content.made
+            check_limit(sum(map(len, shards.values())), MAX_TENSORS, "tensors")
+    for name, place in places.items():
+        if name not in shards[place]:
+            raise CorruptCheckpointError(
+                f"Shard {place}: {name!r:.200} is said to be in it, and is not."
+            )
+    found = {name: shards[place][name] for name, place in places.items()}
+    for held in shards.values():
+        for name, tensor in held.items():
+            # What the index leaves out is loaded with its shard all the same.
+            if found.setdefault(name, tensor) is not tensor:
+                raise CorruptCheckpointError(f"Ambiguous: {name!r:.200} is in two shards.")
+    return Content(found, tuple(made))

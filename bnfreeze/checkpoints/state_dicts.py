@@ -9,7 +9,14 @@ from typing import Any, Final
 
 from bnfreeze.checkpoints.limits import MAX_DICTS, MAX_NAME_LENGTH, check_limit, is_size
 from bnfreeze.checkpoints.modules import LayerSettings, Model, is_module, model_of
-from bnfreeze.checkpoints.pickled import HOLDERS, Opaque, children_of, key_text, tensor_in
+from bnfreeze.checkpoints.pickled import (
+    HOLDERS,
+    Opaque,
+    children_of,
+    joined_key,
+    key_text,
+    tensor_in,
+)
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
@@ -17,8 +24,6 @@ __all__ = ["StateDict", "StateDicts", "find_state_dicts", "tensors_by_name"]
 
 # Below these, tensors are no model's, unless there are norm layers.
 _OPTIMIZERS: Final = ("optim", "lr_sched", "scaler")
-# Of a key that is shown: what is longer is shown by its end.
-_KEY_LENGTH: Final = 400
 _HIDDEN_SEGMENT: Final = "_orig_mod"
 
 
@@ -42,6 +47,12 @@ class StateDict:
     def has_norm_layers(self) -> bool:
         """Whether there are running statistics among its tensors."""
         return any(name.endswith(("running_mean", "running_var")) for name in self.tensors)
+
+    @property
+    def is_counter(self) -> bool:
+        """Whether these are counters or losses that stand beside a model."""
+        numbers = all(tensor.numel <= 1 for tensor in self.tensors.values())
+        return numbers and not self.has_norm_layers
 
 
 @dataclass(frozen=True)
@@ -121,15 +132,11 @@ def find_state_dicts(root: Any) -> StateDicts:
     aliases: dict[str, str] = {}
     found = list(_candidates(root, aliases))
     if len(found) > 1:
-        found = [one for one in found if not _is_counter(one)] or found
+        found = [one for one in found if not one.is_counter] or found
     if not found:
         raise UnsupportedFormatError("It holds no tensors by name, and so no state_dict.")
-    return StateDicts(tuple(found), aliases)
-
-
-def _is_counter(one: StateDict) -> bool:
-    """Whether these are counters or losses that stand beside a model."""
-    return not one.has_norm_layers and all(tensor.numel <= 1 for tensor in one.tensors.values())
+    keys = {one.key for one in found}
+    return StateDicts(tuple(found), {key: at for key, at in aliases.items() if at in keys})
 
 
 def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
@@ -146,10 +153,10 @@ def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
         if is_module(holder):
             model = model_of(holder, looked)
             looked = model.looked
-        parts = [_state_dict(key, holder, model)]
-        if model and isinstance(holder, Opaque):
-            # Its class may be one of dicts as well.
-            parts.append(_state_dict(key, holder, None))
+        parts = [_state_dict(key, model.tensors, model.layers)] if model else []
+        if not model or isinstance(holder, Opaque):
+            # The class of a model may be one of dicts as well.
+            parts.append(_state_dict(key, _tensors_of(holder), {}))
         for found in parts:
             if found is None or (in_optimizer and not found.has_norm_layers):
                 continue
@@ -168,30 +175,29 @@ def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
             if not isinstance(child, HOLDERS) or not child:
                 continue
             name = key_text(part)
-            path = _joined(key, name)
+            path = joined_key(key, name)
             if id(child) not in seen:
                 seen[id(child)] = path
                 waiting.append((path, child, in_optimizer or name.startswith(_OPTIMIZERS)))
             elif seen[id(child)] != path and len(aliases) < MAX_DICTS:
                 aliases[path] = seen[id(child)]
-    for alias in [alias for alias, there in aliases.items() if there not in yielded]:
-        del aliases[alias]
 
 
-def _state_dict(key: str, holder: Any, model: Model | None) -> StateDict | None:
-    """What a dict or a model holds by name; None where that is no tensor."""
-    tensors = dict(model.tensors) if model else _tensors_of(holder)
+def _state_dict(
+    key: str, tensors: dict[str, StoredTensor], layers: dict[str, LayerSettings]
+) -> StateDict | None:
+    """The tensors by their plain names; None where there are none."""
     if not tensors:
         return None
     names, stripped = _plain_names(list(tensors))
     plain = dict(zip(tensors, names, strict=True))
     parts = {name.rpartition(".")[0]: name for name in tensors}
-    layers = {
+    renamed = {
         plain[parts[layer]].rpartition(".")[0]: settings
-        for layer, settings in (model.layers.items() if model else ())
+        for layer, settings in layers.items()
         if layer in parts
     }
-    return StateDict(key, dict(zip(names, tensors.values(), strict=True)), layers, stripped)
+    return StateDict(key, dict(zip(names, tensors.values(), strict=True)), renamed, stripped)
 
 
 def _tensors_of(holder: Any) -> dict[str, StoredTensor]:
@@ -213,12 +219,6 @@ def _tensors_of(holder: Any) -> dict[str, StoredTensor]:
         elif tensor is not None and is_size(key):
             numbered[str(key)] = tensor
     return {f"{key}'" if key in named else key: value for key, value in numbered.items()} | named
-
-
-def _joined(key: str, name: str) -> str:
-    if not name:
-        return key
-    return f"{key}.{name:.200}"[-_KEY_LENGTH:] if key else name[:200]
 
 
 def _plain_names(names: list[str]) -> tuple[list[str], tuple[str, ...]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,15 +10,19 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfreeze.checkpoints.limits import MAX_DIMENSIONS, check_limit, is_shape, is_size
+from bnfreeze.checkpoints.limits import checked_shape, is_size
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.errors import CorruptCheckpointError, UnsafeCheckpointError, UnsupportedFormatError
+from bnfreeze.errors import (
+    CorruptCheckpointError,
+    UnsafeCheckpointError,
+    UnsupportedFormatError,
+    damaged,
+)
 
 __all__ = [
     "ITEM_SIZES",
     "NUMPY_DTYPES",
     "DescribedTensor",
-    "Record",
     "StoredTensor",
     "StridedTensor",
     "Words",
@@ -65,13 +68,9 @@ def decoded(words: Words, dtype: str) -> NDArray[Any] | None:
     """The values that words of a dtype stand for; None where numpy has no such dtype."""
     if dtype == "bfloat16":
         return (words.astype(np.uint32) << 16).view(np.float32)
-    if dtype not in NUMPY_DTYPES:
-        return None
-    # Any byte but 0 is true, as torch has it.
-    values: NDArray[Any] = (
-        words != 0 if dtype == "bool" else words.view(np.dtype(dtype).newbyteorder("<"))
-    )
-    return values
+    if dtype == "bool":
+        return np.not_equal(words, 0)  # any byte but 0 is true, as torch has it
+    return words.view(np.dtype(dtype).newbyteorder("<")) if dtype in NUMPY_DTYPES else None
 
 
 class StoredTensor:
@@ -138,66 +137,32 @@ class DescribedTensor(StoredTensor):
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
-    """A storage: where its bytes lie.
-
-    Attributes:
-        source: the storage's bytes.
-        swapped: whether they are big-endian.
-        checksum: the CRC-32 of all of them, as far as the file has one.
-        before: the CRC-32 of what stands before them, where the checksum is that of both.
-    """
-
-    source: Source
-    swapped: bool = False
-    checksum: int | None = None
-    before: int = 0
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Bytes of it, checked against the checksum where they are all of it."""
-        data = self.source.read(offset, length)
-        whole = self.checksum is not None and length == self.source.size
-        if whole and zlib.crc32(data, self.before) != self.checksum:
-            raise CorruptCheckpointError(
-                "Damaged: a tensor's bytes do not match the checksum stored with them."
-            )
-        return data
-
-
-@dataclass(frozen=True, eq=False)
 class StridedTensor(StoredTensor):
-    """A view of a record. Making one checks that all of it lies inside.
+    """A view of a storage. Making one checks that all of it lies inside.
 
     Attributes:
         stride: in elements, as torch has it.
+        source: the storage's bytes.
         offset: of the first element, in elements.
+        is_swapped: whether the numbers are big-endian.
     """
 
     dtype: str
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    record: Record
+    source: Source
     offset: int = 0
+    is_swapped: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in ITEM_SIZES:
-            raise UnsupportedFormatError(
-                f"A tensor of dtype {self.dtype}, which is not known here."
-            )
-        check_limit(len(self.shape), MAX_DIMENSIONS, "dimensions of a tensor")
-        if (
-            len(self.shape) != len(self.stride)
-            or not is_shape(self.shape)
-            or not all(map(is_size, (*self.stride, self.offset)))
-        ):
-            raise CorruptCheckpointError(
-                "A tensor whose shape, stride and offset do not make sense."
-            )
+        sizes, places = checked_shape(self.shape), (*self.stride, self.offset)
+        if len(sizes) != len(self.stride) or not all(map(is_size, places)):
+            raise damaged("a tensor whose shape, stride and offset do not make sense.")
         end = (self.offset + self._span) * ITEM_SIZES[self.dtype]
-        if self.numel and end > self.record.source.size:
+        if self.numel and end > self.source.size:
             raise CorruptCheckpointError(
                 f"A tensor of shape {shown(self.shape)} reaches to byte {end:,} of its storage, "
-                f"which has {self.record.source.size:,}."
+                f"which has {self.source.size:,}."
             )
 
     @property
@@ -207,16 +172,13 @@ class StridedTensor(StoredTensor):
 
     @property
     def _contiguous(self) -> bool:
-        expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size != 1 and stride != expected:
-                return False
-            expected *= size
-        return True
+        packed = _packed_strides(self.shape)
+        steps = zip(self.shape, self.stride, packed, strict=True)
+        return all(size == 1 or step == expected for size, step, expected in steps)
 
     def storage(self) -> tuple[object, int]:
-        """The record and its bytes."""
-        return self.record, self.record.source.size
+        """The source and its bytes."""
+        return self.source, self.source.size
 
     def words(self) -> Words:
         """All elements in row-major order, as unsigned integers.
@@ -226,7 +188,7 @@ class StridedTensor(StoredTensor):
                 strewn over many more bytes than they are.
         """
         if not self.numel:
-            return self._words(b"")
+            return self._read(0, 0)
         # Whatever is read or built here stays within a small multiple of bytes that are there.
         if self.numel > max(self._span, 1 << 20):
             raise UnsafeCheckpointError(
@@ -242,9 +204,8 @@ class StridedTensor(StoredTensor):
             return words
         # Of complex128 an element is two words.
         size = ITEM_SIZES[self.dtype]
-        elements = words.view(f"V{size}")
         steps = [stride * size for stride in self.stride]
-        view = np.lib.stride_tricks.as_strided(elements, self.shape, steps, writeable=False)
+        view = np.ndarray(self.shape, f"V{size}", words, strides=steps)
         return np.ascontiguousarray(view).reshape(-1).view(words.dtype)
 
     def pieces(self) -> Iterator[Words]:
@@ -257,36 +218,34 @@ class StridedTensor(StoredTensor):
 
     def _read(self, start: int, count: int) -> Words:
         size = ITEM_SIZES[self.dtype]
-        return self._words(self.record.read((self.offset + start) * size, count * size))
-
-    def _words(self, data: bytes) -> Words:
-        size = ITEM_SIZES[self.dtype]
+        data = self.source.read((self.offset + start) * size, count * size) if count else b""
         # The halves of a complex number are swapped each by itself.
-        size = size // 2 if self.dtype.startswith("complex") else size
-        words = np.frombuffer(data, np.dtype(f"{'>' if self.record.swapped else '<'}u{size}"))
-        words = words.astype(words.dtype.newbyteorder("<"), copy=False)
-        if self.dtype in {"complex64", "complex32"}:
-            words = words.view(f"<u{size * 2}")
-        return words
+        half = size // 2 if self.dtype.startswith("complex") else size
+        words = np.frombuffer(data, f"{'>' if self.is_swapped else '<'}u{half}")
+        return words.astype(f"<u{half}", copy=False).view(f"<u{min(size, 8)}")
 
 
-def packed_tensor(dtype: str, shape: Any, record: Record, fortran: bool = False) -> StridedTensor:
-    """A tensor whose elements fill its record, in row-major order or in Fortran's.
+def packed_tensor(
+    dtype: str, shape: Any, source: Source, *, is_swapped: bool = False, is_fortran: bool = False
+) -> StridedTensor:
+    """A tensor whose elements fill its source, in row-major order or in Fortran's.
 
     Raises:
         CorruptCheckpointError: the shape is none, or does not fit the bytes.
     """
-    if type(shape) not in {tuple, list} or not is_shape(shape):
-        raise CorruptCheckpointError("Damaged: a tensor whose shape makes no sense.")
-    check_limit(len(shape), MAX_DIMENSIONS, "dimensions of a tensor")
-    if math.prod(shape) * ITEM_SIZES[dtype] != record.source.size:
-        raise CorruptCheckpointError(
-            f"Damaged: a tensor of {math.prod(shape):,} elements of {dtype} is said to lie in "
-            f"{record.source.size:,} bytes."
+    sizes = checked_shape(shape)
+    count = math.prod(sizes)
+    if count * ITEM_SIZES[dtype] != source.size:
+        raise damaged(
+            f"a tensor of {count:,} elements of {dtype} is said to lie in {source.size:,} bytes."
         )
-    axes = range(len(shape))
-    stride = tuple(math.prod(shape[:axis] if fortran else shape[axis + 1 :]) for axis in axes)
-    return StridedTensor(dtype, tuple(shape), stride, record)
+    stride = _packed_strides(sizes[::-1])[::-1] if is_fortran else _packed_strides(sizes)
+    return StridedTensor(dtype, sizes, stride, source, is_swapped=is_swapped)
+
+
+def _packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of elements that lie in row-major order."""
+    return tuple(math.prod(shape[axis:]) for axis in range(1, len(shape) + 1))
 
 
 def check_claims(tensors: Iterable[StoredTensor]) -> None:

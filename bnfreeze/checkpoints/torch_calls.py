@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
-from bnfreeze.checkpoints.limits import MAX_DIMENSIONS, MAX_NAME_LENGTH, check_limit, is_shape
+from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, check_limit, checked_shape
 from bnfreeze.checkpoints.pickled import Global, Opaque, Pairs, check_new, tensor_in
+from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.stored_tensor import (
     ITEM_SIZES,
     DescribedTensor,
-    Record,
     StoredTensor,
     StridedTensor,
 )
@@ -23,10 +24,8 @@ __all__ = [
     "TORCH_BUILDERS",
     "TORCH_NAMES",
     "Storage",
-    "attribute",
     "check_attributes",
-    "checked_shape",
-    "object_of",
+    "meaning_of",
 ]
 
 # By the name of a typed storage, the dtype of its elements.
@@ -59,41 +58,42 @@ DTYPES: Final[dict[str, str]] = {f"torch.{dtype}": dtype for dtype in ITEM_SIZES
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """A storage that the pickle refers to, and the dtype that it says it has."""
+    """A storage that the pickle refers to, and what it says of the numbers in it."""
 
-    record: Record
+    source: Source
     dtype: str
+    is_swapped: bool
 
 
-# What makes a layer that bnfreeze froze, or a block that it fused: of its class, of how it behaves,
-# and of how it was made.
 _FEW: Final = 16
-_PLAIN: Final = frozenset({"copyreg.__newobj__", "copyreg._reconstructor"})
 _REBUILD: Final = re.compile(r"bnfreeze\.policies\.\w+\._rebuild")
 
 
-def object_of(call: Opaque) -> Opaque | None:
-    """What a call of another function makes, as if the class itself were called.
-
-    None where the call is none of these, or could do anything else.
-    """
-    if not 1 <= len(call.arguments) <= _FEW or not isinstance(call.arguments[0], Global):
-        return None
-    kind, *rest = call.arguments
-    if call.name == "copyreg.__newobj__":
-        check_new(kind.name, tuple(rest))
-        return Opaque(kind.name, tuple(rest))
-    if call.name == "copyreg._reconstructor":
-        is_plain = len(rest) == 2 and isinstance(rest[0], Global) and rest[1] is None
-        return Opaque(kind.name, ()) if is_plain and rest[0].name == "builtins.object" else None
-    if _REBUILD.fullmatch(call.name):
-        behaviour, make, given = rest if len(rest) == 3 else (None, None, None)
-        if isinstance(behaviour, Global) and isinstance(make, Global) and type(given) is tuple:
-            made = object_of(Opaque(make.name, given)) if make.name in _PLAIN else None
-            if made and made.name == kind.name and not made.arguments:
-                ours = behaviour.name.startswith(("bnfreeze.policies.", "bnfreeze.fusion."))
-                return made if ours else None
-    return None
+def meaning_of(call: Opaque) -> Opaque | Global:
+    """What a call stands for: a call of the class itself, or a longer name; or else itself."""
+    if len(call.arguments) > _FEW:
+        return call
+    match call.name, call.arguments:
+        # An attribute of something that is named, as a method of a class.
+        case "builtins.getattr", (Global(holder), str(attribute)):
+            check_limit(len(holder) + len(attribute), MAX_NAME_LENGTH, "characters of a name")
+            return Global(f"{holder}.{attribute}")
+        case "copyreg.__newobj__", (Global(kind), *rest):
+            check_new(kind, tuple(rest))
+            return Opaque(kind, tuple(rest))
+        case "copyreg._reconstructor", (Global(kind), Global("builtins.object"), None):
+            return Opaque(kind, ())
+        # A layer that bnfreeze froze, or a block that it fused: of its class, of how it behaves,
+        # and of how it was made.
+        case name, (Global(kind), Global(behaviour), Global(make), tuple(given)) if (
+            _REBUILD.fullmatch(name)
+            and behaviour.startswith(("bnfreeze.policies.", "bnfreeze.fusion."))
+            and make in ("copyreg.__newobj__", "copyreg._reconstructor")
+        ):
+            made = meaning_of(Opaque(make, given))
+            if isinstance(made, Opaque) and made.name == kind and not made.arguments:
+                return made
+    return call
 
 
 # Attributes of a tensor that stand for its values: to set one is to write others.
@@ -113,115 +113,83 @@ def check_attributes(state: object) -> None:
             raise ValueError
 
 
-def attribute(arguments: tuple[Any, ...]) -> Global | None:
-    """An attribute of something that is named, as a method of a class: a longer name.
-
-    None of anything else, which stays a call.
-    """
-    if len(arguments) != 2 or not isinstance(arguments[0], Global) or type(arguments[1]) is not str:
-        return None
-    name = f"{arguments[0].name}.{arguments[1]}"
-    check_limit(len(name), MAX_NAME_LENGTH, "characters of a name")
-    return Global(name)
-
-
-def _view(arguments: tuple[Any, ...], dtype: str, flags: tuple[Any, ...] = ()) -> StoredTensor:
-    """A tensor by its storage, offset, shape and stride.
-
-    Of a conjugated or negated view, whose stored values are others, there are no values.
-    """
-    storage, offset, shape, stride = arguments[:4]
+def _tensor(
+    storage: object, offset: Any, shape: Any, stride: Any, *rest: object, dtype: str | None = None
+) -> StoredTensor:
+    """A view. Of one that is conjugated or negated there are no values: the stored are others."""
     if not isinstance(storage, Storage):
         raise TypeError
-    tensor = StridedTensor(dtype, tuple(shape), tuple(stride), storage.record, offset)
-    flag = flags[0] if flags else None
-    if flag is None or (isinstance(flag, Pairs) and not flag.pairs):
+    kind, shape, stride = dtype or storage.dtype, tuple(shape), tuple(stride)
+    tensor = StridedTensor(kind, shape, stride, storage.source, offset, storage.is_swapped)
+    flags = rest[2] if len(rest) > 2 else None
+    if flags is None or (isinstance(flags, Pairs) and not flags.pairs):
         return tensor
-    return DescribedTensor(tensor.dtype, tensor.shape, "it is a conjugated or negated view")
+    return DescribedTensor(kind, shape, "it is a conjugated or negated view")
 
 
-def _tensor(arguments: tuple[Any, ...]) -> StoredTensor:
-    return _view(arguments, arguments[0].dtype, arguments[6:7])
+def _tensor_v3(*arguments: Any) -> StoredTensor:
+    dtype = DTYPES[arguments[6].name]
+    return _tensor(*arguments[:6], *arguments[7:], dtype=dtype)
 
 
-def _tensor_v3(arguments: tuple[Any, ...]) -> StoredTensor:
-    return _view(arguments, DTYPES[arguments[6].name], arguments[7:8])
-
-
-def _quantised(arguments: tuple[Any, ...]) -> StoredTensor:
-    tensor = _view(arguments, arguments[0].dtype)
+def _quantised(*arguments: Any) -> StoredTensor:
+    tensor = _tensor(*arguments[:4])
     return DescribedTensor(tensor.dtype, tensor.shape, "it is quantised")
 
 
-def _parameter(arguments: tuple[Any, ...]) -> StoredTensor:
+def _parameter(
+    tensor: object, _grad: object = None, _hooks: object = None, state: object = None
+) -> StoredTensor:
     """The tensor of a parameter."""
-    tensor: object = arguments[0]
     if not isinstance(tensor, StoredTensor):
         raise TypeError
-    # Of _rebuild_parameter_with_state; the others have no fourth.
-    check_attributes(arguments[3] if len(arguments) > 3 else None)
+    check_attributes(state)
     return tensor
 
 
-def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _size(sizes: object) -> tuple[Any, ...]:
     # Not a list: what is put into that later would change the size.
-    if type(arguments[0]) is not tuple:
+    if type(sizes) is not tuple:
         raise TypeError
-    return arguments[0]
+    return sizes
 
 
-def _described(dtype: Any, shape: Any, why: str) -> DescribedTensor:
-    return DescribedTensor(DTYPES[dtype.name], checked_shape(shape), why)
+def _described(at: int, why: str, *arguments: Any) -> DescribedTensor:
+    """A tensor of which the dtype and the shape are given, from the argument at a place."""
+    return DescribedTensor(DTYPES[arguments[at].name], checked_shape(arguments[at + 1]), why)
 
 
-def _meta(arguments: tuple[Any, ...]) -> DescribedTensor:
-    return _described(arguments[0], arguments[1], "it was saved without values")
+def _elsewhere(array: Any, dtype: object, *_: object) -> DescribedTensor:
+    tensor: Any = tensor_in(array)
+    return _described(0, "it lay on a device of another kind", dtype, tensor.shape)
 
 
-def _wrapper(arguments: tuple[Any, ...]) -> DescribedTensor:
-    return _described(arguments[1], arguments[2], "its class keeps its values in a way of its own")
-
-
-def _elsewhere(arguments: tuple[Any, ...]) -> DescribedTensor:
-    array: Any = tensor_in(arguments[0])
-    return _described(arguments[1], array.shape, "it lay on a device of another kind")
-
-
-def _sparse(arguments: tuple[Any, ...]) -> DescribedTensor:
-    check_limit(len(arguments[1]), _FEW, "parts of a sparse tensor")
-    indices_and_values = [part for part in arguments[1] if isinstance(part, StoredTensor)]
-    shapes = [part for part in arguments[1] if type(part) is tuple]
+def _sparse(_layout: object, parts: Any) -> DescribedTensor:
+    check_limit(len(parts), _FEW, "parts of a sparse tensor")
+    indices_and_values = [part for part in parts if isinstance(part, StoredTensor)]
+    shapes = [part for part in parts if type(part) is tuple]
     return DescribedTensor(indices_and_values[-1].dtype, checked_shape(shapes[0]), "it is sparse")
 
 
-def _constructed(_: tuple[Any, ...]) -> object:
+def _constructed(*_: object) -> object:
     """A tensor of a list or of nothing, which torch never writes."""
     raise ValueError
 
 
-def checked_shape(shape: Any) -> tuple[int, ...]:
-    """The shape of a tensor that is only described.
-
-    Raises:
-        UnsafeCheckpointError: too many dimensions.
-        ValueError: it is none.
-    """
-    check_limit(len(shape), MAX_DIMENSIONS, "dimensions of a tensor")
-    if not is_shape(shape):
-        raise ValueError
-    return tuple(shape)
-
-
-TORCH_BUILDERS: Final[dict[str, Callable[[tuple[Any, ...]], object]]] = {
+TORCH_BUILDERS: Final[dict[str, Callable[..., object]]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch._utils._rebuild_meta_tensor_no_storage": _meta,
+    "torch._utils._rebuild_meta_tensor_no_storage": partial(
+        _described, 0, "it was saved without values"
+    ),
     "torch._utils._rebuild_qtensor": _quantised,
     "torch._utils._rebuild_sparse_tensor": _sparse,
-    "torch._utils._rebuild_wrapper_subclass": _wrapper,
+    "torch._utils._rebuild_wrapper_subclass": partial(
+        _described, 1, "its class keeps its values in a way of its own"
+    ),
     "torch._utils._rebuild_device_tensor_from_numpy": _elsewhere,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _elsewhere,
     "torch.nn.parameter.Parameter": _parameter,

@@ -9,19 +9,17 @@ keys, and for each key a count and that many elements.
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Final
 
-from bnfreeze.checkpoints.code_names import would_call
 from bnfreeze.checkpoints.limits import MAX_TENSORS, check_limit
 from bnfreeze.checkpoints.pickled import Content, Pairs
-from bnfreeze.checkpoints.pickles import read_pickle
+from bnfreeze.checkpoints.pickles import PickleReader
+from bnfreeze.checkpoints.placeholders import naming_calls
 from bnfreeze.checkpoints.reading import OpenFile
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.checkpoints.stored_tensor import Record
 from bnfreeze.checkpoints.torch_tensors import TorchPickleReader
-from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
+from bnfreeze.errors import UnsupportedFormatError, damaged
 
 __all__ = ["read_plain_pickle", "read_torch_legacy"]
 
@@ -33,82 +31,61 @@ def read_torch_legacy(file: OpenFile) -> Content:
     """What was saved, with a `StoredTensor` for each tensor.
 
     A single storage, where the file stands for one inside a plain pickle.
-
-    Raises:
-        CheckpointError: refused or damaged.
     """
     source = file.source
-    records: dict[str, Record] = {}
+    storages: dict[str, Source] = {}
     elements: dict[str, int] = {}
     starts: dict[str, int] = {}
 
-    def find(key: str, size: int, item_size: int) -> Record:
-        if key not in records:
-            records[key] = Record(source.later(lambda: starts[key], size))
+    def find(key: str, size: int, item_size: int) -> Source:
+        if key not in storages:
+            storages[key] = source.later(lambda: starts[key], size)
             elements[key] = size // item_size
-        if records[key].source.size != size:
-            raise CorruptCheckpointError("Damaged: a storage is said to have several sizes.")
-        return records[key]
+        if storages[key].size != size:
+            raise damaged("a storage is said to have several sizes.")
+        return storages[key]
 
     content = TorchPickleReader(find).read(source, _preamble(source))
-    keys = read_pickle(source, content.end)
+    keys = PickleReader().read(source, content.end)
     made = (*content.made, *keys.made)
-    try:
-        _check_keys(keys.root, elements)
+    with naming_calls(made):
+        if type(keys.root) is not list or any(type(key) is not str for key in keys.root):
+            raise damaged("the list of storages is none.")
+        check_limit(len(keys.root), MAX_TENSORS, "storages")
+        if sorted(keys.root) != sorted(storages):
+            raise damaged("the storages listed are not those that tensors use.")
         position = keys.end
         for key in keys.root:
             (count,) = struct.unpack("<q", source.read(position, 8))
             if count != elements[key]:
-                raise CorruptCheckpointError(
-                    f"Damaged: a storage is said to have {elements[key]:,} elements here and "
-                    f"{count:,} there."
+                raise damaged(
+                    f"a storage is said to have {elements[key]:,} elements here and {count:,} "
+                    f"there."
                 )
             starts[key] = position + 8
-            position += 8 + source.part(position + 8, records[key].source.size).size
+            position += 8 + source.part(position + 8, storages[key].size).size
         if position != source.size:
-            raise CorruptCheckpointError(
-                f"Damaged: {source.size - position:,} bytes follow after the last storage."
-            )
-    except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{error}{would_call(made)}") from None
+            raise damaged(f"{source.size - position:,} bytes follow after the last storage.")
     return replace(content, made=made)
 
 
 def read_plain_pickle(file: OpenFile) -> Content:
-    """What was saved, with a `StoredTensor` for each array and each tensor.
-
-    Raises:
-        CheckpointError: refused or damaged.
-    """
-
-    def nested(source: Source) -> Content:
-        return read_torch_legacy(OpenFile(source, file.path))
-
-    content = TorchPickleReader(None, nested).read(file.source)
+    """What was saved, with a `StoredTensor` for each array and each tensor."""
+    reader = TorchPickleReader(None, lambda source: read_torch_legacy(OpenFile(source)))
+    content = reader.read(file.source)
     if content.end != file.source.size:
         # A second pickle would not be read, and nothing be said of it.
-        raise CorruptCheckpointError(
-            f"Damaged: {file.source.size - content.end:,} bytes follow after its pickle."
-        )
+        raise damaged(f"{file.source.size - content.end:,} bytes follow after its pickle.")
     return content
 
 
 def _preamble(source: Source) -> int:
     """Check what comes before the saved object, and give the position where that begins."""
-    magic = read_pickle(source)
-    version = read_pickle(source, magic.end)
-    system = read_pickle(source, version.end)
+    magic = PickleReader().read(source)
+    version = PickleReader().read(source, magic.end)
+    system = PickleReader().read(source, version.end)
     if magic.root != _MAGIC or version.root != _VERSION or not isinstance(system.root, Pairs):
-        raise CorruptCheckpointError("Damaged: the beginning is not that of a file of torch.save.")
+        raise damaged("the beginning is not that of a file of torch.save.")
     if system.root.named().get("little_endian") is not True:
         raise UnsupportedFormatError("Saved on a big-endian machine before torch 1.6.")
     return system.end
-
-
-def _check_keys(keys: object, elements: Collection[str]) -> None:
-    """Check that the storages listed are those that tensors use."""
-    if type(keys) is not list or any(type(key) is not str for key in keys):
-        raise CorruptCheckpointError("Damaged: the list of storages is none.")
-    check_limit(len(keys), MAX_TENSORS, "storages")
-    if len(set(keys)) != len(keys) or set(keys) != set(elements):
-        raise CorruptCheckpointError("Damaged: the storages listed are not those that tensors use.")

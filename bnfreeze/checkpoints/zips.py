@@ -9,14 +9,19 @@ compressed.
 from __future__ import annotations
 
 import struct
-import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
 from bnfreeze.checkpoints.limits import MAX_NAME_LENGTH, MAX_RECORDS, check_limit
 from bnfreeze.checkpoints.source import Source
-from bnfreeze.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
+from bnfreeze.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    UnsafeCheckpointError,
+    damaged,
+)
 
 __all__ = ["Entry", "read_directory"]
 
@@ -63,14 +68,7 @@ class Entry:
         """
         if self.refusal is not None:
             raise self.refusal
-        return self._archive.later(self._begin, self.size)
-
-    def read(self) -> bytes:
-        """All of it, checked against the checksum."""
-        data = self.source.read(0, self.size)
-        if self.checksum is not None and zlib.crc32(data) != self.checksum:
-            raise CorruptCheckpointError(f"Damaged: {self.name!r} does not match its checksum.")
-        return data
+        return self._archive.later(self._begin, self.size, self.checksum)
 
     def _begin(self) -> int:
         """Where its bytes begin, by its local header.
@@ -86,18 +84,14 @@ class Entry:
             or local[3]
             or self._archive.read(self.at + _LOCAL.size, local[9]) != self.name.encode()
         ):
-            raise CorruptCheckpointError(
-                f"Damaged: {self.name!r} is not where the zip file's directory says."
-            )
+            raise damaged(f"{self.name!r} is not where the zip file's directory says.")
         sizes = zip((local[7], local[8]), (self.packed, self.size), strict=True)
         if not local[2] & _SIZES_FOLLOW and any(
             here not in (there, 0xFFFFFFFF) for here, there in sizes
         ):
-            raise CorruptCheckpointError(
-                f"Damaged: {self.name!r} has one size here and another there."
-            )
+            raise damaged(f"{self.name!r} has one size here and another there.")
         if begin + self.packed > self.end:
-            raise CorruptCheckpointError("Damaged: entries of the zip file overlap.")
+            raise damaged("entries of the zip file overlap.")
         return begin
 
 
@@ -125,13 +119,11 @@ def read_directory(source: Source) -> dict[str, Entry]:
         folded.add(entry.name.casefold())
         entries[entry.name] = entry
     if position != len(directory):
-        raise CorruptCheckpointError(
-            "Damaged: the zip file's directory does not have its own length."
-        )
+        raise damaged("the zip file's directory does not have its own length.")
     end = start
     for entry in sorted(entries.values(), key=lambda entry: entry.at, reverse=True):
         if entry.at + _LOCAL.size + len(entry.name.encode()) + entry.packed > end:
-            raise CorruptCheckpointError("Damaged: entries of the zip file overlap.")
+            raise damaged("entries of the zip file overlap.")
         entry.end, end = end, entry.at
     return entries
 
@@ -149,7 +141,7 @@ def _directory(source: Source) -> tuple[int, int, int]:
     )
     if magic != b"PK\5\6" or comment:
         raise truncated
-    contradiction = CorruptCheckpointError("Damaged: the end of the zip file contradicts itself.")
+    contradiction = damaged("the end of the zip file contradicts itself.")
     end = at
     if at >= _LOCATOR.size:
         magic, _, end64, _ = _LOCATOR.unpack(source.read(at - _LOCATOR.size, _LOCATOR.size))
@@ -172,25 +164,29 @@ def _directory(source: Source) -> tuple[int, int, int]:
 def _entry(source: Source, directory: bytes, position: int) -> tuple[Entry, int]:
     """One entry of the directory, and the position of the next."""
     if position + _CENTRAL.size > len(directory):
-        raise CorruptCheckpointError("Damaged: the zip file's directory breaks off.")
+        raise damaged("the zip file's directory breaks off.")
     fields = _CENTRAL.unpack_from(directory, position)
     (magic, _, _, flags, method, _, _, checksum, packed, size) = fields[:10]
     lengths, at = fields[10:13], fields[16]
     position += _CENTRAL.size
     after = position + sum(lengths)
     if magic != b"PK\1\2" or after > len(directory):
-        raise CorruptCheckpointError("Damaged: the zip file's directory breaks off.")
+        raise damaged("the zip file's directory breaks off.")
     raw = directory[position : position + lengths[0]]
     check_limit(len(raw), MAX_NAME_LENGTH, "bytes of a name in a zip file")
     try:
         # Whatever the flag says: torch looks for a name by its bytes.
         name = raw.decode("utf-8")
     except UnicodeDecodeError:
-        raise CorruptCheckpointError("Damaged: a name in the zip file is no text.") from None
+        raise damaged("a name in the zip file is no text.") from None
     if "\0" in name:
         raise CorruptCheckpointError("Ambiguous: a name in the zip file has a NUL in it.")
     extra = directory[position + lengths[0] : position + lengths[0] + lengths[1]]
-    size, packed, at = _wide_sizes(extra, size, packed, at)
+    wide = _wide_numbers(extra)
+    try:
+        size, packed, at = [next(wide) if n == 0xFFFFFFFF else n for n in (size, packed, at)]
+    except StopIteration:
+        raise damaged("a size in the zip file is missing.") from None
     refusal: CheckpointError | None = None
     if fields[15] & _IS_FOLDER or name.endswith("/"):
         # torch's reader gives zeros for what is marked as a folder.
@@ -206,22 +202,14 @@ def _entry(source: Source, directory: bytes, position: int) -> tuple[Entry, int]
     return Entry(name, size, checksum or None, refusal, at, packed, source), after
 
 
-def _wide_sizes(extra: bytes, size: int, packed: int, at: int) -> tuple[int, int, int]:
-    """The sizes and the offset, from the zip64 field where they do not fit into 32 bits."""
-    full: list[int] = []
+def _wide_numbers(extra: bytes) -> Iterator[int]:
+    """The numbers in the zip64 field, which stand for those that do not fit into 32 bits."""
     position = 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, position)
+        position += 4
         if kind == 1:
-            field = extra[position + 4 : position + 4 + length]
-            full = [number for (number,) in struct.iter_unpack("<Q", field[: len(field) // 8 * 8])]
-            break
-        position += 4 + length
-    values = []
-    for value in (size, packed, at):
-        if value == 0xFFFFFFFF:
-            if not full:
-                raise CorruptCheckpointError("Damaged: a size in the zip file is missing.")
-            value = full.pop(0)
-        values.append(value)
-    return values[0], values[1], values[2]
+            count = len(extra[position : position + length]) // 8
+            yield from struct.unpack_from(f"<{count}Q", extra, position)
+            return
+        position += length

@@ -100,7 +100,7 @@ def test_real_models_give_the_same_facts_in_every_format_and_alive(make, tmp_pat
         assert sorted(keyless(read.layers), key=order) == sorted(in_memory.layers, key=order)
         assert set(keyless(read.findings)) == set(in_memory.findings)
         with open_checkpoint(path) as checkpoint:
-            tensors = checkpoint.state_dicts.models[0].tensors
+            tensors = checkpoint.chosen().models[0].tensors
             assert set(tensors) == set(model.state_dict())
             for name, value in model.state_dict().items():
                 assert tensors[name].shape == tuple(value.shape)
@@ -149,7 +149,7 @@ def test_every_dtype_and_layout_is_read_bit_for_bit(kind, tmp_path):
         state["complex transposed"] = base.to(torch.complex128).transpose(0, 1)
         state["parameter"] = nn.Parameter(torch.randn(3))
     with open_checkpoint(FORMATS[kind](state, tmp_path / "saved")) as checkpoint:
-        tensors = checkpoint.state_dicts.models[0].tensors
+        tensors = checkpoint.chosen().models[0].tensors
         assert set(tensors) == set(state)
         for name, value in state.items():
             assert tensors[name].dtype == str(value.dtype).removeprefix("torch.")
@@ -310,7 +310,7 @@ def test_a_checkpoint_of_two_ranks_is_read(tmp_path):
     assert keyless(said.layers) == keyless(whole.layers)
     assert said.origin.key == "model"
     with open_checkpoint(tmp_path / "dcp") as a, open_checkpoint(tmp_path / "whole.pt") as b:
-        one, other = a.state_dicts.models[0].tensors, b.state_dicts.models[0].tensors
+        one, other = a.chosen().models[0].tensors, b.chosen().models[0].tensors
         assert set(one) == set(other)
         for name, tensor in one.items():
             assert tensor.words().tobytes() == other[name].words().tobytes()
@@ -454,7 +454,7 @@ def test_what_cannot_be_read_is_described_and_never_called_identical(kind, tmp_p
     tensors = unreadable()
     path = FORMATS[kind](tensors, tmp_path / "a.pt")
     with open_checkpoint(path) as checkpoint:
-        found = checkpoint.state_dicts.models[0].tensors
+        found = checkpoint.chosen().models[0].tensors
         assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
             name: (str(t.dtype).removeprefix("torch."), tuple(t.shape))
             for name, t in tensors.items()
@@ -492,4 +492,4 @@ def test_a_header_whose_size_begins_as_a_pickle_is_read(tmp_path):
     assert path.read_bytes()[:2] == b"\x80\x04"
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.kind == "safetensors"
-        assert list(checkpoint.state_dicts.models[0].tensors) == [name]
+        assert list(checkpoint.chosen().models[0].tensors) == [name]

@@ -42,10 +42,10 @@ def facts(path):
                 model.key: {
                     name: tensor.words().tobytes() for name, tensor in model.tensors.items()
                 }
-                for model in checkpoint.state_dicts.models
+                for model in checkpoint.chosen().models
             },
-            layers={model.key: dict(model.layers) for model in checkpoint.state_dicts.models},
-            stripped={model.key: model.stripped for model in checkpoint.state_dicts.models},
+            layers={model.key: dict(model.layers) for model in checkpoint.chosen().models},
+            stripped={model.key: model.stripped for model in checkpoint.chosen().models},
             uninterpreted={(one.name, one.where) for one in checkpoint.uninterpreted},
             calls={(call.name, call.where): call.level for call in checkpoint.calls},
             remarks=checkpoint.remarks,
@@ -496,8 +496,8 @@ def test_every_part_with_norm_layers_is_a_model(saved, keys, tmp_path):
 def test_a_part_without_norm_layers_is_no_model_and_not_forgotten(tmp_path):
     torch.save({"net": batch_norm(1), "head": nn.Linear(2, 2).state_dict()}, tmp_path / "a.pt")
     with open_checkpoint(tmp_path / "a.pt") as checkpoint:
-        assert [one.key for one in checkpoint.state_dicts.models] == ["net"]
-        assert [one.key for one in checkpoint.state_dicts.all] == ["net", "head"]
+        assert [one.key for one in checkpoint.chosen().models] == ["net"]
+        assert [one.key for one in checkpoint.chosen().all] == ["net", "head"]
 
 
 def test_a_key_chooses_a_model_by_its_path_or_its_last_part(tmp_path):
@@ -506,7 +506,7 @@ def test_a_key_chooses_a_model_by_its_path_or_its_last_part(tmp_path):
     torch.save(saved, tmp_path / "a.pt")
     with open_checkpoint(tmp_path / "a.pt") as checkpoint:
         # The same dict under two keys is one model.
-        assert {model.key for model in checkpoint.state_dicts.models} == {"copy", "run.ema"}
+        assert {model.key for model in checkpoint.chosen().models} == {"copy", "run.ema"}
         assert checkpoint.chosen("ema").all[0].key == "run.ema"
         assert checkpoint.chosen("run.net").all[0].key == "run.net"
         assert checkpoint.chosen("net").all[0].tensors == checkpoint.chosen("copy").all[0].tensors
@@ -519,7 +519,7 @@ def test_tensors_in_lists_and_under_numbers_are_not_forgotten(tmp_path):
     saved = {"net": batch_norm(1), "shadow": [ones, ones * 2], "queue": {7: ones * 3}, "w": ones}
     torch.save(saved, tmp_path / "a.pt")
     with open_checkpoint(tmp_path / "a.pt") as checkpoint:
-        found = {one.key: list(one.tensors) for one in checkpoint.state_dicts.all}
+        found = {one.key: list(one.tensors) for one in checkpoint.chosen().all}
     del found["net"]
     assert found == {"": ["w"], "shadow": ["0", "1"], "queue": ["7"]}
 
@@ -528,7 +528,7 @@ def test_a_name_that_would_be_there_twice_keeps_its_prefix(tmp_path):
     state = {"n_averaged": torch.ones(2), "module.n_averaged": torch.zeros(2)}
     torch.save({**state, "module.running_mean": torch.ones(2)}, tmp_path / "a.pt")
     with open_checkpoint(tmp_path / "a.pt") as checkpoint:
-        assert len(checkpoint.state_dicts.models[0].tensors) == 3
+        assert len(checkpoint.chosen().models[0].tensors) == 3
 
 
 def test_what_numpy_would_read_is_read(tmp_path):
@@ -548,7 +548,7 @@ def test_what_numpy_would_read_is_read(tmp_path):
     (tmp_path / "a.pkl").write_bytes(p.whole(p.mapping(state.items())))
     arrays = pickle.loads((tmp_path / "a.pkl").read_bytes())
     with open_checkpoint(tmp_path / "a.pkl") as checkpoint:
-        for name, tensor in checkpoint.state_dicts.models[0].tensors.items():
+        for name, tensor in checkpoint.chosen().models[0].tensors.items():
             assert tensor.values().tolist() == arrays[name].reshape(-1).tolist()
 
 

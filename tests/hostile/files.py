@@ -350,7 +350,7 @@ def as_many_dimensions_as_numpy_has_and_two_halves(folder):
     return torch_zip(folder / "a.pt", p.whole(p.mapping(pairs)), records)
 
 
-@hostile(2, r"shape, stride and offset do not make sense")
+@hostile(2, r"the sizes of a tensor do not make sense")
 def an_empty_tensor_whose_other_sizes_overflow(folder):
     empty = p.tensor(p.storage("0", 4), [2**62, 2**62, 0], [0, 0, 1])
     pairs = [*p.batch_norm(), ("x", empty)]
@@ -462,7 +462,7 @@ def a_directory_of_claimed_billions(folder):
     return folder / "a.pt"
 
 
-@hostile(2, r"does not match its checksum")
+@hostile(2, r"bytes in it do not match the checksum")
 def a_pickle_with_a_flipped_bit(folder):
     path = torch_zip(folder / "a.pt", p.whole(p.mapping(p.batch_norm())), [("0", FOUR)])
     return changed(path, b"bn.running_mean", b"bn.running_maan")
@@ -1199,7 +1199,7 @@ def numpy_array(dtype, shape, data, order=b"\x89"):
     return made + b"(K\1" + p.numbers(shape) + dtype + order + data + b"tb"
 
 
-@hostile(2, r"a number of another size|arguments that it does not take")
+@hostile(2, r"1 elements of float64 is said to lie in 1,048,576 bytes")
 def a_number_of_a_megabyte(folder):
     body = p.name("numpy._core.multiarray", "scalar") + b"(" + numpy_dtype("f8")
     body += b"B" + struct.pack("<I", 2**20) + bytes(2**20) + b"tR"
@@ -1231,7 +1231,7 @@ def an_archive_of_arrays_that_inflate(folder):
     return folder / "a.npz"
 
 
-@hostile(2, r"a header that is none|not numbers|no tensors by name|makes no sense|said to lie")
+@hostile(2, r"a header that is none|not numbers|no tensors by name|do not make sense|said to lie")
 def an_array_whose_header_is_code(folder):
     header = b"{'descr': __import__('os').system('true'), 'shape': (4,)}\n"
     data = b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + bytes(16)
@@ -1354,7 +1354,7 @@ def a_layer_whose_eps_is_no_number(folder):
     return folder / "a.pt"
 
 
-@hostile(2, r"a weight's description is none")
+@hostile(2, r"the sizes of a tensor do not make sense")
 def a_weight_of_torch_export_whose_sizes_are_texts(folder):
     meta = {"dtype": 7, "sizes": [{"as_int": "x"}], "strides": []}
     weight = {"tensor_meta": meta, "path_name": "w", "use_pickle": True}

@@ -96,7 +96,7 @@ def check(path, kind):
         assert str(error).strip()
         return type(error).__name__
     with open_checkpoint(path) as checkpoint:
-        ours = checkpoint.state_dicts.models[0].tensors
+        ours = checkpoint.chosen().models[0].tensors
         theirs = ordinary(path, kind)
         compared = 0
         for name, tensor in ours.items():
