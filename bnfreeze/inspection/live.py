@@ -21,6 +21,7 @@ from bnfreeze.inspection.result import Inspection
 from bnfreeze.inspection.statistics import batches_in, real_values, statistics_findings
 from bnfreeze.inspection.unregistered import unregistered
 from bnfreeze.norm_layers import (
+    AFFINE,
     STATISTICS,
     NamedModule,
     affine_parameters,
@@ -225,6 +226,7 @@ def _layer_findings(
             batches_in(count),
             facts.eps,
             (mean.dtype, var.dtype),
+            [TensorInMemory(t) for n in AFFINE if isinstance(t := getattr(layer, n, None), Tensor)],
         )
 
 

@@ -14,7 +14,7 @@ from bnfreeze.checkpoints import LayerSettings, StateDict, naming_file
 from bnfreeze.checkpoints.stored_tensor import StoredTensor, shown
 from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.statistics import batches_in, real_values, statistics_findings
-from bnfreeze.text import counted
+from bnfreeze.text import counted, listed
 
 __all__ = ["BATCH_NORM", "FROZEN_OR_OLD", "Spread", "StoredLayer", "stored_layers"]
 
@@ -142,6 +142,12 @@ def _bare(tensors: Mapping[str, StoredTensor]) -> str:
     for full, tensor in tensors.items():
         name, _, part = full.rpartition(".")
         parts.setdefault(name, {})[part] = tensor
+    folded = [full[:-2] for full in tensors if full.endswith("_bn_s")]
+    if folded:
+        return (
+            f". {counted(len(folded), 'batch norm')} ({listed(folded, 2)}) of Caffe2: a scale "
+            f"(_s) and a bias (_b), and the statistics are folded into them."
+        )
     bare = [
         name or "the model"
         for name, own in parts.items()
@@ -208,7 +214,10 @@ def _layer(
         frozen_by=settings.frozen_by or None,
     )
     dtypes = (own["running_mean"].dtype, own["running_var"].dtype)
-    findings = [*statistics_findings(name, mean, var, batches, layer.eps, dtypes, model.key)]
+    affine = [own[part] for part in ("weight", "bias") if part in own]
+    findings = [
+        *statistics_findings(name, mean, var, batches, layer.eps, dtypes, affine, model.key)
+    ]
     if settings.in_graph and settings.training:
         findings.append(finding("layer-exported-training", name, key=model.key))
     return layer, [*findings, *_own_findings(name, mean, var, model.key)]
