@@ -30,6 +30,7 @@ from bnfreeze import (
     UnsupportedFormatError,
 )
 from bnfreeze.checkpoints import open_checkpoint
+from bnfreeze.cli import main
 from tests.helpers import bits
 
 
@@ -448,6 +449,33 @@ def test_a_folder_of_hugging_face_is_read(sharded, tmp_path):
     found = facts(tmp_path / "hf")
     assert found.kind == ("shard index" if sharded else "safetensors")
     assert found.models == {"": values(net.state_dict())}
+
+
+def test_names_that_share_a_tensor_are_found_in_what_safetensors_saved(model, tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    twice = nn.ModuleDict({"student": model, "teacher": model})
+    safetensors_torch.save_model(twice, tmp_path / "a.safetensors")
+    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert len([*file.keys()]) == len(model.state_dict())
+    assert facts(tmp_path / "a.safetensors").models == {"": values(twice.state_dict())}
+    assert bnfreeze.diff(twice, tmp_path / "a.safetensors")
+    bnfreeze.snapshot(twice, tensors="all").save(tmp_path / "before")
+    assert main(["verify", str(tmp_path / "a.safetensors"), str(tmp_path / "before")]) == 0
+
+
+def test_batch_norms_of_caffe2_are_called_folded(tmp_path):
+    # As in the weights with which Detectron's models begin.
+    blobs = {
+        f"{name}{part}": np.ones(shape, np.float32)
+        for name in ("conv1", "res2_0_branch2a")
+        for part, shape in (("_w", (4, 3, 1, 1)), ("_bn_s", 4), ("_bn_b", 4))
+    }
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": blobs}))
+    (found,) = bnfreeze.inspect(tmp_path / "R-50.pkl").findings
+    assert found.code == "model-no-norm-layer"
+    assert "2 batch norms (conv1_bn, res2_0_branch2a_bn)" in found.message
+    assert "folded" in found.message
 
 
 def test_an_old_folder_of_hugging_face_is_read(model, tmp_path):
