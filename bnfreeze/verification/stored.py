@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from bnfreeze.checkpoints import StoredTensor, naming_file, tensors_by_name
+from bnfreeze.checkpoints import StateDict, StoredTensor, naming_file, tensors_by_name
 from bnfreeze.checkpoints.stored_tensor import check_claims
 from bnfreeze.errors import CheckpointError, PolicyError
 from bnfreeze.inspection.origin import Found
@@ -19,13 +19,23 @@ from bnfreeze.verification.values import KeptTensor
 __all__ = ["snapshot_of", "state_of", "verify_found"]
 
 
-def state_of(tensors: Mapping[str, StoredTensor]) -> State:
+def state_of(tensors: Mapping[str, StoredTensor], parts: Iterable[StateDict]) -> State:
     """What a checkpoint shows: names, dtypes, shapes, and the values, read when they are needed.
+
+    Args:
+        tensors: by the names that they are to have.
+        parts: where they come from; of a model that was saved whole, they say its layers' eps.
 
     Raises:
         UnsafeCheckpointError: the tensors claim far more bytes than the file has.
     """
     check_claims(tensors.values())
+    eps = {
+        id(tensor): settings.eps
+        for part in parts
+        for name, tensor in part.tensors.items()
+        if (settings := part.layers.get(_layer(name)))
+    }
     return State(
         LISTED,
         {
@@ -33,7 +43,7 @@ def state_of(tensors: Mapping[str, StoredTensor]) -> State:
             name: TensorFacts("", one.dtype, one.shape, _layer(name), name, unreadable=one.why)
             for name, one in tensors.items()
         },
-        dict.fromkeys(map(_layer, tensors), OwnerFacts()),
+        {_layer(name): OwnerFacts(eps=eps.get(id(one))) for name, one in tensors.items()},
         values={name: tensor for name, tensor in tensors.items() if tensor.has_values},
     )
 
@@ -44,15 +54,17 @@ def _layer(name: str) -> str:
 
 def snapshot_of(
     tensors: Mapping[str, StoredTensor],
+    parts: Iterable[StateDict] = (),
     *,
     everything: bool = False,
     digest: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Snapshot:
-    """Make a snapshot of a checkpoint: of names, dtypes, shapes and bits.
+    """Make a snapshot of a checkpoint: of names, dtypes, shapes and bits, and of eps.
 
     Args:
         tensors: the checkpoint's, by name.
+        parts: where they come from, as for `state_of`.
         everything: all of them, instead of those of norm layers only.
         digest: keep SHA-256 digests instead of a copy.
         progress: is called with how many tensors are taken, and of how many.
@@ -67,7 +79,7 @@ def snapshot_of(
         raise PolicyError(
             "It holds no norm layer, so there is nothing to take; --all takes every tensor."
         )
-    state = state_of(chosen)
+    state = state_of(chosen, parts)
     kept: dict[str, StoredTensor] = {}
     digests: dict[str, str] = {}
     for done, (name, tensor) in enumerate(state.values.items()):
@@ -87,7 +99,7 @@ def verify_found(
     select: Sequence[str] = (),
     progress: Progress = lambda done, total: None,
 ) -> DriftReport:
-    """Compare what was found in a checkpoint with a snapshot: names, dtypes, shapes, bits.
+    """Compare what was found in a checkpoint with a snapshot: names, dtypes, shapes, bits, eps.
 
     A snapshot of a model is compared with the only model that the checkpoint has. A snapshot of a
     checkpoint with several models is compared with those of the same keys.
@@ -119,7 +131,8 @@ def verify_found(
     values = {n: before.value(n) for n in noted if before.tensors[n].first in before.values}
     old = replace(before, tensors=noted, groups=(), values=values, identities={})
     tensors = _tensors_for(before, found)
-    now = state_of({name: tensors[name] for name in noted if name in tensors})
+    there = {name: tensors[name] for name in noted if name in tensors}
+    now = state_of(there, found.parts.all)
     unsaved = {
         name: facts._replace(unreadable=f"a checkpoint has no {facts.kind}")
         for name, facts in noted.items()
