@@ -20,6 +20,11 @@ _OPTIMIZERS: Final = ("optim", "lr_sched", "scaler")
 # Of a key that is shown: what is longer is shown by its end.
 _KEY_LENGTH: Final = 400
 _HIDDEN_SEGMENT: Final = "_orig_mod"
+# torch's names, and those of TensorFlow, MXNet and many an own batch norm.
+_STATISTICS: Final = (
+    *("running_mean", "running_var"),
+    *("moving_mean", "moving_var", "moving_variance"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class StateDict:
     @property
     def has_norm_layers(self) -> bool:
         """Whether there are running statistics among its tensors."""
-        return any(name.endswith(("running_mean", "running_var")) for name in self.tensors)
+        return any(name.endswith(_STATISTICS) for name in self.tensors)
 
 
 @dataclass(frozen=True)

@@ -110,10 +110,10 @@ def statistics_findings(
                 "never-trained",
                 layer,
                 "every mean is 0, every variance 1, and no batch was counted, but weight and bias "
-                "are not those of a new layer: the statistics were folded into them, as in "
-                "Detectron's weights, or they are missing.",
-                "If they were folded, nothing is wrong. If not, load a checkpoint that has them, "
-                "or call bnfreeze.recalibrate(model, loader).",
+                "are not those of a new layer: the statistics are missing, or they were folded "
+                "into weight and bias, as in Detectron's weights.",
+                "Load a checkpoint that has them, or call bnfreeze.recalibrate(model, loader). If "
+                "they were folded, nothing is wrong.",
                 # Frozen layers, which alone are made from folded statistics, keep no count.
                 level="note" if count is None else "warning",
                 key=key,

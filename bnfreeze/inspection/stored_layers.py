@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ BATCH_NORM: Final = "batch norm"
 FROZEN_OR_OLD: Final = "frozen or old batch norm"
 
 _STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
+# Other names of statistics: bn/moving_variance, bn1_running_mean. The same words as in
+# bnfreeze.norm_layers, which imports torch.
+_FOREIGN: Final = re.compile(
+    r"((?:.*[._/])?)((?:running|moving)_(?:\w+_)?(?:mean|var(?:iance)?|std))"
+)
 # torch's usual eps: a variance below it counts for less than eps does.
 _USUAL_EPS: Final = 1e-5
 # The least positive number of half precision is 2**-24; what is below half of it becomes 0.
@@ -123,7 +129,7 @@ def stored_layers(model: StateDict) -> tuple[tuple[StoredLayer, ...], tuple[Find
             layer, own_findings = _layer(name, own, model)
         layers.append(layer)
         findings += own_findings
-    findings += _across(layers, model)
+    findings += [*_across(layers, model), *_foreign(model)]
     if not layers and not findings:
         findings.append(
             finding(
@@ -134,6 +140,23 @@ def stored_layers(model: StateDict) -> tuple[tuple[StoredLayer, ...], tuple[Find
             )
         )
     return tuple(layers), worst_first(findings)
+
+
+def _foreign(model: StateDict) -> Iterator[Finding]:
+    """The modules that keep running statistics under other names than torch's."""
+    found: dict[str, list[str]] = {}
+    for name in model.tensors:
+        known = name.rpartition(".")[2] in _STATISTICS
+        if not known and (match := _FOREIGN.fullmatch(name)):
+            found.setdefault(match[1], []).append(match[2])
+    for layer, names in found.items():
+        yield finding(
+            "layer-foreign",
+            layer[:-1],
+            f"it has {' and '.join(names)}, which were not looked at.",
+            "diff compares such tensors, and snapshot --all takes them.",
+            key=model.key,
+        )
 
 
 def _bare(tensors: Mapping[str, StoredTensor]) -> str:

@@ -77,7 +77,8 @@ def snapshot_of(
     chosen = {n: tensor for n, tensor in tensors.items() if everything or _layer(n) in norms}
     if not chosen:
         raise PolicyError(
-            "It holds no norm layer, so there is nothing to take; --all takes every tensor."
+            "It holds no norm layer with a running_var, so there is nothing to take; --all takes "
+            "every tensor."
         )
     state = state_of(chosen, parts)
     kept: dict[str, StoredTensor] = {}

@@ -478,6 +478,28 @@ def test_batch_norms_of_caffe2_are_called_folded(tmp_path):
     assert "folded" in found.message
 
 
+@pytest.mark.parametrize(
+    ("names", "layers"),
+    [
+        # An own batch norm as in Dive into Deep Learning; TensorFlow's names in an .npz; MXNet's.
+        (["1.gamma", "1.beta", "1.moving_mean", "1.moving_var"], ["1"]),
+        (["a/bn/moving_mean", "a/bn/moving_variance", "b/moving_mean"], ["a/bn", "b"]),
+        (["bn6_3_gamma", "bn6_3_moving_mean", "bn6_3_moving_var"], ["bn6_3"]),
+        (["moving_mean", "moving_var"], [""]),
+    ],
+)
+def test_statistics_under_other_names_are_never_called_absent(names, layers, tmp_path):
+    np.savez(tmp_path / "a.npz", **dict.fromkeys(names, np.ones(4, np.float32)))
+    for what in (tmp_path / "a.npz", {name: torch.ones(4) for name in names}):
+        found = bnfreeze.inspect(what)
+        said = [(one.code, one.name) for one in found.findings]
+        assert said == [("layer-foreign", name) for name in layers]
+        assert "moving_mean" in found.findings[0].message
+        assert "torch's names" in found.sheet().verdict
+    torch.save({"m": dict.fromkeys(names, torch.ones(4)), "n": batch_norm(1)}, tmp_path / "b.pt")
+    assert {one.code for one in bnfreeze.inspect(tmp_path / "b.pt").findings} == {"layer-foreign"}
+
+
 def test_an_old_folder_of_hugging_face_is_read(model, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
