@@ -38,8 +38,9 @@ def read_npz(file: OpenFile) -> Content:
         CheckpointError: refused or damaged.
     """
     check_limit(len(file.entries), MAX_TENSORS, "arrays")
+    # A folder at the top is not the archive's own here: the names may all begin with net/.
     return Content(
-        {name.removesuffix(".npy"): _array(entry) for name, entry in file.entries.items()}
+        {entry.name.removesuffix(".npy"): _array(entry) for entry in file.entries.values()}
     )
 
 

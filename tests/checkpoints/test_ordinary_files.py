@@ -484,6 +484,7 @@ def test_batch_norms_of_caffe2_are_called_folded(tmp_path):
         # An own batch norm as in Dive into Deep Learning; TensorFlow's names in an .npz; MXNet's.
         (["1.gamma", "1.beta", "1.moving_mean", "1.moving_var"], ["1"]),
         (["a/bn/moving_mean", "a/bn/moving_variance", "b/moving_mean"], ["a/bn", "b"]),
+        (["net/bn/gamma", "net/bn/moving_mean", "net/bn/moving_variance"], ["net/bn"]),
         (["bn6_3_gamma", "bn6_3_moving_mean", "bn6_3_moving_var"], ["bn6_3"]),
         (["moving_mean", "moving_var"], [""]),
     ],
