@@ -177,7 +177,7 @@ def _bare(tensors: Mapping[str, StoredTensor]) -> str:
         if own.keys() == {"weight", "bias"} and len(own["weight"].shape) == 1
     ]
     if not bare:
-        return ": there is no norm layer."
+        return ": there is no batch norm of torch's."
     shown = ", ".join(bare[:2]) + (f", … {bare[-1]}" if len(bare) > 2 else "")
     return (
         f". {counted(len(bare), 'module')} ({shown}) {'has' if len(bare) == 1 else 'have'} the "

@@ -272,7 +272,7 @@ def test_a_checkpoint_that_lost_its_statistics_says_which_layers_it_may_be():
     said = inspect(affine | {"fc.weight": torch.ones(2, 4), "fc.bias": torch.ones(2)})
     assert [f.code for f in said.findings] == ["model-no-norm-layer"]
     assert "2 modules (a, b)" in said.findings[0].message
-    assert "there is no norm layer" not in said.findings[0].message
+    assert "there is no batch norm" not in said.findings[0].message
 
 
 @pytest.mark.parametrize("count", [3.0, 2.5, 0.3])
