@@ -144,10 +144,12 @@ def stored_layers(model: StateDict) -> tuple[tuple[StoredLayer, ...], tuple[Find
 
 def _foreign(model: StateDict) -> Iterator[Finding]:
     """The modules that keep running statistics under other names than torch's."""
+    parts = {name: name.rpartition(".")[2] for name in model.tensors}
+    # In ONNX a tensor may have its own name, and that of its layer.
+    known = {id(model.tensors[name]) for name, part in parts.items() if part in _STATISTICS}
     found: dict[str, list[str]] = {}
-    for name in model.tensors:
-        known = name.rpartition(".")[2] in _STATISTICS
-        if not known and (match := _FOREIGN.fullmatch(name)):
+    for name, tensor in model.tensors.items():
+        if id(tensor) not in known and (match := _FOREIGN.fullmatch(name)):
             found.setdefault(match[1], []).append(match[2])
     for layer, names in found.items():
         yield finding(

@@ -501,6 +501,17 @@ def test_statistics_under_other_names_are_never_called_absent(names, layers, tmp
     assert {one.code for one in bnfreeze.inspect(tmp_path / "b.pt").findings} == {"layer-foreign"}
 
 
+def test_a_layer_of_onnx_whose_tensors_are_named_in_another_way_is_no_foreign_one(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    names = [f"bn1_{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+    values = [onnx.numpy_helper.from_array(np.full(4, 0.5, np.float32), n) for n in names]
+    node = onnx.helper.make_node("BatchNormalization", ["x", *names], ["y"])
+    graph = onnx.helper.make_graph([node], "net", [], [], values)
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "a.onnx")
+    found = bnfreeze.inspect(tmp_path / "a.onnx")
+    assert (len(found.layers), found.findings) == (1, ())
+
+
 def test_an_old_folder_of_hugging_face_is_read(model, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
