@@ -26,9 +26,7 @@ FROZEN_OR_OLD: Final = "frozen or old batch norm"
 _STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
 # Other names of statistics: bn/moving_variance, bn1_running_mean. The same words as in
 # bnfreeze.norm_layers, which imports torch.
-_FOREIGN: Final = re.compile(
-    r"((?:.*[._/])?)((?:running|moving)_(?:\w+_)?(?:mean|var(?:iance)?|std))"
-)
+_FOREIGN: Final = re.compile(r"(?:running|moving)_(?:\w+_)?(?:mean|var(?:iance)?|std)")
 # torch's usual eps: a variance below it counts for less than eps does.
 _USUAL_EPS: Final = 1e-5
 # The least positive number of half precision is 2**-24; what is below half of it becomes 0.
@@ -149,8 +147,10 @@ def _foreign(model: StateDict) -> Iterator[Finding]:
     known = {id(model.tensors[name]) for name, part in parts.items() if part in _STATISTICS}
     found: dict[str, list[str]] = {}
     for name, tensor in model.tensors.items():
-        if id(tensor) not in known and (match := _FOREIGN.fullmatch(name)):
-            found.setdefault(match[1], []).append(match[2])
+        start = max(name.rfind("running_"), name.rfind("moving_"), 0)
+        layer, part = name[:start], name[start:]
+        if id(tensor) not in known and layer[-1:] in "._/" and _FOREIGN.fullmatch(part):
+            found.setdefault(layer, []).append(part)
     for layer, names in found.items():
         yield finding(
             "layer-foreign",
