@@ -152,7 +152,7 @@ def _snapshot(options: argparse.Namespace) -> int:
             plain = found.models[0].key if len(found.models) == 1 else None
             tensors = tensors_by_name(parts, plain)
             taken = snapshot_of(
-                tensors, everything=options.all, digest=options.digest, progress=progress
+                tensors, parts, everything=options.all, digest=options.digest, progress=progress
             )
     taken.save(options.output)
     print_line(f"{options.output}: {len(taken)} tensors of {options.path}")

@@ -143,8 +143,9 @@ NUMPY_BUILDERS: Final = {
 def read_npz(file: OpenFile) -> Content:
     """The arrays by name. One that is compressed, as by `numpy.savez_compressed`, is refused."""
     check_limit(len(file.entries), MAX_TENSORS, "arrays")
+    # A folder at the top is not the archive's own here: the names may all begin with net/.
     return Content(
-        {name.removesuffix(".npy"): _array_in(entry) for name, entry in file.entries.items()}
+        {entry.name.removesuffix(".npy"): _array_in(entry) for entry in file.entries.values()}
     )
 
 

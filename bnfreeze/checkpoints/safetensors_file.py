@@ -51,7 +51,7 @@ def read_safetensors(file: OpenFile) -> Content:
     length = int.from_bytes(source.read(0, 8), "little")
     check_limit(length, MAX_HEADER_BYTES, "bytes of a safetensors header")
     header = read_json(source.read(8, length), "its header")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     check_limit(len(header), MAX_TENSORS, "tensors")
     data = source.part(8 + length, source.size - 8 - length)
     places = {name: _place(description) for name, description in header.items()}
@@ -71,6 +71,14 @@ def read_safetensors(file: OpenFile) -> Content:
         with naming_file(f"{name!r:.200}"):
             tensors[name] = packed_tensor(DTYPES[dtype], shape, data.part(begin, end - begin))
         position = end
+    if isinstance(metadata, dict):
+        # save_model writes what several names share once, and notes the other names here.
+        tensors |= {
+            name: tensors[kept]
+            for name, kept in metadata.items()
+            if name not in tensors and type(kept) is str and kept in tensors
+        }
+        check_limit(len(tensors), MAX_TENSORS, "tensors")
     return Content(tensors)
 
 

@@ -25,6 +25,11 @@ __all__ = ["StateDict", "StateDicts", "find_state_dicts", "tensors_by_name"]
 # Below these, tensors are no model's, unless there are norm layers.
 _OPTIMIZERS: Final = ("optim", "lr_sched", "scaler")
 _HIDDEN_SEGMENT: Final = "_orig_mod"
+# torch's names, and those of TensorFlow, MXNet and many an own batch norm.
+_STATISTICS: Final = (
+    *("running_mean", "running_var"),
+    *("moving_mean", "moving_var", "moving_variance"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class StateDict:
     @property
     def has_norm_layers(self) -> bool:
         """Whether there are running statistics among its tensors."""
-        return any(name.endswith(("running_mean", "running_var")) for name in self.tensors)
+        return any(name.endswith(_STATISTICS) for name in self.tensors)
 
     @property
     def is_counter(self) -> bool:

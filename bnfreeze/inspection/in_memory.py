@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from bnfreeze.checkpoints import Checkpoint, StoredTensor, find_state_dicts
+from bnfreeze.checkpoints import Checkpoint, LayerSettings, StoredTensor, find_state_dicts
+from bnfreeze.checkpoints.modules import Model
 from bnfreeze.checkpoints.pickled import Content
 from bnfreeze.checkpoints.stored_tensor import Words
 from bnfreeze.inspection.origin import Found
+from bnfreeze.norm_layers import check_model, eps_of, is_norm
+from bnfreeze.policies.record import layer_class
 from bnfreeze.torch_private import DisableTorchFunctionSubclass
 
 
@@ -94,14 +97,34 @@ class TensorInMemory(StoredTensor):
         return flat.view(torch.uint8).numpy().view(np.dtype(f"<u{size}"))
 
 
-def found_in(saved: Mapping[str, Any], kind: str = "state_dict", key: str | None = None) -> Found:
+def found_in(saved: Mapping[str, Any], key: str | None = None) -> Found:
     """The state_dicts in a mapping: itself, or those that it holds.
 
     Raises:
         UnsupportedFormatError: it holds no tensors by name, or none under the key.
     """
     parts = find_state_dicts(_described(saved)).chosen(key)
-    return Found(parts, Checkpoint("", kind, Content({})))
+    return Found(parts, Checkpoint("", "state_dict", Content({})))
+
+
+def found_in_model(what: object) -> Found:
+    """The state_dict of a live model, and the eps of its norm layers.
+
+    Raises:
+        TypeError: it is no live `nn.Module`.
+        UnsupportedFormatError: it has no tensors.
+    """
+    model = check_model(what)
+    layers = {
+        name: LayerSettings(layer_class(module).__name__, eps=eps_of(module))
+        for name, module in model.named_modules(remove_duplicate=False)
+        if is_norm(module)
+    }
+    saved = _described(model.state_dict())
+    tensors = {name: one for name, one in saved.items() if isinstance(one, StoredTensor)}
+    besides = [(name, one) for name, one in saved.items() if name not in tensors]
+    parts = find_state_dicts(Model(tensors, layers, besides=besides))
+    return Found(parts, Checkpoint("", "model", Content({})))
 
 
 def _described(saved: Mapping[str, Any]) -> Any:

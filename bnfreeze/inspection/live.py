@@ -15,6 +15,7 @@ from bnfreeze.inspection.modes import in_training
 from bnfreeze.inspection.statistics import batches_in, real_values, statistics_findings
 from bnfreeze.inspection.unregistered import unregistered
 from bnfreeze.norm_layers import (
+    AFFINE,
     STATISTICS,
     affine_parameters,
     check_model,
@@ -180,6 +181,7 @@ def _layer_findings(
             batches_in(count),
             facts.eps,
             (mean.dtype, var.dtype),
+            [TensorInMemory(t) for n in AFFINE if isinstance(t := getattr(layer, n, None), Tensor)],
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from bnfreeze.checkpoints import StoredTensor
 from bnfreeze.findings import Finding, finding
 
 _LOW_PRECISION = frozenset({"float16", "bfloat16"})
+# A new frozen layer of detectron2 has the variance 1 - eps; no eps is larger than this.
+_LARGEST_EPS = 1.001e-3
 
 
 def real_values(tensor: StoredTensor | None) -> NDArray[Any] | None:
@@ -39,6 +41,7 @@ def statistics_findings(
     count: int | None,
     eps: float | None,
     dtypes: tuple[str, str],
+    affine: Iterable[StoredTensor],
     key: str = "",
 ) -> Iterator[Finding]:
     """What the running statistics of one layer show.
@@ -50,6 +53,7 @@ def statistics_findings(
         count: ``num_batches_tracked``, or None where there is none.
         eps: the layer's eps, or None where it is not known (a state_dict does not have it).
         dtypes: the dtypes of mean and var, as torch names them.
+        affine: weight and bias, as far as there are any; read only if they decide something.
         key: in a checkpoint, the key of the layer's model.
 
     Yields:
@@ -80,13 +84,32 @@ def statistics_findings(
         yield finding("stats-var-nonpositive", layer, text, level="warning", key=key)
     if eps is not None and eps <= 0:
         yield finding("layer-eps-zero", layer, f"eps is {eps:g}.", key=key)
-    if (mean == 0).all() and (var == 1).all():
+    if (mean == 0).all() and (var == var[0]).all() and 0 <= 1 - var[0] <= _LARGEST_EPS:
         if count:
             text = f"every mean is 0 and every variance 1, although {count:,} batches were counted."
             yield finding("stats-not-updated", layer, text, key=key)
+        elif any(_varies(tensor) for tensor in affine):
+            text = (
+                "every mean is 0, every variance 1, and no batch was counted, but weight and bias "
+                "are not those of a new layer: the statistics are missing, or they were folded "
+                "into weight and bias, as in Detectron's weights."
+            )
+            remedy = (
+                "Load a checkpoint that has them, or call bnfreeze.recalibrate(model, loader). If "
+                "they were folded, nothing is wrong."
+            )
+            # Frozen layers, which alone are made from folded statistics, keep no count.
+            level: Any = "note" if count is None else "warning"
+            yield finding("never-trained", layer, text, remedy, level=level, key=key)
         else:
             text = (
                 "every mean is 0, every variance 1, and no batch was counted: "
                 "these are the values of a new layer, which normalises nothing."
             )
             yield finding("never-trained", layer, text, key=key)
+
+
+def _varies(tensor: StoredTensor) -> bool:
+    """Whether its elements differ from each other: those of a new layer are all 1, or all 0."""
+    values = real_values(tensor)
+    return values is not None and len(values) > 0 and bool((values != values[0]).any())

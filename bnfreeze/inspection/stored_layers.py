@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ from bnfreeze.checkpoints import LayerSettings, StateDict, naming_file
 from bnfreeze.checkpoints.stored_tensor import StoredTensor, shown
 from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.statistics import batches_in, real_values, statistics_findings
-from bnfreeze.text import counted
+from bnfreeze.text import counted, listed
 
 # A state_dict has names and values but no classes, so this is all that can be known of a layer.
 BATCH_NORM: Final = "batch norm"
 FROZEN_OR_OLD: Final = "frozen or old batch norm"
 
 _STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
+# Other names of statistics: bn/moving_variance, bn1_running_mean. The same words as in
+# bnfreeze.norm_layers, which imports torch.
+_FOREIGN: Final = re.compile(r"(?:running|moving)_(?:\w+_)?(?:mean|var(?:iance)?|std)")
 # torch's usual eps: a variance below it counts for less than eps does.
 _USUAL_EPS: Final = 1e-5
 # The least positive number of half precision is 2**-24; what is below half of it becomes 0.
@@ -124,22 +128,50 @@ def stored_layers(model: StateDict) -> tuple[tuple[StoredLayer, ...], tuple[Find
             layer, own_findings = _layer(name, own, model)
         layers.append(layer)
         findings += own_findings
-    findings += _across(layers, model)
+    findings += [*_across(layers, model), *_foreign(model)]
     if not layers and not findings:
         text = "No tensor looked at is named running_mean or running_var" + _bare(modules)
         findings.append(finding("model-no-norm-layer", "", text, key=key))
     return tuple(layers), worst_first(findings)
 
 
+def _foreign(model: StateDict) -> Iterator[Finding]:
+    """The modules that keep running statistics under other names than torch's."""
+    parts = {name: name.rpartition(".")[2] for name in model.tensors}
+    # In ONNX a tensor may have its own name, and that of its layer.
+    known = {id(model.tensors[name]) for name, part in parts.items() if part in _STATISTICS}
+    found: dict[str, list[str]] = {}
+    for name, tensor in model.tensors.items():
+        start = max(name.rfind("running_"), name.rfind("moving_"), 0)
+        layer, part = name[:start], name[start:]
+        if id(tensor) not in known and layer[-1:] in "._/" and _FOREIGN.fullmatch(part):
+            found.setdefault(layer, []).append(part)
+    for layer, names in found.items():
+        yield finding(
+            "layer-foreign",
+            layer[:-1],
+            f"it has {' and '.join(names)}, which were not looked at.",
+            "diff compares such tensors, and snapshot --all takes them.",
+            key=model.key,
+        )
+
+
 def _bare(modules: Mapping[str, Mapping[str, StoredTensor]]) -> str:
     """What looks like norm layers without statistics, as the end of a sentence."""
+    names = [f"{name}.{part}" for name, own in modules.items() for part in own]
+    folded = [name.lstrip(".")[:-2] for name in names if name.endswith("_bn_s")]
+    if folded:
+        return (
+            f". {counted(len(folded), 'batch norm')} ({listed(folded, 2)}) of Caffe2: a scale "
+            f"(_s) and a bias (_b), and the statistics are folded into them."
+        )
     bare = [
         name or "the model"
         for name, own in modules.items()
         if own.keys() == {"weight", "bias"} and len(own["weight"].shape) == 1
     ]
     if not bare:
-        return ": there is no norm layer."
+        return ": there is no batch norm of torch's."
     shown = ", ".join(bare[:2]) + (f", … {bare[-1]}" if len(bare) > 2 else "")
     return (
         f". {counted(len(bare), 'module')} ({shown}) {'has' if len(bare) == 1 else 'have'} the "
@@ -190,7 +222,10 @@ def _layer(
         frozen_by=settings.frozen_by or None,
     )
     dtypes = (own["running_mean"].dtype, own["running_var"].dtype)
-    findings = [*statistics_findings(name, mean, var, batches, layer.eps, dtypes, model.key)]
+    affine = [own[part] for part in ("weight", "bias") if part in own]
+    findings = [
+        *statistics_findings(name, mean, var, batches, layer.eps, dtypes, affine, model.key)
+    ]
     if settings.in_graph and settings.training:
         findings.append(finding("layer-exported-training", name, key=model.key))
     if mean is None or var is None:

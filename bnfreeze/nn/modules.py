@@ -172,8 +172,10 @@ class _FrozenBatchNormNd(nn.Module):
     ) -> None:
         """As in nn.Module, but a checkpoint may lack num_batches_tracked."""
         key = prefix + "num_batches_tracked"
-        if self.num_batches_tracked is not None and key not in state_dict:
-            state_dict[key] = self.num_batches_tracked
+        count = self.num_batches_tracked
+        if count is not None and key not in state_dict:
+            # As in torch: a model that was built on the meta device has no count to keep.
+            state_dict[key] = torch.zeros_like(count, device="cpu") if count.is_meta else count
         if local_metadata.get("assign_to_params_buffers"):
             for name in STATISTICS[:2]:
                 value = state_dict.get(prefix + name)

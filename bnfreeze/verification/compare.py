@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from math import prod
+from math import isclose, prod
 
 from bnfreeze.checkpoints import naming_file
 from bnfreeze.verification.causes import because, explained
@@ -101,6 +101,8 @@ def _changes(before: State, after: State, gathered: bool, progress: Progress) ->
         now = after.owners.get(name)
         if now and was.kind and now.kind:  # a checkpoint does not say
             yield from _layer(name, was, now, exact=bool(before.identities))
+        if now and was.eps is not None and now.eps is not None:
+            yield from _eps(name, was.eps, now.eps)
 
 
 def _flags(name: str, before: State, after: State) -> Iterator[Drift]:
@@ -180,6 +182,13 @@ def _aliases(before: State, after: State) -> Iterator[Drift]:
         yield Drift(name, "aliasing", before=others[0], after=others[1])
 
 
+def _eps(name: str, was: float, now: float) -> Iterator[Drift]:
+    # ONNX keeps it in float32.
+    if not isclose(was, now, rel_tol=1e-6):
+        eps = f"{name}.eps" if name else "eps"
+        yield because(Drift(eps, "value", 1, 1, (), was, now, max_abs=abs(now - was)), "eps")
+
+
 def _layer(name: str, was: OwnerFacts, now: OwnerFacts, *, exact: bool) -> Iterator[Drift]:
     # In another process a class may come from another module: __main__, or an older torch.
     same = was.kind == now.kind if exact else was.short_kind == now.short_kind
@@ -201,7 +210,3 @@ def _layer(name: str, was: OwnerFacts, now: OwnerFacts, *, exact: bool) -> Itera
         kind = "mode" if never_frozen else "thawed"
         drift = Drift(name, kind, before="eval mode", after="train mode")
         yield because(drift, "train-called", remedy=now.remedy)
-    if was.eps is not None and now.eps is not None and was.eps != now.eps:
-        eps = f"{name}.eps" if name else "eps"
-        drift = Drift(eps, "value", 1, 1, (), was.eps, now.eps, abs(now.eps - was.eps))
-        yield because(drift, "eps")

@@ -44,8 +44,9 @@ def diff(
 ) -> Diff:
     """Compare two checkpoints, state_dicts or models, bit by bit.
 
-    A model stands for its state_dict. Nothing in a file is run or imported. If the names of one
-    begin with a prefix that those of the other lack, such as ``model.backbone.``, it is found.
+    A model stands for its state_dict and the eps of its norm layers. Nothing in a file is run or
+    imported. If the names of one begin with a prefix that those of the other lack, such as
+    ``model.backbone.``, it is found.
 
     Args:
         a: the earlier one: the path of a checkpoint, a state_dict or a mapping that has one, or a
@@ -60,7 +61,7 @@ def diff(
         progress: is called with how many tensors of a model are done, and of how many.
 
     Returns:
-        A `Diff`; it is true if both have the same names and every bit is the same.
+        A `Diff`; it is true if both have the same names, every bit is the same, and no eps differs.
 
     Raises:
         TypeError: one is none of these.
@@ -102,14 +103,14 @@ def diff(
                 for one in ({there[name]: tensor for name, tensor in old.items()}, new)
             ]
             try:
-                changes = _changes(states, sides, here, model, progress)
+                changes, others = _changes(states, sides, here, model, progress)
             except CheckpointError as error:
                 if len(matching) == 1:
                     raise
                 # The others are compared all the same.
                 unread.append(Unread(model, type(error).__name__, str(error)))
                 continue
-            findings += _meaning(states, changes, model)
+            findings += (*others, *_meaning(states, changes, model))
             tensors += changes
         left, right = (side.origin(side.parts.all) for side in sides)
         return Diff(left, right, tuple(pairs), tuple(tensors), worst_first(findings), tuple(unread))
@@ -119,14 +120,9 @@ def _found(what: object, key: str | None, stack: ExitStack) -> Found:
     if isinstance(what, str | os.PathLike):
         checkpoint = stack.enter_context(open_checkpoint(what))
         return Found(checkpoint.chosen(key), checkpoint)
-    kind = "state_dict"
-    if not isinstance(what, Mapping):
-        from bnfreeze.norm_layers import check_model
+    from bnfreeze.inspection.in_memory import found_in, found_in_model
 
-        what, kind, key = check_model(what).state_dict(), "model", None
-    from bnfreeze.inspection.in_memory import found_in
-
-    return found_in(what, kind, key)
+    return found_in(what, key) if isinstance(what, Mapping) else found_in_model(what)
 
 
 def _changes(
@@ -135,8 +131,8 @@ def _changes(
     here: Mapping[str, str],
     key: str,
     progress: Progress,
-) -> list[TensorChange]:
-    """What changed of each tensor of two models, in the order of the first.
+) -> tuple[list[TensorChange], list[Finding]]:
+    """What changed of each tensor of two models, in the first's order, and which layers' eps did.
 
     Args:
         states: their tensors, under the second's names.
@@ -151,7 +147,7 @@ def _changes(
     facts = []
     for tensors, side in zip(states, sides, strict=True):
         with naming_file(side.checkpoint.path or side.checkpoint.kind):
-            facts.append(state_of(tensors))
+            facts.append(state_of(tensors, side.parts.all))
     drifts: dict[str, Drift] = {}
     found = compare(*facts, progress=progress).drifts
     for drift in sorted(found, key=lambda drift: _ORDER.index(drift.kind)):
@@ -176,7 +172,22 @@ def _changes(
                 key,
             )
         )
-    return changes
+    layers = {_layer(name): _layer(min(here[name], name, key=len)) for name in old | new}
+    others = [
+        finding(
+            "layer-eps-differs",
+            layers[_layer(drift.name)],
+            f"eps is {drift.before:g} in the first and {drift.after:g} in the second.",
+            key=key,
+        )
+        for drift in found
+        if drift.cause_code == "eps"
+    ]
+    return changes, others
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _meaning(

@@ -193,6 +193,8 @@ class Diff(Printable):
         errors = {one.code for one in self.findings if one.level == "error"}
         if "model-same-memory" in errors:
             parts.append("But both are the same memory: this comparison shows nothing.")
+        if "layer-eps-differs" in errors:
+            parts.append("But eps differs: the models compute different things.")
         if RUNS_CODE in errors:
             parts.append("Loading one of the files would run code.")
         return " ".join(parts)

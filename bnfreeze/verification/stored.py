@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from bnfreeze.checkpoints import StoredTensor, naming_file, tensors_by_name
+from bnfreeze.checkpoints import StateDict, StoredTensor, naming_file, tensors_by_name
 from bnfreeze.checkpoints.stored_tensor import check_claims
 from bnfreeze.errors import CheckpointError, PolicyError
 from bnfreeze.inspection.origin import Found
@@ -17,13 +17,23 @@ from bnfreeze.verification.state import LISTED, OwnerFacts, State, TensorFacts
 from bnfreeze.verification.values import KeptTensor
 
 
-def state_of(tensors: Mapping[str, StoredTensor]) -> State:
+def state_of(tensors: Mapping[str, StoredTensor], parts: Iterable[StateDict]) -> State:
     """What a checkpoint shows: names, dtypes, shapes, and the values, read when they are needed.
+
+    Args:
+        tensors: by the names that they are to have.
+        parts: where they come from; of a model that was saved whole, they say its layers' eps.
 
     Raises:
         UnsafeCheckpointError: the tensors claim far more bytes than the file has.
     """
     check_claims(tensors.values())
+    eps = {
+        id(tensor): settings.eps
+        for part in parts
+        for name, tensor in part.tensors.items()
+        if (settings := part.layers.get(_layer(name)))
+    }
     return State(
         LISTED,
         {
@@ -31,7 +41,7 @@ def state_of(tensors: Mapping[str, StoredTensor]) -> State:
             name: TensorFacts("", one.dtype, one.shape, _layer(name), name, unreadable=one.why)
             for name, one in tensors.items()
         },
-        dict.fromkeys(map(_layer, tensors), OwnerFacts()),
+        {_layer(name): OwnerFacts(eps=eps.get(id(one))) for name, one in tensors.items()},
         values={name: tensor for name, tensor in tensors.items() if tensor.has_values},
     )
 
@@ -42,15 +52,17 @@ def _layer(name: str) -> str:
 
 def snapshot_of(
     tensors: Mapping[str, StoredTensor],
+    parts: Iterable[StateDict] = (),
     *,
     everything: bool = False,
     digest: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Snapshot:
-    """Make a snapshot of a checkpoint: of names, dtypes, shapes and bits.
+    """Make a snapshot of a checkpoint: of names, dtypes, shapes and bits, and of eps.
 
     Args:
         tensors: the checkpoint's, by name.
+        parts: where they come from, as for `state_of`.
         everything: all of them, instead of those of norm layers only.
         digest: keep SHA-256 digests instead of a copy.
         progress: is called with how many tensors are taken, and of how many.
@@ -63,9 +75,10 @@ def snapshot_of(
     chosen = {n: tensor for n, tensor in tensors.items() if everything or _layer(n) in norms}
     if not chosen:
         raise PolicyError(
-            "It holds no norm layer, so there is nothing to take; --all takes every tensor."
+            "It holds no norm layer with a running_var, so there is nothing to take; --all takes "
+            "every tensor."
         )
-    state = state_of(chosen)
+    state = state_of(chosen, parts)
     kept: dict[str, StoredTensor] = {}
     digests: dict[str, str] = {}
     for done, (name, tensor) in enumerate(state.values.items()):
@@ -85,7 +98,7 @@ def verify_found(
     select: Sequence[str] = (),
     progress: Progress = lambda done, total: None,
 ) -> DriftReport:
-    """Compare what was found in a checkpoint with a snapshot: names, dtypes, shapes, bits.
+    """Compare what was found in a checkpoint with a snapshot: names, dtypes, shapes, bits, eps.
 
     A snapshot of a model is compared with the only model that the checkpoint has. A snapshot of a
     checkpoint with several models is compared with those of the same keys.
@@ -126,7 +139,8 @@ def verify_found(
                 f"--key."
             )
         tensors = tensors_by_name(found.parts.all, None)
-    now = state_of({name: tensors[name] for name in noted if name in tensors})
+    there = {name: tensors[name] for name in noted if name in tensors}
+    now = state_of(there, found.parts.all)
     unsaved = {
         name: facts._replace(unreadable=f"a checkpoint has no {facts.kind}")
         for name, facts in noted.items()

@@ -30,6 +30,7 @@ from bnfreeze import (
     UnsupportedFormatError,
 )
 from bnfreeze.checkpoints import open_checkpoint
+from bnfreeze.cli import main
 from tests.helpers import bits
 
 
@@ -448,6 +449,67 @@ def test_a_folder_of_hugging_face_is_read(sharded, tmp_path):
     found = facts(tmp_path / "hf")
     assert found.kind == ("shard index" if sharded else "safetensors")
     assert found.models == {"": values(net.state_dict())}
+
+
+def test_names_that_share_a_tensor_are_found_in_what_safetensors_saved(model, tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    twice = nn.ModuleDict({"student": model, "teacher": model})
+    safetensors_torch.save_model(twice, tmp_path / "a.safetensors")
+    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert len([*file.keys()]) == len(model.state_dict())
+    assert facts(tmp_path / "a.safetensors").models == {"": values(twice.state_dict())}
+    assert bnfreeze.diff(twice, tmp_path / "a.safetensors")
+    bnfreeze.snapshot(twice, tensors="all").save(tmp_path / "before")
+    assert main(["verify", str(tmp_path / "a.safetensors"), str(tmp_path / "before")]) == 0
+
+
+def test_batch_norms_of_caffe2_are_called_folded(tmp_path):
+    # As in the weights with which Detectron's models begin.
+    blobs = {
+        f"{name}{part}": np.ones(shape, np.float32)
+        for name in ("conv1", "res2_0_branch2a")
+        for part, shape in (("_w", (4, 3, 1, 1)), ("_bn_s", 4), ("_bn_b", 4))
+    }
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": blobs}))
+    (found,) = bnfreeze.inspect(tmp_path / "R-50.pkl").findings
+    assert found.code == "model-no-norm-layer"
+    assert "2 batch norms (conv1_bn, res2_0_branch2a_bn)" in found.message
+    assert "folded" in found.message
+
+
+@pytest.mark.parametrize(
+    ("names", "layers"),
+    [
+        # An own batch norm as in Dive into Deep Learning; TensorFlow's names in an .npz; MXNet's.
+        (["1.gamma", "1.beta", "1.moving_mean", "1.moving_var"], ["1"]),
+        (["a/bn/moving_mean", "a/bn/moving_variance", "b/moving_mean"], ["a/bn", "b"]),
+        (["net/bn/gamma", "net/bn/moving_mean", "net/bn/moving_variance"], ["net/bn"]),
+        (["bn6_3_gamma", "bn6_3_moving_mean", "bn6_3_moving_var"], ["bn6_3"]),
+        (["moving_mean", "moving_var"], [""]),
+    ],
+)
+def test_statistics_under_other_names_are_never_called_absent(names, layers, tmp_path):
+    np.savez(tmp_path / "a.npz", **dict.fromkeys(names, np.ones(4, np.float32)))
+    for what in (tmp_path / "a.npz", {name: torch.ones(4) for name in names}):
+        found = bnfreeze.inspect(what)
+        said = [(one.code, one.name) for one in found.findings]
+        assert said == [("layer-foreign", name) for name in layers]
+        assert "moving_mean" in found.findings[0].message
+        assert "torch's names" in found.sheet().verdict
+    torch.save({"m": dict.fromkeys(names, torch.ones(4)), "n": batch_norm(1)}, tmp_path / "b.pt")
+    assert {one.code for one in bnfreeze.inspect(tmp_path / "b.pt").findings} == {"layer-foreign"}
+
+
+def test_a_layer_of_onnx_whose_tensors_are_named_in_another_way_is_no_foreign_one(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    names = [f"bn1_{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+    values = [onnx.numpy_helper.from_array(np.full(4, 0.5, np.float32), n) for n in names]
+    node = onnx.helper.make_node("BatchNormalization", ["x", *names], ["y"])
+    graph = onnx.helper.make_graph([node], "net", [], [], values)
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "a.onnx")
+    found = bnfreeze.inspect(tmp_path / "a.onnx")
+    assert (len(found.layers), found.findings) == (1, ())
 
 
 def test_an_old_folder_of_hugging_face_is_read(model, tmp_path):

@@ -211,6 +211,34 @@ def test_values_of_a_new_layer_are_a_finding_whether_batches_were_counted_or_not
     assert inspect(model).findings == ()
 
 
+def test_a_layer_that_was_trained_with_no_statistics_of_its_own_is_not_called_new():
+    # Detectron's weights have the statistics folded into weight and bias; 0 and 1 are left.
+    frozen, live = FrozenBatchNorm2d(8), nn.BatchNorm2d(8)
+    for layer, level in ((frozen, "note"), (live, "warning")):
+        if layer is frozen:
+            del layer.num_batches_tracked  # the frozen layers of other libraries keep none
+        for what in (layer, layer.state_dict()):
+            (found,) = (f for f in inspect(what).findings if f.code == "never-trained")
+            assert found.level == "warning"
+        with torch.no_grad():
+            layer.weight.uniform_(0.5, 1)
+        for what in (layer, layer.state_dict()):
+            (found,) = (f for f in inspect(what).findings if f.code == "never-trained")
+            assert found.level == level
+            assert "folded" in found.message
+            assert "recalibrate" in found.remedy
+            assert inspect(what).ok
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+def test_a_new_frozen_layer_of_detectron2_is_called_new(eps):
+    layer = FrozenBatchNorm2d(8, eps)
+    layer.running_var -= eps
+    assert [f.code for f in inspect(layer).findings] == ["never-trained"]
+    layer.running_var -= 0.01
+    assert inspect(layer).findings == ()
+
+
 def test_an_optimizer_of_another_model_is_a_finding(model):
     other = torch.optim.SGD(Small().parameters(), lr=0.1)
     assert "optimizer-without-parameters" in codes(model, optimizer=other)
@@ -253,7 +281,7 @@ def test_a_checkpoint_that_lost_its_statistics_says_which_layers_it_may_be():
     said = inspect(affine | {"fc.weight": torch.ones(2, 4), "fc.bias": torch.ones(2)})
     assert [f.code for f in said.findings] == ["model-no-norm-layer"]
     assert "2 modules (a, b)" in said.findings[0].message
-    assert "there is no norm layer" not in said.findings[0].message
+    assert "there is no batch norm" not in said.findings[0].message
 
 
 @pytest.mark.parametrize("count", [3.0, 2.5, 0.3])

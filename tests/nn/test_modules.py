@@ -152,6 +152,20 @@ def test_an_assigned_checkpoint_gives_fp32_statistics_and_buffers():
         assert not layer.weight.requires_grad
 
 
+@pytest.mark.parametrize("policy", [None, "eval", "fused", "stats"])
+def test_a_checkpoint_without_a_count_leaves_nothing_of_a_meta_model_behind(policy):
+    # A plain dict, as it comes from a file of safetensors or from before torch 0.4.1.
+    state = dict(trained(nn.BatchNorm2d).state_dict())
+    del state["num_batches_tracked"]
+    with torch.device("meta"):
+        layer = nn.BatchNorm2d(6) if policy else FrozenBatchNorm2d(6)
+    if policy:
+        bnfreeze.freeze(layer, policy)
+    layer.load_state_dict(state, strict=False, assign=True)
+    assert layer.num_batches_tracked.item() == 0
+    assert not any(value.is_meta for value in layer.to("cpu").state_dict().values())
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
 def test_copies_pickles_saves_and_prints(how):
     layer = FrozenBatchNorm2d.from_batchnorm(trained(nn.BatchNorm2d))

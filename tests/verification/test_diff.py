@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -85,6 +86,48 @@ def test_a_model_compared_with_itself_is_never_a_pass(model):
     assert (finding.code, finding.level) == ("model-same-memory", "warning")
     assert finding.message.startswith("1 of 9 tensors")
     assert bnfreeze.diff(other, model)
+
+
+def test_an_eps_that_differs_is_an_error_wherever_both_sides_say_what_it_is(model, tmp_path):
+    # As of a model that is built again for other classes, and not given its eps again.
+    other = copy.deepcopy(model)
+    other.body[1].eps = 1e-3
+    for name, one in (("a", model), ("b", other)):
+        torch.save(one, tmp_path / f"{name}.pt")
+    outer = nn.ModuleDict({"student": other})
+    frozen = copy.deepcopy(model)
+    bnfreeze.freeze(frozen, "fused")
+    for first in (model, tmp_path / "a.pt", frozen):
+        for second in (other, tmp_path / "b.pt", nn.DataParallel(other), outer):
+            found = bnfreeze.diff(first, second)
+            (said,) = (one for one in found.findings if one.level == "error")
+            assert (said.code, said.name) == ("layer-eps-differs", "body.1")
+            assert said.message == "eps is 1e-05 in the first and 0.001 in the second."
+            assert not found.ok
+            assert all(change.kind == "identical" for change in found.tensors)
+            assert "But eps differs" in found.sheet().verdict
+        assert bnfreeze.diff(first, other, select="head").ok
+        # A state_dict does not have it.
+        assert bnfreeze.diff(first, copy.deepcopy(other.state_dict())).ok
+        assert bnfreeze.diff(first, copy.deepcopy(model)).ok
+
+
+def test_the_eps_of_an_onnx_model_is_that_of_the_model_it_was_made_from(model, tmp_path):
+    pytest.importorskip("onnx")
+    body = model.body.eval()
+    body[1].eps = 1e-3
+    path = str(tmp_path / "a.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            *(body, (torch.randn(1, 3, 8, 8),), path),
+            dynamo=False,
+            do_constant_folding=False,
+            training=torch.onnx.TrainingMode.PRESERVE,
+        )
+    assert bnfreeze.diff(path, body).findings == ()  # although float32 does not hold 0.001
+    body[1].eps = 1e-5
+    assert [one.code for one in bnfreeze.diff(path, body).findings] == ["layer-eps-differs"]
 
 
 def test_what_cannot_be_compared_is_not_identical(model):

@@ -46,6 +46,22 @@ def test_a_checkpoint_equals_its_own_snapshot_and_a_flipped_bit_is_found(files, 
     assert [line.split("\t")[:2] for line in lines] == [["body.1.running_var", "value"]]
 
 
+def test_the_eps_of_a_model_that_was_saved_whole_is_compared_too(model, tmp_path, capsys):
+    torch.save(model, tmp_path / "start.pt")
+    bnfreeze.snapshot(model, tensors="norm").save(tmp_path / "live")
+    assert main(["snapshot", str(tmp_path / "start.pt"), "-o", str(tmp_path / "stored")]) == 0
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    model.body[1].eps = 1e-3
+    torch.save(model, tmp_path / "end.pt")
+    for kept in ("live", "stored"):
+        for name, code in (("start", 0), ("state", 0), ("end", 1)):
+            capsys.readouterr()
+            found = ["verify", str(tmp_path / f"{name}.pt"), str(tmp_path / kept), "--json"]
+            assert main(found) == code
+        (drift,) = json.loads(capsys.readouterr().out)["drifts"]
+        assert (drift["name"], drift["cause_code"]) == ("body.1.eps", "eps")
+
+
 def test_a_checkpoint_is_compared_with_a_snapshot_of_the_live_model(files, capsys):
     assert main(["verify", str(files / "start.pt"), str(files / "live.safetensors")]) == 0
     assert "5 tensors unchanged, bit for bit." in capsys.readouterr().out
