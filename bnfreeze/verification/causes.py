@@ -22,6 +22,8 @@ __all__ = ["explained"]
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # The policies under which statistics move.
 _MOVING = ("none", "affine", "weights", "affine+weights")
+# Those that freeze no parameter.
+_TRAINING = ("none", "frozen", "stats", "eval")
 
 # A code of bnfreeze.verification.reasons, and what its sentence needs.
 Cause = tuple[str, dict[str, object]]
@@ -177,7 +179,12 @@ def _optimized(case: _Case) -> Iterator[Cause]:
     ]
     name, group = groups[0] if groups else ("", {})
     if old.requires_grad if new.requires_grad is None else new.requires_grad:
-        yield "trained", {"where": f" and it is in {name}" if name else ""}
+        where = f" and it is in {name}" if name else ""
+        policy = case.now.policy if case.now else "none"
+        own = case.drift.name.rpartition(".")[2] in ("weight", "bias")
+        if "weights" in policy or (own and policy not in _TRAINING):
+            yield "affine-thawed", {"where": where, "policy": policy}
+        yield "trained", {"where": where}
         return
     grad = tensor.grad if tensor is not None and new.has_grad else None
     if name and grad is not None:
@@ -186,11 +193,15 @@ def _optimized(case: _Case) -> Iterator[Cause]:
             for key in ("weight_decay", "momentum")
             if isinstance(group.get(key), int | float) and group[key]
         ]
-        zeros = ".grad of zeros, which zero_grad(set_to_none=False) leaves,"
+        text = ".grad"
+        if not (old.has_grad or old.requires_grad):
+            text = ".grad that the optimizer (Muon) or an edit of gradients (PCGrad) gave it,"
+        elif not grad.any():
+            text = ".grad of zeros, which zero_grad(set_to_none=False) leaves,"
         yield (
             "leftover-grad",
             {
-                "grad": ".grad" if grad.any() else zeros,
+                "grad": text,
                 "optimizer": name + (f" with {' and '.join(forces)}" if forces else ""),
             },
         )

@@ -11,7 +11,10 @@ __all__ = ["TRACE", "because"]
 # The remedy if only a trace would tell more.
 TRACE = "Train under guard(model, trace=True): it names the line that writes."
 _FREEZE = 'Use freeze(model, "eval").'
-_CLEAR_GRAD = "Clear it with .grad = None; freeze(model, optimizer=…) does that."
+_CLEAR_GRAD = (
+    "Clear it with .grad = None; freeze(model, optimizer=…) does that. If it comes back, leave the "
+    "parameter out of the optimizer."
+)
 
 # A kind of drift that is its own cause has its own name here.
 _REASONS = {
@@ -38,7 +41,13 @@ _REASONS = {
     ),
     "trained": (
         "Its requires_grad is True{where}: it trains.",
-        'Use freeze(model, "affine"), or "weights" for what is not a norm layer.',
+        'Freeze it, too: with "affine" in the policy, such as "eval+affine", or with "weights" for '
+        "what is not a norm layer.",
+    ),
+    "affine-thawed": (
+        "Policy {policy!r} froze it, but its requires_grad is True again{where}: it trains.",
+        "Call freeze again, with the same policy, after whatever sets the flag. Often that is "
+        "requires_grad_(True) on the whole model.",
     ),
     "leftover-grad": (
         "Its requires_grad is False, but it has a {grad} and is in {optimizer}, which applies it.",

@@ -147,6 +147,18 @@ def test_a_weight_that_the_optimizer_moved_says_why(prepare, code):
     assert "SGD" in report.drifts[0].cause
 
 
+@pytest.mark.parametrize("policy", ["eval+affine", "fused", "eval+weights"])
+def test_a_weight_that_was_thawed_is_not_to_be_frozen_by_another_policy(policy):
+    model = layer(policy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.requires_grad_(True)
+    model.bn.weight.grad = torch.ones(2)
+    drift = report_of(model, lambda m: optimizer.step(), optimizer=optimizer).drifts[0]
+    assert (drift.name, drift.cause_code) == ("bn.weight", "affine-thawed")
+    assert f"Policy '{policy}' froze it" in drift.cause
+    assert "with the same policy" in drift.remedy
+
+
 def test_a_forward_that_ran_twice_in_a_step_is_recognised():
     model = layer()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
