@@ -54,7 +54,8 @@ def probe(
             ``inputs`` or ``x``. Tensors are moved to the model's device. Several hundred samples
             like those that the model will see are a good number; the report says if they are
             too few. An iterator that can be read only once is enough; then there is no second run.
-        select: patterns of dotted module names, as for `freeze`; None for every norm layer.
+        select: patterns of dotted module names, as for `freeze`; None for every norm layer. Those
+            whose weight and bias include the statistics, as in models from Caffe2, are left out.
         forward: how to run the model on a batch: ``forward(model, batch)``.
         max_batches: stop after so many.
         process_group: pool over its ranks, which may have different numbers of batches, and all of
@@ -134,6 +135,7 @@ def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> lis
         for entry in modules
         if is_plain_norm(entry.module)
         and all(isinstance(entry.module._buffers.get(name), Tensor) for name in STATISTICS[:2])
+        and not _are_merged(entry.module)
     ]
     for entry in layers:
         if any(entry.module.get_buffer(name).is_meta for name in STATISTICS[:2]):
@@ -144,8 +146,8 @@ def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> lis
             )
     if not layers:
         raise PolicyError(
-            "No norm layer of this model keeps running statistics, so there is nothing to compare "
-            "with the data."
+            "No norm layer of this model keeps running statistics that could be compared with the "
+            "data. (Those that weight and bias include, as in models from Caffe2, cannot.)"
         )
     if select is None:
         return layers
@@ -160,3 +162,15 @@ def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> lis
             )
         chosen += matched
     return [entry for entry in layers if entry in chosen]
+
+
+def _are_merged(layer: nn.Module) -> bool:
+    """Whether weight and bias include the statistics, as in frozen layers from Caffe2.
+
+    Then there is no count, every mean is 0, all variances are alike, and the bias is not 0.
+    """
+    mean, var, count = (layer._buffers.get(name) for name in STATISTICS)
+    bias = getattr(layer, "bias", None)
+    if count is not None or mean is None or var is None or bias is None or mean.is_meta:
+        return False
+    return bool(bias.any()) and not bool(mean.any()) and bool((var == var[:1]).all())

@@ -213,8 +213,8 @@ def _layer_findings(
     if was_eval and "train mode" in facts.why.values():
         yield finding("train-undoes-eval", name)
     yield from _gradient_findings(name, layer, optimized or {})
-    own = (getattr(layer, statistic, None) for statistic in STATISTICS)
-    mean, var, count = (TensorInMemory(t) if isinstance(t, Tensor) else None for t in own)
+    own = (getattr(layer, tensor, None) for tensor in (*STATISTICS, "bias"))
+    mean, var, count, bias = (TensorInMemory(t) if isinstance(t, Tensor) else None for t in own)
     if mean and var:
         if why := mean.why or var.why:
             remedy = "Load the model's values onto a device, then look again."
@@ -226,6 +226,7 @@ def _layer_findings(
             batches_in(count),
             facts.eps,
             (mean.dtype, var.dtype),
+            real_values(bias),
         )
 
 

@@ -41,6 +41,7 @@ def statistics_findings(
     count: int | None,
     eps: float | None,
     dtypes: tuple[str, str],
+    bias: NDArray[Any] | None,
     key: str = "",
 ) -> Iterator[Finding]:
     """What the running statistics of one layer show.
@@ -52,6 +53,7 @@ def statistics_findings(
         count: ``num_batches_tracked``, or None where there is none.
         eps: the layer's eps, or None where it is not known (a state_dict does not have it).
         dtypes: the dtypes of mean and var, as torch names them.
+        bias: the `real_values` of the layer's bias, or None where there is none.
         key: in a checkpoint, the key of the layer's model.
 
     Yields:
@@ -99,6 +101,16 @@ def statistics_findings(
                 "stats-not-updated",
                 layer,
                 f"every mean is 0 and every variance 1, although {count:,} batches were counted.",
+                key=key,
+            )
+        elif count is None and bias is not None and bias.any():
+            yield finding(
+                "never-trained",
+                layer,
+                "every mean is 0 and every variance 1, and the bias was trained: either weight and "
+                "bias include the statistics, as in models from Caffe2, or these were not loaded.",
+                "Nothing to do in the first case. In the second, load the pretrained statistics.",
+                level="note",
                 key=key,
             )
         else:

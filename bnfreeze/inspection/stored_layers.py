@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ BATCH_NORM: Final = "batch norm"
 FROZEN_OR_OLD: Final = "frozen or old batch norm"
 
 _STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
+# Of foreign norm layers: bnfreeze.norm_layers, which imports torch, has more of them.
+_OTHER_STATISTIC: Final = re.compile(r"\w*(?:running|moving)_\w*(?:mean|var|std)\w*")
 # torch's usual eps: a variance below it counts for less than eps does.
 _USUAL_EPS: Final = 1e-5
 # The least positive number of half precision is 2**-24; what is below half of it becomes 0.
@@ -138,6 +141,9 @@ def stored_layers(model: StateDict) -> tuple[tuple[StoredLayer, ...], tuple[Find
 
 def _bare(tensors: Mapping[str, StoredTensor]) -> str:
     """What looks like norm layers without statistics, as the end of a sentence."""
+    for full in tensors:
+        if _OTHER_STATISTIC.fullmatch(full.rpartition(".")[2]):
+            return f". {full} is a statistic of a norm layer of another kind, which is not shown."
     parts: dict[str, dict[str, StoredTensor]] = {}
     for full, tensor in tensors.items():
         name, _, part = full.rpartition(".")
@@ -186,7 +192,9 @@ def _mismatch(own: Mapping[str, StoredTensor]) -> str:
 def _layer(
     name: str, own: Mapping[str, StoredTensor], model: StateDict
 ) -> tuple[StoredLayer, list[Finding]]:
-    mean, var, weight = (real_values(own.get(p)) for p in (*_STATISTICS[:2], "weight"))
+    mean, var, weight, bias = (
+        real_values(own.get(p)) for p in (*_STATISTICS[:2], "weight", "bias")
+    )
     batches = batches_in(own.get(_STATISTICS[2]))
     settings = model.layers.get(name) or LayerSettings("")
     guessed = BATCH_NORM if _STATISTICS[2] in own else FROZEN_OR_OLD
@@ -208,7 +216,7 @@ def _layer(
         frozen_by=settings.frozen_by or None,
     )
     dtypes = (own["running_mean"].dtype, own["running_var"].dtype)
-    findings = [*statistics_findings(name, mean, var, batches, layer.eps, dtypes, model.key)]
+    findings = [*statistics_findings(name, mean, var, batches, layer.eps, dtypes, bias, model.key)]
     if settings.in_graph and settings.training:
         findings.append(finding("layer-exported-training", name, key=model.key))
     return layer, [*findings, *_own_findings(name, mean, var, model.key)]
