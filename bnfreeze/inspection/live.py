@@ -208,6 +208,9 @@ def _layer_findings(
             name,
             f"weight and bias do not train ({facts.why['affine']}), "
             f"but the running statistics {still} update in each forward pass.",
+            ""
+            if record is None
+            else f"To freeze them, too: freeze(model, 'eval+{record.policy}').",
             level="note" if record is not None else "warning",
         )
     if was_eval and "train mode" in facts.why.values():

@@ -66,8 +66,9 @@ def _known(facts: OwnerFacts | None) -> OwnerFacts | None:
 def _explained(case: _Case, known: Cause | None) -> Drift:
     code, details = known or next(_causes(case), (case.drift.kind, {}))
     found = because(case.drift, code, **details)
-    if case.now and case.now.remedy and code in ("forward-in-training", "train-called"):
-        return replace(found, remedy=case.now.remedy)
+    if case.now and code in ("forward-in-training", "train-called"):
+        more = f'Use freeze(model, "eval+{case.now.policy}").' if case.now.policy != "none" else ""
+        return replace(found, remedy=case.now.remedy or more or found.remedy)
     return found
 
 
