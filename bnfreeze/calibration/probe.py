@@ -14,7 +14,7 @@ from bnfreeze.calibration.fit import THRESHOLDS, THRESHOLDS_APART, Origin, Verdi
 from bnfreeze.calibration.measuring import Measured, Runs, as_in_evaluation
 from bnfreeze.calibration.report import ProbeReport
 from bnfreeze.errors import PolicyError
-from bnfreeze.findings import worst_first
+from bnfreeze.findings import finding, worst_first
 from bnfreeze.norm_layers import STATISTICS, NamedModule, check_model, is_plain_norm, named_modules
 from bnfreeze.patterns import Pattern, hint
 
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["probe", "probe_report", "selected_layers"]
+
+_MERGED: Final = (
+    "every mean is 0, all variances are alike, and the bias was trained. Either weight and bias "
+    "include the statistics, as in models from Caffe2: then do not recalibrate it. Or these were "
+    "reset or not loaded."
+)
 
 
 def probe(
@@ -54,8 +60,9 @@ def probe(
             ``inputs`` or ``x``. Tensors are moved to the model's device. Several hundred samples
             like those that the model will see are a good number; the report says if they are
             too few. An iterator that can be read only once is enough; then there is no second run.
-        select: patterns of dotted module names, as for `freeze`; None for every norm layer. Those
-            whose weight and bias include the statistics, as in models from Caffe2, are left out.
+        select: patterns of dotted module names, as for `freeze`; None for every norm layer. Frozen
+            layers of other libraries whose weight and bias include the statistics, as in models
+            from Caffe2, are left out.
         forward: how to run the model on a batch: ``forward(model, batch)``.
         max_batches: stop after so many.
         process_group: pool over its ranks, which may have different numbers of batches, and all of
@@ -82,10 +89,16 @@ def probe(
         run = Runs(inner, source, forward, process_group).measure
         whole = run(layers)
         report = probe_report(layers, whole)
-        if isinstance(batches, Iterator) or all(x.verdict != "shifted" for x in report.layers):
-            return report
-        source.passes = 2
-        return probe_report(layers, whole, run(selected_layers(model, None), with_batch=True))
+        if not isinstance(batches, Iterator) and any(x.verdict == "shifted" for x in report.layers):
+            source.passes = 2
+            apart = run(selected_layers(model, None), with_batch=True)
+            report = probe_report(layers, whole, apart)
+    merged = [
+        finding("never-trained", entry.name, _MERGED)
+        for entry in named_modules(model)
+        if is_plain_norm(entry.module) and _are_merged(entry.module)
+    ]
+    return replace(report, findings=worst_first([*report.findings, *merged]))
 
 
 def probe_report(
@@ -135,7 +148,7 @@ def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> lis
         for entry in modules
         if is_plain_norm(entry.module)
         and all(isinstance(entry.module._buffers.get(name), Tensor) for name in STATISTICS[:2])
-        and not _are_merged(entry.module)
+        and not (_are_merged(entry.module) and entry.module._buffers.get(STATISTICS[2]) is None)
     ]
     for entry in layers:
         if any(entry.module.get_buffer(name).is_meta for name in STATISTICS[:2]):
@@ -147,7 +160,7 @@ def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> lis
     if not layers:
         raise PolicyError(
             "No norm layer of this model keeps running statistics that could be compared with the "
-            "data. (Those that weight and bias include, as in models from Caffe2, cannot.)"
+            "data. (Those that weight and bias include, as in models from Caffe2, cannot be.)"
         )
     if select is None:
         return layers
@@ -165,12 +178,12 @@ def selected_layers(model: nn.Module, select: str | Iterable[str] | None) -> lis
 
 
 def _are_merged(layer: nn.Module) -> bool:
-    """Whether weight and bias include the statistics, as in frozen layers from Caffe2.
+    """Whether weight and bias seem to include the statistics, as in models from Caffe2.
 
-    Then there is no count, every mean is 0, all variances are alike, and the bias is not 0.
+    Then every mean is 0, all variances are alike, no batch was counted, and the bias is not 0.
     """
     mean, var, count = (layer._buffers.get(name) for name in STATISTICS)
     bias = getattr(layer, "bias", None)
-    if count is not None or mean is None or var is None or bias is None or mean.is_meta:
+    if mean is None or var is None or bias is None or mean.is_meta or count:
         return False
     return bool(bias.any()) and not bool(mean.any()) and bool((var == var[:1]).all())

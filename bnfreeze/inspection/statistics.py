@@ -103,14 +103,14 @@ def statistics_findings(
                 f"every mean is 0 and every variance 1, although {count:,} batches were counted.",
                 key=key,
             )
-        elif count is None and bias is not None and bias.any():
+        elif bias is not None and bias.any():
             yield finding(
                 "never-trained",
                 layer,
                 "every mean is 0 and every variance 1, and the bias was trained: either weight and "
                 "bias include the statistics, as in models from Caffe2, or these were not loaded.",
-                "Nothing to do in the first case. In the second, load the pretrained statistics.",
-                level="note",
+                "In the first case, keep it frozen. In the second, load the pretrained statistics.",
+                level="note" if count is None else "warning",
                 key=key,
             )
         else:

@@ -263,6 +263,11 @@ def test_of_statistics_that_weight_and_bias_include_it_is_not_said_that_nothing_
     for found in (*inspect(layer).findings, *stored):
         assert (found.code, found.level) == ("never-trained", "note")
         assert "include the statistics" in found.message
+    live = nn.BatchNorm2d(4)
+    nn.init.normal_(live.bias)
+    (found,) = inspect(live).findings
+    assert (found.code, found.level) == ("never-trained", "warning")
+    assert "include the statistics" in found.message
 
 
 @pytest.mark.parametrize("count", [3.0, 2.5, 0.3])
