@@ -15,6 +15,7 @@ from bnfreeze.calibration.measuring import Measured, Runs, as_in_evaluation
 from bnfreeze.calibration.report import ProbeReport
 from bnfreeze.errors import PolicyError
 from bnfreeze.findings import finding, worst_first
+from bnfreeze.nn.eager import PLAIN
 from bnfreeze.norm_layers import STATISTICS, NamedModule, check_model, is_plain_norm, named_modules
 from bnfreeze.patterns import Pattern, hint
 
@@ -25,8 +26,9 @@ __all__ = ["probe", "probe_report", "selected_layers"]
 
 _MERGED: Final = (
     "every mean is 0, all variances are alike, and the bias was trained. Either weight and bias "
-    "include the statistics, as in models from Caffe2: then do not recalibrate it. Or these were "
-    "reset or not loaded."
+    "include the statistics, as in models from Caffe2, or these were reset or not loaded.",
+    "In the first case, keep it frozen, and do not recalibrate it. In the second, load the "
+    "pretrained statistics, or recalibrate it.",
 )
 
 
@@ -94,7 +96,7 @@ def probe(
             apart = run(selected_layers(model, None), with_batch=True)
             report = probe_report(layers, whole, apart)
     merged = [
-        finding("never-trained", entry.name, _MERGED)
+        finding("never-trained", entry.name, *_MERGED)
         for entry in named_modules(model)
         if is_plain_norm(entry.module) and _are_merged(entry.module)
     ]
@@ -183,7 +185,8 @@ def _are_merged(layer: nn.Module) -> bool:
     Then every mean is 0, all variances are alike, no batch was counted, and the bias is not 0.
     """
     mean, var, count = (layer._buffers.get(name) for name in STATISTICS)
-    bias = getattr(layer, "bias", None)
-    if mean is None or var is None or bias is None or mean.is_meta or count:
+    bias: Any = getattr(layer, "bias", None)
+    # Of one that is sharded or on the meta device, it is not asked.
+    if mean is None or var is None or type(bias) not in PLAIN or mean.is_meta or bias.is_meta:
         return False
-    return bool(bias.any()) and not bool(mean.any()) and bool((var == var[:1]).all())
+    return not count and bool(bias.any()) and not bool(mean.any()) and bool((var == var[:1]).all())
