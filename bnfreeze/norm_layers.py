@@ -33,7 +33,10 @@ KNOWN = frozenset(
 
 # A flattened graph has names such as L__self___bn1_running_mean; Keras has bn/moving_variance;
 # tutorials say moving_mean, and batch renormalisation running_avg_std.
-_MEAN_OR_VARIANCE = re.compile(r"(?:.*[_/])?(?:running|moving)_(?:\w+_)?(?:mean|var(?:iance)?|std)")
+# A recurrent batch norm has running_mean_0, running_mean_1, … for its time steps.
+_MEAN_OR_VARIANCE = re.compile(
+    r"(?:.*[_/])?(?:running|moving)_(?:\w+_)?(?:mean|var(?:iance)?|std)(?:_?\d+)?"
+)
 _STATISTIC = re.compile(r"(?:.*[_/])?(?:(?:running|moving)_\w+|num_batches_tracked)")
 _OBSERVER = re.compile("Observer|FakeQuantize")
 
@@ -43,6 +46,7 @@ _WRAPPERS = {
     "DataParallel": "module",
     "DistributedDataParallel": "module",
     "AveragedModel": "module",
+    "GradSampleModule": "_module",
     "_FabricModule": "_forward_module",
     "OptimizedModule": "_orig_mod",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",

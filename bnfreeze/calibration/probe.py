@@ -16,7 +16,8 @@ from bnfreeze.calibration.fit import THRESHOLDS, THRESHOLDS_APART, Origin, Verdi
 from bnfreeze.calibration.measuring import Measured, as_in_evaluation, measure
 from bnfreeze.calibration.report import ProbeReport
 from bnfreeze.errors import PolicyError
-from bnfreeze.findings import worst_first
+from bnfreeze.findings import finding, worst_first
+from bnfreeze.nn.eager import PLAIN
 from bnfreeze.norm_layers import (
     STATISTICS,
     NamedModule,
@@ -27,6 +28,13 @@ from bnfreeze.norm_layers import (
 )
 
 MEASURABLE: Final = "norm layer that keeps running statistics"
+
+_MERGED: Final = (
+    "every mean is 0, all variances are alike, and the bias was trained. Either weight and bias "
+    "include the statistics, as in models from Caffe2, or these were reset or not loaded.",
+    "In the first case, keep it frozen, and do not recalibrate it. In the second, load the "
+    "pretrained statistics, or recalibrate it.",
+)
 
 
 def probe(
@@ -59,7 +67,9 @@ def probe(
             ``inputs`` or ``x``. Tensors are moved to the model's device. Several hundred samples
             like those that the model will see are a good number; the report says if they are
             too few. An iterator that can be read only once is enough; then there is no second run.
-        select: patterns of dotted module names, as for `freeze`; None for every norm layer.
+        select: patterns of dotted module names, as for `freeze`; None for every norm layer. Frozen
+            layers of other libraries whose weight and bias include the statistics, as in models
+            from Caffe2, are left out.
         forward: how to run the model on a batch: ``forward(model, batch)``.
         max_batches: stop after so many.
         process_group: pool over its ranks, which may have different numbers of batches, and all of
@@ -87,10 +97,15 @@ def probe(
         run = partial(measure, inner, source, forward=forward, group=process_group)
         whole = run(layers)
         report = probe_report(layers, whole)
-        if isinstance(batches, Iterator) or all(x.verdict != "shifted" for x in report.layers):
-            return report
-        source.passes = 2
-        return probe_report(layers, whole, run(every, with_batch=True))
+        if not isinstance(batches, Iterator) and any(x.verdict == "shifted" for x in report.layers):
+            source.passes = 2
+            report = probe_report(layers, whole, run(every, with_batch=True))
+    merged = [
+        finding("never-trained", entry.name, *_MERGED)
+        for entry in named_modules(model)
+        if is_plain_norm(entry.module) and _are_merged(entry.module)
+    ]
+    return replace(report, findings=worst_first([*report.findings, *merged]))
 
 
 def probe_report(
@@ -139,6 +154,7 @@ def measurable_layers(model: nn.Module) -> list[NamedModule]:
         for entry in named_modules(model)
         if is_plain_norm(entry.module)
         and all(isinstance(entry.module._buffers.get(name), Tensor) for name in STATISTICS[:2])
+        and not (_are_merged(entry.module) and entry.module._buffers.get(STATISTICS[2]) is None)
     ]
     for entry in layers:
         if any(entry.module.get_buffer(name).is_meta for name in STATISTICS[:2]):
@@ -149,7 +165,20 @@ def measurable_layers(model: nn.Module) -> list[NamedModule]:
             )
     if not layers:
         raise PolicyError(
-            "No norm layer of this model keeps running statistics, so there is nothing to compare "
-            "with the data."
+            "No norm layer of this model keeps running statistics that could be compared with the "
+            "data. (Those that weight and bias include, as in models from Caffe2, cannot be.)"
         )
     return layers
+
+
+def _are_merged(layer: nn.Module) -> bool:
+    """Whether weight and bias seem to include the statistics, as in models from Caffe2.
+
+    Then every mean is 0, all variances are alike, no batch was counted, and the bias is not 0.
+    """
+    mean, var, count = (layer._buffers.get(name) for name in STATISTICS)
+    bias: Any = getattr(layer, "bias", None)
+    # Of one that is sharded or on the meta device, it is not asked.
+    if mean is None or var is None or type(bias) not in PLAIN or mean.is_meta or bias.is_meta:
+        return False
+    return not count and bool(bias.any()) and not bool(mean.any()) and bool((var == var[:1]).all())

@@ -219,6 +219,13 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
             )
     computed = computed_affine(module) if is_norm(module) else []
     if computed and policy.freezes_affine and Policy.WEIGHTS not in policy:
+        if next(module.parameters(), None) is None:
+            raise PolicyError(
+                f"{name}: its {' and '.join(computed)} come from outside the layer (it is an "
+                f"adaptive norm, or FSDP flattened them), where policy '{policy}' does not reach "
+                f"them. Freeze its statistics alone: {{{entry.name!r}: 'eval'}}. Under FSDP, "
+                f"freeze before you wrap."
+            )
         raise PolicyError(
             f"{name}: its {' and '.join(computed)} is computed from other parameters (by a "
             f"parametrization or by pruning), which policy '{policy}' does not freeze. Undo that "

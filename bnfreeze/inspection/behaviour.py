@@ -96,10 +96,23 @@ def updated_by_another(layer: LiveLayer) -> str:
     return why if why.endswith(SHARES) else ""
 
 
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside a wrapper, whose steps count; without a wrapper, the optimizer itself.
+
+    Accelerate's and Opacus' wrappers are Optimizers by class, but their base was never
+    initialised. SAM's own step() may never be called. A ZeroRedundancyOptimizer is initialised,
+    and its own step is the one to wait for.
+    """
+    whole = hasattr(optimizer, "_optimizer_step_post_hooks")
+    named = getattr(optimizer, "optimizer", getattr(optimizer, "base_optimizer", None))
+    inside = [*(() if whole else vars(optimizer).values()), named]
+    return [optimizer, *(one for one in inside if isinstance(one, Optimizer))][-1]
+
+
 def optimizers_by_id(
     optimizer: Optimizer | Iterable[Optimizer] | None,
 ) -> Mapping[int, str] | None:
-    """By parameter identity, the class of the optimizer that has it; None without an optimizer.
+    """By parameter identity, the full name of its optimizer's class; None without an optimizer.
 
     Raises:
         TypeError: something in it is no `torch.optim.Optimizer`.
@@ -111,8 +124,10 @@ def optimizers_by_id(
     owners: dict[int, str] = {}
     try:
         for one in cast("Iterable[Optimizer]", several):
+            kind = type(inner_optimizer(one))
             for group in one.param_groups:
-                owners.update(dict.fromkeys(map(id, group["params"]), type(one).__name__))
+                name = f"{kind.__module__}.{kind.__qualname__}"
+                owners.update(dict.fromkeys(map(id, group["params"]), name))
     except (TypeError, AttributeError):
         raise TypeError(
             f"optimizer: expected a torch.optim.Optimizer or several, "

@@ -158,11 +158,15 @@ def _layer_findings(
             level="note" if chosen else "warning",
         )
     elif facts.updates_statistics and affine_parameters(layer) and not facts.trains_affine:
+        still = "may still" if facts.normalizes_with == "unknown" else "still"
         yield finding(
             "stats-not-frozen",
             name,
             f"weight and bias do not train ({facts.why['affine']}), "
-            f"but the running statistics still update in each forward pass.",
+            f"but the running statistics {still} update in each forward pass.",
+            ""
+            if record is None
+            else f"To freeze them, too: freeze(model, 'eval+{record.policy}').",
             level="note" if record is not None else "warning",
         )
     if was_eval and "train mode" in facts.why.values():
@@ -205,12 +209,17 @@ def _gradient_findings(
         )
     listed = [n for n in frozen_names(layer) if n in own and id(own[n]) in optimized]
     if listed and not left:
-        lbfgs = "LBFGS" in {optimized[id(own[n])] for n in listed}
-        why = (
-            " LBFGS, which moves its parameters along its past steps, without a gradient too."
-            if lbfgs
-            else ", which skips it while its .grad is None: harmless."
-        )
+        kind = optimized[id(own[listed[0]])]
+        lbfgs = kind == "torch.optim.lbfgs.LBFGS"
+        if lbfgs:
+            why = " LBFGS, which moves its parameters along its past steps, without a gradient too."
+        elif kind.startswith("torch.optim."):
+            why = ", which skips it while its .grad is None: harmless."
+        else:
+            why = (
+                f" {kind.rpartition('.')[2]}. Most optimizers skip what has no .grad; some do "
+                f"not (KellerJordan's Muon decays it)."
+            )
         are = "is" if len(listed) == 1 else "are"
         yield finding(
             "optimizer-has-frozen",

@@ -102,13 +102,13 @@ def _reasons(module: nn.Module, facts: LiveLayer | None, strict: bool) -> Iterat
     """Why the module is not frozen as it should be."""
     record, policy = record_of(module), policy_name(module)
     if record is None and not is_left_alone(module) and facts and facts.updates_statistics:
-        yield f"it is not frozen, and its statistics update{_why(facts, 'statistics')}"
+        yield f"it is not frozen, and its statistics {_update(facts)}{_why(facts, 'statistics')}"
     if record is not None:
         if class_changed_since(module):
             yield f"it was frozen by {policy!r}, and something changed its class since"
         if facts and record.policy.freezes_statistics and facts.updates_statistics:
             shared = updated_by_another(facts)
-            text = f"its statistics update, though policy {policy!r} freezes them"
+            text = f"its statistics {_update(facts)}, though policy {policy!r} freezes them"
             yield f"{text}: {shared}" if shared else text
         if facts and record.policy.forces_eval and facts.normalizes_with == "batch":
             yield f"it normalises with the batch, though policy {policy!r} promises eval mode"
@@ -130,6 +130,10 @@ def _reasons(module: nn.Module, facts: LiveLayer | None, strict: bool) -> Iterat
             yield f"its weight or bias trains{_why(facts, 'affine')}"
 
 
+def _update(facts: LiveLayer) -> str:
+    return "may update" if facts.normalizes_with == "unknown" else "update"
+
+
 def _why(facts: LiveLayer, answer: str) -> str:
     return f" ({facts.why[answer]})" if facts.why.get(answer) else ""
 
@@ -139,7 +143,11 @@ def _remedy(modules: Sequence[NamedModule], failing: Mapping[str, str], strict: 
     if all(SHARES in why for why in failing.values()):
         return finding_kind("stats-shared").remedy
     records = {entry: record_of(entry.module) for entry in modules if entry.name in failing}
-    policies = [(entry, record.policy if record else _FULL) for entry, record in records.items()]
+    policies = [
+        # Of a foreign norm layer, what foreign_remedy names.
+        (entry, record.policy if record else Policy.EVAL if is_foreign(entry.module) else _FULL)
+        for entry, record in records.items()
+    ]
     try:
         plan(modules, policies)
     except PolicyError as refusal:

@@ -22,6 +22,8 @@ from bnfreeze.verification.state import Identity, State
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # The policies under which statistics move.
 _MOVING = ("none", "affine", "weights", "affine+weights")
+# Those that freeze no parameter.
+_TRAINING = ("none", "frozen", "stats", "eval")
 
 # By its code a cause, in which details are filled in, and what to do about it. A kind of drift that
 # is its own cause has its own name here.
@@ -149,7 +151,7 @@ class _Case:
                 text += f" ({batches} forward passes in {counted(steps, 'step')}: does "
                 text += "activation checkpointing run it twice?)"
             sentences.append(f"{text}.")
-        remedy = now.remedy if now else ""
+        remedy = now.what_freezes_it if now else ""
         yield "forward-in-training", {"cause": " ".join(sentences), "remedy": remedy}
 
     def _batches(self) -> int | None:
@@ -192,7 +194,12 @@ class _Case:
         ]
         name, group = groups[0] if groups else ("", {})
         if old.requires_grad if new.requires_grad is None else new.requires_grad:
-            yield "trained", {"where": f" and it is in {name}" if name else ""}
+            where = f" and it is in {name}" if name else ""
+            policy = self.now.policy if self.now else "none"
+            own = self.drift.name.rpartition(".")[2] in ("weight", "bias")
+            if "weights" in policy or (own and policy not in _TRAINING):
+                yield "affine-thawed", {"where": where, "policy": repr(policy)}
+            yield "trained", {"where": where}
             return
         grad = tensor.grad if tensor is not None and new.has_grad else None
         if name and grad is not None:
@@ -201,9 +208,13 @@ class _Case:
                 for key in ("weight_decay", "momentum")
                 if isinstance(group.get(key), int | float) and group[key]
             ]
-            zeros = ".grad of zeros, which zero_grad(set_to_none=False) leaves,"
+            text = ".grad"
+            if not (old.has_grad or old.requires_grad):
+                text = ".grad that the optimizer (Muon) or an edit of gradients (PCGrad) gave it,"
+            elif not grad.any():
+                text = ".grad of zeros, which zero_grad(set_to_none=False) leaves,"
             name += f" with {' and '.join(forces)}" if forces else ""
-            yield "leftover-grad", {"grad": ".grad" if grad.any() else zeros, "optimizer": name}
+            yield "leftover-grad", {"grad": text, "optimizer": name}
 
     def _written(self) -> Iterator[Cause]:
         """A write in place: to all tensors, or to this one; seen by autograd, or not.

@@ -209,4 +209,4 @@ def _layer(name: str, was: OwnerFacts, now: OwnerFacts, *, exact: bool) -> Itera
     elif now.woken_since(was):
         kind = "mode" if never_frozen else "thawed"
         drift = Drift(name, kind, before="eval mode", after="train mode")
-        yield because(drift, "train-called", remedy=now.remedy)
+        yield because(drift, "train-called", remedy=now.what_freezes_it)

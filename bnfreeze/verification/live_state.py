@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bnfreeze.errors import PolicyError
-from bnfreeze.inspection.behaviour import optimizers_by_id
+from bnfreeze.inspection.behaviour import inner_optimizer, optimizers_by_id
 from bnfreeze.inspection.in_memory import TensorInMemory, shard_of
 from bnfreeze.norm_layers import (
     NamedModule,
@@ -151,11 +151,7 @@ def as_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer
     several = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
     for one in several:
         optimizers_by_id(one)  # refuses what is not an optimizer
-    # Accelerate's wrapper, which Transformers' Trainer uses too, is an Optimizer by class, but its
-    # base was never initialised. The steps are those of the optimizer inside; so are SAM's, whose
-    # own step() may never be called.
-    inside = (getattr(o, "optimizer", getattr(o, "base_optimizer", None)) for o in several)
-    return [i if isinstance(i, Optimizer) else o for i, o in zip(inside, several, strict=True)]
+    return [inner_optimizer(one) for one in several]
 
 
 def _slots(modules: Iterable[NamedModule]) -> Iterator[_Slot]:

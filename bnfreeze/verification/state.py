@@ -75,6 +75,12 @@ class OwnerFacts(NamedTuple):
         """The class's own name."""
         return self.kind.rpartition(".")[2]
 
+    @property
+    def what_freezes_it(self) -> str:
+        """What would freeze its statistics, too; empty if the usual remedy does."""
+        keeping = self.policy not in ("none", "frozen")
+        return self.remedy or (f'Use freeze(model, "eval+{self.policy}").' if keeping else "")
+
     def woken_since(self, was: OwnerFacts) -> bool:
         """Whether it went from eval to train mode, and that matters."""
         matters = was.mode_matters and self.mode_matters

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import bnfreeze
 from bnfreeze import CalibrationError, PolicyError, probe
@@ -251,3 +252,22 @@ def test_what_cannot_be_probed_is_refused():
         probe(ghost, [torch.randn(2, 3)])
     with pytest.raises(TypeError, match=r"nn\.Module"):
         probe({}, [])
+
+
+def test_statistics_that_weight_and_bias_include_are_not_compared_with_the_data():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), FrozenBatchNorm2d(3), nn.BatchNorm2d(3))
+    data = [torch.randn(2, 3, 4, 4)]
+    assert [layer.name for layer in probe(model, data).layers] == ["1", "2"]
+    model[1].running_var -= 1e-5  # as in detectron2
+    model[1].bias.fill_(1)
+    report = probe(model, data)
+    assert [layer.name for layer in report.layers] == ["2"]
+    assert ("1", "never-trained") in {(f.name, f.code) for f in report.findings}
+    with pytest.raises(PolicyError, match="weight and bias include"):
+        probe(model[1], data)
+    model[1] = nn.BatchNorm2d(3)  # as in mmdetection, or its statistics were reset
+    nn.init.ones_(model[1].bias)
+    report = bnfreeze.recalibrate(model, [torch.randn(4, 3, 4, 4)]).before
+    assert [layer.name for layer in report.layers] == ["1", "2"]
+    model[1].reset_running_stats()
+    assert ("1", "never-trained") in {(f.name, f.code) for f in probe(model, data).findings}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from bnfreeze import freeze, inspect, unfreeze
+from bnfreeze import DriftError, freeze, guard, inspect, unfreeze
 from tests.conftest import Small
 from tests.helpers import moved, state, statistics, step
 
@@ -231,6 +231,38 @@ def test_frozen_parameters_in_the_optimizer_are_listed(model):
     assert "optimizer-has-frozen" not in codes(
         model, optimizer=torch.optim.SGD(model.head.parameters())
     )
+
+
+class Muon(torch.optim.Optimizer):
+    """As KellerJordan's: what has no gradient gets one of zeros, and decays."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1, "weight_decay": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.mul_(1 - 0.1 * 0.1).add_(parameter.grad, alpha=-0.1)
+
+
+def test_of_an_optimizer_that_decays_what_has_no_gradient_nothing_false_is_said(model, images):
+    optimizer = Muon(model.parameters())
+    report = freeze(model, "eval+affine", optimizer=optimizer)
+    (listed, *_) = [f for f in report.findings if f.code == "optimizer-has-frozen"]
+    assert "optimizer Muon" in listed.message
+    assert "harmless" not in listed.message
+    with pytest.raises(DriftError) as caught, guard(model, optimizer=optimizer):
+        step(model, images, optimizer)
+    drift = caught.value.report.drifts[0]
+    assert (drift.name, drift.cause_code) == ("stem.1.weight", "leftover-grad")
+    assert "the optimizer (Muon)" in drift.cause
+    assert "leave the parameter out of the optimizer" in drift.remedy
+    freeze(model, "eval+affine", optimizer=optimizer)
+    optimizer = Muon([p for p in model.parameters() if p.requires_grad])
+    with guard(model, optimizer=optimizer):
+        step(model, images, optimizer)
 
 
 def test_lbfgs_moves_a_frozen_weight_without_a_gradient_and_the_report_warns_of_it(model, images):

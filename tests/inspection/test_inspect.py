@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from bnfreeze import (
@@ -282,6 +283,26 @@ def test_a_checkpoint_that_lost_its_statistics_says_which_layers_it_may_be():
     assert [f.code for f in said.findings] == ["model-no-norm-layer"]
     assert "2 modules (a, b)" in said.findings[0].message
     assert "there is no batch norm" not in said.findings[0].message
+
+
+def test_a_checkpoint_with_statistics_of_another_kind_is_not_said_to_have_no_norm_layer():
+    said = inspect({"bn.running_mean_0": torch.zeros(4), "bn.running_var_0": torch.ones(4)})
+    assert [(f.code, f.name) for f in said.findings] == [("layer-foreign", "bn")]
+
+
+def test_of_statistics_that_weight_and_bias_include_it_is_not_said_that_nothing_was_trained():
+    layer = torchvision.ops.FrozenBatchNorm2d(4)
+    assert [(f.code, f.level) for f in inspect(layer).findings] == [("never-trained", "warning")]
+    layer.bias.normal_()
+    stored = [f for f in inspect(layer.state_dict()).findings if f.code == "never-trained"]
+    for found in (*inspect(layer).findings, *stored):
+        assert (found.code, found.level) == ("never-trained", "note")
+        assert "folded into weight and bias" in found.message
+    live = nn.BatchNorm2d(4)
+    nn.init.normal_(live.bias)
+    (found,) = inspect(live).findings
+    assert (found.code, found.level) == ("never-trained", "warning")
+    assert "folded into weight and bias" in found.message
 
 
 @pytest.mark.parametrize("count", [3.0, 2.5, 0.3])

@@ -160,6 +160,31 @@ def test_a_weight_that_the_optimizer_moved_says_why(prepare, code):
     assert "SGD" in report.drifts[0].cause
 
 
+@pytest.mark.parametrize("policy", ["eval+affine", "fused", "eval+weights"])
+def test_a_weight_that_was_thawed_is_not_to_be_frozen_by_another_policy(policy):
+    model = layer(policy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.requires_grad_(True)
+    model.bn.weight.grad = torch.ones(2)
+    drift = report_of(model, lambda m: optimizer.step(), optimizer=optimizer).drifts[0]
+    assert (drift.name, drift.cause_code) == ("bn.weight", "affine-thawed")
+    assert f"Policy '{policy}' froze it" in drift.cause
+    assert "with the same policy" in drift.remedy
+
+
+@pytest.mark.parametrize("policy", ["affine", "weights"])
+def test_to_freeze_the_statistics_too_the_policy_is_not_given_up(policy):
+    model = layer(policy)
+    drift = report_of(model, ran, tensors="norm").drifts[0]
+    assert (drift.cause_code, drift.remedy) == (
+        "forward-in-training",
+        f'Use freeze(model, "eval+{policy}").',
+    )
+    (found,) = (f for f in bnfreeze.inspect(model).findings if f.code == "stats-not-frozen")
+    assert f"freeze(model, 'eval+{policy}')" in found.remedy
+    assert bnfreeze.freeze(model, f"eval+{policy}").layers[0].policy == f"eval+{policy}"
+
+
 def test_a_forward_that_ran_twice_in_a_step_is_recognised():
     model = layer()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -105,20 +105,20 @@ def test_values_and_flags_on_an_accelerator_are_compared_at_once(model, optimize
 
 
 class Accelerated(torch.optim.Optimizer):
-    """As Accelerate's AcceleratedOptimizer: its base class was never initialised."""
+    """As the wrappers of Accelerate and Opacus: their base class was never initialised."""
 
     def __init__(self, optimizer):
-        self.optimizer = optimizer
+        self.original_optimizer = optimizer
 
     def zero_grad(self):
-        self.optimizer.zero_grad()
+        self.original_optimizer.zero_grad()
 
     def step(self, closure=None):
-        self.optimizer.step(closure)
+        self.original_optimizer.step(closure)
 
     @property
     def param_groups(self):
-        return self.optimizer.param_groups
+        return self.original_optimizer.param_groups
 
 
 def test_the_steps_of_the_optimizers_are_counted(model, optimizer):
@@ -249,6 +249,21 @@ def test_a_trace_sees_a_backward_too(model):
     with pytest.raises(bnfreeze.DriftError, match=r"norm.running_var .*aten.mul_.Tensor"):
         with bnfreeze.guard(model, trace=True):
             Meddling.apply(model(torch.randn(2, 4))).backward()
+
+
+def test_the_step_of_an_optimizer_that_is_whole_counts_and_not_of_one_inside(model):
+    class Sharded(torch.optim.SGD):
+        """As ZeroRedundancyOptimizer: each rank steps its own part, then the ranks send theirs."""
+
+        def step(self, closure=None):
+            self.optim.step()
+            self.optim.step()
+
+    optimizer = Sharded(model.head.parameters(), lr=0.1)
+    optimizer.optim = torch.optim.SGD([model.head.weight], lr=0.1)
+    with bnfreeze.guard(model, optimizer=optimizer) as watched:
+        train(model, optimizer, 1)
+    assert watched.step == 1
 
 
 def test_the_steps_of_sam_are_those_of_its_base_optimizer(model):

@@ -124,6 +124,14 @@ def test_which_changes_of_class_and_mode_are_drifts():
     assert ("1", "replaced") in kinds(model, live)
 
 
+class GradSampleModule(nn.Module):
+    """As Opacus'."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._module = module
+
+
 def test_a_wrapper_changes_no_name():
     model = small()
     before = bnfreeze.snapshot(model)
@@ -131,6 +139,7 @@ def test_a_wrapper_changes_no_name():
     for wrapped in (compiled, nn.DataParallel(model), AveragedModel(model).module):
         assert bnfreeze.verify(wrapped, bnfreeze.snapshot(wrapped)).ok
     assert bnfreeze.verify(compiled, before).ok
+    assert bnfreeze.verify(GradSampleModule(model), before).ok
     assert bnfreeze.snapshot(compiled) == before
     model.register_buffer("n_averaged", torch.tensor(7))  # as the wrapper's own
     names = bnfreeze.snapshot(AveragedModel(model), tensors="all").names
