@@ -21,11 +21,11 @@ def replacement(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     path = Path(os.path.realpath(path))
-    fresh = path.with_name(f".bnfreeze.{secrets.token_hex(8)}")
+    fresh = path.parent / f".bnfreeze.{secrets.token_hex(8)}"
     try:
         fresh.touch(exist_ok=False)
         yield fresh
-        fresh.replace(path)
+        os.replace(fresh, path)
     except BaseException as error:
         with suppress(OSError):
             fresh.unlink()

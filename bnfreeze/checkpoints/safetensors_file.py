@@ -76,7 +76,7 @@ def read_safetensors(file: OpenFile) -> Content:
         tensors |= {
             name: tensors[kept]
             for name, kept in metadata.items()
-            if name not in tensors and type(kept) is str and kept in tensors
+            if name not in {"format", *tensors} and type(kept) is str and kept in tensors
         }
         check_limit(len(tensors), MAX_TENSORS, "tensors")
     return Content(tensors)

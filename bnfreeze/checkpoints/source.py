@@ -179,7 +179,7 @@ class Source:
         """The same for the same file, whatever name it was opened under."""
         try:
             status = os.fstat(cast("IO[bytes]", self._file).fileno())
-        except OSError:  # it has no descriptor: it is on a server
+        except (OSError, AttributeError):  # it has no descriptor: it is on a server
             return id(self._file)
         return status.st_dev, status.st_ino
 

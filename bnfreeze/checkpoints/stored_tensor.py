@@ -204,7 +204,8 @@ class StridedTensor(StoredTensor):
             return words
         # Of complex128 an element is two words.
         size = ITEM_SIZES[self.dtype]
-        steps = [stride * size for stride in self.stride]
+        # Of a single place the step may be anything, and is not taken.
+        steps = [size * (n > 1 and step) for n, step in zip(self.shape, self.stride, strict=True)]
         view = np.ndarray(self.shape, f"V{size}", words, strides=steps)
         return np.ascontiguousarray(view).reshape(-1).view(words.dtype)
 

@@ -102,7 +102,12 @@ def _changes(before: State, after: State, gathered: bool, progress: Progress) ->
         if now and was.kind and now.kind:  # a checkpoint does not say
             yield from _layer(name, was, now, exact=bool(before.identities))
         if now and was.eps is not None and now.eps is not None:
-            yield from _eps(name, was.eps, now.eps)
+            # ONNX keeps it in float32.
+            tolerance = 0.0 if _exact(before, after) else 1e-6
+            if not isclose(was.eps, now.eps, rel_tol=tolerance):
+                eps, change = f"{name}.eps" if name else "eps", abs(now.eps - was.eps)
+                drift = Drift(eps, "value", 1, 1, (), was.eps, now.eps, max_abs=change)
+                yield because(drift, "eps")
 
 
 def _flags(name: str, before: State, after: State) -> Iterator[Drift]:
@@ -180,13 +185,6 @@ def _aliases(before: State, after: State) -> Iterator[Drift]:
         reported.update(old, new)
         others = [", ".join(n for n in group if n != name) for group in (old, new)]
         yield Drift(name, "aliasing", before=others[0], after=others[1])
-
-
-def _eps(name: str, was: float, now: float) -> Iterator[Drift]:
-    # ONNX keeps it in float32.
-    if not isclose(was, now, rel_tol=1e-6):
-        eps = f"{name}.eps" if name else "eps"
-        yield because(Drift(eps, "value", 1, 1, (), was, now, max_abs=abs(now - was)), "eps")
 
 
 def _layer(name: str, was: OwnerFacts, now: OwnerFacts, *, exact: bool) -> Iterator[Drift]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfreeze.nn.eager import PLAIN
-from bnfreeze.norm_layers import eps_of
+from bnfreeze.norm_layers import eps_of, is_lookalike, is_norm, named_modules
 from bnfreeze.policies.record import record_of
 from bnfreeze.verification.state import State
 
@@ -89,8 +89,8 @@ class Unchanged:
         """Remember `model`, whose state is `after` and equals `before`, which is a copy."""
         self._model, self._optimizers = model, before.live_optimizers()
         self._watched = {id(one.tensor): one.tensor for one in after.identities.values()}
-        self._parts = self._all_parts()
-        self._facts = [_facts(tensor) for tensor in self._watched.values()]
+        self._norms = [entry.module for entry in named_modules(model) if is_norm(entry.module)]
+        self._parts, self._facts = self._all_parts(), self._all_facts()
         kept: Mapping[str, Any] = before.values
         live: Mapping[str, Any] = {name: after.value(name) for name in kept}
         # A tensor subclass may do anything, and a copy in another layout is no look at the tensor.
@@ -106,20 +106,26 @@ class Unchanged:
             self._sure
             and len(parts := self._all_parts()) == len(self._parts)
             and all(map(is_, parts, self._parts))
-            and [_facts(tensor) for tensor in self._watched.values()] == self._facts
+            and self._all_facts() == self._facts
             and bool(self._bits)
         )
 
     def _all_parts(self) -> list[object]:
         """All objects that the state is read from; the same ones in the same order, or a change."""
         parts: list[object] = []
-        for module in self._model.modules():
-            parts += type(module), record_of(module), module.training, eps_of(module)
+        # Not modules(), which a class may override.
+        waiting, seen = [self._model], set()
+        while waiting:
+            module = waiting.pop()
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            waiting += [child for child in module._modules.values() if child is not None]
+            parts += type(module), record_of(module), module.training
             for holder in (module._modules, module._parameters, module._buffers):
-                if holder:
-                    parts += holder
-                    parts += holder.values()
-            parts += module._non_persistent_buffers_set
+                parts += holder.keys()
+                parts += holder.values()
+            parts += getattr(module, "_non_persistent_buffers_set", ())
             for name, value in vars(module).items():
                 if isinstance(value, Tensor):  # others are not kept alive
                     parts += name, self._watched.get(id(value))
@@ -128,14 +134,23 @@ class Unchanged:
                 parts += group["params"]
         return parts
 
+    def _all_facts(self) -> list[object]:
+        """What else is read, of norm layers and of tensors: equal, or a change."""
+        own = [(eps_of(module), is_lookalike(module)) for module in self._norms]
+        return [*own, *map(_facts, self._watched.values())]
+
 
 def _facts(tensor: Tensor) -> tuple[object, ...]:
+    if tensor.layout is not torch.strided:
+        return (tensor.layout,)
     return (
         tensor.data_ptr(),
         tensor.shape,
         tensor.stride(),
         tensor.dtype,
         tensor.device,
+        tensor.is_conj(),
+        tensor.is_neg(),
         tensor.requires_grad,
         tensor.is_leaf and tensor.grad is not None,
     )
