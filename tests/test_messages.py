@@ -49,9 +49,9 @@ def test_a_model_without_batch_norm():
 def test_a_layer_without_running_statistics():
     model = nn.ModuleDict({"bn": nn.BatchNorm2d(4, track_running_stats=False)})
     assert said(lambda: bnfreeze.freeze(model, "eval")) == (
-        "bn was built with track_running_stats=False: it has no running statistics to normalise "
-        "with, so policy 'eval' cannot be kept. Leave it out with the rule {'bn': 'none'}, or "
-        "build it with track_running_stats=True."
+        "bn has no running statistics to normalise with (track_running_stats=False, or they were "
+        "set to None), so policy 'eval' cannot be kept. Leave it out with the rule {'bn': 'none'}, "
+        "or build it with track_running_stats=True."
     )
 
 

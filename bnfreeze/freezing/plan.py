@@ -195,9 +195,9 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
         )
     if policy.forces_eval and is_norm(module) and not keeps_statistics(module):
         raise PolicyError(
-            f"{name} was built with track_running_stats=False: it has no running statistics to "
-            f"normalise with, so policy '{policy}' cannot be kept. Leave it out{rule}, or build it "
-            f"with track_running_stats=True."
+            f"{name} has no running statistics to normalise with (track_running_stats=False, or "
+            f"they were set to None), so policy '{policy}' cannot be kept. Leave it out{rule}, or "
+            f"build it with track_running_stats=True."
         )
     if is_norm(module) and policy.freezes_statistics and not was_lookalike(module):
         if is_in_graph(module):

@@ -13,6 +13,8 @@ from dataclasses import replace
 from importlib.resources import files
 from typing import Any, Final
 
+import numpy as np
+
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.text import counted
 from bnfreeze.verification.drift import Drift
@@ -37,6 +39,11 @@ _REASONS: Final[dict[str, tuple[str, str]]] = {
 }
 # The remedy if only a trace would tell more.
 TRACE: Final = _REASONS["unknown"][1]
+
+_COUNTS_ADDED: Final = (
+    "Mean and variance of the layer moved by rounding alone, as in an average (EMA, SWA) of equal "
+    "numbers. Such a script may average the counts, too, or add them up."
+)
 
 # A code of these, and what its sentence needs.
 Cause = tuple[str, dict[str, Any]]
@@ -135,6 +142,10 @@ class _Case:
         batches, training = self._batches(), now is not None and now.training
         if (batches is not None and batches <= 0) or not (training or batches):
             return
+        if self._only_rounded():
+            if self.drift.name.rpartition(".")[2] == _STATISTICS[2]:
+                yield "averaging", {"cause": _COUNTS_ADDED}
+            return
         sentences = []
         if now:
             text = f"The layer is a plain {now.short_kind}"
@@ -153,6 +164,20 @@ class _Case:
             sentences.append(f"{text}.")
         remedy = now.what_freezes_it if now else ""
         yield "forward-in-training", {"cause": " ".join(sentences), "remedy": remedy}
+
+    def _only_rounded(self) -> bool:
+        """Whether mean and variance moved, but by rounding alone, which no forward pass does."""
+        moved = False
+        for was, now in zip(
+            self._statistics(self.before)[:2], self._statistics(self.after)[:2], strict=True
+        ):
+            old, new = (one.values() if one else None for one in (was, now))
+            if old is None or new is None or old.shape != new.shape or old.dtype != new.dtype:
+                return False
+            if old.dtype.kind != "f" or not (abs(old - new) <= 4 * np.spacing(abs(old))).all():
+                return False
+            moved = moved or bool((old != new).any())
+        return moved
 
     def _batches(self) -> int | None:
         """By how much num_batches_tracked rose; None if that is not known, or not counted."""

@@ -121,6 +121,22 @@ def wide(model):
     bnfreeze.freeze(model)
 
 
+def test_averaged_statistics_did_not_run_in_training_mode_although_counts_were_added():
+    model = layer()
+    wide(model)
+    model.bn.num_batches_tracked.fill_(3)
+    start = model.state_dict()
+    end = {name: sum([value] * 5) for name, value in start.items()}  # as ESPnet adds up integers
+    end |= {name: value / 5 for name, value in end.items() if value.is_floating_point()}
+
+    def causes():
+        return {one.name: one.cause_code for one in bnfreeze.diff(start, end).tensors}
+
+    assert causes()["bn.running_mean"] == causes()["bn.num_batches_tracked"] == "averaging"
+    end["bn.running_var"] = end["bn.running_var"] + 0.1  # no rounding
+    assert causes()["bn.num_batches_tracked"] == "forward-in-training"
+
+
 @pytest.mark.parametrize(
     ("prepare", "change", "code", "count"),
     [(wide, average, "averaging", 2), (nothing, ran, "forward-in-training", 3)],
