@@ -101,6 +101,57 @@ def test_values_and_flags_on_an_accelerator_are_compared_at_once(model, optimize
     assert {"requires-grad", "thawed"} < {drift.kind for drift in caught.value.report.drifts}
 
 
+class Hiding(Tiny):
+    def named_modules(self, *args, **kwargs):
+        return iter(())
+
+
+def become_sparse(model):
+    weight = torch.ones(4).to_sparse().requires_grad_(False)
+    torch.utils.swap_tensors(model.norm.weight, nn.Parameter(weight, requires_grad=False))
+
+
+def conjugated(model):
+    model.phases.data = model.phases.data.conj()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (Hiding, lambda model: setattr(model.norm, "eps", 1.0)),
+        (Tiny, lambda model: setattr(model.norm, "eps", 1e-5 * (1 + 5e-7))),
+        (Tiny, become_sparse),
+        (Tiny, conjugated),
+    ],
+)
+def test_a_quick_look_does_not_miss_what_the_full_comparison_sees(kind, change):
+    model = kind()
+    model.phases = torch.randn(3, dtype=torch.complex64)
+    bnfreeze.freeze(model)
+    watch = bnfreeze.guard(model, tensors="all")
+    with pytest.raises(bnfreeze.DriftError), watch:
+        assert watch.check() is watch.check()
+        change(model)
+
+
+@pytest.mark.parametrize("part", ["scripted", "traced"])
+def test_a_scripted_part_beside_the_frozen_one_disturbs_no_check(model, part):
+    relu = nn.Sequential(nn.ReLU())
+    scripted = part == "scripted"
+    model.part = torch.jit.script(relu) if scripted else torch.jit.trace(relu, torch.randn(2))
+    with bnfreeze.guard(model) as watch:
+        watch.check()
+        watch.check()
+    assert watch.report.ok
+
+
+def test_an_eps_that_is_an_integer_makes_no_check_slow():
+    model = nn.Sequential(nn.BatchNorm1d(4, eps=1))
+    bnfreeze.freeze(model)
+    with bnfreeze.guard(model) as watch:
+        assert watch.check() is watch.check()
+
+
 # Optimizers -------------------------------------------------------------------------------------
 
 
