@@ -32,10 +32,10 @@ KNOWN = frozenset(
 )
 
 # A flattened graph has names such as L__self___bn1_running_mean; Keras has bn/moving_variance;
-# tutorials say moving_mean, and batch renormalisation running_avg_std.
+# tutorials say moving_mean, batch renormalisation running_avg_std, bias-free denoisers running_sd.
 # A recurrent batch norm has running_mean_0, running_mean_1, … for its time steps.
 _MEAN_OR_VARIANCE = re.compile(
-    r"(?:.*[_/])?(?:running|moving)_(?:\w+_)?(?:mean|var(?:iance)?|std)(?:_?\d+)?"
+    r"(?:.*[_/])?(?:running|moving)_(?:\w+_)?(?:mean|var(?:iance)?|std|sd)(?:_?\d+)?"
 )
 _STATISTIC = re.compile(r"(?:.*[_/])?(?:(?:running|moving)_\w+|num_batches_tracked)")
 _OBSERVER = re.compile("Observer|FakeQuantize")

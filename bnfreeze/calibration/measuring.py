@@ -188,6 +188,11 @@ def _on_this_rank(
         module._buffers.update(stored.pop(module, {}))
 
     model.eval()  # whatever `first` has left
+    for entry in layers:
+        # A train() of the user's own may leave a layer in train mode, where it would update the
+        # statistics that the next pass is compared with.
+        if entry.module.training:
+            entry.module.training = False
     tensors = chain(model.parameters(), model.buffers())
     device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
     count = 0

@@ -27,7 +27,7 @@ _OPTIMIZERS: Final = ("optim", "lr_sched", "scaler")
 _HIDDEN_SEGMENT: Final = "_orig_mod"
 # torch's names, and those of TensorFlow, MXNet and many an own batch norm.
 _STATISTICS: Final = (
-    *("running_mean", "running_var"),
+    *("running_mean", "running_var", "running_sd"),
     *("moving_mean", "moving_var", "moving_variance"),
 )
 

@@ -24,7 +24,7 @@ FROZEN_OR_OLD: Final = "frozen or old batch norm"
 _STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
 # Other names of statistics: bn/moving_variance, bn1_running_mean, running_mean_0. The same words as
 # in bnfreeze.norm_layers, which imports torch.
-_FOREIGN: Final = re.compile(r"(?:running|moving)_(?:\w+_)?(?:mean|var(?:iance)?|std)(?:_?\d+)?")
+_FOREIGN: Final = re.compile(r"(?:running|moving)_(?:\w+_)?(?:mean|var(?:iance)?|std|sd)(?:_?\d+)?")
 # torch's usual eps: a variance below it counts for less than eps does.
 _USUAL_EPS: Final = 1e-5
 # The least positive number of half precision is 2**-24; what is below half of it becomes 0.

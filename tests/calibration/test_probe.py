@@ -48,6 +48,22 @@ def test_verdicts():
     assert verdict(layer(mean=THRESHOLDS.mean), many) == "uncertain"
 
 
+class TrainsAlways(nn.Sequential):
+    """Its own train() leaves its layers in train mode, even after eval(): Detectron.pytorch#104."""
+
+    def train(self, mode=True):
+        self.training = mode
+        return self
+
+
+def test_a_layer_that_eval_leaves_in_train_mode_is_compared_with_what_is_stored():
+    model = TrainsAlways(layer(mean=0.5)).eval()
+    assert model[0].training
+    found = probe(model, samples(2048)).layers[0]
+    assert (found.verdict, found.origin) == ("shifted", "own")
+    assert model[0].training
+
+
 def test_one_odd_channel_in_many_makes_no_shift_and_two_do():
     norm = layer()
     norm.running_mean[3] = 2.0

@@ -110,8 +110,22 @@ class Adaptive(nn.Module):
         return out.view_as(x)
 
 
+class BiasFree(nn.Module):
+    """As in bias_free_denoising: a standard deviation and no mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_sd", torch.ones(1, 3, 1, 1))
+
+    def forward(self, x):
+        if self.training:
+            self.running_sd.lerp_(x.detach().std((0, 2, 3), keepdim=True), 0.1)
+        return x / self.running_sd
+
+
 FOREIGN = {
     "own": OwnNorm,
+    "bias free": BiasFree,
     "per step": PerStep,
     "never eval": NeverEval,
     "attribute": PlainAttribute,
