@@ -150,7 +150,7 @@ def _foreign(model: StateDict) -> Iterator[Finding]:
         yield finding(
             "layer-foreign",
             layer[:-1],
-            f"it has {' and '.join(names)}, which were not looked at.",
+            f"it has {' and '.join(names)}: not looked at.",
             "diff compares such tensors, and snapshot --all takes them.",
             key=model.key,
         )
