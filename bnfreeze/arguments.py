@@ -10,8 +10,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
-__all__ = ["command_parser", "unknown_command"]
-
 _EXAMPLES: Final = """\
 examples:
   bnfreeze inspect resnet50.pth                    the norm layers, as a tree

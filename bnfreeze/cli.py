@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from bnfreeze.verification.diff_report import Diff
     from bnfreeze.verification.drift import DriftReport
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and give its exit code.

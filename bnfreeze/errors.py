@@ -2,18 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "BnfreezeError",
-    "BnfreezeWarning",
-    "CheckpointError",
-    "CorruptCheckpointError",
-    "NotFrozenError",
-    "PolicyError",
-    "UnsafeCheckpointError",
-    "UnsupportedFormatError",
-    "damaged",
-]
-
 
 class BnfreezeError(Exception):
     """The base of every error that bnfreeze raises of its own."""

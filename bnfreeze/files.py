@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["replacement", "write_whole"]
-
 
 @contextmanager
 def replacement(path: str | os.PathLike[str]) -> Iterator[Path]:

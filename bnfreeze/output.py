@@ -11,8 +11,6 @@ from typing import Any, Final
 
 from bnfreeze.text import escaped
 
-__all__ = ["complain", "complain_of_defect", "print_json", "print_line", "progress_line"]
-
 _SECOND: Final = 1.0
 
 

@@ -31,8 +31,6 @@ from bnfreeze.checkpoints.torch_calls import DTYPES
 from bnfreeze.checkpoints.torch_zip import read_torch_zip
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError, damaged
 
-__all__ = ["read_distributed"]
-
 # Classes that torch itself writes into the metadata.
 _EXPECTED: Final = frozenset(
     f"torch.distributed.checkpoint.{module}.{name}"

@@ -7,22 +7,6 @@ from typing import Any, Final, TypeGuard
 
 from bnfreeze.errors import UnsafeCheckpointError, damaged
 
-__all__ = [
-    "MAX_CHANNELS",
-    "MAX_DICTS",
-    "MAX_DIMENSIONS",
-    "MAX_HEADER_BYTES",
-    "MAX_NAME_LENGTH",
-    "MAX_NESTING",
-    "MAX_OPCODES",
-    "MAX_PICKLE_BYTES",
-    "MAX_RECORDS",
-    "MAX_TENSORS",
-    "check_limit",
-    "checked_shape",
-    "is_size",
-]
-
 # A pickle spends about 30 opcodes and 150 bytes on a tensor; a large real checkpoint, with its
 # optimizer, has some 10 000 tensors.
 MAX_TENSORS: Final = 200_000

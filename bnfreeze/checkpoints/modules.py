@@ -21,8 +21,6 @@ from bnfreeze.checkpoints.limits import (
 from bnfreeze.checkpoints.pickled import HOLDERS, SCRIPT, Opaque, Pairs, key_text, tensor_in
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 
-__all__ = ["LayerSettings", "Model", "is_module", "model_of", "plain_number"]
-
 _PARTS: Final = ("_parameters", "_buffers", "_modules")
 _UNSAVED: Final = "_non_persistent_buffers_set"
 _STATISTICS: Final = frozenset({"running_mean", "running_var"})

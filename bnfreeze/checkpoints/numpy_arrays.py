@@ -21,8 +21,6 @@ from bnfreeze.checkpoints.stored_tensor import (
 from bnfreeze.checkpoints.zips import Entry
 from bnfreeze.errors import UnsafeCheckpointError, UnsupportedFormatError, damaged
 
-__all__ = ["NUMPY_BUILDERS", "fill_array", "read_npz"]
-
 _LONGEST_TEXT: Final = 1 << 12
 # NumPy's short names, such as `f4`, and torch's.
 _DTYPES: Final = {f"{name[0]}{ITEM_SIZES[name]}": name for name in NUMPY_DTYPES}

@@ -18,8 +18,6 @@ from bnfreeze.checkpoints.stored_tensor import (
 )
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError, damaged
 
-__all__ = ["read_onnx"]
-
 # What protobuf itself can hold; larger models keep their tensors in files beside.
 _MOST_BYTES: Final = 2**31
 # ONNX's numbers for dtypes.

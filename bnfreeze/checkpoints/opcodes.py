@@ -17,8 +17,6 @@ from bnfreeze.checkpoints.limits import MAX_PICKLE_BYTES, check_limit
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.errors import damaged
 
-__all__ = ["CODES", "Opcodes"]
-
 # By name, the byte that stands for it.
 CODES: Final = {opcode.name: ord(opcode.code) for opcode in pickletools.opcodes}
 

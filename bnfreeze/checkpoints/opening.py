@@ -27,8 +27,6 @@ from bnfreeze.checkpoints.source import FilePath, RemotePath, Source, opened, pl
 from bnfreeze.checkpoints.state_dicts import StateDicts, find_state_dicts
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["Checkpoint", "open_checkpoint", "read_file"]
-
 # The magic number of files of torch.save before torch 1.6, as their first pickle has it.
 _LEGACY: Final = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 # The header of a pickle, or the beginning of one of protocol 0 or 1, which has none: a dict, a list

@@ -12,22 +12,6 @@ from bnfreeze.checkpoints.limits import MAX_NESTING, check_limit, is_size
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.errors import CorruptCheckpointError
 
-__all__ = [
-    "HOLDERS",
-    "SCRIPT",
-    "Content",
-    "Global",
-    "Opaque",
-    "Pairs",
-    "check_nesting",
-    "check_new",
-    "children_of",
-    "joined_key",
-    "key_text",
-    "tensor_in",
-]
-
-
 # The names of TorchScript's classes, whose code is in the file, begin with this.
 SCRIPT: Final = "__torch__."
 

@@ -19,9 +19,6 @@ from bnfreeze.checkpoints.placeholders import naming_calls
 from bnfreeze.checkpoints.source import Source
 from bnfreeze.errors import CorruptCheckpointError, damaged
 
-__all__ = ["PickleReader"]
-
-
 # What puts its own argument on the stack.
 _VALUES: Final = (
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG", "BINFLOAT", "FLOAT"),

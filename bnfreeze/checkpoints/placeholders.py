@@ -31,8 +31,6 @@ from bnfreeze.errors import CheckpointError
 from bnfreeze.findings import Level
 from bnfreeze.text import listed
 
-__all__ = ["CodeCall", "Uninterpreted", "is_ordinary", "naming_calls", "placeholders_in"]
-
 # Of each kind so many are listed; more of them say nothing more.
 _ENOUGH: Final = 100
 _LOOKED_INTO: Final = (Global, *HOLDERS)

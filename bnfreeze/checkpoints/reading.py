@@ -22,8 +22,6 @@ from bnfreeze.errors import (
     damaged,
 )
 
-__all__ = ["OpenFile", "naming_file", "path_beside", "read_json"]
-
 
 @dataclass(eq=False)
 class OpenFile:

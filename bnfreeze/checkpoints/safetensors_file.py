@@ -25,8 +25,6 @@ from bnfreeze.errors import (
     damaged,
 )
 
-__all__ = ["DTYPES", "read_safetensors", "read_shards"]
-
 # Safetensors' names: of most, the first letter and the bits.
 DTYPES: Final = {
     f"{name[0].upper()}{8 * ITEM_SIZES[name]}": name

@@ -23,8 +23,6 @@ from bnfreeze.errors import (
     damaged,
 )
 
-__all__ = ["FilePath", "RemotePath", "Source", "opened", "plain_errors"]
-
 # What is fetched beyond what is asked for: the tensors of a layer lie together.
 _AHEAD: Final = 1 << 13
 

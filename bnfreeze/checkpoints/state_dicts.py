@@ -20,8 +20,6 @@ from bnfreeze.checkpoints.pickled import (
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError
 
-__all__ = ["StateDict", "StateDicts", "find_state_dicts", "tensors_by_name"]
-
 # Below these, tensors are no model's, unless there are norm layers.
 _OPTIMIZERS: Final = ("optim", "lr_sched", "scaler")
 _HIDDEN_SEGMENT: Final = "_orig_mod"

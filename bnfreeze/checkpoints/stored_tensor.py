@@ -19,20 +19,6 @@ from bnfreeze.errors import (
     damaged,
 )
 
-__all__ = [
-    "ITEM_SIZES",
-    "NUMPY_DTYPES",
-    "DescribedTensor",
-    "StoredTensor",
-    "StridedTensor",
-    "Words",
-    "check_claims",
-    "decoded",
-    "numbered",
-    "packed_tensor",
-    "shown",
-]
-
 # A flat array of unsigned integers, little-endian, one for each element (two for complex128):
 # what is compared bit by bit.
 Words = NDArray[Any]

@@ -18,16 +18,6 @@ from bnfreeze.checkpoints.stored_tensor import (
     StridedTensor,
 )
 
-__all__ = [
-    "DTYPES",
-    "STORAGES",
-    "TORCH_BUILDERS",
-    "TORCH_NAMES",
-    "Storage",
-    "check_attributes",
-    "meaning_of",
-]
-
 # By the name of a typed storage, the dtype of its elements.
 STORAGES: Final[dict[str, str]] = {
     f"torch.{device}{name}Storage": dtype

@@ -21,8 +21,6 @@ from bnfreeze.checkpoints.source import Source
 from bnfreeze.checkpoints.torch_tensors import TorchPickleReader
 from bnfreeze.errors import UnsupportedFormatError, damaged
 
-__all__ = ["read_plain_pickle", "read_torch_legacy"]
-
 _MAGIC: Final = 0x1950A86A20F9469CFC6C
 _VERSION: Final = 1001
 

@@ -29,9 +29,6 @@ from bnfreeze.checkpoints.torch_calls import (
 )
 from bnfreeze.errors import CorruptCheckpointError, UnsupportedFormatError, damaged
 
-__all__ = ["TorchPickleReader"]
-
-
 _BUILDERS: Final = TORCH_BUILDERS | NUMPY_BUILDERS
 
 

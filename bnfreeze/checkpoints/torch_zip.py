@@ -24,8 +24,6 @@ from bnfreeze.checkpoints.stored_tensor import (
 from bnfreeze.checkpoints.torch_tensors import TorchPickleReader
 from bnfreeze.errors import CorruptCheckpointError, damaged
 
-__all__ = ["read_export", "read_torch_zip", "read_torchscript"]
-
 # The numbers that torch.export writes for dtypes.
 _DTYPES: Final = numbered(
     "uint8 int8 int16 int32 int64 float16 float32 float64 complex32 complex64 complex128 bool "

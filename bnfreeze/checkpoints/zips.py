@@ -23,8 +23,6 @@ from bnfreeze.errors import (
     damaged,
 )
 
-__all__ = ["Entry", "read_directory"]
-
 _LOCAL: Final = struct.Struct("<4s5H3L2H")
 _CENTRAL: Final = struct.Struct("<4s6H3L5H2L")
 _END: Final = struct.Struct("<4s4H2LH")

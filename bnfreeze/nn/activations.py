@@ -23,21 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-__all__ = [
-    "ACTIVATIONS",
-    "ACTIVATION_FUNCTIONS",
-    "ACTIVATION_METHODS",
-    "EXACT",
-    "FROM_INPUT",
-    "FROM_OUTPUT",
-    "GRADIENTS",
-    "TABLE",
-    "TORCH_KEEPS_OUTPUT",
-    "Activation",
-    "activation_of",
-    "settings_of",
-]
-
 
 @dataclass(frozen=True)
 class Activation:

@@ -21,8 +21,6 @@ from bnfreeze.torch_private import (
     forward_ad,
 )
 
-__all__ = ["PLAIN", "TRACING", "backward_needs_formula", "observer", "why_formula"]
-
 # The types of a plain tensor. A subclass may do anything.
 PLAIN = frozenset({Tensor, nn.Parameter})
 _PLAIN_OR_NONE = PLAIN | {type(None)}

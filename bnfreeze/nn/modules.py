@@ -20,8 +20,6 @@ from bnfreeze.nn.reference import Norm
 from bnfreeze.norm_layers import AFFINE, STATISTICS
 from bnfreeze.torch_private import _BatchNorm
 
-__all__ = ["FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3d"]
-
 # For torch.fx.symbolic_trace, which has no sizes, the layer is one call.
 torch.fx.wrap("_apply")
 _Proxy = torch.fx.Proxy

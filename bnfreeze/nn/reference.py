@@ -19,8 +19,6 @@ from torch import Tensor
 
 from bnfreeze.nn.activations import ACTIVATIONS, EXACT, FROM_OUTPUT, GRADIENTS
 
-__all__ = ["Norm", "backward", "forward", "scaled"]
-
 # Up to this many elements, the time of an operation is the time of calling it.
 _TINY = 2**11
 

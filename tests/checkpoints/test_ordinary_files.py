@@ -452,6 +452,20 @@ def test_a_folder_of_hugging_face_is_read(sharded, tmp_path):
     assert found.models == {"": values(net.state_dict())}
 
 
+def test_the_usual_metadata_of_safetensors_is_no_other_name_of_a_tensor(tmp_path):
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "a.safetensors"
+    safetensors_torch.save_file({"pt": torch.ones(3)}, path, metadata={"format": "pt"})
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.root.keys() == {"pt"}
+
+
+def test_the_stride_of_a_single_place_may_be_anything(tmp_path):
+    tensor = torch.arange(6.0).as_strided((1, 3, 2), (2**62, 1, 3))
+    torch.save({"w": tensor}, tmp_path / "a.pt")
+    assert bnfreeze.diff(tmp_path / "a.pt", {"w": tensor}).ok
+
+
 def test_names_that_share_a_tensor_are_found_in_what_safetensors_saved(model, tmp_path):
     safetensors = pytest.importorskip("safetensors")
     safetensors_torch = pytest.importorskip("safetensors.torch")

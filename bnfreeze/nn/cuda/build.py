@@ -19,8 +19,6 @@ from typing import Any, Literal
 from bnfreeze.files import replacement
 from bnfreeze.nn.cuda.plan import entry_point
 
-__all__ = ["KernelError", "bindings", "cache_folder", "compile_source", "cubin", "program"]
-
 _OPTIONS = ("--std=c++17", "--fmad=false")
 
 

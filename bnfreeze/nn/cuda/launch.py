@@ -23,8 +23,6 @@ from bnfreeze.nn.cuda.plan import ARGS, THREADS, Plan
 from bnfreeze.nn.reference import Norm
 from bnfreeze.torch_private import _cuda_getCurrentRawStream, _cuda_getDevice
 
-__all__ = ["Launcher"]
-
 # The thread has another context than before, or none. cuCtxSetCurrent repairs that.
 _CONTEXT_ERRORS = frozenset({201, 400, 709})
 

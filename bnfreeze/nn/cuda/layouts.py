@@ -8,8 +8,6 @@ from torch import Tensor
 from bnfreeze.nn.cuda.plan import Dtype
 from bnfreeze.nn.reference import Norm
 
-__all__ = ["DTYPES", "UNUSUAL", "is_dense", "like", "parameters", "unsupported"]
-
 DTYPES: dict[torch.dtype, Dtype] = {
     torch.float32: "f32",
     torch.float16: "f16",

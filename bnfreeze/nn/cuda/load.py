@@ -13,8 +13,6 @@ from bnfreeze.errors import BnfreezeWarning
 from bnfreeze.nn.cuda.build import KernelError, bindings
 from bnfreeze.nn.cuda.launch import Launcher
 
-__all__ = ["Kernel", "kernel"]
-
 
 class Kernel:
     """The CUDA kernel. After one failure it is off for the rest of the process, with one warning.

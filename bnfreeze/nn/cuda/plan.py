@@ -12,8 +12,6 @@ import struct
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["ARGS", "GEOMETRY", "THREADS", "Plan", "elementwise", "entry_point", "finish"]
-
 THREADS = 256
 UNROLL = 4
 
