@@ -115,8 +115,13 @@ def affine_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def is_lazy(module: nn.Module) -> bool:
-    """Whether the layer has not seen an input yet and so has no tensors."""
-    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+    """Whether the layer has not seen an input yet.
+
+    It may have tensors, from `load_state_dict`; its first forward still changes its class.
+    """
+    return isinstance(module, LazyModuleMixin) and (
+        module.cls_to_become is not None or module.has_uninitialized_params()
+    )
 
 
 def is_lookalike(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:

@@ -173,7 +173,10 @@ def _candidates(root: Any, aliases: dict[str, str]) -> Iterator[StateDict]:
             yield replace(found, key=unique)
         if model:
             seen |= {module: key for module in model.visited if module not in seen}
-        for part, child in model.besides if model else children_of(holder):
+        children = list(model.besides if model else children_of(holder))
+        # What torch.optim.Optimizer.state_dict() returns, under any name.
+        in_optimizer |= bool(key) and {"state", "param_groups"} <= {part for part, _ in children}
+        for part, child in children:
             # Python has one empty tuple for all, which would be the same in many places.
             if not isinstance(child, HOLDERS) or not child:
                 continue

@@ -190,8 +190,8 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
         )
     if is_lazy(module):
         raise PolicyError(
-            f"{name} is a {type(module).__name__} that has not seen an input yet, so there is "
-            f"nothing to freeze: run one forward pass first."
+            f"{name} is a {type(module).__name__} that has not seen an input yet, and its first "
+            f"forward changes its class: run one forward pass first, in eval mode."
         )
     if policy.forces_eval and is_norm(module) and not keeps_statistics(module):
         raise PolicyError(

@@ -591,3 +591,19 @@ def test_the_feature_extractor_of_torchvision_sees_the_frozen_layers():
     before = state(features)
     features.train()(torch.randn(2, 3, 32, 32))
     assert moved(before, features) == set()
+
+
+@pytest.mark.parametrize("policy", ["stats", "eval+affine", "fused", "weights"])
+def test_a_lazy_layer_that_was_loaded_before_its_first_forward(policy):
+    def made():
+        return nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d())
+
+    images, saved, model = torch.randn(4, 3, 8, 8), made(), made()
+    saved(images)
+    model.load_state_dict(saved.state_dict())
+    # Its first forward would change its class, and undo the freeze.
+    with pytest.raises(PolicyError, match="run one forward pass first, in eval mode"):
+        freeze(model, policy)
+    model.eval()(images)
+    freeze(model, policy)
+    assert torch.equal(model[1].running_mean, saved[1].running_mean)

@@ -298,3 +298,14 @@ def test_the_rounding_of_an_average_is_named_and_stays_a_difference(model, decay
     moved = {change.name for change in found.tensors if change.kind == "value"} | {"head.bias"}
     [found] = bnfreeze.diff(state, average).findings
     assert f"{len(moved) - 1} of {len(moved)} tensors that moved " in found.message
+
+
+@pytest.mark.parametrize("key", ["opt", "optimizer", "adam_g"])
+def test_the_state_of_an_optimizer_is_no_model_whatever_its_key(key, tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    torch.save({"g": model.state_dict()}, tmp_path / "a.pt")
+    torch.save({"g": model.state_dict(), key: optimizer.state_dict()}, tmp_path / "b.pt")
+    assert bnfreeze.diff(tmp_path / "a.pt", tmp_path / "b.pt").ok
