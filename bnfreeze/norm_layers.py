@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from bnfreeze.errors import PolicyError
-from bnfreeze.patterns import Pattern, hint, with_parents
+from bnfreeze.patterns import MEAN_OR_VARIANCE, Pattern, hint, with_parents
 from bnfreeze.torch_private import _InstanceNorm, _NormBase
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -31,12 +31,8 @@ KNOWN = frozenset(
     | {"mmcv", "mmdet", "mmpretrain", "mmseg", "detectron2", "segmentation_models_pytorch"}
 )
 
-# A flattened graph has names such as L__self___bn1_running_mean; Keras has bn/moving_variance;
-# tutorials say moving_mean, batch renormalisation running_avg_std, bias-free denoisers running_sd.
-# A recurrent batch norm has running_mean_0, running_mean_1, … for its time steps.
-_MEAN_OR_VARIANCE = re.compile(
-    r"(?:.*[_/])?(?:running|moving)_(?:\w+_)?(?:mean|var(?:iance)?|std|sd)(?:_?\d+)?"
-)
+# A flattened graph has names such as L__self___bn1_running_mean.
+_MEAN_OR_VARIANCE = re.compile(rf"(?:.*[_/])?{MEAN_OR_VARIANCE}")
 _STATISTIC = re.compile(r"(?:.*[_/])?(?:(?:running|moving)_\w+|num_batches_tracked)")
 _OBSERVER = re.compile("Observer|FakeQuantize")
 

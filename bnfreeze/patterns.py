@@ -10,6 +10,11 @@ from dataclasses import dataclass
 
 from bnfreeze.errors import PolicyError
 
+# The name of a running mean or variance, of torch's layers and of others. Keras and tutorials say
+# moving_variance, batch renormalisation running_avg_std, bias-free denoisers running_sd. A
+# recurrent batch norm has running_mean_0, running_mean_1, … for its time steps.
+MEAN_OR_VARIANCE = r"(?:running|moving)_(?:\w+_)?(?:mean|var(?:iance)?|std|sd)(?:_?\d+)?"
+
 
 @dataclass(frozen=True)
 class Pattern:

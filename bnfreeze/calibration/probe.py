@@ -154,7 +154,7 @@ def measurable_layers(model: nn.Module) -> list[NamedModule]:
         for entry in named_modules(model)
         if is_plain_norm(entry.module)
         and all(isinstance(entry.module._buffers.get(name), Tensor) for name in STATISTICS[:2])
-        and not (_are_merged(entry.module) and entry.module._buffers.get(STATISTICS[2]) is None)
+        and not (entry.module._buffers.get(STATISTICS[2]) is None and _are_merged(entry.module))
     ]
     for entry in layers:
         if any(entry.module.get_buffer(name).is_meta for name in STATISTICS[:2]):

@@ -54,9 +54,6 @@ class Inspection(Printable):
         """Whether there is no finding of level ``"error"``."""
         return not any(finding.level == "error" for finding in self.findings)
 
-    def __bool__(self) -> bool:
-        return self.ok
-
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain data with stable keys."""
         return {

@@ -15,6 +15,7 @@ from bnfreeze.checkpoints import LayerSettings, StateDict, naming_file
 from bnfreeze.checkpoints.stored_tensor import StoredTensor, shown
 from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.statistics import batches_in, real_values, statistics_findings
+from bnfreeze.patterns import MEAN_OR_VARIANCE
 from bnfreeze.text import counted, listed
 
 # A state_dict has names and values but no classes, so this is all that can be known of a layer.
@@ -22,9 +23,7 @@ BATCH_NORM: Final = "batch norm"
 FROZEN_OR_OLD: Final = "frozen or old batch norm"
 
 _STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
-# Other names of statistics: bn/moving_variance, bn1_running_mean, running_mean_0. The same words as
-# in bnfreeze.norm_layers, which imports torch.
-_FOREIGN: Final = re.compile(r"(?:running|moving)_(?:\w+_)?(?:mean|var(?:iance)?|std|sd)(?:_?\d+)?")
+_FOREIGN: Final = re.compile(MEAN_OR_VARIANCE)
 # torch's usual eps: a variance below it counts for less than eps does.
 _USUAL_EPS: Final = 1e-5
 # The least positive number of half precision is 2**-24; what is below half of it becomes 0.

@@ -18,7 +18,7 @@ from bnfreeze.verification.compare import Progress, compare
 from bnfreeze.verification.diff_report import Diff, ModelPair, TensorChange
 from bnfreeze.verification.drift import Drift
 from bnfreeze.verification.pairing import checked_prefixes, common_prefix, mapped, paired
-from bnfreeze.verification.stored import state_of
+from bnfreeze.verification.stored import layer_of, state_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -172,11 +172,11 @@ def _changes(
                 key,
             )
         )
-    layers = {_layer(name): _layer(min(here[name], name, key=len)) for name in old | new}
+    layers = {layer_of(name): layer_of(min(here[name], name, key=len)) for name in old | new}
     others = [
         finding(
             "layer-eps-differs",
-            layers[_layer(drift.name)],
+            layers[layer_of(drift.name)],
             f"eps is {drift.before:g} in the first and {drift.after:g} in the second.",
             key=key,
         )
@@ -184,10 +184,6 @@ def _changes(
         if drift.cause_code == "eps"
     ]
     return changes, others
-
-
-def _layer(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def _meaning(

@@ -79,18 +79,14 @@ def _differs(before: Tensor, after: list[Tensor]) -> Tensor:
 class Unchanged:
     """A model as it is; true as long as it is so.
 
-    The full comparison reads every fact of every tensor, which takes a third of a short training
-    step on a GPU. Most steps change nothing. This asks only whether all that the facts were read
-    from is still the same: the modules, their modes, the objects in them, and the bits. If it is
-    not sure, it is false, and the full comparison decides.
+    The full comparison reads every fact of every tensor, which takes about as long as a short
+    training step on a GPU. Most steps change nothing. This asks only whether all that the facts
+    were read from is still the same: the modules, their modes, the objects in them, and the bits.
+    If it is not sure, it is false, and the full comparison decides.
     """
 
     def __init__(self, model: nn.Module, before: State, after: State) -> None:
         """Remember `model`, whose state is `after` and equals `before`, which is a copy."""
-        self._model, self._optimizers = model, before.live_optimizers()
-        self._watched = {id(one.tensor): one.tensor for one in after.identities.values()}
-        self._norms = [entry.module for entry in named_modules(model) if is_norm(entry.module)]
-        self._parts, self._facts = self._all_parts(), self._all_facts()
         kept: Mapping[str, Any] = before.values
         live: Mapping[str, Any] = {name: after.value(name) for name in kept}
         # A tensor subclass may do anything, and a copy in another layout is no look at the tensor.
@@ -99,6 +95,12 @@ class Unchanged:
             and tensor.data_ptr() == value.tensor.data_ptr()
             for name, value in live.items()
         )
+        if not self._sure:
+            return
+        self._model, self._optimizers = model, before.live_optimizers()
+        self._watched = {id(one.tensor): one.tensor for one in after.identities.values()}
+        self._norms = [entry.module for entry in named_modules(model) if is_norm(entry.module)]
+        self._parts, self._facts = self._all_parts(), self._all_facts()
         self._bits = SameBits({name: (one.tensor, live[name].tensor) for name, one in kept.items()})
 
     def __bool__(self) -> bool:

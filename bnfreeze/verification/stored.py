@@ -32,21 +32,22 @@ def state_of(tensors: Mapping[str, StoredTensor], parts: Iterable[StateDict]) ->
         id(tensor): settings.eps
         for part in parts
         for name, tensor in part.tensors.items()
-        if (settings := part.layers.get(_layer(name)))
+        if (settings := part.layers.get(layer_of(name)))
     }
     return State(
         LISTED,
         {
             # A checkpoint does not say what is a parameter.
-            name: TensorFacts("", one.dtype, one.shape, _layer(name), name, unreadable=one.why)
+            name: TensorFacts("", one.dtype, one.shape, layer_of(name), name, unreadable=one.why)
             for name, one in tensors.items()
         },
-        {_layer(name): OwnerFacts(eps=eps.get(id(one))) for name, one in tensors.items()},
+        {layer_of(name): OwnerFacts(eps=eps.get(id(one))) for name, one in tensors.items()},
         values={name: tensor for name, tensor in tensors.items() if tensor.has_values},
     )
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
+    """The name of the module that has the tensor of this name."""
     return name.rpartition(".")[0]
 
 
@@ -71,8 +72,8 @@ def snapshot_of(
         PolicyError: there is nothing to take.
         CheckpointError: a tensor cannot be read.
     """
-    norms = {_layer(name) for name in tensors if name.rpartition(".")[2] == "running_var"}
-    chosen = {n: tensor for n, tensor in tensors.items() if everything or _layer(n) in norms}
+    norms = {layer_of(name) for name in tensors if name.rpartition(".")[2] == "running_var"}
+    chosen = {n: tensor for n, tensor in tensors.items() if everything or layer_of(n) in norms}
     if not chosen:
         raise PolicyError(
             "It holds no norm layer with a running_var, so there is nothing to take; --all takes "
