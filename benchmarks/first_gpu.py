@@ -27,13 +27,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks import cuda, report, runs, work_folded, work_guard, work_host
+import bnfreeze
+from benchmarks import cuda, probe_cost, report, runs, work_folded, work_guard, work_host
 from benchmarks.arms import ARMS, Arm, choose
 from benchmarks.facts import BASE, Record, Run, over_rounds, ratios
 from benchmarks.measure import Effort, in_turns, repeated, repeats
 from benchmarks.setting import LAYOUTS, Setting, activations, in_precision
 from benchmarks.work_layer import trained_norm
-from benchmarks.work_model import Step, calibrated, resnet50
+from benchmarks.work_model import BODY, Detector, Step, calibrated, resnet50
 
 # What a kernel must read and write, in tensors of the input's size.
 TRAFFIC = {"nothing": (2, 2), "relu": (2, 3), "add+relu": (3, 4)}
@@ -189,12 +190,22 @@ def _works(session: Session, chosen: list[Arm], precision: str, layout: str, bat
     images = torch.randn(batch, 3, height, height, device=device)
     images = images.contiguous(memory_format=LAYOUTS[layout])
     labels = torch.randint(1000, (batch,), device=device)
-    return {
-        arm.name: lambda arm=arm: partial(
-            Step(arm, live, precision, layout, device), images, labels
-        )
-        for arm in chosen
-    }
+    return _makers(chosen, live, precision, layout, images, labels)
+
+
+def _makers(
+    chosen: list[Arm],
+    live: nn.Module,
+    precision: str,
+    layout: str,
+    images: Tensor,
+    labels: Tensor | None,
+    part: str = "",
+) -> dict[str, Callable[[], Callable[[], None]]]:
+    def make(arm: Arm) -> Callable[[], None]:
+        return partial(Step(arm, live, precision, layout, images.device, part), images, labels)
+
+    return {arm.name: partial(make, arm) for arm in chosen}
 
 
 def steps(session: Session) -> None:
@@ -284,6 +295,48 @@ def _compare(
         session.add(ratios(name, {**case, "launch": launch}, times, BASE))
 
 
+def detector(session: Session) -> None:
+    """Measure training steps of Faster R-CNN, whose ResNet-50 is frozen as when one fine-tunes."""
+    setting = session.setting
+    height, width = setting.pick(tiny=(64, 64), quick=(200, 304), full=(800, 1216))
+    live = Detector(calibrated(resnet50(setting), (2, 3, 64, 64)), height)
+    images = torch.randn(setting.pick(tiny=1, quick=2, full=2), 3, height, width)
+    images = images.to(setting.device)
+    for precision, layout in (("fp32", "NCHW"), ("autocast", "channels_last")):
+        makers = _makers(arms(), live, precision, layout, images, None, part=BODY)
+        shape = f"{len(images)} × {height} × {width}"
+        case = {"precision": precision, "layout": layout, "images": shape}
+        _compare(session, "Faster R-CNN", makers, case, limit=8.0, graphs=False)
+        if setting.on_gpu:
+            what = {"what": "the most allocated, Faster R-CNN", **case}
+            for arm, make in makers.items():
+                peak = cuda.peak_mib(make, setting.device)
+                session.add([over_rounds("memory", what, arm, [peak], "MiB")])
+
+
+def calibration(session: Session) -> None:
+    """Measure `probe` and `recalibrate` on statistics that fit, as ratios to a plain pass."""
+    setting = session.setting
+    batches, size = setting.pick(tiny=(1, 2), quick=(20, 64), full=(20, 64))
+    height = setting.pick(tiny=64, quick=224, full=224)
+    for layout, memory_format in LAYOUTS.items():
+        model = resnet50(setting).to(setting.device, memory_format=memory_format)
+        images = torch.randn(size, 3, height, height, device=setting.device)
+        data = [images.contiguous(memory_format=memory_format)] * batches
+        bnfreeze.recalibrate(model, data[:1])
+        works = {
+            "a plain pass": partial(probe_cost.plain, model.eval(), data),
+            "probe": partial(bnfreeze.probe, model, data),
+            "recalibrate": partial(bnfreeze.recalibrate, model, data),
+        }
+        samplers = {arm: repeated(work, 1, setting.device) for arm, work in works.items()}
+        effort = setting.pick(
+            tiny=Effort(1, 0.0, least=1), quick=Effort(4, 10.0), full=Effort(4, 10.0)
+        )
+        case = {"precision": "fp32", "layout": layout, "data": f"{batches} batches of {size}"}
+        session.add(ratios("calibration", case, in_turns(samplers, effort), "a plain pass"))
+
+
 def memory(session: Session) -> None:
     """Measure the peak memory of a training step."""
     if not session.setting.on_gpu:
@@ -301,6 +354,8 @@ PARTS: dict[str, tuple[Callable[[Session], None], int]] = {
     "steps": (steps, 60),
     "small": (small, 30),
     "memory": (memory, 20),
+    "detector": (detector, 40),
+    "calibration": (calibration, 20),
     "host": (host, 30),
     "folding": (folding, 60),
     "compiled": (compiled, 100),

@@ -119,6 +119,28 @@ def _with_pyramid(body: resnet.ResNet) -> nn.Module:
     return detection.backbone_utils.BackboneWithFPN(body, stages, [256, 512, 1024, 2048], 256)
 
 
+# The part of a detector that is frozen.
+BODY = "backbone.body"
+
+
+class Detector(nn.Module):
+    """Faster R-CNN with two objects in each image; it returns its losses."""
+
+    def __init__(self, body: resnet.ResNet, height: int) -> None:
+        super().__init__()
+        self.backbone = _with_pyramid(copy.deepcopy(body))
+        self.rest = detection.FasterRCNN(self.backbone, 91, min_size=height)
+        self.height = height
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        corners = torch.tensor([[0.1, 0.1, 0.6, 0.7], [0.4, 0.3, 0.9, 0.9]], device=images.device)
+        target = {
+            "boxes": corners * self.height,
+            "labels": torch.tensor([1, 2], device=images.device),
+        }
+        return self.rest(list(images), [target] * len(images))
+
+
 class Step:
     """One arm's model and optimizer; a call is one training step."""
 
@@ -134,7 +156,7 @@ class Step:
         # The arm freezes a part of the model; the rest has no norm layers.
         if part:
             whole = copy.deepcopy(live)
-            setattr(whole, part, arm.model(getattr(live, part)))
+            whole.set_submodule(part, arm.model(live.get_submodule(part)))
         else:
             whole = arm.model(live)
         whole = in_precision(whole, precision, layout, device)

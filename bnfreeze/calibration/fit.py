@@ -139,7 +139,6 @@ def layer_fit(
     head = (entry.name, layer_class(layer).__name__, policy_name(layer), len(mean))
     if moments is None:
         return LayerFit(*head)
-    moments = moments.on_cpu()
     # A single value has no variance: what is not known counts as unchanged, and is uncertain.
     data_var = moments.variance if moments.has_variance else var
     eps = eps_of(layer) or 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -16,13 +16,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bnfreeze.calibration.batches import call
-from bnfreeze.calibration.moments import Moments
+from bnfreeze.calibration.moments import Moments, Samples, by_sample
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.inspection.modes import modes_put_back
 from bnfreeze.norm_layers import STATISTICS, NamedModule
 from bnfreeze.torch_private import _InstanceNorm
 
 _MEAN, _VAR = STATISTICS[:2]
+# So many means of samples are kept at most, until they are merged.
+_MOST_KEPT = 1 << 23
 # What runs a model in a way of its own: DDP's forward sends buffers to other ranks, which may have
 # fewer batches.
 _RUNNERS = {
@@ -41,8 +43,8 @@ class Measured:
     """What one pass over the data gave.
 
     Attributes:
-        moments: by the layer's name, in the order of the first calls; without those that were
-            never given a sample.
+        moments: by the layer's name, in the order of the first calls, on the CPU; without those
+            that were never given a sample.
         batches: how many batches there were, over all ranks.
     """
 
@@ -128,8 +130,7 @@ def measure(
     error: Exception | None = None
     sent: Any = None
     try:
-        found = here()
-        sent = replace(found, moments={name: m.on_cpu() for name, m in found.moments.items()})
+        sent = here()
     except Exception as caught:  # the other ranks wait for this one
         error, sent = caught, f"{type(caught).__name__}: {caught}"
     gathered: list[Any] = [None] * dist.get_world_size(group)
@@ -155,12 +156,7 @@ def _on_this_rank(
     first: Callable[[], object],
 ) -> Measured:
     first()
-    found: dict[str, Moments] = {}
-    references = {}
-    for entry in layers:
-        mean = entry.module.get_buffer(_MEAN)
-        where = mean.device if mean.is_cuda else "cpu"  # not every accelerator has fp64
-        references[entry.name] = mean.detach().to(where, torch.float64, copy=True)
+    found = _Found(layers)
     stored: dict[nn.Module, dict[str, Tensor | None]] = {}
 
     def before(name: str, module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -170,19 +166,20 @@ def _on_this_rank(
             x = x.unsqueeze(0)  # instance norm takes a single sample, too
         if not x.numel():
             return
-        channels = references[name].numel()
+        channels = found.references[name].numel()
         if x.dim() > 1 and x.shape[1] != channels:
             raise CalibrationError(
                 f"{name or 'The model'}: its statistics have {channels} elements, and its "
                 f"input has {x.shape[1]} channels. Such a layer cannot be measured."
             )
-        moments = Moments.of_batch(x, references[name], within=within, exact=exact)
-        found[name] = found[name].merged(moments) if name in found else moments
-        if with_batch and moments.has_variance:
+        samples = a, v = by_sample(x, exact=exact)
+        size = x.numel() // a.numel()
+        found.add(name, samples, size, within)
+        if with_batch and (size if within else len(a) * size) > 1:
             own = module._buffers
             stored[module] = {_MEAN: own[_MEAN], _VAR: own[_VAR]}
-            own[_MEAN] = moments.mean.to(own[_MEAN])
-            own[_VAR] = moments.biased_variance.to(own[_VAR])
+            variance = v.mean(0) if within else v.mean(0) + a.var(0, correction=0)
+            own[_MEAN], own[_VAR] = a.mean(0).to(own[_MEAN]), variance.to(own[_VAR])
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         module._buffers.update(stored.pop(module, {}))
@@ -204,15 +201,71 @@ def _on_this_rank(
                 hooks.enter_context(entry.module.register_forward_hook(after, always_call=True))
         for batch in batches:
             call(model, batch, forward, device)
-            # Asked when the batch is done, so that a GPU is waited for once and not in each layer.
-            for name, moments in found.items():
-                if not bool(torch.isfinite(moments.m2.sum())):
-                    raise CalibrationError(
-                        f"batch {count}: the input of {name or 'the model'} has NaN or infinity "
-                        f"in it. Nothing was changed. Look at this batch (counted from 0), and at "
-                        f"the parameters and statistics of the layers before it."
-                    )
+            found.merge()
+            if name := found.not_finite():
+                raise CalibrationError(
+                    f"batch {count}: the input of {name} has NaN or infinity in it. Nothing was "
+                    f"changed. Look at this batch (counted from 0), and at the parameters and "
+                    f"statistics of the layers before it."
+                )
             count += 1
     if not count:
         raise CalibrationError("batches: there are none, so nothing was measured.")
-    return Measured(found, count)
+    return Measured(found.by_name(), count)
+
+
+class _Found:
+    """The moments of all layers; inputs of the same size are merged as if one layer had them.
+
+    A model has hundreds of layers, and each step of the arithmetic is a launch on a GPU, which
+    takes longer there than the arithmetic.
+    """
+
+    def __init__(self, layers: Sequence[NamedModule]) -> None:
+        self.references: dict[str, Tensor] = {}
+        for entry in layers:
+            mean = entry.module.get_buffer(_MEAN)
+            where = mean.device if mean.is_cuda else "cpu"  # not every accelerator has fp64
+            self.references[entry.name] = mean.detach().to(where, torch.float64, copy=True)
+        self._waiting: dict[tuple[int, torch.device, int, bool], list[tuple[str, Samples]]] = {}
+        self._kept = 0
+        self._merged: dict[tuple[str, ...], Moments] = {}
+        self._order: dict[str, None] = {}
+
+    def add(self, name: str, samples: Samples, size: int, within: bool) -> None:
+        """Add what the layer `name` was given, with so many values per sample and channel."""
+        self._order.setdefault(name)
+        key = len(samples[0]), samples[0].device, size, within
+        self._waiting.setdefault(key, []).append((name, samples))
+        self._kept += samples[0].numel()
+        if self._kept > _MOST_KEPT:
+            self.merge()
+
+    def merge(self) -> None:
+        """Merge what was added."""
+        for (_, _, size, within), entries in self._waiting.items():
+            names, samples = zip(*entries, strict=True)
+            old = self._merged.get(names)
+            reference = old.reference if old else torch.cat([self.references[n] for n in names])
+            means, variances = (torch.cat(each, 1) for each in zip(*samples, strict=True))
+            new = Moments.of_samples((means, variances), reference, size=size, within=within)
+            self._merged[names] = old.merged(new) if old else new
+        self._waiting.clear()
+        self._kept = 0
+
+    def not_finite(self) -> str:
+        """A layer whose input had NaN or infinity in it, as a text; empty if there is none."""
+        if all(bool(torch.isfinite(merged.m2.sum())) for merged in self._merged.values()):
+            return ""
+        found = self.by_name().items()
+        name = next(name for name, one in found if not bool(torch.isfinite(one.m2.sum())))
+        return name or "the model"
+
+    def by_name(self) -> dict[str, Moments]:
+        """The moments of each layer, on the CPU, in the order of the first calls."""
+        found: dict[str, Moments] = {}
+        for names, merged in self._merged.items():
+            parts = merged.on_cpu().split([len(self.references[name]) for name in names])
+            for name, one in zip(names, parts, strict=True):
+                found[name] = found[name].merged(one) if name in found else one
+        return {name: found[name] for name in self._order}

@@ -11,11 +11,14 @@ Instance norm asks for other figures: the means over samples of each sample's ow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Samples = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,21 +50,18 @@ class Moments:
     m2: Tensor
 
     @classmethod
-    def of_batch(
-        cls, x: Tensor, reference: Tensor, *, within: bool = False, exact: bool = False
+    def of_samples(
+        cls, samples: Samples, reference: Tensor, *, size: int, within: bool = False
     ) -> Moments:
-        """Of one batch; on the device of `reference`, without waiting for a GPU.
+        """Of the samples of one batch; on the device of `reference`, without waiting for a GPU.
 
         Args:
-            x: (N, C, *) of a floating dtype, with a value at least.
+            samples: their means and variances, from `by_sample`.
             reference: (C,) in fp64; the same one for all that is merged.
+            size: the number of values per sample and channel.
             within: as the attribute.
-            exact: reduce in fp64. Otherwise each sample is reduced in fp32: the error is below
-                1e-4 standard deviations.
         """
-        values = x.detach().unsqueeze(-1).flatten(2)  # in most layouts a view
-        size = values.shape[2]
-        a, v = (t.to(reference.device).double() for t in _by_sample(values, exact))
+        a, v = (t.to(reference.device).double() for t in samples)
         second = v * (size / max(size - 1, 1)) if within else v + (a - reference).square()
         each = torch.stack([a, second])
         centre = each.mean(1)
@@ -96,10 +96,18 @@ class Moments:
 
     def on_cpu(self) -> Moments:
         """To send to other ranks, or to judge by."""
-        tensors: dict[str, Any] = {
-            n: v.cpu() for n, v in vars(self).items() if isinstance(v, Tensor)
-        }
-        return replace(self, **tensors)
+        return replace(self, **{name: v.cpu() for name, v in self._tensors().items()})
+
+    def split(self, channels: Sequence[int]) -> list[Moments]:
+        """Of layers that were measured as one, whose numbers of channels these are."""
+        parts = {name: v.split(list(channels), -1) for name, v in self._tensors().items()}
+        return [
+            replace(self, **dict(zip(parts, one, strict=True)))
+            for one in zip(*parts.values(), strict=True)
+        ]
+
+    def _tensors(self) -> dict[str, Any]:
+        return {name: v for name, v in vars(self).items() if isinstance(v, Tensor)}
 
     @property
     def has_variance(self) -> bool:
@@ -150,11 +158,21 @@ class Moments:
 _FAR = 16.0  # of (mean / σ)²
 
 
-def _by_sample(values: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
-    """Each sample's mean and variance (divided by the number of values) of (N, C, values)."""
+def by_sample(x: Tensor, *, exact: bool = False) -> Samples:
+    """Each sample's mean, and its variance (divided by the number of values), per channel.
+
+    Args:
+        x: (N, C, *) of a floating dtype, with a value at least.
+        exact: reduce in fp64. Otherwise each sample is reduced in fp32: the error is below 1e-4
+            standard deviations.
+
+    Returns:
+        two tensors of (N, C), with memory of their own.
+    """
+    values = x.detach().unsqueeze(-1).flatten(2)  # in most layouts a view
     size, kind = values.shape[2], values.device.type
     if size == 1:
-        return values[..., 0], torch.zeros_like(values[..., 0])
+        return values[..., 0].clone(), torch.zeros_like(values[..., 0])
     exact = exact and kind in ("cpu", "cuda")  # other accelerators may have no fp64
     wide = values.double() if exact or values.dtype is torch.float64 else values.float()
     if kind != "cpu":

@@ -216,7 +216,7 @@ def _new_values(entry: NamedModule, measured: Measured, keep: bool) -> list[_New
             f"{entry.name or 'the model'}: no batch reached it in a later pass. Nothing was "
             f"changed."
         )
-    layer, moments = entry.module, measured.moments[entry.name].on_cpu()
+    layer, moments = entry.module, measured.moments[entry.name]
     stored = [layer.get_buffer(name) for name in (_MEAN, _VAR)]
     # What is stored is rounded, and it is what the layer will compute with.
     rounded = [v.to(t.dtype) for v, t in zip((moments.mean, moments.variance), stored, strict=True)]

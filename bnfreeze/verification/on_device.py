@@ -100,6 +100,7 @@ class Unchanged:
         self._model, self._optimizers = model, before.live_optimizers()
         self._watched = {id(one.tensor): one.tensor for one in after.identities.values()}
         self._norms = [entry.module for entry in named_modules(model) if is_norm(entry.module)]
+        self._others: set[type] = set()  # types of attributes that are no tensors
         self._parts, self._facts = self._all_parts(), self._all_facts()
         self._bits = SameBits({name: (one.tensor, live[name].tensor) for name, one in kept.items()})
 
@@ -128,6 +129,10 @@ class Unchanged:
                 parts += holder.keys()
                 parts += holder.values()
             parts += getattr(module, "_non_persistent_buffers_set", ())
+            kinds = set(map(type, vars(module).values()))
+            if kinds <= self._others:  # as a rule; to ask each value takes three times as long
+                continue
+            self._others |= {kind for kind in kinds if not issubclass(kind, Tensor)}
             for name, value in vars(module).items():
                 if isinstance(value, Tensor):  # others are not kept alive
                     parts += name, self._watched.get(id(value))

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from bnfreeze.calibration.fit import student_quantile
-from bnfreeze.calibration.moments import Moments
+from bnfreeze.calibration.moments import Moments, by_sample
 
 SHAPES = {"(N, C)": (7, 5), "(N, C, L)": (7, 5, 9), "images": (7, 5, 6, 4), "1×1": (7, 5, 1, 1)}
 
 
 def of_parts(x, sizes, reference=None, *, within=False, **options):
     reference = torch.zeros(x.shape[1]) if reference is None else reference
+    size = x[0, 0].numel()
     parts = (
-        Moments.of_batch(part, reference.double(), within=within, **options)
+        Moments.of_samples(by_sample(part, **options), reference.double(), size=size, within=within)
         for part in x.split(sizes)
     )
     return reduce(Moments.merged, parts)

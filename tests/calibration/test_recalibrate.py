@@ -365,6 +365,26 @@ def test_a_shared_layer_pools_all_its_calls():
     assert [layer.name for layer in report.before.layers] == ["a"]
 
 
+def test_layers_of_one_size_are_measured_apart_whichever_are_reached_together():
+    model = nn.ModuleDict({name: nn.BatchNorm1d(3) for name in "abcd"})
+    model["within"] = nn.InstanceNorm1d(3, affine=True, track_running_stats=True)
+    data = [(x, part) for x, part in zip(batches(3, 4), ("ab", "abc", "d", "ba"), strict=True)]
+
+    def forward(m, batch):
+        x, part = batch
+        for k, name in enumerate(part):
+            m[name](x * (k + 1))
+            m["within"](x)
+
+    recalibrate(model, data, forward=forward)
+    for name in "abcd":
+        mean, var = pooled([x * (part.index(name) + 1) for x, part in data if name in part])
+        torch.testing.assert_close(model[name].running_mean, mean.float(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(model[name].running_var, var.float(), rtol=1e-6, atol=0)
+    twice = torch.cat([x for x, part in data for _ in part]).double()
+    assert torch.equal(model["within"].running_mean, twice.mean((0, 2)).float())
+
+
 def test_a_layer_that_is_never_reached_is_left_alone():
     model = nn.ModuleDict({"used": nn.BatchNorm1d(3), "unused": nn.BatchNorm1d(3)})
     before = state(model)
