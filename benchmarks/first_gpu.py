@@ -300,11 +300,14 @@ def detector(session: Session) -> None:
     setting = session.setting
     height, width = setting.pick(tiny=(64, 64), quick=(200, 304), full=(800, 1216))
     live = Detector(calibrated(resnet50(setting), (2, 3, 64, 64)), height)
-    images = torch.randn(setting.pick(tiny=1, quick=2, full=2), 3, height, width)
-    images = images.to(setting.device)
-    for precision, layout in (("fp32", "NCHW"), ("autocast", "channels_last")):
+    cases = itertools.product(
+        setting.pick(tiny=(1,), quick=(2,), full=(2, 8)),
+        (("fp32", "NCHW"), ("autocast", "channels_last")),
+    )
+    for batch, (precision, layout) in cases:
+        images = torch.randn(batch, 3, height, width, device=setting.device)
         makers = _makers(arms(), live, precision, layout, images, None, part=BODY)
-        shape = f"{len(images)} × {height} × {width}"
+        shape = f"{batch} × {height} × {width}"
         case = {"precision": precision, "layout": layout, "images": shape}
         _compare(session, "Faster R-CNN", makers, case, limit=8.0, graphs=False)
         if setting.on_gpu:
