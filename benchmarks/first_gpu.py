@@ -309,12 +309,12 @@ def detector(session: Session) -> None:
         makers = _makers(arms(), live, precision, layout, images, None, part=BODY)
         shape = f"{batch} × {height} × {width}"
         case = {"precision": precision, "layout": layout, "images": shape}
-        _compare(session, "Faster R-CNN", makers, case, limit=8.0, graphs=False)
+        _compare(session, "detector", makers, case, limit=8.0, graphs=False)
         if setting.on_gpu:
-            what = {"what": "the most allocated, Faster R-CNN", **case}
+            what = {"what": "the most allocated", **case}
             for arm, make in makers.items():
                 peak = cuda.peak_mib(make, setting.device)
-                session.add([over_rounds("memory", what, arm, [peak], "MiB")])
+                session.add([over_rounds("detector", what, arm, [peak], "MiB")])
 
 
 def calibration(session: Session) -> None:

@@ -25,8 +25,10 @@ TITLES = {
     "step": "A training step of a ResNet-50",
     "folded": "Frozen parts of a model",
     "detection": "A training step of a detector's ResNet-50 with feature pyramid",
+    "detector": "A training step of Faster R-CNN",
     "memory": "Memory of a ResNet-50 at 224 × 224",
     "guard": "What verifying costs",
+    "calibration": "What `probe` and `recalibrate` cost",
     "inspect": "What `bnfreeze inspect` costs",
     "cold": "The first call of the CUDA kernel",
 }
