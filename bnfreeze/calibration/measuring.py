@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bnfreeze.calibration.batches import call
+from bnfreeze.calibration.batches import call, samples_in
 from bnfreeze.calibration.moments import Moments
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.inspection.modes import modes_put_back
@@ -156,6 +156,8 @@ def _on_this_rank(
 ) -> Measured:
     first()
     found: dict[str, Moments] = {}
+    now: dict[str, Moments] = {}  # of the batch that runs
+    items: int | None = None
     references = {}
     for entry in layers:
         mean = entry.module.get_buffer(_MEAN)
@@ -176,8 +178,8 @@ def _on_this_rank(
                 f"{name or 'The model'}: its statistics have {channels} elements, and its "
                 f"input has {x.shape[1]} channels. Such a layer cannot be measured."
             )
-        moments = Moments.of_batch(x, references[name], within=within, exact=exact)
-        found[name] = found[name].merged(moments) if name in found else moments
+        moments = Moments.of_batch(x, references[name], items=items, within=within, exact=exact)
+        now[name] = now[name].again(moments, items) if name in now else moments
         if with_batch and moments.has_variance:
             own = module._buffers
             stored[module] = {_MEAN: own[_MEAN], _VAR: own[_VAR]}
@@ -203,15 +205,18 @@ def _on_this_rank(
             if with_batch:
                 hooks.enter_context(entry.module.register_forward_hook(after, always_call=True))
         for batch in batches:
+            items = samples_in(batch)
             call(model, batch, forward, device)
             # Asked when the batch is done, so that a GPU is waited for once and not in each layer.
-            for name, moments in found.items():
+            for name, moments in now.items():
                 if not bool(torch.isfinite(moments.m2.sum())):
                     raise CalibrationError(
                         f"batch {count}: the input of {name or 'the model'} has NaN or infinity "
                         f"in it. Nothing was changed. Look at this batch (counted from 0), and at "
                         f"the parameters and statistics of the layers before it."
                     )
+                found[name] = found[name].merged(moments) if name in found else moments
+            now.clear()
             count += 1
     if not count:
         raise CalibrationError("batches: there are none, so nothing was measured.")
