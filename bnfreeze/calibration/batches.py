@@ -103,6 +103,31 @@ def call(
     model(batch)
 
 
+def samples_in(batch: Any, *, whole: bool = True) -> int | None:
+    """How many samples a batch has; None where that cannot be seen.
+
+    Args:
+        batch: what the loader gave.
+        whole: not only a part of it.
+    """
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else None
+    if isinstance(batch, Mapping):
+        parts = [batch[key] for key in sorted(batch, key=lambda key: key not in _KEYS)]
+    elif isinstance(batch, tuple | list):
+        parts = list(batch)
+    else:
+        return None
+    for part in parts:
+        if (found := samples_in(part, whole=False)) is not None:
+            if isinstance(batch, Mapping) or (whole and isinstance(part, Tensor)):
+                return found
+            # A list of images, or of the several inputs of a model: the larger number is right,
+            # as an image has few channels and a model few inputs.
+            return max(found, len(parts))
+    return None
+
+
 def _moved(value: Any, device: torch.device) -> Any:
     if hasattr(value, "to"):  # what a library made of several tensors may change in place
         return (value if isinstance(value, Tensor) else copy.copy(value)).to(device)

@@ -80,8 +80,9 @@ class LayerFit:
         kind: the class, as it was before freezing.
         policy: the layer's policy; ``"none"`` if it is not frozen.
         channels: how many channels it has.
-        samples: how many samples it was given, by the first dimension of its input and over all its
-            calls. They count as independent of each other; pixels of one image do not.
+        samples: how many samples it was given: items of the batches. They count as independent of
+            each other. Pixels of one image do not, nor do several rows of one item, such as the
+            frames of a video.
         batch_size: how many of them at once, at most.
         mean_shift: the distance of the data's mean from the running mean, in σ.
         variance_ratio: variance of the data / running variance, eps added to both. The largest is

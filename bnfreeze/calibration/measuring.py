@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bnfreeze.calibration.batches import call
-from bnfreeze.calibration.moments import Moments, Samples, by_sample
+from bnfreeze.calibration.batches import call, samples_in
+from bnfreeze.calibration.moments import Moments, Rows, by_row
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.inspection.modes import modes_put_back
 from bnfreeze.norm_layers import STATISTICS, NamedModule
 from bnfreeze.torch_private import _InstanceNorm
 
 _MEAN, _VAR = STATISTICS[:2]
-# So many means of samples are kept at most, until they are merged.
-_MOST_KEPT = 1 << 23
+# Larger inputs are not merged with those of other layers: the arithmetic takes its time there.
+_LARGE = 1 << 20
 # What runs a model in a way of its own: DDP's forward sends buffers to other ranks, which may have
 # fewer batches.
 _RUNNERS = {
@@ -172,9 +172,9 @@ def _on_this_rank(
                 f"{name or 'The model'}: its statistics have {channels} elements, and its "
                 f"input has {x.shape[1]} channels. Such a layer cannot be measured."
             )
-        samples = a, v = by_sample(x, exact=exact)
+        rows = a, v = by_row(x, exact=exact)
         size = x.numel() // a.numel()
-        found.add(name, samples, size, within)
+        found.add(name, rows, size, within)
         if with_batch and (size if within else len(a) * size) > 1:
             own = module._buffers
             stored[module] = {_MEAN: own[_MEAN], _VAR: own[_VAR]}
@@ -200,9 +200,9 @@ def _on_this_rank(
             if with_batch:
                 hooks.enter_context(entry.module.register_forward_hook(after, always_call=True))
         for batch in batches:
+            found.items = samples_in(batch)
             call(model, batch, forward, device)
-            found.merge()
-            if name := found.not_finite():
+            if name := found.merge():
                 raise CalibrationError(
                     f"batch {count}: the input of {name} has NaN or infinity in it. Nothing was "
                     f"changed. Look at this batch (counted from 0), and at the parameters and "
@@ -214,58 +214,84 @@ def _on_this_rank(
     return Measured(found.by_name(), count)
 
 
-class _Found:
-    """The moments of all layers; inputs of the same size are merged as if one layer had them.
+_Call = tuple[Rows, int, bool]
 
-    A model has hundreds of layers, and each step of the arithmetic is a launch on a GPU, which
-    takes longer there than the arithmetic.
+
+class _Found:
+    """The moments of all layers.
+
+    Those of one batch are merged when it is done, and inputs of the same size as if one layer had
+    them: a model has hundreds of layers, and on a GPU it takes longer to launch the arithmetic for
+    each than to do it.
+
+    Attributes:
+        references: each layer's running mean, in fp64.
+        items: how many samples the model is given in this batch; None if that cannot be seen.
     """
 
     def __init__(self, layers: Sequence[NamedModule]) -> None:
         self.references: dict[str, Tensor] = {}
+        self.items: int | None = None
         for entry in layers:
             mean = entry.module.get_buffer(_MEAN)
             where = mean.device if mean.is_cuda else "cpu"  # not every accelerator has fp64
             self.references[entry.name] = mean.detach().to(where, torch.float64, copy=True)
-        self._waiting: dict[tuple[int, torch.device, int, bool], list[tuple[str, Samples]]] = {}
-        self._kept = 0
+        self._now: dict[str, _Call | Moments] = {}
         self._merged: dict[tuple[str, ...], Moments] = {}
         self._order: dict[str, None] = {}
 
-    def add(self, name: str, samples: Samples, size: int, within: bool) -> None:
-        """Add what the layer `name` was given, with so many values per sample and channel."""
+    def add(self, name: str, rows: Rows, size: int, within: bool) -> None:
+        """Add what the layer `name` was given, with so many values per row and channel."""
         self._order.setdefault(name)
-        key = len(samples[0]), samples[0].device, size, within
-        self._waiting.setdefault(key, []).append((name, samples))
-        self._kept += samples[0].numel()
-        if self._kept > _MOST_KEPT:
-            self.merge()
+        one: _Call | Moments = rows, size, within
+        if name in self._now:
+            one = self._alone(name, self._now[name]).again(self._alone(name, one), self.items)
+        elif rows[0].numel() > _LARGE or (self.items and len(rows[0]) > self.items):
+            one = self._alone(name, one)
+        self._now[name] = one
 
-    def merge(self) -> None:
-        """Merge what was added."""
-        for (_, _, size, within), entries in self._waiting.items():
-            names, samples = zip(*entries, strict=True)
+    def merge(self) -> str:
+        """End a batch; return a layer that was given NaN or infinity in it, or nothing."""
+        groups: dict[object, list[str]] = {}
+        for name, one in self._now.items():
+            if isinstance(one, Moments):
+                groups[name] = [name]
+            else:
+                (means, _), size, within = one
+                groups.setdefault((len(means), means.device, size, within), []).append(name)
+        merged = {tuple(names): self._of_group(names) for names in groups.values()}
+        self._now.clear()
+        for names, new in merged.items():
+            if not bool(torch.isfinite(new.m2.sum())):
+                finite = [bool(torch.isfinite(one.m2.sum())) for one in self._split(names, new)]
+                return names[finite.index(False)] or "the model"
             old = self._merged.get(names)
-            reference = old.reference if old else torch.cat([self.references[n] for n in names])
-            means, variances = (torch.cat(each, 1) for each in zip(*samples, strict=True))
-            new = Moments.of_samples((means, variances), reference, size=size, within=within)
-            self._merged[names] = old.merged(new) if old else new
-        self._waiting.clear()
-        self._kept = 0
-
-    def not_finite(self) -> str:
-        """A layer whose input had NaN or infinity in it, as a text; empty if there is none."""
-        if all(bool(torch.isfinite(merged.m2.sum())) for merged in self._merged.values()):
-            return ""
-        found = self.by_name().items()
-        name = next(name for name, one in found if not bool(torch.isfinite(one.m2.sum())))
-        return name or "the model"
+            self._merged[names] = old.merged(new) if old else replace(new, each=None)
+        return ""
 
     def by_name(self) -> dict[str, Moments]:
         """The moments of each layer, on the CPU, in the order of the first calls."""
         found: dict[str, Moments] = {}
         for names, merged in self._merged.items():
-            parts = merged.on_cpu().split([len(self.references[name]) for name in names])
-            for name, one in zip(names, parts, strict=True):
+            for name, one in zip(names, self._split(names, merged.on_cpu()), strict=True):
                 found[name] = found[name].merged(one) if name in found else one
         return {name: found[name] for name in self._order}
+
+    def _alone(self, name: str, one: _Call | Moments) -> Moments:
+        if isinstance(one, Moments):
+            return one
+        rows, size, within = one
+        reference = self.references[name]
+        return Moments.of_rows(rows, reference, size=size, items=self.items, within=within)
+
+    def _of_group(self, names: Sequence[str]) -> Moments:
+        calls = [self._now[name] for name in names]
+        if len(calls) == 1:
+            return self._alone(names[0], calls[0])
+        all_rows, sizes, within = zip(*calls, strict=True)
+        means, variances = (torch.cat(each, 1) for each in zip(*all_rows, strict=True))
+        reference = torch.cat([self.references[name] for name in names])
+        return Moments.of_rows((means, variances), reference, size=sizes[0], within=within[0])
+
+    def _split(self, names: Sequence[str], merged: Moments) -> list[Moments]:
+        return merged.split([len(self.references[name]) for name in names])

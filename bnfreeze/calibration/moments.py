@@ -4,7 +4,8 @@ Two questions are asked of the same data. What are mean and variance of all elem
 each batch is reduced, and batches are merged in fp64 by the formula of Chan, Golub and LeVeque
 (1979), so batches may have any size. And how sure are these figures? For that the unit is the
 sample, not the pixel, since the pixels of one image are correlated: the standard error comes from
-the scatter of the samples' own means and second moments.
+the scatter of the samples' own means and second moments. A sample is an item of the batch that the
+model was given. A layer may be given several rows of it, as where a video's frames are the rows.
 
 Instance norm asks for other figures: the means over samples of each sample's own mean and variance.
 """
@@ -18,81 +19,116 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Samples = tuple[Tensor, Tensor]
+# Means and variances of the rows of a layer's input: (N, C) each.
+Rows = tuple[Tensor, Tensor]
+
+# So many numbers about the rows of one layer are kept at most, until the batch is done.
+_MOST_KEPT = 1 << 21
 
 
 @dataclass(frozen=True)
 class Moments:
     """What is known of a layer's input; all tensors are fp64.
 
-    Of each sample two numbers count, with the number of its values as their weight: its mean a, and
-    its second moment q about `reference`. Within samples q is the sample's own unbiased variance,
-    and each sample has the weight 1.
+    Of each row two numbers count, with the number of its values as their weight: its mean a, and
+    its second moment q about `reference`. Within samples q is the row's own unbiased variance,
+    and each row has the weight 1. Those of a sample are the means of its rows'.
 
     Attributes:
         reference: what q is taken about: the stored running mean, so that q stays small. (C,).
         within: whether the variance is that within samples, as of instance norm.
         samples: the number of samples.
+        rows: how many rows they were, by the first dimension of the input.
         elements: the number of values per channel, over all samples.
         batch_size: how many samples there were at once, at most.
         centre: the weighted means of a and q over samples: (2, C).
         products: the weighted means of the products of their distances from `centre`: (2, 2, C).
         m2: the sum of the squared distances of all values from their mean: (C,).
+        each: of a single batch: a and q of each sample: (2, samples, C).
     """
 
     reference: Tensor
     within: bool
     samples: int
+    rows: int
     elements: int
     batch_size: int
     centre: Tensor
     products: Tensor
     m2: Tensor
+    each: Tensor | None = None
 
     @classmethod
-    def of_samples(
-        cls, samples: Samples, reference: Tensor, *, size: int, within: bool = False
+    def of_rows(
+        cls,
+        rows: Rows,
+        reference: Tensor,
+        *,
+        size: int,
+        items: int | None = None,
+        within: bool = False,
     ) -> Moments:
-        """Of the samples of one batch; on the device of `reference`, without waiting for a GPU.
+        """Of one call of a layer; on the device of `reference`, without waiting for a GPU.
 
         Args:
-            samples: their means and variances, from `by_sample`.
+            rows: each row's mean and variance, from `by_row`.
             reference: (C,) in fp64; the same one for all that is merged.
-            size: the number of values per sample and channel.
+            size: the number of values per row and channel.
+            items: how many samples the model was given; None where each row is one.
             within: as the attribute.
         """
-        a, v = (t.to(reference.device).double() for t in samples)
+        a, v = (t.to(reference.device).double() for t in rows)
         second = v * (size / max(size - 1, 1)) if within else v + (a - reference).square()
-        each = torch.stack([a, second])
-        centre = each.mean(1)
-        off = each - centre[:, None]
-        products = (off[:, None] * off).mean(2)
+        both = torch.stack([a, second])
+        centre = both.mean(1)
+        each = _by_item(both, items)
         return cls(
             reference,
             within,
-            samples=len(a),
+            samples=each.shape[1],
+            rows=len(a),
             elements=len(a) * size,
-            batch_size=len(a),
+            batch_size=each.shape[1],
             centre=centre,
-            products=products,
-            m2=len(a) * size * (v.mean(0) + products[0, 0]),
+            products=_products(each, centre),
+            m2=len(a) * size * (v.mean(0) + (a - centre[0]).square().mean(0)),
+            each=each if items or each.numel() <= _MOST_KEPT else None,
         )
 
     def merged(self, other: Moments) -> Moments:
         """Of both data together."""
-        samples, elements = self.samples + other.samples, self.elements + other.elements
-        share = other.samples / samples if self.within else other.elements / elements
+        rows, elements = self.rows + other.rows, self.elements + other.elements
+        share = other._weight / (self._weight + other._weight)
         step, products = other.centre - self.centre, other.products - self.products
         between = step[:, None] * step
         return replace(
             self,
-            samples=samples,
+            samples=self.samples + other.samples,
+            rows=rows,
             elements=elements,
             batch_size=max(self.batch_size, other.batch_size),
             centre=self.centre + step * share,
             products=self.products + (products + between * (1 - share)) * share,
             m2=self.m2 + other.m2 + between[0, 0] * (self.elements * other.elements / elements),
+            each=None,
         )
+
+    def again(self, other: Moments, items: int | None) -> Moments:
+        """Of both, where one batch went through the layer in several calls.
+
+        Args:
+            other: of a further call.
+            items: how many samples the model was given.
+        """
+        both = self.merged(other)
+        each = [m.centre[:, None] if m.each is None else m.each for m in (self, other)]
+        if items is not None and both.samples <= items:  # a part of the samples in each call
+            return replace(both, batch_size=both.samples, each=torch.cat(each, 1))
+        if self.samples != other.samples or other.rows > other.samples:  # not known whose they are
+            each = [self.centre[:, None], other.centre[:, None]]
+        mean = each[0] + (each[1] - each[0]) * (other._weight / both._weight)
+        samples, products = mean.shape[1], _products(mean, both.centre)
+        return replace(both, samples=samples, batch_size=samples, products=products, each=mean)
 
     def on_cpu(self) -> Moments:
         """To send to other ranks, or to judge by."""
@@ -112,7 +148,7 @@ class Moments:
     @property
     def has_variance(self) -> bool:
         """Whether there are two values or more to have one: in all, or in each sample."""
-        return self.elements > (self.samples if self.within else 1)
+        return self.elements > (self.rows if self.within else 1)
 
     @property
     def mean(self) -> Tensor:
@@ -127,7 +163,7 @@ class Moments:
     @property
     def biased_variance(self) -> Tensor:
         """What a layer in train mode divides by."""
-        return self.variance * (1 - (self.samples if self.within else 1) / self.elements)
+        return self.variance * (1 - (self.rows if self.within else 1) / self.elements)
 
     @property
     def mean_error(self) -> Tensor:
@@ -146,6 +182,10 @@ class Moments:
         error = self._error(qq + slope * slope * aa + 2 * slope * aq)
         return error if self.has_variance else error + torch.inf
 
+    @property
+    def _weight(self) -> int:
+        return self.rows if self.within else self.elements
+
     def _error(self, squares: Tensor) -> Tensor:
         """The standard error of a mean over samples, from their mean squared distance."""
         if self.samples < 2:
@@ -153,17 +193,38 @@ class Moments:
         return (squares.clamp(min=0) / (self.samples - 1)).sqrt()
 
 
+def _products(each: Tensor, centre: Tensor) -> Tensor:
+    off = each - centre[:, None]
+    return (off[:, None] * off).mean(2)
+
+
+def _by_item(rows: Tensor, items: int | None) -> Tensor:
+    """The means over what belongs to one item of the batch, of (2, rows, C)."""
+    count = rows.shape[1]
+    if items is None or count <= items:
+        return rows
+    if count % items:  # regions of images, say: which row is of which item is not known
+        return rows.mean(1, keepdim=True)
+    # An item's rows follow one another, or lie `items` apart. They are alike, so their means differ
+    # more from each other than means of rows of several items.
+    near = rows.reshape(2, items, -1, rows.shape[2]).mean(2)
+    apart = rows.reshape(2, -1, items, rows.shape[2]).mean(1)
+    usual = rows.var(1, correction=0).clamp(min=torch.finfo(rows.dtype).tiny)
+    scatter = [(each.var(1, correction=0) / usual).sum() for each in (near, apart)]
+    return torch.where(scatter[0] >= scatter[1], near, apart)
+
+
 # In fp32 a mean is off by up to 1e-5 of itself, and so is the second moment. So neither may be much
 # larger than σ and the variance.
 _FAR = 16.0  # of (mean / σ)²
 
 
-def by_sample(x: Tensor, *, exact: bool = False) -> Samples:
-    """Each sample's mean, and its variance (divided by the number of values), per channel.
+def by_row(x: Tensor, *, exact: bool = False) -> Rows:
+    """Each row's mean, and its variance (divided by the number of values), per channel.
 
     Args:
         x: (N, C, *) of a floating dtype, with a value at least.
-        exact: reduce in fp64. Otherwise each sample is reduced in fp32: the error is below 1e-4
+        exact: reduce in fp64. Otherwise each row is reduced in fp32: the error is below 1e-4
             standard deviations.
 
     Returns:

@@ -163,7 +163,8 @@ def _layer_findings(
             "stats-not-frozen",
             name,
             f"weight and bias do not train ({facts.why['affine']}), "
-            f"but the running statistics {still} update in each forward pass.",
+            f"but the running statistics {still} update in each forward pass"
+            f"{' after model.train()' if was_eval else ''}.",
             ""
             if record is None
             else f"To freeze them, too: freeze(model, 'eval+{record.policy}').",

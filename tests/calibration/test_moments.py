@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bnfreeze.calibration.fit import student_quantile
-from bnfreeze.calibration.moments import Moments, by_sample
+from bnfreeze.calibration.moments import Moments, by_row
 
 SHAPES = {"(N, C)": (7, 5), "(N, C, L)": (7, 5, 9), "images": (7, 5, 6, 4), "1×1": (7, 5, 1, 1)}
 
@@ -16,7 +16,7 @@ def of_parts(x, sizes, reference=None, *, within=False, **options):
     reference = torch.zeros(x.shape[1]) if reference is None else reference
     size = x[0, 0].numel()
     parts = (
-        Moments.of_samples(by_sample(part, **options), reference.double(), size=size, within=within)
+        Moments.of_rows(by_row(part, **options), reference.double(), size=size, within=within)
         for part in x.split(sizes)
     )
     return reduce(Moments.merged, parts)

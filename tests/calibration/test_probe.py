@@ -10,6 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import bnfreeze
 from bnfreeze import CalibrationError, PolicyError, probe
+from bnfreeze.calibration.batches import samples_in
 from bnfreeze.calibration.fit import THRESHOLDS
 
 C = 16
@@ -114,6 +115,70 @@ def test_findings():
     report = probe(layer(), dead)
     assert "dead-on-this-data" in codes(report)
     assert report.layers[0].dead_channels == 1
+
+
+ROWS = {
+    "one after another": lambda norm, x: norm(x.repeat_interleave(8, 0)),
+    "apart": lambda norm, x: norm(x.repeat(8, 1, 1, 1)),
+    "in several calls": lambda norm, x: [norm(x) for _ in range(8)],
+    "a few in each call": lambda norm, x: [norm(part) for part in x.split(5)],
+}
+
+
+@pytest.mark.parametrize("forward", ROWS.values(), ids=ROWS)
+def test_several_rows_of_one_sample_count_once(forward):
+    """As frames of a video do, tokens of an image, or the levels that one head is run on."""
+    data = samples(64)
+    once, found = probe(layer(), data), probe(layer(), data, forward=forward)
+    assert found.samples == 64
+    (one,), (several,) = once.layers, found.layers
+    assert (several.samples, several.batch_size) == (64, 32)
+    assert several.standard_error == pytest.approx(one.standard_error)
+    assert several.margin == pytest.approx(one.margin)
+    assert several.batch_noise == pytest.approx(one.batch_noise)
+
+
+ALL_AS_ONE = {
+    "regions": lambda norm, x: norm(torch.cat([x.repeat_interleave(8, 0), x[:3]])),
+    "a call for each": lambda norm, x: [norm(each.expand(64, *each.shape)) for each in x],
+}
+
+
+@pytest.mark.parametrize("forward", ALL_AS_ONE.values(), ids=ALL_AS_ONE)
+def test_rows_of_which_the_sample_is_not_known_count_as_one_for_each_batch(forward):
+    found = probe(layer(), samples(128), forward=forward)
+    assert found.samples == 4
+    assert found.layers[0].verdict == "uncertain"
+
+
+def test_frames_of_a_few_videos_do_not_show_a_shift():
+    """As 512 samples, they made a layer that fits ``shifted`` in 9 of 10 cases."""
+    make = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        videos = 0.9 * torch.randn(32, 1, C, 1, 1, generator=make)
+        frames = videos + 0.43 * torch.randn(32, 16, C, 4, 4, generator=make)
+        model = nn.Sequential(nn.Flatten(0, 1), layer())
+        assert verdict(model, frames.split(4)) == "uncertain"
+
+
+def test_how_many_samples_a_batch_has():
+    x, y = torch.zeros(8, 3, 4, 4), torch.zeros(8)
+    image = x[0]
+    for batch in (
+        x,
+        (x, y),
+        {"length": torch.tensor(5), "image": x},
+        {"path": ["a"] * 8, "label": y},
+        ((image,) * 8, ({"boxes": torch.zeros(2, 4)},) * 8),
+        [{"image": image}] * 8,
+        [(image, 1)] * 8,
+        ((x, x), y),
+        (SimpleNamespace(tensors=x), y),
+    ):
+        assert samples_in(batch) == 8
+    assert samples_in([torch.zeros(1, 50, 3), torch.zeros(1), torch.zeros(1)]) == 1
+    assert samples_in(SimpleNamespace(tensors=x)) is None
+    assert samples_in([]) is None
 
 
 def test_more_samples_as_advised_are_enough():

@@ -400,3 +400,13 @@ def test_a_trainer_that_has_run_can_be_pickled(model, trainer, loader):
     again = pickle.loads(pickle.dumps(callback))
     trainer(again).fit(Classifier(model), loader)
     assert len(again.report.layers) == 6
+
+
+def test_fit_leaves_in_eval_mode_what_was_put_there(model, trainer, loader):
+    """docs/limits.md: inspect and verify do not agree about this loop (Lightning#18930)."""
+    module = Classifier(model)
+    model.eval()
+    before = bnfreeze.snapshot(module, tensors="**.running_*")
+    assert {one.code for one in bnfreeze.inspect(module).findings} >= {"train-undoes-eval"}
+    trainer().fit(module, loader, loader)
+    assert bnfreeze.verify(module, before).ok
