@@ -184,7 +184,7 @@ def test_a_weight_that_comes_from_outside_is_never_called_absent_or_frozen(polic
 
     assign()
     (row,) = freeze(model, policy).layers
-    assert row.note == "from outside it: weight and bias"
+    assert row.note == "weight and bias are set from outside the layer"
     (facts,) = inspect(model).layers
     assert (facts.trains_affine, fate(facts)) == (True, ("frozen", "train"))
     assert_frozen(model)
