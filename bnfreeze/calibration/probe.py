@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,18 +18,20 @@ from bnfreeze.calibration.fit import THRESHOLDS, THRESHOLDS_APART, Origin, Verdi
 from bnfreeze.calibration.measuring import Measured, as_in_evaluation, measure
 from bnfreeze.calibration.report import ProbeReport
 from bnfreeze.errors import PolicyError
-from bnfreeze.findings import finding, worst_first
+from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.nn.eager import PLAIN
 from bnfreeze.norm_layers import (
     STATISTICS,
     NamedModule,
     check_model,
+    has_known_forward,
     is_plain_norm,
     matching,
     named_modules,
 )
+from bnfreeze.policies.record import layer_class
 
-MEASURABLE: Final = "norm layer that keeps running statistics"
+MEASURABLE: Final = "norm layer that can be measured"
 
 _MERGED: Final = (
     "every mean is 0, all variances are alike, and the bias was trained. Either weight and bias "
@@ -69,7 +73,7 @@ def probe(
             too few. An iterator that can be read only once is enough; then there is no second run.
         select: patterns of dotted module names, as for `freeze`; None for every norm layer. Frozen
             layers of other libraries whose weight and bias include the statistics, as in models
-            from Caffe2, are left out.
+            from Caffe2, are left out, and so are classes of your own whose forward takes a mask.
         forward: how to run the model on a batch: ``forward(model, batch)``.
         max_batches: stop after so many.
         process_group: pool over its ranks, which may have different numbers of batches, and all of
@@ -100,12 +104,23 @@ def probe(
         if not isinstance(batches, Iterator) and any(x.verdict == "shifted" for x in report.layers):
             source.passes = 2
             report = probe_report(layers, whole, run(every, with_batch=True))
-    merged = [
-        finding("never-trained", entry.name, *_MERGED)
-        for entry in named_modules(model)
-        if is_plain_norm(entry.module) and _are_merged(entry.module)
-    ]
-    return replace(report, findings=worst_first([*report.findings, *merged]))
+    return replace(report, findings=worst_first([*report.findings, *left_out(model)]))
+
+
+def left_out(model: nn.Module) -> Iterator[Finding]:
+    """What is said of norm layers that are not measured, or perhaps should not be."""
+    for entry in named_modules(model):
+        layer = entry.module
+        if is_plain_norm(layer) and _are_merged(layer):
+            yield finding("never-trained", entry.name, *_MERGED)
+        elif is_plain_norm(layer) and (mask := _mask_taken(layer)):
+            yield finding(
+                "layer-not-reached",
+                entry.name,
+                f"not measured: the forward of {layer_class(layer).__name__} takes {mask!r}, and "
+                f"may leave out a part of its input.",
+                "Let the layer gather its statistics itself, in train mode.",
+            )
 
 
 def probe_report(
@@ -155,6 +170,7 @@ def measurable_layers(model: nn.Module) -> list[NamedModule]:
         if is_plain_norm(entry.module)
         and all(isinstance(entry.module._buffers.get(name), Tensor) for name in STATISTICS[:2])
         and not (entry.module._buffers.get(STATISTICS[2]) is None and _are_merged(entry.module))
+        and not _mask_taken(entry.module)
     ]
     for entry in layers:
         if any(entry.module.get_buffer(name).is_meta for name in STATISTICS[:2]):
@@ -166,9 +182,22 @@ def measurable_layers(model: nn.Module) -> list[NamedModule]:
     if not layers:
         raise PolicyError(
             "No norm layer of this model keeps running statistics that could be compared with the "
-            "data. (Those that weight and bias include, as in models from Caffe2, cannot be.)"
+            "data. (Those that weight and bias include, as in models from Caffe2, cannot be, nor "
+            "those of a layer whose own forward takes a mask.)"
         )
     return layers
+
+
+def _mask_taken(layer: nn.Module) -> str:
+    """The parameter by which a forward of the user's own may leave out a part of its input.
+
+    As a masked batch norm leaves out padding. Empty if there is none.
+    """
+    kind = layer_class(layer)
+    if has_known_forward(layer, kind):
+        return ""
+    names = list(inspect.signature(kind.forward).parameters)[2:]
+    return next((name for name in names if re.search("mask|len|pad", name)), "")
 
 
 def _are_merged(layer: nn.Module) -> bool:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from bnfreeze.calibration.advice import advice_after
 from bnfreeze.calibration.batches import Batches, Progress
 from bnfreeze.calibration.measuring import CalibrationError, Measured, as_in_evaluation, measure
-from bnfreeze.calibration.probe import MEASURABLE, measurable_layers, probe_report
+from bnfreeze.calibration.probe import MEASURABLE, left_out, measurable_layers, probe_report
 from bnfreeze.calibration.report import Mode, RecalibrationReport
 from bnfreeze.errors import PolicyError
+from bnfreeze.findings import worst_first
 from bnfreeze.norm_layers import AFFINE, STATISTICS, NamedModule, check_model, eps_of, matching
 from bnfreeze.policies.record import frozen_names
 
@@ -133,7 +134,7 @@ def recalibrate(
         score_before=scores[0] if scores else None,
         score_after=scores[1] if scores else None,
         passes=source.passes,
-        findings=after.findings,
+        findings=worst_first([*after.findings, *left_out(model)]),
         advice="",
         undo=partial(_write, old),
     )

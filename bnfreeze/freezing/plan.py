@@ -132,7 +132,10 @@ def _plan_one(
     frozen = {key: parameter for key, parameter in wanted.items() if parameter is not None}
     lookalike = norm and was_lookalike(module)
     if norm and not frozen and policy.freezes_affine and not lookalike:
-        notes.append("has no weight or bias")
+        outside = " and ".join(computed_affine(module))
+        notes.append(
+            f"{outside} are set from outside the layer" if outside else "has no weight or bias"
+        )
     if norm and not keeps_statistics(module):
         notes.append("keeps no running statistics")
     old, record = record_of(module), None
@@ -202,8 +205,8 @@ def _check_promise(entry: NamedModule, policy: Policy) -> None:
     if is_norm(module) and policy.freezes_statistics and not was_lookalike(module):
         if is_in_graph(module):
             raise PolicyError(
-                f"{name} belongs to a graph that was exported or traced, and the graph writes to "
-                f"its statistics: freeze the original model, then export that."
+                f"{name} belongs to a graph that was exported or traced, and the graph may write "
+                f"to its statistics: freeze the original model, then export that."
             )
         if has_replaced_forward(module):
             raise PolicyError(

@@ -15,6 +15,7 @@ from bnfreeze.norm_layers import (
     AFFINE,
     NamedModule,
     affine_parameters,
+    computed_affine,
     eps_of,
     has_known_forward,
     has_replaced_forward,
@@ -32,6 +33,8 @@ from bnfreeze.torch_private import _InstanceNorm
 _NEITHER = "it has neither"
 # The end of the reason why a layer's statistics update that does not update them itself.
 SHARES: Final = "has the same statistics, and updates them"
+# Why weight and bias train, or do not, that are no tensors of the layer's own.
+OUTSIDE: Final = "set from outside the layer"
 
 FrozenBy = Literal["bnfreeze", "class", "requires_grad"]
 NormalizesWith = Literal["batch", "running", "unknown"]
@@ -82,8 +85,7 @@ def fate(layer: LiveLayer) -> tuple[str, str]:
     policy = Policy.NONE if frozen else Policy.parse(layer.policy)
     statistics = "frozen" if frozen or Policy.STATS in policy else "still"
     affine = "frozen" if frozen or Policy.AFFINE in policy else "still"
-    if layer.why["affine"] == _NEITHER:
-        affine = "none"
+    affine = {_NEITHER: "none", OUTSIDE: "still"}.get(layer.why["affine"], affine)
     return (
         "update" if layer.updates_statistics else statistics,
         "train" if layer.trains_affine else affine,
@@ -300,6 +302,9 @@ def _trains_affine(
             reasons[name] = False, f"frozen by policy {policy}"
         else:
             reasons[name] = False, "requires_grad is False"
+    if not reasons and (outside := computed_affine(layer)):
+        # As in an adaptive norm. The values may have a gradient that goes to other parameters.
+        return any(getattr(layer, name).requires_grad for name in outside), OUTSIDE
     if not reasons:
         buffers = any(layer._buffers.get(name) is not None for name in AFFINE)
         return False, "buffers: no optimizer trains them" if buffers else _NEITHER

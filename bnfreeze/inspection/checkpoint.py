@@ -188,10 +188,8 @@ def _range(spread: Spread | None, between: str) -> str:
 def _verdict(inspection: CheckpointInspection, shared: set[str]) -> str:
     layers, findings = inspection.layers, inspection.findings
     if not layers:
-        if any(one.code == "layer-foreign" for one in findings):
-            return "No norm layer with statistics under torch's names."
-        whole = "whole norm layer" if any(one.name for one in findings) else "norm layer"
-        return f"No {whole} with statistics."
+        whole = "whole " if any(one.code == "stats-unpaired" for one in findings) else ""
+        return f"No {whole}norm layer with statistics under torch's names."
     text = counted(len(layers), "norm layer")
     kinds = {_kind(layer) for layer in layers}
     text += f", all {kinds.pop()}" if len(kinds) == 1 and kinds != {BATCH_NORM} else ""

@@ -23,7 +23,10 @@ BATCH_NORM: Final = "batch norm"
 FROZEN_OR_OLD: Final = "frozen or old batch norm"
 
 _STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
-_FOREIGN: Final = re.compile(MEAN_OR_VARIANCE)
+# TensorFlow's averages have the name of what they average, and this behind it.
+_FOREIGN: Final = re.compile(rf"((?:.*[._/])?)({MEAN_OR_VARIANCE})(?:/ExponentialMovingAverage)?")
+# Paddle's, Chainer's and Flax' names are those of statistics only as a pair.
+_PAIRED: Final = re.compile(r"(?:.*[./])?(?:_|avg_|batch_stats[./](?:.*[./])?)mean")
 # torch's usual eps: a variance below it counts for less than eps does.
 _USUAL_EPS: Final = 1e-5
 # The least positive number of half precision is 2**-24; what is below half of it becomes 0.
@@ -141,15 +144,20 @@ def _foreign(model: StateDict) -> Iterator[Finding]:
     known = {id(model.tensors[name]) for name, part in parts.items() if part in _STATISTICS}
     found: dict[str, list[str]] = {}
     for name, tensor in model.tensors.items():
-        start = max(name.rfind("running_"), name.rfind("moving_"), 0)
-        layer, part = name[:start], name[start:]
-        if id(tensor) not in known and layer[-1:] in "._/" and _FOREIGN.fullmatch(part):
-            found.setdefault(layer, []).append(part)
+        if match := _FOREIGN.fullmatch(name):
+            if id(tensor) not in known:
+                found.setdefault(match[1], []).append(match[2])
+        elif _PAIRED.fullmatch(f"{model.key}.{name}"):
+            start = name.removesuffix("mean")
+            pair = [start + end for end in ("var", "variance") if start + end in model.tensors]
+            layer = name[: max(name.rfind("."), name.rfind("/")) + 1]
+            if pair:
+                found[layer] = [one.removeprefix(layer) for one in (name, *pair)]
     for layer, names in found.items():
         yield finding(
             "layer-foreign",
             layer[:-1],
-            f"it has {' and '.join(names)}: not looked at.",
+            f"it has {' and '.join(dict.fromkeys(names))}: not looked at.",
             "diff compares such tensors, and snapshot --all takes them.",
             key=model.key,
         )

@@ -10,7 +10,13 @@ from torch import nn
 from bnfreeze.errors import NotFrozenError, PolicyError
 from bnfreeze.findings import finding_kind
 from bnfreeze.freezing.plan import plan
-from bnfreeze.inspection.behaviour import SHARES, LiveLayer, live_layers, updated_by_another
+from bnfreeze.inspection.behaviour import (
+    OUTSIDE,
+    SHARES,
+    LiveLayer,
+    live_layers,
+    updated_by_another,
+)
 from bnfreeze.inspection.modes import in_training
 from bnfreeze.norm_layers import (
     NamedModule,
@@ -142,6 +148,8 @@ def _remedy(modules: Sequence[NamedModule], failing: Mapping[str, str], strict: 
     """What to do about the failing layers. It is planned as freeze plans it, which may refuse."""
     if all(SHARES in why for why in failing.values()):
         return finding_kind("stats-shared").remedy
+    if all(OUTSIDE in why for why in failing.values()):
+        return "Freeze the module that sets them ('weights'), or check only a part with select=…"
     records = {entry: record_of(entry.module) for entry in modules if entry.name in failing}
     policies = [
         # Of a foreign norm layer, what foreign_remedy names.

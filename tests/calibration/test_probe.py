@@ -335,6 +335,56 @@ def test_what_cannot_be_probed_is_refused():
         probe({}, [])
 
 
+class Masked(nn.BatchNorm1d):
+    """Takes the statistics of what is not padding."""
+
+    def forward(self, x, mask=None):
+        kept = x.transpose(1, 2)[mask]
+        if self.training:
+            super().forward(kept)
+        return torch.nn.functional.batch_norm(x, self.running_mean, self.running_var)
+
+
+class Padded(nn.Module):
+    def __init__(self, masked=Masked):
+        super().__init__()
+        self.plain, self.masked = nn.BatchNorm1d(4), masked(4)
+
+    def forward(self, x):
+        mask = torch.arange(x.shape[2]).expand(len(x), -1) < 3
+        return self.masked(self.plain(x) * mask[:, None], mask)
+
+
+@pytest.mark.parametrize("policy", ["none", "eval"])
+def test_a_layer_that_may_leave_out_padding_is_not_measured(policy):
+    model, data = Padded(), [torch.randn(64, 4, 9) for _ in range(4)]
+    for _ in range(100):
+        model(data[0])
+    if policy != "none":
+        bnfreeze.freeze(model, {"masked": policy})
+    before = model.masked.running_var.clone()
+    for report in (probe(model, data), bnfreeze.recalibrate(model, data, select="plain")):
+        assert ("masked", "layer-not-reached") in [(f.name, f.code) for f in report.findings]
+        assert "Masked takes 'mask'" in "".join(f.message for f in report.findings)
+    assert [one.name for one in probe(model, data).layers] == ["plain"]
+    assert torch.equal(model.masked.running_var, before)
+    with pytest.raises(PolicyError, match="that can be measured"):
+        bnfreeze.recalibrate(model, data, select="masked")
+    with pytest.raises(PolicyError, match="takes a mask"):
+        probe(model.masked, data)
+
+
+def test_a_layer_that_takes_other_arguments_is_measured():
+    class Modulated(nn.BatchNorm1d):
+        def forward(self, x, style):
+            return super().forward(x) * (1 + style[:, None])
+
+    assert [one.name for one in probe(Padded(Modulated), [torch.randn(8, 4, 9)]).layers] == [
+        "plain",
+        "masked",
+    ]
+
+
 def test_statistics_that_weight_and_bias_include_are_not_compared_with_the_data():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), FrozenBatchNorm2d(3), nn.BatchNorm2d(3))
     data = [torch.randn(2, 3, 4, 4)]

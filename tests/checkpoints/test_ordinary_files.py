@@ -517,6 +517,41 @@ def test_statistics_under_other_names_are_never_called_absent(names, layers, tmp
     assert {one.code for one in bnfreeze.inspect(tmp_path / "b.pt").findings} == {"layer-foreign"}
 
 
+@pytest.mark.parametrize(
+    ("names", "layer", "said"),
+    [
+        (["bn1.weight", "bn1._mean", "bn1._variance"], "bn1", "_mean and _variance"),
+        (["a/bn/gamma", "a/bn/avg_mean", "a/bn/avg_var"], "a/bn", "avg_mean and avg_var"),
+        (["params/n/scale", "batch_stats/n/mean", "batch_stats/n/var"], "batch_stats/n", "mean"),
+        (["n/moving_mean/ExponentialMovingAverage"], "n", "moving_mean"),
+    ],
+    ids=["paddle", "chainer", "flax", "tensorflow"],
+)
+def test_the_statistics_of_other_frameworks_are_named(names, layer, said, tmp_path):
+    values = dict.fromkeys(names, np.ones(4, np.float32))
+    np.savez(tmp_path / "a.npz", **values)
+    (tmp_path / "a.pdparams").write_bytes(pickle.dumps({**values, "StructuredToParameterName": {}}))
+    for path in (tmp_path / "a.npz", tmp_path / "a.pdparams"):
+        (found,) = bnfreeze.inspect(path).findings
+        assert (found.code, found.name) == ("layer-foreign", layer)
+        assert f"it has {said}" in found.message
+
+
+def test_the_statistics_of_flax_are_named_in_a_nested_dict_too(tmp_path):
+    one = np.ones(4, np.float32)
+    variables = {"params": {"n": {"scale": one}}, "batch_stats": {"n": {"mean": one, "var": one}}}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(variables))
+    (found,) = [f for f in bnfreeze.inspect(tmp_path / "a.pkl").findings if f.level == "warning"]
+    assert (found.code, found.key) == ("layer-foreign", "batch_stats.n")
+
+
+def test_a_mean_without_a_variance_is_no_statistic():
+    state = dict.fromkeys(["image.mean", "image.std", "a._mean", "b.mean", "b.var"], torch.ones(3))
+    found = bnfreeze.inspect(state)
+    assert [one.code for one in found.findings] == ["model-no-norm-layer"]
+    assert found.sheet().verdict == "No norm layer with statistics under torch's names."
+
+
 def test_a_layer_of_onnx_whose_tensors_are_named_in_another_way_is_no_foreign_one(tmp_path):
     onnx = pytest.importorskip("onnx")
     names = [f"bn1_{part}" for part in ("weight", "bias", "running_mean", "running_var")]

@@ -23,6 +23,7 @@ from bnfreeze import (
     unfreeze,
     verify,
 )
+from bnfreeze.inspection.behaviour import fate
 from tests.helpers import copied, moved, state, step
 
 X = torch.randn(4, 3, 5, 5) * 2 + 1
@@ -170,6 +171,30 @@ def test_of_a_weight_that_comes_from_outside_the_remedies_freeze_the_statistics(
         assert_frozen(model)
     freeze(model, {"1": "eval"})
     assert_frozen(model)
+
+
+@pytest.mark.parametrize("policy", ["eval+weights", "fused+weights"])
+def test_a_weight_that_comes_from_outside_is_never_called_absent_or_frozen(policy):
+    model, style = nn.Sequential(nn.BatchNorm2d(4, affine=False)), nn.Linear(2, 8)
+    layer = model[0]
+    del layer._parameters["weight"], layer._parameters["bias"]
+
+    def assign():
+        layer.weight, layer.bias = style(torch.ones(2)).chunk(2)
+
+    assign()
+    (row,) = freeze(model, policy).layers
+    assert row.note == "weight and bias are set from outside the layer"
+    (facts,) = inspect(model).layers
+    assert (facts.trains_affine, fate(facts)) == (True, ("frozen", "train"))
+    assert_frozen(model)
+    with pytest.raises(NotFrozenError, match="the module that sets them"):
+        assert_frozen(model, strict=True)
+    style.requires_grad_(False)
+    assign()
+    (facts,) = inspect(model).layers
+    assert (facts.trains_affine, fate(facts)) == (False, ("frozen", "still"))
+    assert_frozen(model, strict=True)
 
 
 @pytest.mark.parametrize("policy", ["stats", "eval", "fused", "eval+affine"])
