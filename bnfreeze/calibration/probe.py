@@ -166,7 +166,7 @@ def measurable_layers(model: nn.Module) -> list[NamedModule]:
     if not layers:
         raise PolicyError(
             "No norm layer of this model keeps running statistics that could be compared with the "
-            "data. (Those that weight and bias include, as in models from Caffe2, cannot be.)"
+            "data. (In models from Caffe2 they are a part of weight and bias, and cannot be.)"
         )
     return layers
 
