@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -198,6 +199,12 @@ def _verify(options: argparse.Namespace) -> int:
     return _exit_code(report)
 
 
+def _filled(line: str, width: int) -> str:
+    from textwrap import fill
+
+    return fill(line, width, break_long_words=False, break_on_hyphens=False)
+
+
 def _explain(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
@@ -207,7 +214,9 @@ def _explain(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"schema": 2, "findings": [asdict(kind) for kind in kinds]})
     elif options.code:
-        sys.stdout.write(PAGES[kinds[0].code])
+        width = shutil.get_terminal_size().columns
+        for line in PAGES[kinds[0].code].splitlines():
+            sys.stdout.write(f"{line if line.startswith('    ') else _filled(line, width)}\n")
     else:
         width = max(len(kind.code) for kind in kinds)
         sys.stdout.writelines(f"{kind.code:{width}}  {kind.title}\n" for kind in kinds)

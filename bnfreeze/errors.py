@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from contextlib import suppress
+
 
 class BnfreezeError(Exception):
     """The base of every error that bnfreeze raises of its own."""
@@ -46,3 +50,13 @@ class UnsupportedFormatError(CheckpointError):
 
 class BnfreezeWarning(UserWarning):
     """Something that works, though not in the way that was probably meant."""
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Add a line to an error that somebody else raised; before Python 3.11, warn beside it."""
+    if sys.version_info >= (3, 11):
+        error.add_note(text)
+    else:
+        # If warnings are errors, the error itself is still the one that counts.
+        with suppress(BnfreezeWarning):
+            warnings.warn(text, BnfreezeWarning, stacklevel=4)

@@ -38,7 +38,7 @@ class Pattern:
         if not isinstance(text, str):
             raise PolicyError(
                 f"A pattern is a string of dotted names such as 'backbone.layer4', "
-                f"not {type(text).__name__}: {text!r:.80}."
+                f"not {type(text).__name__}."
             )
         segments = text.split(".") if text else []
         return cls(text, tuple(_segment(segment, text) for segment in segments))

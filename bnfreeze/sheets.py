@@ -17,7 +17,7 @@ MOST_ROWS: Final = 2_000
 # What a word means for a person who wants the layer frozen.
 _TONES: Final = {
     "frozen": "good",
-    "still": "good",
+    "fixed": "good",
     "running": "good",
     "identical": "good",
     "fits": "good",

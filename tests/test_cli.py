@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bnfreeze.cli import main
-from bnfreeze.findings import KINDS
+from bnfreeze.findings import KINDS, PAGES
 from bnfreeze.output import progress_line
 from tests.checkpoints.formats import save_safetensors, save_zip
 
@@ -351,6 +351,8 @@ def test_explain_gives_a_page_or_lists_all_and_hints_at_the_nearest(command):
     code, page, _ = command("explain", "never-trained")
     assert code == 0
     assert page.startswith("# never-trained\n")
+    assert " ".join(page.split()) == " ".join(PAGES["never-trained"].split())
+    assert max(map(len, page.splitlines())) <= 80
     listed = command("explain")[1].splitlines()
     assert [line.split()[0] for line in listed] == list(KINDS)
     data = json.loads(command("explain", "stats-dtype", "--json")[1])

@@ -127,3 +127,36 @@ def test_a_command_that_does_not_exist(capsys):
     assert capsys.readouterr().err.splitlines()[-1] == (
         "bnfreeze: error: there is no command 'inspct'; did you mean 'inspect'?"
     )
+
+
+def test_what_is_not_frozen_and_does_not_change():
+    model = small().requires_grad_(False)
+    sheet = bnfreeze.inspect(model).sheet()
+    assert sheet.rows[0][5:7] == ("update", "fixed")
+    assert sheet.legend == "fixed: does not change, but nothing keeps it so"
+    assert bnfreeze.freeze(model, "eval").sheet().legend == sheet.legend
+    bnfreeze.unfreeze(model)
+    assert bnfreeze.freeze(model).sheet().legend == ""
+
+
+def test_a_state_dict_beside_a_file_of_several_models():
+    state = {name: tensor.clone() for name, tensor in small().state_dict().items()}
+    several = {"model": state, "ema": {name: tensor.clone() for name, tensor in state.items()}}
+    assert said(lambda: bnfreeze.diff(state, several)).endswith(
+        "has one without a key; state_dict has 'model', 'ema'. Choose with --key-b "
+        "(in Python, for example: key=(None, 'model'))."
+    )
+
+
+def test_a_batch_that_the_model_does_not_take():
+    with pytest.raises(RuntimeError) as caught:
+        bnfreeze.probe(small(), [(torch.zeros(2, 3, 5, 5, dtype=torch.uint8), 0)])
+    # Before Python 3.11 it is a warning.
+    assert getattr(caught.value, "__notes__", []) in (
+        [],
+        [
+            "bnfreeze called the model with the first item of the batch, a tensor of torch.uint8 "
+            "with the shape (2, 3, 5, 5). If the model takes something else, pass "
+            "forward=lambda model, batch: model(...)."
+        ],
+    )

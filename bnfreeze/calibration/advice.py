@@ -109,8 +109,8 @@ def advice_before(layers: Sequence[LayerFit]) -> str:
         own = [layer for layer in shifted if layer.origin == "own"]
         if not own:
             return (
-                f"{start}Worst: {_worst(shifted)}. Do not freeze them like this: {call} first. "
-                f"{_CHECK}"
+                f"{start}Worst in {_worst(shifted, named=True)}. Do not freeze them like this: "
+                f"{call} first. {_CHECK}"
             )
         if _are_most(own, reached):
             return (
@@ -121,7 +121,7 @@ def advice_before(layers: Sequence[LayerFit]) -> str:
         names = [layer.name or "the model" for layer in own]
         carried = sum(layer.origin == "carried" for layer in shifted)
         return (
-            f"{start}The shift starts in {listed(names, 3)} ({_worst(own)})"
+            f"{start}The shift starts in {listed(names, 3)} ({_worst(own, named=len(own) > 1)})"
             + (f"; {carried} other layers seem to follow from it" if carried else "")
             + f". Do not freeze them like this: {call} is likely to mend it; then freeze. {_CHECK}"
         )
@@ -143,7 +143,7 @@ def advice_before(layers: Sequence[LayerFit]) -> str:
     )
 
 
-def _worst(layers: Sequence[LayerFit]) -> str:
+def _worst(layers: Sequence[LayerFit], *, named: bool) -> str:
     """By how much statistics are off, in the layer where it is most."""
 
     def size(layer: LayerFit) -> float:
@@ -153,7 +153,7 @@ def _worst(layers: Sequence[LayerFit]) -> str:
         )
 
     layer = max(layers, key=size)
-    where = f"{layer.name}, where " if len(layers) > 1 else ""
+    where = f"{layer.name or 'the model'}: " if named else ""
     return (
         f"{where}means are off by {layer.mean_shift.median:.2f} σ, variances are "
         f"{layer.variance_ratio.median:.2f} times the stored ones"

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnfreeze.errors import add_note
+
 # None, whether to show a bar, or what is called with the number of batches done and of all.
 Progress = bool | Callable[[int, int | None], object] | None
 
@@ -81,6 +83,8 @@ def call(
 ) -> None:
     """Run the model on one batch.
 
+    Where the model fails without a `forward`, its error gets a note that names `forward`.
+
     Raises:
         TypeError: nothing in the batch looks like the model's input, and there is no `forward`.
     """
@@ -88,6 +92,9 @@ def call(
     if forward is not None:
         forward(model, batch)
         return
+    what = ""
+    if isinstance(batch, Mapping | tuple | list) and not batch:
+        raise TypeError("batches: a batch is empty.")
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in _KEYS if key in batch), None)
         if found is None:
@@ -97,10 +104,26 @@ def call(
             )
         batch = found
     elif isinstance(batch, tuple | list):
-        if not batch:
-            raise TypeError("batches: a batch is empty.")
-        batch = batch[0]
-    model(batch)
+        batch, what = batch[0], "the first item of the batch, "
+    try:
+        model(batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        add_note(
+            error,
+            f"bnfreeze called the model with {what}{_described(batch)}. If the model takes "
+            f"something else, pass forward=lambda model, batch: model(...).",
+        )
+        raise
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} with the shape {tuple(value.shape)}"
+    if isinstance(value, tuple | list) and value:
+        return f"a {type(value).__name__} whose first item is {_described(value[0])}"
+    return f"an object of the class {type(value).__name__}"
 
 
 def samples_in(batch: Any, *, whole: bool = True) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bnfreeze.findings import Finding
-from bnfreeze.inspection.behaviour import LiveLayer, fate
+from bnfreeze.inspection.behaviour import LiveLayer, fate, fate_legend
 from bnfreeze.sheets import Sheet, shared_kind
 from bnfreeze.tables import Printable
 from bnfreeze.text import counted
@@ -87,6 +87,7 @@ class FreezeReport(Printable):
             findings=self.findings,
             verdict=self._verdict(norms, cells),
             further=further,
+            legend=fate_legend(cells),
         )
 
     def __enter__(self) -> FreezeReport:

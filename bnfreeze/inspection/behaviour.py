@@ -78,18 +78,24 @@ class LiveLayer:
 def fate(layer: LiveLayer) -> tuple[str, str]:
     """What becomes of the statistics, and of weight and bias, in a word or two for a table.
 
-    ``"update"`` or ``"train"``; ``"frozen"``; ``"still"``: they stay, and nobody promises it; or
+    ``"update"`` or ``"train"``; ``"frozen"``; ``"fixed"``: they stay, and nobody promises it; or
     ``"none"``: the layer has neither weight nor bias.
     """
     frozen = layer.policy == "frozen"
     policy = Policy.NONE if frozen else Policy.parse(layer.policy)
-    statistics = "frozen" if frozen or Policy.STATS in policy else "still"
-    affine = "frozen" if frozen or Policy.AFFINE in policy else "still"
-    affine = {_NEITHER: "none", OUTSIDE: "still"}.get(layer.why["affine"], affine)
+    statistics = "frozen" if frozen or Policy.STATS in policy else "fixed"
+    affine = "frozen" if frozen or Policy.AFFINE in policy else "fixed"
+    affine = {_NEITHER: "none", OUTSIDE: "fixed"}.get(layer.why["affine"], affine)
     return (
         "update" if layer.updates_statistics else statistics,
         "train" if layer.trains_affine else affine,
     )
+
+
+def fate_legend(rows: Iterable[Sequence[str]]) -> str:
+    """What `fate` means by its word that says least by itself, if a table has it."""
+    used = any("fixed" in row for row in rows)
+    return "fixed: does not change, but nothing keeps it so" if used else ""
 
 
 def updated_by_another(layer: LiveLayer) -> str:

@@ -210,7 +210,7 @@ def _verdict(inspection: CheckpointInspection, shared: set[str]) -> str:
         return f"{text}."
     warned = [one for one in findings if one.level == "warning"]
     if not warned:
-        return f"{text}: all sound."
+        return f"{text}: usable."
     warnings = counted(len({one.code for one in warned}), "warning")
     places = counted(len({(one.key, one.name) for one in warned}), "layer")
     return f"{text}: usable, with {warnings} on {places}."

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from bnfreeze.findings import Finding, Level, finding, worst_first
-from bnfreeze.inspection.behaviour import LiveLayer, fate, live_layers, updated_by_another
+from bnfreeze.inspection.behaviour import (
+    LiveLayer,
+    fate,
+    fate_legend,
+    live_layers,
+    updated_by_another,
+)
 from bnfreeze.inspection.checkpoint import Inspection
 from bnfreeze.inspection.in_memory import TensorInMemory
 from bnfreeze.inspection.modes import in_training
@@ -77,6 +83,7 @@ class ModelInspection(Inspection):
                 else "No norm layer."
             ),
             further=further | {*_FURTHER},
+            legend=fate_legend(rows),
         )
 
 

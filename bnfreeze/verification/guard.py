@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterable
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from bnfreeze.errors import BnfreezeWarning
+from bnfreeze.errors import add_note
 from bnfreeze.verification.drift import DriftError, DriftReport
 from bnfreeze.verification.live_state import as_list
 from bnfreeze.verification.on_device import Unchanged
@@ -183,9 +181,4 @@ class Guard:
             text = f"bnfreeze could not compare the model: {failure}"
         else:
             return
-        if sys.version_info >= (3, 11):
-            error.add_note(text)
-        else:
-            # If warnings are errors, the block's own exception is still the one that counts.
-            with suppress(BnfreezeWarning):
-                warnings.warn(text, BnfreezeWarning, stacklevel=3)
+        add_note(error, text)

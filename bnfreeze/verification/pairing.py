@@ -58,12 +58,15 @@ def paired(first: Found, second: Found) -> list[tuple[StateDict | None, StateDic
         elif not is_clear:
             there = "; ".join(
                 f"{side.checkpoint.path or side.checkpoint.kind} has "
-                + listed([repr(part.key) for part in parts], 8)
+                + listed([repr(part.key) if part.key else "one without a key" for part in parts], 8)
                 for side, parts in ((first, ours), (second, theirs))
             )
+            several = {"--key-a": ours, "--key-b": theirs}
+            options = [option for option, parts in several.items() if len(parts) > 1]
+            keys = tuple(parts[0].key if len(parts) > 1 else None for parts in several.values())
             raise CheckpointError(
-                f"It is not clear which models to compare: {there}. Choose with --key-a and "
-                f"--key-b (in Python: key=({ours[0].key!r}, {theirs[0].key!r}))."
+                f"It is not clear which models to compare: {there}. Choose with "
+                f"{' and '.join(options)} (in Python, for example: key={keys!r})."
             )
     return [*pairs, *((None, part) for part in left.values())]
 

@@ -1,6 +1,7 @@
 """probe: what it says of data that fit, of data that do not, and of too few."""
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -297,6 +298,36 @@ def test_batches_as_data_loaders_give_them():
         probe(Taking(), x)
     with pytest.raises(TypeError, match="iterable"):
         probe(Taking(), 3)
+    for empty in ({}, ()):
+        with pytest.raises(TypeError, match="a batch is empty"):
+            probe(Taking(), [empty])
+
+
+@pytest.mark.parametrize("call", [probe, bnfreeze.recalibrate])
+@pytest.mark.parametrize(
+    ("batch", "taken"),
+    [
+        ([{"image": torch.zeros(3)}], "first item of the batch, an object of the class dict"),
+        (([torch.zeros(4, 3)] * 2, 0), "a list whose first item is a tensor of torch.float32"),
+        (torch.zeros(4, 3, dtype=torch.uint8), "a tensor of torch.uint8 with the shape (4, 3)"),
+        (torch.zeros(4, 5), "a tensor of torch.float32 with the shape (4, 5)"),
+    ],
+)
+def test_where_the_model_fails_on_a_batch_the_error_names_forward(call, batch, taken):
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - the note is what is tested
+            call(Taking(), [batch] * 2)
+    # Before Python 3.11 exceptions have no notes.
+    (note,) = getattr(caught.value, "__notes__", None) or [str(w.message) for w in warned]
+    assert taken in note
+    assert "forward=" in note
+
+
+def test_what_a_forward_of_the_users_own_raises_gets_no_note():
+    with pytest.raises(ZeroDivisionError) as caught:
+        probe(Taking(), [torch.zeros(4, 3)], forward=lambda model, batch: 1 / 0)
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_one_shot_iterators_serve_one_pass_only():
@@ -394,7 +425,7 @@ def test_statistics_that_weight_and_bias_include_are_not_compared_with_the_data(
     report = probe(model, data)
     assert [layer.name for layer in report.layers] == ["2"]
     assert ("1", "never-trained") in {(f.name, f.code) for f in report.findings}
-    with pytest.raises(PolicyError, match="weight and bias include"):
+    with pytest.raises(PolicyError, match="Caffe2"):
         probe(model[1], data)
     model[1] = nn.BatchNorm2d(3)  # as in mmdetection, or its statistics were reset
     nn.init.ones_(model[1].bias)

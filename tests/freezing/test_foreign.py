@@ -193,7 +193,7 @@ def test_a_weight_that_comes_from_outside_is_never_called_absent_or_frozen(polic
     style.requires_grad_(False)
     assign()
     (facts,) = inspect(model).layers
-    assert (facts.trains_affine, fate(facts)) == (False, ("frozen", "still"))
+    assert (facts.trains_affine, fate(facts)) == (False, ("frozen", "fixed"))
     assert_frozen(model, strict=True)
 
 
