@@ -182,8 +182,8 @@ def measurable_layers(model: nn.Module) -> list[NamedModule]:
     if not layers:
         raise PolicyError(
             "No norm layer of this model keeps running statistics that could be compared with the "
-            "data. (In models from Caffe2 they are a part of weight and bias, and cannot be. Layers "
-            "whose forward takes a mask are left out.)"
+            "data. (In models from Caffe2 they are a part of weight and bias, and cannot be. "
+            "Layers whose forward takes a mask are left out.)"
         )
     return layers
 
