@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Final
@@ -137,14 +138,19 @@ def _read(path: str | os.PathLike[str], stack: ExitStack) -> tuple[str, Content]
     is_url = isinstance(path, str) and re.match(r"[A-Za-z][A-Za-z0-9+.:-]+://", path)
     place: FilePath = RemotePath(str(path)) if is_url else Path(path)
     names: list[str] | None = None
+    remarks: tuple[str, ...] = ()
     with plain_errors("opened"):
         if place.is_dir():
             names = place.names() if isinstance(place, RemotePath) else os.listdir(place)
     if names is not None:
         if ".metadata" in names:
             return "distributed", read_distributed(place)
-        place /= _model_among(names)
-    return read_file(OpenFile(stack.enter_context(opened(place)), place, stack))
+        name = _model_among(names)
+        if name not in _MODEL_FILES:
+            remarks = (f"Of the files in this folder, {name} was read.",)
+        place /= name
+    kind, content = read_file(OpenFile(stack.enter_context(opened(place)), place, stack))
+    return kind, replace(content, remarks=(*remarks, *content.remarks))
 
 
 # What the folders of Hugging Face's libraries are made of, in the order in which they look.

@@ -452,6 +452,13 @@ def test_a_folder_of_hugging_face_is_read(sharded, tmp_path):
     assert found.models == {"": values(net.state_dict())}
 
 
+def test_a_folder_with_one_safetensors_file_says_which(model, tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file(model.state_dict(), tmp_path / "best.safetensors")
+    torch.save(model.state_dict(), tmp_path / "last.pt")
+    assert "best.safetensors" in bnfreeze.inspect(tmp_path).origin.remarks[0]
+
+
 def test_the_usual_metadata_of_safetensors_is_no_other_name_of_a_tensor(tmp_path):
     safetensors_torch = pytest.importorskip("safetensors.torch")
     path = tmp_path / "a.safetensors"
