@@ -179,4 +179,6 @@ def _ratio(ratio: PerChannel) -> str:
 
 
 def _factor(value: float) -> str:
-    return f"{value:.2f}" if 0.05 <= value < 99.5 else f"{value:.0e}"
+    if not 1e-3 <= value < 1e4:
+        return f"{value:.0e}"
+    return f"{value:.1g}" if value < 0.05 else f"{value:.{2 if value < 99.5 else 0}f}"
