@@ -20,7 +20,6 @@ from rich.console import Console
 from benchmarks import (
     report,
     runs,
-    work_driver,
     work_folded,
     work_guard,
     work_host,
@@ -36,7 +35,6 @@ from benchmarks.setting import Setting
 WORKS: dict[str, Callable[[Setting], Iterable[Record]]] = {
     "layer": work_layer.measure,
     "host": work_host.measure,
-    "driver": work_driver.measure,
     "block": work_model.block,
     "step": work_model.step,
     "folded": work_folded.measure,

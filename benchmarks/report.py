@@ -20,7 +20,6 @@ from benchmarks.facts import Record, Run
 TITLES = {
     "layer": "The layer alone, in the shapes of a ResNet-50",
     "host": "A call on eight elements",
-    "driver": "A call on eight elements, on CUDA with a driver that does nothing",
     "block": "A bottleneck block, forward and backward",
     "step": "A training step of a ResNet-50",
     "folded": "Frozen parts of a model",
