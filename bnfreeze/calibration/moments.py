@@ -232,10 +232,10 @@ def by_row(x: Tensor, *, exact: bool = False) -> Rows:
     """
     values = x.detach().unsqueeze(-1).flatten(2)  # in most layouts a view
     size, kind = values.shape[2], values.device.type
-    if size == 1:
-        return values[..., 0].clone(), torch.zeros_like(values[..., 0])
     exact = exact and kind in ("cpu", "cuda")  # other accelerators may have no fp64
     wide = values.double() if exact or values.dtype is torch.float64 else values.float()
+    if size == 1:
+        return wide[..., 0].clone(), torch.zeros_like(wide[..., 0])
     if kind != "cpu":
         variances, means = torch.var_mean(wide, dim=2, correction=0)
         return means, variances

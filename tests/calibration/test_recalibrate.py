@@ -270,6 +270,15 @@ def test_replace_normalises_with_each_batch_while_it_measures():
         torch.testing.assert_close(model[5].running_var.double(), var, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_statistics_of_a_batch_in_half_precision_are_not_rounded(dtype):
+    """The variance is beyond what float16 can show."""
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    recalibrate(model, [(torch.randn(512, 4) * 400 + 1000).to(dtype)] * 2)
+    torch.testing.assert_close(model[1].running_mean, torch.zeros(4), rtol=0, atol=1e-3)
+    torch.testing.assert_close(model[1].running_var, torch.ones(4), rtol=0, atol=5e-3)
+
+
 def test_fused_blocks_are_measured_like_any_other():
     model = torchvision.models.resnet.BasicBlock(3, 3).eval()
     twin, data = copy.deepcopy(model), batches(3, 8, 8)
