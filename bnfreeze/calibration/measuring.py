@@ -251,7 +251,7 @@ class _Found:
         self._now[name] = one
 
     def merge(self) -> str:
-        """End a batch; return a layer that was given NaN or infinity in it, or nothing."""
+        """End a batch; return the first layer that was given NaN or infinity in it, or nothing."""
         groups: dict[object, list[str]] = {}
         for name, one in self._now.items():
             if isinstance(one, Moments):
@@ -260,11 +260,17 @@ class _Found:
                 (means, _), size, within = one
                 groups.setdefault((len(means), means.device, size, within), []).append(name)
         merged = {tuple(names): self._of_group(names) for names in groups.values()}
+        broken = [
+            name
+            for names, new in merged.items()
+            if not bool(torch.isfinite(new.m2.sum()))
+            for name, one in zip(names, self._split(names, new), strict=True)
+            if not bool(torch.isfinite(one.m2.sum()))
+        ]
+        if broken:
+            return next(name for name in self._now if name in broken) or "the model"
         self._now.clear()
         for names, new in merged.items():
-            if not bool(torch.isfinite(new.m2.sum())):
-                finite = [bool(torch.isfinite(one.m2.sum())) for one in self._split(names, new)]
-                return names[finite.index(False)] or "the model"
             old = self._merged.get(names)
             self._merged[names] = old.merged(new) if old else replace(new, each=None)
         return ""

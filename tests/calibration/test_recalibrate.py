@@ -233,6 +233,20 @@ def test_nan_names_the_batch_and_the_layer_and_writes_nothing():
     assert moved(before, model) == set()
 
 
+def test_nan_names_the_first_layer_though_others_have_inputs_of_the_same_size():
+    class Hourglass(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.deep, self.up = (nn.BatchNorm2d(3) for _ in range(3))
+
+        def forward(self, x):
+            deep = self.deep(nn.functional.max_pool2d(self.down(x), 2) / 0)
+            return self.up(nn.functional.interpolate(deep, scale_factor=2))
+
+    with pytest.raises(CalibrationError, match="the input of deep has NaN or infinity"):
+        recalibrate(Hourglass(), batches(3, 8, 8))
+
+
 def test_frozen_layers_are_recalibrated_only_if_they_are_named():
     data = batches(3, 8, 8)
     for policy in ("stats", "eval", "fused"):
