@@ -23,8 +23,9 @@ from bnfreeze.norm_layers import STATISTICS, NamedModule
 from bnfreeze.torch_private import _InstanceNorm
 
 _MEAN, _VAR = STATISTICS[:2]
-# Larger inputs are not merged with those of other layers: the arithmetic takes its time there.
-_LARGE = 1 << 20
+# Larger inputs are not merged with those of other layers: there the arithmetic takes its time, and
+# memory, which all layers would take at once.
+_LARGE = 1 << 17
 # What runs a model in a way of its own: DDP's forward sends buffers to other ranks, which may have
 # fewer batches.
 _RUNNERS = {

@@ -138,7 +138,7 @@ class Moments:
         """Of layers that were measured as one, whose numbers of channels these are."""
         parts = {name: v.split(list(channels), -1) for name, v in self._tensors().items()}
         return [
-            replace(self, **dict(zip(parts, one, strict=True)))
+            replace(self, **{name: v.clone() for name, v in zip(parts, one, strict=True)})
             for one in zip(*parts.values(), strict=True)
         ]
 
