@@ -201,7 +201,7 @@ def _on_this_rank(
             if with_batch:
                 hooks.enter_context(entry.module.register_forward_hook(after, always_call=True))
         for batch in batches:
-            found.items = samples_in(batch)
+            found.items = samples_in(batch) or None
             call(model, batch, forward, device)
             if name := found.merge():
                 raise CalibrationError(
