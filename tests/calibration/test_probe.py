@@ -155,6 +155,21 @@ def test_rows_of_which_the_sample_is_not_known_count_as_one_for_each_batch(forwa
     assert found.layers[0].verdict == "uncertain"
 
 
+def test_the_size_of_a_batch_is_not_that_of_a_layer_for_regions():
+    def forward(model, x):
+        model[0](torch.cat([x.repeat_interleave(8, 0), x[:1]]))
+        model[1](x)
+
+    small = [part for x in samples(512) for part in x.split(2)]
+    model = nn.Sequential(layer(), layer())
+    for policy in ("none", "eval"):
+        bnfreeze.freeze(model, {"1": policy})
+        report = probe(model, small, forward=forward)
+        (found,) = report.findings
+        assert found.message.startswith("with batches of 2, ")
+        assert "the noise of batches of 2." in report.advice
+
+
 def test_samples_that_are_too_many_to_keep_count_as_one_for_each_batch(monkeypatch):
     monkeypatch.setattr(moments, "_MOST_KEPT", 0)
     for forward, expected in ((ROWS["a few in each call"], 128), (ROWS["in several calls"], 4)):
