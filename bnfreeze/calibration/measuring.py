@@ -272,9 +272,16 @@ class _Found:
             return next(name for name in self._now if name in broken) or "the model"
         self._now.clear()
         for names, new in merged.items():
-            old = self._merged.get(names)
-            self._merged[names] = old.merged(new) if old else replace(new, each=None)
+            if names in self._merged or len(self._merged) < len(self.references):
+                self._keep(names, new)
+            else:  # where the data choose the layers, nearly every batch has other groups
+                for name, one in zip(names, self._split(names, new), strict=True):
+                    self._keep((name,), one)
         return ""
+
+    def _keep(self, names: tuple[str, ...], new: Moments) -> None:
+        old = self._merged.get(names)
+        self._merged[names] = old.merged(new) if old else replace(new, each=None)
 
     def by_name(self) -> dict[str, Moments]:
         """The moments of each layer, on the CPU, in the order of the first calls."""

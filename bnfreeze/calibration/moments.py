@@ -162,11 +162,6 @@ class Moments:
         return self.centre[1] if self.within else self.m2 / (self.elements - 1)
 
     @property
-    def biased_variance(self) -> Tensor:
-        """What a layer in train mode divides by."""
-        return self.variance * (1 - (self.rows if self.within else 1) / self.elements)
-
-    @property
     def mean_error(self) -> Tensor:
         """The standard error of `mean`; infinite for a single sample."""
         return self._error(self.products[0, 0])

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from itertools import combinations
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.optim.swa_utils import update_bn
 
 import bnfreeze
 from bnfreeze import CalibrationError, PolicyError, recalibrate
+from bnfreeze.calibration.measuring import _Found
 
 from ..helpers import bits, moved, state
 
@@ -406,6 +408,23 @@ def test_layers_of_one_size_are_measured_apart_whichever_are_reached_together():
         torch.testing.assert_close(model[name].running_var, var.float(), rtol=1e-6, atol=0)
     twice = torch.cat([x for x, part in data for _ in part]).double()
     assert torch.equal(model["within"].running_mean, twice.mean((0, 2)).float())
+
+
+def test_what_is_kept_does_not_grow_with_the_data_where_they_choose_the_layers(monkeypatch):
+    """As in a mixture of experts."""
+    kept = []
+    by_name = _Found.by_name
+    monkeypatch.setattr(
+        _Found, "by_name", lambda found: kept.append(len(found._merged)) or by_name(found)
+    )
+    model = nn.ModuleDict({name: nn.BatchNorm1d(3) for name in "abcdef"})
+    data = list(zip(batches(3, sizes=[4] * 15), combinations("abcdef", 2), strict=True))
+    recalibrate(model, data, forward=lambda m, batch: [m[name](batch[0]) for name in batch[1]])
+    assert max(kept) <= 2 * len(model)
+    for name in "abcdef":
+        mean, var = pooled([x for x, part in data if name in part])
+        torch.testing.assert_close(model[name].running_mean, mean.float())
+        torch.testing.assert_close(model[name].running_var, var.float())
 
 
 def test_a_layer_that_is_never_reached_is_left_alone():
