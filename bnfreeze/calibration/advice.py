@@ -47,8 +47,8 @@ def probe_findings(layers: Sequence[LayerFit]) -> Iterator[Finding]:
         yield finding(
             "batch-too-small",
             "",
-            f"with batches of {noisy[0].batch_size}, the mean that a layer normalises with in "
-            f"train mode is off by {median(noises):.2f} σ (median of {len(noises)} layers), up to "
+            f"with batches of {_most(layers)}, the mean that a layer normalises with in train "
+            f"mode is off by {median(noises):.2f} σ (median of {len(noises)} layers), up to "
             f"{max(noises):.2f} σ.",
         )
     if short := _short_of_samples(layers):
@@ -76,6 +76,11 @@ def _noisy(layers: Sequence[LayerFit]) -> list[LayerFit]:
         if math.isfinite(layer.batch_noise) and not _policy(layer).forces_eval
     ]
     return live if live and median(x.batch_noise for x in live) > THRESHOLDS.noise else []
+
+
+def _most(layers: Sequence[LayerFit]) -> int:
+    """The samples of a batch. Layers that see rows of unknown samples count one."""
+    return max(layer.batch_size for layer in layers)
 
 
 def _short_of_samples(layers: Sequence[LayerFit]) -> str:
@@ -128,8 +133,8 @@ def advice_before(layers: Sequence[LayerFit]) -> str:
     if not unsure:
         kept = all(_policy(layer).forces_eval for layer in reached)
         then = "keep them frozen" if kept else "freeze(model, 'eval+affine') keeps them"
-        if noisy := _noisy(layers):
-            then += f", and ends the noise of batches of {noisy[0].batch_size}"
+        if _noisy(layers):
+            then += f", and ends the noise of batches of {_most(layers)}"
         return (
             f"The stored statistics fit this data in all {len(reached)} layers ({sure}): {then}. "
             f"{_UNSEEN}."

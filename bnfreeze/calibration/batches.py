@@ -145,9 +145,12 @@ def samples_in(batch: Any, *, whole: bool = True) -> int | None:
         if (found := samples_in(part, whole=False)) is not None:
             if isinstance(batch, Mapping) or (whole and isinstance(part, Tensor)):
                 return found
+            if whole and isinstance(batch, tuple) and isinstance(part, tuple | list):
+                return found  # images and their targets
             # A list of images, or of the several inputs of a model: the larger number is right,
-            # as an image has few channels and a model few inputs.
-            return max(found, len(parts))
+            # as a model has few inputs and an image few channels; but one or two images have fewer.
+            image = isinstance(part, Tensor) and part.dim() == 3 and found <= 4
+            return len(parts) if image else max(found, len(parts))
     return None
 
 

@@ -23,8 +23,9 @@ from bnfreeze.norm_layers import STATISTICS, NamedModule
 from bnfreeze.torch_private import _InstanceNorm
 
 _MEAN, _VAR = STATISTICS[:2]
-# Larger inputs are not merged with those of other layers: the arithmetic takes its time there.
-_LARGE = 1 << 20
+# Larger inputs are not merged with those of other layers: there the arithmetic takes its time, and
+# memory, which all layers would take at once.
+_LARGE = 1 << 17
 # What runs a model in a way of its own: DDP's forward sends buffers to other ranks, which may have
 # fewer batches.
 _RUNNERS = {
@@ -200,7 +201,7 @@ def _on_this_rank(
             if with_batch:
                 hooks.enter_context(entry.module.register_forward_hook(after, always_call=True))
         for batch in batches:
-            found.items = samples_in(batch)
+            found.items = samples_in(batch) or None
             call(model, batch, forward, device)
             if name := found.merge():
                 raise CalibrationError(
@@ -251,7 +252,7 @@ class _Found:
         self._now[name] = one
 
     def merge(self) -> str:
-        """End a batch; return a layer that was given NaN or infinity in it, or nothing."""
+        """End a batch; return the first layer that was given NaN or infinity in it, or nothing."""
         groups: dict[object, list[str]] = {}
         for name, one in self._now.items():
             if isinstance(one, Moments):
@@ -260,14 +261,27 @@ class _Found:
                 (means, _), size, within = one
                 groups.setdefault((len(means), means.device, size, within), []).append(name)
         merged = {tuple(names): self._of_group(names) for names in groups.values()}
+        broken = [
+            name
+            for names, new in merged.items()
+            if not bool(torch.isfinite(new.m2.sum()))
+            for name, one in zip(names, self._split(names, new), strict=True)
+            if not bool(torch.isfinite(one.m2.sum()))
+        ]
+        if broken:
+            return next(name for name in self._now if name in broken) or "the model"
         self._now.clear()
         for names, new in merged.items():
-            if not bool(torch.isfinite(new.m2.sum())):
-                finite = [bool(torch.isfinite(one.m2.sum())) for one in self._split(names, new)]
-                return names[finite.index(False)] or "the model"
-            old = self._merged.get(names)
-            self._merged[names] = old.merged(new) if old else replace(new, each=None)
+            if names in self._merged or len(self._merged) < len(self.references):
+                self._keep(names, new)
+            else:  # where the data choose the layers, nearly every batch has other groups
+                for name, one in zip(names, self._split(names, new), strict=True):
+                    self._keep((name,), one)
         return ""
+
+    def _keep(self, names: tuple[str, ...], new: Moments) -> None:
+        old = self._merged.get(names)
+        self._merged[names] = old.merged(new) if old else replace(new, each=None)
 
     def by_name(self) -> dict[str, Moments]:
         """The moments of each layer, on the CPU, in the order of the first calls."""

@@ -44,7 +44,7 @@ class Moments:
         centre: the weighted means of a and q over samples: (2, C).
         products: the weighted means of the products of their distances from `centre`: (2, 2, C).
         m2: the sum of the squared distances of all values from their mean: (C,).
-        each: of a single batch: a and q of each sample: (2, samples, C).
+        each: of a single batch: a and q of each sample: (2, samples, C); None if it were too large.
     """
 
     reference: Tensor
@@ -92,7 +92,7 @@ class Moments:
             centre=centre,
             products=_products(each, centre),
             m2=len(a) * size * (v.mean(0) + (a - centre[0]).square().mean(0)),
-            each=each if items or each.numel() <= _MOST_KEPT else None,
+            each=each if each.numel() <= _MOST_KEPT else None,
         )
 
     def merged(self, other: Moments) -> Moments:
@@ -120,13 +120,14 @@ class Moments:
             other: of a further call.
             items: how many samples the model was given.
         """
-        both = self.merged(other)
-        each = [m.centre[:, None] if m.each is None else m.each for m in (self, other)]
-        if items is not None and both.samples <= items:  # a part of the samples in each call
-            return replace(both, batch_size=both.samples, each=torch.cat(each, 1))
-        if self.samples != other.samples or other.rows > other.samples:  # not known whose they are
-            each = [self.centre[:, None], other.centre[:, None]]
-        mean = each[0] + (each[1] - each[0]) * (other._weight / both._weight)
+        both, mine, others = self.merged(other), self.each, other.each
+        if items is not None and both.rows <= items:  # a part of the samples in each call
+            each = None if mine is None or others is None else torch.cat([mine, others], 1)
+            return replace(both, batch_size=both.samples, each=each)
+        every = self.samples == other.samples == other.rows == (items or other.rows)
+        if mine is None or others is None or not every:  # not known, or not kept, whose they are
+            mine, others = self.centre[:, None], other.centre[:, None]
+        mean = mine + (others - mine) * (other._weight / both._weight)
         samples, products = mean.shape[1], _products(mean, both.centre)
         return replace(both, samples=samples, batch_size=samples, products=products, each=mean)
 
@@ -138,7 +139,7 @@ class Moments:
         """Of layers that were measured as one, whose numbers of channels these are."""
         parts = {name: v.split(list(channels), -1) for name, v in self._tensors().items()}
         return [
-            replace(self, **dict(zip(parts, one, strict=True)))
+            replace(self, **{name: v.clone() for name, v in zip(parts, one, strict=True)})
             for one in zip(*parts.values(), strict=True)
         ]
 
@@ -159,11 +160,6 @@ class Moments:
     def variance(self) -> Tensor:
         """What a running variance of this data would be, which is unbiased."""
         return self.centre[1] if self.within else self.m2 / (self.elements - 1)
-
-    @property
-    def biased_variance(self) -> Tensor:
-        """What a layer in train mode divides by."""
-        return self.variance * (1 - (self.rows if self.within else 1) / self.elements)
 
     @property
     def mean_error(self) -> Tensor:
@@ -232,10 +228,10 @@ def by_row(x: Tensor, *, exact: bool = False) -> Rows:
     """
     values = x.detach().unsqueeze(-1).flatten(2)  # in most layouts a view
     size, kind = values.shape[2], values.device.type
-    if size == 1:
-        return values[..., 0].clone(), torch.zeros_like(values[..., 0])
     exact = exact and kind in ("cpu", "cuda")  # other accelerators may have no fp64
     wide = values.double() if exact or values.dtype is torch.float64 else values.float()
+    if size == 1:
+        return wide[..., 0].clone(), torch.zeros_like(wide[..., 0])
     if kind != "cpu":
         variances, means = torch.var_mean(wide, dim=2, correction=0)
         return means, variances

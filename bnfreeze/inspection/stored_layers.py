@@ -23,10 +23,9 @@ BATCH_NORM: Final = "batch norm"
 FROZEN_OR_OLD: Final = "frozen or old batch norm"
 
 _STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
+_FOREIGN: Final = re.compile(MEAN_OR_VARIANCE)
 # TensorFlow's averages have the name of what they average, and this behind it.
-_FOREIGN: Final = re.compile(rf"((?:.*[._/])?)({MEAN_OR_VARIANCE})(?:/ExponentialMovingAverage)?")
-# Paddle's, Chainer's and Flax' names are those of statistics only as a pair.
-_PAIRED: Final = re.compile(r"(?:.*[./])?(?:_|avg_|batch_stats[./](?:.*[./])?)mean")
+_AVERAGE: Final = "/ExponentialMovingAverage"
 # torch's usual eps: a variance below it counts for less than eps does.
 _USUAL_EPS: Final = 1e-5
 # The least positive number of half precision is 2**-24; what is below half of it becomes 0.
@@ -144,12 +143,15 @@ def _foreign(model: StateDict) -> Iterator[Finding]:
     known = {id(model.tensors[name]) for name, part in parts.items() if part in _STATISTICS}
     found: dict[str, list[str]] = {}
     for name, tensor in model.tensors.items():
-        if match := _FOREIGN.fullmatch(name):
+        plain = name.removesuffix(_AVERAGE)
+        start = max(plain.rfind("running_"), plain.rfind("moving_"), 0)
+        layer, part = plain[:start], plain[start:]
+        if layer[-1:] in "._/" and _FOREIGN.fullmatch(part):
             if id(tensor) not in known:
-                found.setdefault(match[1], []).append(match[2])
-        elif _PAIRED.fullmatch(f"{model.key}.{name}"):
-            start = name.removesuffix("mean")
-            pair = [start + end for end in ("var", "variance") if start + end in model.tensors]
+                found.setdefault(layer, []).append(part)
+        elif name.endswith("mean") and _of_another_framework(f"{model.key}.{name}"):
+            stem = name.removesuffix("mean")
+            pair = [stem + end for end in ("var", "variance") if stem + end in model.tensors]
             layer = name[: max(name.rfind("."), name.rfind("/")) + 1]
             if pair:
                 found[layer] = [one.removeprefix(layer) for one in (name, *pair)]
@@ -161,6 +163,12 @@ def _foreign(model: StateDict) -> Iterator[Finding]:
             "diff compares such tensors, and snapshot --all takes them.",
             key=model.key,
         )
+
+
+def _of_another_framework(name: str) -> bool:
+    """Whether Paddle, Chainer or Flax may call a running mean so. It is one beside a variance."""
+    *above, last = re.split("[./]", name)
+    return last in ("_mean", "avg_mean") or (last == "mean" and "batch_stats" in above)
 
 
 def _bare(modules: Mapping[str, Mapping[str, StoredTensor]]) -> str:

@@ -106,3 +106,12 @@ def test_far_tails_of_student_have_closed_forms():
     )
     # Where the series takes over from the sum, they agree.
     assert student_quantile(1e-7, 1000) == pytest.approx(student_quantile(1e-7, 999), rel=1e-5)
+
+
+def test_layers_that_were_measured_as_one_do_not_keep_each_others_memory():
+    """Nor do they send it to other ranks, once for each layer."""
+    merged = of_parts(torch.randn(8, 40, 3), [8])
+    parts = merged.split([10, 30])
+    assert [len(one.mean) for one in parts] == [10, 30]
+    for one in parts:
+        assert one.products.untyped_storage().nbytes() == one.products.nbytes

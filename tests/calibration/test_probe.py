@@ -11,6 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import bnfreeze
 from bnfreeze import CalibrationError, PolicyError, probe
+from bnfreeze.calibration import moments
 from bnfreeze.calibration.batches import samples_in
 from bnfreeze.calibration.fit import THRESHOLDS
 
@@ -142,6 +143,8 @@ def test_several_rows_of_one_sample_count_once(forward):
 ALL_AS_ONE = {
     "regions": lambda norm, x: norm(torch.cat([x.repeat_interleave(8, 0), x[:3]])),
     "a call for each": lambda norm, x: [norm(each.expand(64, *each.shape)) for each in x],
+    "a short call for each": lambda norm, x: [norm(each.expand(5, *each.shape)) for each in x],
+    "regions in several calls": lambda norm, x: [norm(torch.cat([x, x[:k]])) for k in (1, 2, 3)],
 }
 
 
@@ -150,6 +153,32 @@ def test_rows_of_which_the_sample_is_not_known_count_as_one_for_each_batch(forwa
     found = probe(layer(), samples(128), forward=forward)
     assert found.samples == 4
     assert found.layers[0].verdict == "uncertain"
+
+
+def test_the_size_of_a_batch_is_not_that_of_a_layer_for_regions():
+    def forward(model, x):
+        model[0](torch.cat([x.repeat_interleave(8, 0), x[:1]]))
+        model[1](x)
+
+    small = [part for x in samples(512) for part in x.split(2)]
+    model = nn.Sequential(layer(), layer())
+    for policy in ("none", "eval"):
+        bnfreeze.freeze(model, {"1": policy})
+        report = probe(model, small, forward=forward)
+        (found,) = report.findings
+        assert found.message.startswith("with batches of 2, ")
+        assert "the noise of batches of 2." in report.advice
+
+
+def test_samples_that_are_too_many_to_keep_count_as_one_for_each_batch(monkeypatch):
+    monkeypatch.setattr(moments, "_MOST_KEPT", 0)
+    for forward, expected in ((ROWS["a few in each call"], 128), (ROWS["in several calls"], 4)):
+        assert probe(layer(), samples(128), forward=forward).samples == expected
+
+
+def test_a_batch_whose_only_tensor_is_empty():
+    data = [(SimpleNamespace(tensors=x), torch.zeros(0)) for x in samples(64)]
+    assert probe(layer(), data, forward=lambda norm, batch: norm(batch[0].tensors)).samples == 64
 
 
 def test_frames_of_a_few_videos_do_not_show_a_shift():
@@ -178,6 +207,9 @@ def test_how_many_samples_a_batch_has():
     ):
         assert samples_in(batch) == 8
     assert samples_in([torch.zeros(1, 50, 3), torch.zeros(1), torch.zeros(1)]) == 1
+    for few in (1, 2, 8):  # an image has three channels
+        images, targets = [image] * few, [{"boxes": torch.zeros(2, 4)}] * few
+        assert samples_in((images, targets)) == samples_in((tuple(images), tuple(targets))) == few
     assert samples_in(SimpleNamespace(tensors=x)) is None
     assert samples_in([]) is None
 

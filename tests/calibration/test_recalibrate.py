@@ -2,6 +2,7 @@
 
 import copy
 import random
+from itertools import combinations
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.optim.swa_utils import update_bn
 
 import bnfreeze
 from bnfreeze import CalibrationError, PolicyError, recalibrate
+from bnfreeze.calibration.measuring import _Found
 
 from ..helpers import bits, moved, state
 
@@ -233,6 +235,20 @@ def test_nan_names_the_batch_and_the_layer_and_writes_nothing():
     assert moved(before, model) == set()
 
 
+def test_nan_names_the_first_layer_though_others_have_inputs_of_the_same_size():
+    class Hourglass(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.deep, self.up = (nn.BatchNorm2d(3) for _ in range(3))
+
+        def forward(self, x):
+            deep = self.deep(nn.functional.max_pool2d(self.down(x), 2) / 0)
+            return self.up(nn.functional.interpolate(deep, scale_factor=2))
+
+    with pytest.raises(CalibrationError, match="the input of deep has NaN or infinity"):
+        recalibrate(Hourglass(), batches(3, 8, 8))
+
+
 def test_frozen_layers_are_recalibrated_only_if_they_are_named():
     data = batches(3, 8, 8)
     for policy in ("stats", "eval", "fused"):
@@ -268,6 +284,15 @@ def test_replace_normalises_with_each_batch_while_it_measures():
         mean, var = pooled(seen)
         torch.testing.assert_close(model[5].running_mean.double(), mean, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(model[5].running_var.double(), var, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_statistics_of_a_batch_in_half_precision_are_not_rounded(dtype):
+    """The variance is beyond what float16 can show."""
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    recalibrate(model, [(torch.randn(512, 4) * 400 + 1000).to(dtype)] * 2)
+    torch.testing.assert_close(model[1].running_mean, torch.zeros(4), rtol=0, atol=1e-3)
+    torch.testing.assert_close(model[1].running_var, torch.ones(4), rtol=0, atol=5e-3)
 
 
 def test_fused_blocks_are_measured_like_any_other():
@@ -383,6 +408,23 @@ def test_layers_of_one_size_are_measured_apart_whichever_are_reached_together():
         torch.testing.assert_close(model[name].running_var, var.float(), rtol=1e-6, atol=0)
     twice = torch.cat([x for x, part in data for _ in part]).double()
     assert torch.equal(model["within"].running_mean, twice.mean((0, 2)).float())
+
+
+def test_what_is_kept_does_not_grow_with_the_data_where_they_choose_the_layers(monkeypatch):
+    """As in a mixture of experts."""
+    kept = []
+    by_name = _Found.by_name
+    monkeypatch.setattr(
+        _Found, "by_name", lambda found: kept.append(len(found._merged)) or by_name(found)
+    )
+    model = nn.ModuleDict({name: nn.BatchNorm1d(3) for name in "abcdef"})
+    data = list(zip(batches(3, sizes=[4] * 15), combinations("abcdef", 2), strict=True))
+    recalibrate(model, data, forward=lambda m, batch: [m[name](batch[0]) for name in batch[1]])
+    assert max(kept) <= 2 * len(model)
+    for name in "abcdef":
+        mean, var = pooled([x for x, part in data if name in part])
+        torch.testing.assert_close(model[name].running_mean, mean.float())
+        torch.testing.assert_close(model[name].running_var, var.float())
 
 
 def test_a_layer_that_is_never_reached_is_left_alone():

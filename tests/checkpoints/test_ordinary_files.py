@@ -14,6 +14,7 @@ import pickle
 import re
 import sys
 import tarfile
+import time
 import types
 import zipfile
 
@@ -550,6 +551,15 @@ def test_the_statistics_of_flax_are_named_in_a_nested_dict_too(tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(variables))
     (found,) = [f for f in bnfreeze.inspect(tmp_path / "a.pkl").findings if f.level == "warning"]
     assert (found.code, found.key) == ("layer-foreign", "batch_stats.n")
+
+
+@pytest.mark.parametrize("part", ["batch_stats.", "running_", "moving_mean_"])
+def test_long_names_are_looked_at_once(part):
+    """Each took 0.4 ms, and a file may have 200,000."""
+    state = dict.fromkeys((part * (1000 // len(part)) + str(k) for k in range(5000)), torch.ones(1))
+    start = time.process_time()
+    bnfreeze.inspect(state)
+    assert time.process_time() - start < 1
 
 
 def test_a_mean_without_a_variance_is_no_statistic():
