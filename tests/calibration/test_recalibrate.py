@@ -12,7 +12,7 @@ from torch.optim.swa_utils import update_bn
 
 import bnfreeze
 from bnfreeze import CalibrationError, PolicyError, recalibrate
-from bnfreeze.calibration.measuring import _Found
+from bnfreeze.calibration.gathered import Gathered
 
 from ..helpers import bits, moved, state
 
@@ -413,9 +413,9 @@ def test_layers_of_one_size_are_measured_apart_whichever_are_reached_together():
 def test_what_is_kept_does_not_grow_with_the_data_where_they_choose_the_layers(monkeypatch):
     """As in a mixture of experts."""
     kept = []
-    by_name = _Found.by_name
+    by_name = Gathered.by_name
     monkeypatch.setattr(
-        _Found, "by_name", lambda found: kept.append(len(found._merged)) or by_name(found)
+        Gathered, "by_name", lambda found: kept.append(len(found._merged)) or by_name(found)
     )
     model = nn.ModuleDict({name: nn.BatchNorm1d(3) for name in "abcdef"})
     data = list(zip(batches(3, sizes=[4] * 15), combinations("abcdef", 2), strict=True))
