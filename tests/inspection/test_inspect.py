@@ -314,7 +314,7 @@ def test_a_count_that_was_averaged_is_a_count(count):
 
 
 def test_a_file_of_what_trains_is_said_to_lack_frozen_weights():
-    """Buffers and trainable parameters alone are saved: DeepSpeed#3953, PEFT, ignore_frozen_params."""
+    """Only buffers and what trains were saved: DeepSpeed#3953, torch's ignore_frozen_params."""
     model = nn.Sequential(nn.BatchNorm2d(4), nn.Linear(4, 2), nn.BatchNorm1d(2))
     for norm in (model[0], model[2]):
         norm.num_batches_tracked += 3
