@@ -97,7 +97,7 @@ class LayerFit:
         shifted_channels: how many channels lie beyond the thresholds for sure.
         dead_channels: how many had no signal on this data, and have a stored variance.
         samples_needed: with about so many samples, margins would be half the thresholds; 0 if
-            one sample is all there is to judge by.
+            that cannot be told, as from a single sample.
         verdict: ``"fits"``, ``"shifted"``, ``"uncertain"`` or ``"not reached"``.
         origin: of a shifted layer, whether it still does not fit while all layers normalise with
             each batch: ``"own"`` if so, ``"carried"`` if it fits then, so that the shift comes
@@ -159,8 +159,8 @@ def layer_fit(
     verdict: Verdict = (
         "shifted" if certain > allowed else "fits" if possible <= allowed else "uncertain"
     )
-    usual = t * chance.quantile(1 - thresholds.share, dim=1, keepdim=True)
-    needed = moments.samples * float((2 * usual / bound).square().max())
+    usual = chance.quantile(1 - thresholds.share, dim=1, keepdim=True)
+    needed = _samples_needed(moments.samples * float((2 * usual / bound).square().max()), tail)
     noise = error.median() * (moments.samples / moments.batch_size) ** 0.5
     shift, ratio = off
     deciles = shift.quantile(torch.linspace(0, 1, 11, dtype=torch.float64)).tolist()
@@ -177,10 +177,29 @@ def layer_fit(
         margin=t * float(error.median()),
         shifted_channels=certain,
         dead_channels=int(((data_var <= _DEAD * var) & (var > 0)).sum()),
-        samples_needed=round(min(needed, 1e9)) if math.isfinite(needed) else 0,
+        samples_needed=needed,
         verdict=verdict,
         shifts=tuple(deciles) if bool(shift.isfinite().all()) else (),
     )
+
+
+def _samples_needed(per_t: float, tail: float) -> int:
+    """The least n that is at least t² · `per_t`, where t belongs to n; 0 if that cannot be told.
+
+    t falls from thousands to 4 as samples are added: that of two samples would ask for millions.
+    """
+    if not 0 < per_t < math.inf:
+        return 0
+
+    def enough(n: int) -> bool:
+        t, freedom = math.sqrt(n / per_t), max(n - 1, 1)
+        if freedom >= _MANY:
+            return student_quantile(tail, freedom) <= t
+        return _tail(t, freedom) <= tail
+
+    most = 10**9
+    needed = bisect_left(range(most), True, key=enough)
+    return needed if needed < most else 0
 
 
 @cache

@@ -196,6 +196,8 @@ def _verdict(inspection: CheckpointInspection, shared: set[str]) -> str:
     text += f" in {layers[0].dtype}" if "dtype" in shared else ""
     if "batches" in shared and layers[0].batches is not None:
         text += f", {layers[0].batches:,} batches counted"
+    bare = sum(not layer.affine for layer in layers)
+    text += f", {bare:,} of {len(layers):,} lack weight or bias" if bare else ""
     channels = sum(layer.num_features for layer in layers)
     dead = sum(layer.near_dead for layer in layers)
     text += f", {dead:,} of {channels:,} channels near-dead" if dead else ""

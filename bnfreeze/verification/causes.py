@@ -69,24 +69,27 @@ def explained(drifts: Sequence[Drift], before: State, after: State) -> tuple[Dri
     for drift in drifts:
         if drift.kind in other or not drift.cause_code:
             case = _Case(drift, before, after)
-            code, details = other.get(drift.kind) or next(case.causes(), (drift.kind, {}))
+            code, details = next(case.causes(), (drift.kind, {}))
+            code, details = other.get(code, (code, details))
             drift = because(drift, code, **details)
         found.append(drift)
     return tuple(found)
 
 
 def _other_model(drifts: Iterable[Drift], before: State, after: State) -> dict[str, Cause]:
-    """The cause of several kinds of drift at once, if this is another model; by kind."""
+    """The cause of several drifts at once, if this is another model; by their own causes."""
     ours, theirs = before.tensors, after.tensors
     gone = sum(name not in theirs for name in ours)
     reshaped = sum(drift.kind == "shape" for drift in drifts)
     if 2 * (gone + reshaped) > len(ours):
         details = {"gone": gone, "all": len(ours), "reshaped": reshaped}
-        return dict.fromkeys(("removed", "added", "shape", "replaced"), ("other-model", details))
+        kinds = ("removed", "added", "shape", "replaced", "other-tensor")
+        return dict.fromkeys(kinds, ("other-model", details))
     replaced = {drift.name for drift in drifts if drift.kind == "replaced"}
     parameters = {n for n, facts in ours.items() if facts.kind == "parameter" and n in theirs}
     if len(parameters) > 1 and parameters <= replaced:
-        return {"replaced": ("other-objects", {"count": len(parameters)})}
+        details = {"count": len(parameters)}
+        return dict.fromkeys(("replaced", "other-tensor"), ("other-objects", details))
     return {}
 
 
@@ -112,6 +115,13 @@ class _Case:
             if changed > 1 and 0 < ulps <= 4:
                 yield "averaging", {"ulps": ulps}
             yield from self._written()
+        elif self.drift.kind == "requires-grad" and self._is_another():
+            yield "replaced", {}
+
+    def _is_another(self) -> bool:
+        """Whether another object has the name now."""
+        known = self._identities(self.drift.name)
+        return known is not None and known[0].tensor is not known[1].tensor
 
     def _identities(self, name: str) -> tuple[Identity, Identity] | None:
         """The object under the name, before and after; None if one is not known."""

@@ -222,6 +222,13 @@ def test_more_samples_as_advised_are_enough():
     assert verdict(layer(), samples(needed, seed=1)) == "fits"
 
 
+def test_what_few_samples_advise_is_no_wild_guess():
+    """Student's t of two samples is in the thousands, which asked for up to a billion samples."""
+    needed = [probe(layer(), samples(count)).layers[0].samples_needed for count in (2, 3, 8, 64)]
+    assert all(100 < some < 2000 for some in needed), needed
+    assert probe(layer(), samples(1)).layers[0].samples_needed == 0
+
+
 def test_advice_names_the_call():
     assert "freeze(model, 'eval+affine')" in probe(layer(), samples(2048)).advice
     kept = layer()

@@ -313,6 +313,19 @@ def test_a_count_that_was_averaged_is_a_count(count):
         assert [f.code for f in inspect(what).findings] == ["stats-not-updated"]
 
 
+def test_a_file_of_what_trains_is_said_to_lack_frozen_weights():
+    """Only buffers and what trains were saved: DeepSpeed#3953, torch's ignore_frozen_params."""
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Linear(4, 2), nn.BatchNorm1d(2))
+    for norm in (model[0], model[2]):
+        norm.num_batches_tracked += 3
+    freeze(model, {"0": "fused"})
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    trained = {name: v for name, v in model.state_dict().items() if name not in frozen}
+    assert frozen == {"0.weight", "0.bias"}
+    assert "1 of 2 lack weight or bias" in str(inspect(trained))
+    assert "lack" not in str(inspect(model.state_dict()))
+
+
 def test_statistics_without_values_are_said():
     with torch.device("meta"):
         model = nn.Sequential(nn.BatchNorm2d(4))

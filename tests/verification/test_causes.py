@@ -297,6 +297,27 @@ def test_another_model_is_recognised():
     assert {(d.kind, d.cause_code) for d in drifts.drifts} == {("replaced", "other-objects")}
 
 
+def test_what_a_new_parameter_brings_is_not_blamed_on_the_old_one():
+    """from_pretrained makes new parameters, after __init__ froze the old: transformers#11294."""
+
+    def renew(name):
+        return lambda m: setattr(m.bn, name, nn.Parameter(torch.rand(2)))
+
+    one = report_of(layer("fused"), renew("weight")).drifts
+    assert {d.cause_code for d in one if d.kind == "requires-grad"} == {"replaced"}
+    model = layer("fused")
+    both = report_of(model, lambda m: (renew("weight")(m), renew("bias")(m))).drifts
+    assert {d.kind for d in both} == {"value", "requires-grad", "replaced"}
+    assert {d.cause_code for d in both if d.kind != "value"} == {"other-objects"}
+    before = bnfreeze.snapshot(layer("fused"))
+    frozen = layer("fused")
+    nn.init.ones_(frozen.bn.bias)  # frozen, too, and another model: a value that differs
+    drifts = bnfreeze.verify(frozen, before).drifts
+    assert {d.kind: d.cause_code for d in drifts} == dict.fromkeys(
+        ("value", "replaced"), "other-objects"
+    )
+
+
 def test_giving_a_policy_back_is_not_freezing_again():
     drifts = report_of(layer("affine"), bnfreeze.unfreeze).drifts
     assert {d.kind: d.cause_code for d in drifts}["thawed"] == "unfrozen"
