@@ -45,6 +45,12 @@ _COUNTS_ADDED: Final = (
     "numbers. Such a script may average the counts, too, or add them up."
 )
 
+_INTEGER_TO_FLOAT: Final = {
+    "cause": "An integer became a floating-point number: a script averaged it with the other "
+    "tensors (sum / n), or converted it by itself. model.half() and .to() leave integers alone.",
+    "remedy": "Copy integers as they are, and frozen tensors, too.",
+}
+
 # A code of these, and what its sentence needs.
 Cause = tuple[str, dict[str, Any]]
 
@@ -106,6 +112,9 @@ class _Case:
 
     def causes(self) -> Iterator[Cause]:
         """What may be the cause, the likeliest first; nothing if the kind says all."""
+        if self.drift.kind == "dtype" and self.old and self.new:
+            dtypes = self.old.dtype, self.new.dtype
+            yield "dtype", _INTEGER_TO_FLOAT if "int" in dtypes[0] and "float" in dtypes[1] else {}
         if self.drift.kind == "value":
             yield from self._statistics_moved()
             yield from self._replaced()

@@ -137,6 +137,32 @@ def test_averaged_statistics_did_not_run_in_training_mode_although_counts_were_a
     assert causes()["bn.num_batches_tracked"] == "forward-in-training"
 
 
+def test_a_count_that_a_script_averaged_was_not_converted_by_half(tmp_path):
+    model = layer("eval+affine")
+    bnfreeze.snapshot(model).save(tmp_path / "before")
+    start = model.state_dict()
+    torch.save({name: sum([value] * 4) / 4 for name, value in start.items()}, tmp_path / "end.pt")
+    with open_checkpoint(tmp_path / "end.pt") as checkpoint:
+        found = Found(checkpoint.chosen(None), checkpoint)
+        (drift,) = verify_found(found, bnfreeze.Snapshot.load(tmp_path / "before")).drifts
+    assert (drift.name, drift.kind) == ("bn.num_batches_tracked", "dtype")
+    assert "averaged" in drift.cause
+    assert "Copy integers" in drift.remedy
+    halved = bnfreeze.diff(start, {name: value.half() for name, value in start.items()}).tensors
+    causes = {one.name: one.cause for one in halved if one.kind == "dtype"}
+    assert "averaged" in causes.pop("bn.num_batches_tracked")
+    assert len(causes) == 4
+    assert all("model.half()" in cause and "averaged" not in cause for cause in causes.values())
+
+
+@pytest.mark.parametrize("policy", ["eval", "stats", "fused"])
+@pytest.mark.parametrize("other", [lambda: nn.Identity(), lambda: nn.GroupNorm(1, 2)])
+def test_layers_that_were_replaced_may_be_the_cause_of_missing_names(policy, other):
+    drifts = report_of(layer(policy), lambda m: setattr(m, "bn", other())).drifts
+    (cause,) = {drift.cause for drift in drifts if drift.kind == "removed"}
+    assert "its layers were replaced" in cause
+
+
 @pytest.mark.parametrize(
     ("prepare", "change", "code", "count"),
     [(wide, average, "averaging", 2), (nothing, ran, "forward-in-training", 3)],
