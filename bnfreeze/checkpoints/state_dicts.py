@@ -53,9 +53,11 @@ class StateDict:
 
     @property
     def is_counter(self) -> bool:
-        """Whether these are counters or losses that stand beside a model."""
-        numbers = all(tensor.numel <= 1 for tensor in self.tensors.values())
-        return numbers and not self.has_norm_layers
+        """Whether these are counters, losses or random states that stand beside a model."""
+        return not self.has_norm_layers and all(
+            tensor.numel <= 1 or (tensor.dtype == "uint8" and len(tensor.shape) == 1)
+            for tensor in self.tensors.values()
+        )
 
 
 @dataclass(frozen=True)

@@ -654,6 +654,14 @@ def test_tensors_in_lists_and_under_numbers_are_not_forgotten(tmp_path):
     assert found == {"": ["w"], "shadow": ["0", "1"], "queue": ["7"]}
 
 
+def test_counters_losses_and_random_states_are_no_models(tmp_path):
+    state = torch.get_rng_state()
+    random = {"rng_state": state, "cuda_rng_state": [state], "rng": {"torch": state}}
+    torch.save({"net": batch_norm(1), "best": torch.tensor(0.3), **random}, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        assert [one.key for one in checkpoint.chosen().all] == ["net"]
+
+
 def test_a_name_that_would_be_there_twice_keeps_its_prefix(tmp_path):
     state = {"n_averaged": torch.ones(2), "module.n_averaged": torch.zeros(2)}
     torch.save({**state, "module.running_mean": torch.ones(2)}, tmp_path / "a.pt")
