@@ -55,7 +55,7 @@ def _text(text: str) -> str:
 
 
 def _report(sheet: Sheet) -> str:
-    findings = [_finding(*group) for group in finding_groups(sheet.findings)]
+    findings = [_finding(*group, sheet.places) for group in finding_groups(sheet.findings)]
     table = [_table(sheet)] if sheet.rows else []
     parts = [
         f"<h2>{_text(sheet.title)}</h2>" if sheet.title else "",
@@ -127,9 +127,9 @@ def _histogram(values: Histogram) -> str:
     )
 
 
-def _finding(first: Finding, message: str, found: list[tuple[str, str]]) -> str:
+def _finding(first: Finding, message: str, found: list[tuple[str, str]], what: str) -> str:
     places = [_text(name) for name, _ in found]
-    where = ", ".join(places) if len(places) <= _FEW else f"{len(places)} layers"
+    where = ", ".join(places) if len(places) <= _FEW else f"{len(places)} {what}"
     if len(found) == 1 or (message and len(found) <= _FEW):
         seen = _text(first.message)
     else:

@@ -52,6 +52,7 @@ class Sheet:
         outlined: whether the names are shown as a tree; None for a tree on a page of HTML and
             whole names on a terminal.
         legend: what the columns mean; a line under the table.
+        places: what the findings name.
     """
 
     title: str
@@ -64,6 +65,7 @@ class Sheet:
     findings_first: bool = False
     outlined: bool | None = None
     legend: str = ""
+    places: str = "layers"
 
 
 def shared_kind(title: str, kinds: Sequence[str]) -> tuple[str, frozenset[str]]:

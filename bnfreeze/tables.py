@@ -18,7 +18,6 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Final
 
 from bnfreeze.files import write_whole
-from bnfreeze.findings import Finding
 from bnfreeze.histograms import BLOCKS, Histogram
 from bnfreeze.sheets import MOST_ROWS, Cell, Sheet, finding_groups, table_of, tone
 from bnfreeze.text import SEGMENT, encodable, stdout_encoding, wrapped
@@ -154,7 +153,7 @@ def _drawn(sheet: Sheet, width: int, encoding: str) -> Iterator[Text]:
     if sheet.title and (sheet.rows or sheet.findings):
         yield Text()
     if sheet.findings_first:
-        yield from _findings(sheet.findings, paragraph)
+        yield from _findings(sheet, paragraph)
     if sheet.rows:
         yield from _table(sheet, width, fit)
         if len(sheet.rows) > MOST_ROWS:
@@ -162,7 +161,7 @@ def _drawn(sheet: Sheet, width: int, encoding: str) -> Iterator[Text]:
         yield from paragraph(sheet.legend, "dim", 1) if sheet.legend else ()
         yield Text()
     if not sheet.findings_first:
-        yield from _findings(sheet.findings, paragraph)
+        yield from _findings(sheet, paragraph)
     yield from paragraph(sheet.verdict, "bold")
 
 
@@ -224,17 +223,15 @@ def _narrow(widths: list[int], floor: Sequence[int], room: int) -> None:
         widths[widest] -= 1
 
 
-def _findings(
-    findings: Sequence[Finding], paragraph: Callable[..., Iterator[Text]]
-) -> Iterator[Text]:
+def _findings(sheet: Sheet, paragraph: Callable[..., Iterator[Text]]) -> Iterator[Text]:
     """A paragraph for each kind: the level, what was seen in which layers, and how to mend it."""
     from rich.text import Text
 
-    for first, message, places in finding_groups(findings):
+    for first, message, places in finding_groups(sheet.findings):
         level, code = len(first.level), len(first.code)
         where = [name for name, _ in places]
         if len(where) > 3:
-            where = [f"{len(where)} layers: {where[0]}", where[1], f"… {where[-1]}"]
+            where = [f"{len(where)} {sheet.places}: {where[0]}", where[1], f"… {where[-1]}"]
         heading = f"{first.level} {first.code}  {', '.join(where)}"
         for number, line in enumerate(paragraph(heading, "")):
             if number == 0:

@@ -18,12 +18,10 @@ import numpy as np
 from bnfreeze.checkpoints.stored_tensor import StoredTensor
 from bnfreeze.text import counted
 from bnfreeze.verification.drift import Drift
-from bnfreeze.verification.state import Identity, State
+from bnfreeze.verification.state import MOVING, Identity, State
 
 # The same words as bnfreeze.norm_layers, which imports torch.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-# The policies under which statistics move.
-_MOVING = ("none", "affine", "weights", "affine+weights")
 # Those that freeze no parameter.
 _TRAINING = ("none", "frozen", "stats", "eval")
 
@@ -37,8 +35,8 @@ _REASONS: Final[dict[str, tuple[str, str]]] = {
         re.MULTILINE,
     )
 }
-# The remedy if only a trace would tell more.
-TRACE: Final = _REASONS["unknown"][1]
+# Of these causes a trace tells more.
+TRACED: Final = ("unknown", "in-place", "hidden-write")
 
 _COUNTS_ADDED: Final = (
     "Mean and variance of the layer moved by rounding alone, as in an average (EMA, SWA) of equal "
@@ -115,6 +113,8 @@ class _Case:
         if self.drift.kind == "dtype" and self.old and self.new:
             dtypes = self.old.dtype, self.new.dtype
             yield "dtype", _INTEGER_TO_FLOAT if "int" in dtypes[0] and "float" in dtypes[1] else {}
+        if self.drift.kind in ("value", "requires-grad", "grad"):
+            yield from self._thawed()
         if self.drift.kind == "value":
             yield from self._statistics_moved()
             yield from self._replaced()
@@ -122,10 +122,19 @@ class _Case:
             # An average d * x + (1 - d) * x of equal numbers rounds, in some elements.
             changed, ulps = self.drift.changed or 0, self.drift.max_ulps or 0
             if changed > 1 and 0 < ulps <= 4:
-                yield "averaging", {"ulps": ulps}
+                yield "averaging", {"ulps": counted(ulps, "unit")}
             yield from self._written()
         elif self.drift.kind == "requires-grad" and self._is_another():
             yield "replaced", {}
+        elif self.drift.kind == "grad" and self.new and self.new.requires_grad:
+            yield from self._optimized()
+
+    def _thawed(self) -> Iterator[Cause]:
+        """A policy that was given back, or changed."""
+        was, now = self.was, self.now
+        if was and now and was.policy not in ("none", now.policy):
+            policies = {"was": repr(was.policy), "now": repr(now.policy)}
+            yield "thawed", policies | {"kind": now.short_kind}
 
     def _is_another(self) -> bool:
         """Whether another object has the name now."""
@@ -144,7 +153,7 @@ class _Case:
         return [state.values.get(one.first) if one else None for one in facts]
 
     def _statistics_moved(self) -> Iterator[Cause]:
-        """A reset, a layer that was thawed, or a forward pass in training mode."""
+        """A reset, or a forward pass in training mode."""
         old, was, now = self.old, self.was, self.now
         is_statistic = old is not None and (
             (self.drift.name.rpartition(".")[2] in _STATISTICS and old.kind != "parameter")
@@ -153,13 +162,14 @@ class _Case:
         )
         if is_statistic and self._was_reset():
             yield "reset", {}
-        if was and now and was.policy not in ("none", now.policy):
-            policies = {"was": repr(was.policy), "now": repr(now.policy)}
-            yield "thawed", policies | {"kind": now.short_kind}
-        if not is_statistic or (now and now.policy not in _MOVING):
+        if not is_statistic or (now and now.policy not in MOVING):
             return
         batches, training = self._batches(), now is not None and now.training
         if (batches is not None and batches <= 0) or not (training or batches):
+            return
+        # A forward pass counts one; a load or an EMA writes the count at once.
+        count = f"{self.layer}.{_STATISTICS[2]}".removeprefix(".")
+        if batches and 0 < (self._writes(count) or 0) < batches:
             return
         if self._only_rounded():
             if self.drift.name.rpartition(".")[2] == _STATISTICS[2]:
@@ -181,7 +191,8 @@ class _Case:
                 text += f" ({batches} forward passes in {counted(steps, 'step')}: does "
                 text += "activation checkpointing run it twice?)"
             sentences.append(f"{text}.")
-        remedy = now.what_freezes_it if now else ""
+        layer = now or was
+        remedy = layer.what_freezes_it if layer else ""
         yield "forward-in-training", {"cause": " ".join(sentences), "remedy": remedy}
 
     def _only_rounded(self) -> bool:

@@ -192,9 +192,10 @@ def _layer(name: str, was: OwnerFacts, now: OwnerFacts, *, exact: bool) -> Itera
     same = was.kind == now.kind if exact else was.short_kind == now.short_kind
     never_frozen = was.policy == "none"
     unfrozen = was.policy not in ("none", "frozen") and now.policy == "none"
+    refrozen = was.policy != now.policy not in ("none", "frozen")
     if not same and (not never_frozen or now.policy == "none"):
         kind: Kind = "replaced" if never_frozen else "thawed"
-        code = "unfrozen" if unfrozen else "class-changed"
+        code = "unfrozen" if unfrozen else "frozen-again" if refrozen else "class-changed"
         if now.short_kind == "SyncBatchNorm":
             code = "sync-batchnorm"
         elif now.short_kind.startswith("Parametrized"):

@@ -14,6 +14,7 @@ from bnfreeze.findings import Finding, finding, worst_first
 from bnfreeze.inspection.checkpoint import Unread
 from bnfreeze.inspection.inspect import selected
 from bnfreeze.inspection.origin import Found
+from bnfreeze.text import counted
 from bnfreeze.verification.compare import Progress, compare
 from bnfreeze.verification.diff_report import Diff, ModelPair, TensorChange
 from bnfreeze.verification.drift import Drift
@@ -212,13 +213,15 @@ def _meaning(
             text = "weight and bias are bit-identical, and the running statistics moved."
             yield finding("stats-not-frozen", layer, text, key=key)
     moving = [change for change in changes if change.kind == "value"]
-    if rounded := [change.max_ulps or 0 for change in moving if _is_rounding(change)]:
+    rounded = [change.max_ulps or 0 for change in moving if _is_rounding(change)]
+    # A bias before batch norm has no gradient but rounding, so that it alone says nothing.
+    if any(change.role != "bias" and _is_rounding(change) for change in moving):
         yield finding(
             "model-averaged",
             "",
             f"{len(rounded)} of {len(moving)} tensors that moved differ by rounding alone, at most "
-            f"{max(rounded):,} units of the last place: they look like an average (EMA, SWA) of "
-            f"values that did not change.",
+            f"{counted(max(rounded), 'unit')} of the last place: they look like an average (EMA, "
+            f"SWA) of values that did not change, or like weight decay at a small learning rate.",
             key=key,
         )
 

@@ -271,4 +271,6 @@ class DriftReport(Printable):
         findings += self.findings
         columns = ("tensor", "kind", "step", "rank", "what changed")
         verdict = " ".join([self.verdict, *self.notes])
-        return Sheet("What drifted" if rows else "", columns, rows, findings, verdict)
+        return Sheet(
+            "What drifted" if rows else "", columns, rows, findings, verdict, places="names"
+        )

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # The selection of a snapshot of a checkpoint: exactly the tensors listed in it.
 LISTED = "listed"
+# The policies under which statistics move.
+MOVING = ("none", "affine", "weights", "affine+weights")
 
 
 class TensorFacts(NamedTuple):
@@ -79,7 +81,8 @@ class OwnerFacts(NamedTuple):
     def what_freezes_it(self) -> str:
         """What would freeze its statistics, too; empty if the usual remedy does."""
         keeping = self.policy not in ("none", "frozen")
-        return self.remedy or (f'Use freeze(model, "eval+{self.policy}").' if keeping else "")
+        added = "eval+" if self.policy in MOVING else ""
+        return self.remedy or (f'Use freeze(model, "{added}{self.policy}").' if keeping else "")
 
     def woken_since(self, was: OwnerFacts) -> bool:
         """Whether it went from eval to train mode, and that matters."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bnfreeze.inspection.in_memory import TensorInMemory, shard_of, why_unreadable
 from bnfreeze.torch_private import TorchDispatchMode
-from bnfreeze.verification.causes import TRACE, because
+from bnfreeze.verification.causes import TRACED, because
 from bnfreeze.verification.drift import DriftError, DriftReport
 from bnfreeze.verification.on_device import unequal_tensors
 from bnfreeze.verification.state import State
@@ -39,7 +39,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Watch the tensors of `before`; `look` compares the model with it in full."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._paused = False
-        # What it raised: some callers, load_state_dict among them, raise their own instead.
+        # What it raised first: some callers, load_state_dict among them, raise their own instead.
         self.error: DriftError | None = None
         self._before, self._look = before, look
         # By the address of the memory, the first names of the frozen tensors there.
@@ -90,13 +90,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # The operation shows more than the two states do.
             if not wrote:
                 drift = because(drift, "undispatched", operation=func)
-            elif drift.remedy == TRACE:
+            elif drift.cause_code in TRACED:
                 drift = because(drift, "operation", operation=func)
             drifts.append(replace(drift, operation=str(func) if wrote else None, where=line))
         report = replace(report, drifts=tuple(drifts))
         if not report.ok:
-            self.error = DriftError(report.message, report)
-            raise self.error
+            error = DriftError(report.message, report)
+            self.error = self.error or error
+            raise error
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

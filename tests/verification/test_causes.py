@@ -76,6 +76,11 @@ def load_others(model):
     model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
 
 
+def load_longer_trained(model):
+    """All tensors are written, and the count rises, but no forward runs."""
+    model.load_state_dict({name: value + 9 for name, value in model.state_dict().items()})
+
+
 # What is done before the snapshot, what after it, the tensors, and the code of the cause.
 CAUSES = {
     "a layer in train mode": (nothing, ran, "norm", "forward-in-training"),
@@ -89,6 +94,7 @@ CAUSES = {
     "a new storage": (frozen_(), new_storage, "frozen", "other-storage"),
     "no forward": (nothing, lambda m: m.bn.running_mean.add_(1), "norm", "in-place"),
     "a load": (frozen_(), load_others, "frozen", "loaded"),
+    "a load of counts": (nothing, load_longer_trained, "norm", "loaded"),
     "a copy": (frozen_(), lambda m: m.bn.running_mean.copy_(torch.ones(2)), "frozen", "in-place"),
     "through .data": (frozen_(), lambda m: m.bn.weight.data.zero_(), "frozen", "hidden-write"),
 }
@@ -119,6 +125,28 @@ def wide(model):
     model.bn.running_mean.copy_(torch.randn(64))
     model.bn.running_var.copy_(torch.rand(64) + 0.5)
     bnfreeze.freeze(model)
+
+
+def stored_report(model, change, tmp_path, *, tensors="frozen"):
+    """What the command says of the model's checkpoint."""
+    bnfreeze.snapshot(model, tensors=tensors).save(tmp_path / "before")
+    change(model)
+    torch.save(model.state_dict(), tmp_path / "end.pt")
+    with open_checkpoint(tmp_path / "end.pt") as checkpoint:
+        found = Found(checkpoint.chosen(None), checkpoint)
+        return verify_found(found, bnfreeze.Snapshot.load(tmp_path / "before"))
+
+
+@pytest.mark.parametrize(
+    ("policy", "wanted"), [("affine", "eval+affine"), ("eval+affine", "eval+affine")]
+)
+def test_the_remedy_for_a_checkpoint_keeps_the_policy_of_the_snapshot(policy, wanted, tmp_path):
+    def run(model):
+        bnfreeze.unfreeze(model)
+        ran(model)
+
+    drifts = stored_report(layer(policy), run, tmp_path, tensors="norm").drifts
+    assert {drift.remedy for drift in drifts} == {f'Use freeze(model, "{wanted}").'}
 
 
 def test_averaged_statistics_did_not_run_in_training_mode_although_counts_were_added():
@@ -274,6 +302,8 @@ def test_a_report_prints_as_a_table_and_a_clean_one_as_a_line(monkeypatch):
     assert "error value  bn.running_mean" in text
     assert "1 drift; 3 tensors compared." in text
     assert len(repr(report)) < 240
+    several = str(report_of(layer("eval+affine"), load_longer_trained))
+    assert "5 names: bn.weight, bn.bias, … bn.num_batches_tracked" in several
     last = repr(replace(report, drifts=(replace(report.drifts[0], cause="longer " * 40),))).split()
     assert last[-2:] == ["longer", "…>"]
     clean = report_of(layer("eval"), nothing)
@@ -342,6 +372,52 @@ def test_what_a_new_parameter_brings_is_not_blamed_on_the_old_one():
     assert {d.kind: d.cause_code for d in drifts} == dict.fromkeys(
         ("value", "replaced"), "other-objects"
     )
+
+
+def give_back_and_train(model):
+    bnfreeze.unfreeze(model)
+    model(torch.rand(2, 2)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "kinds", "code"),
+    [
+        (bnfreeze.unfreeze, {"requires-grad"}, "unfrozen"),
+        (give_back_and_train, {"requires-grad", "grad", "value"}, "unfrozen"),
+        (frozen_("eval"), {"requires-grad"}, "frozen-again"),
+        (frozen_("fused"), set(), "frozen-again"),
+        (lambda m: setattr(m, "bn", nn.BatchNorm1d(2)), {"value", "requires-grad"}, "unfrozen"),
+    ],
+)
+def test_a_policy_that_was_given_up_explains_what_follows_from_it(change, kinds, code):
+    model = layer()
+    ran(model)
+    bnfreeze.freeze(model, "eval+affine")
+    drifts = report_of(model, change).drifts
+    assert {d.kind for d in drifts if d.cause_code == "thawed"} == kinds
+    assert {d.cause_code for d in drifts if d.kind == "thawed"} == {code}
+    assert {d.kind for d in drifts} <= kinds | {"thawed", "replaced"}
+
+
+def test_a_gradient_of_a_parameter_that_trains_again_is_not_of_before_the_freezing():
+    model = layer("eval+affine")
+
+    def train(model):
+        model.requires_grad_(True)
+        model(torch.rand(2, 2)).sum().backward()
+
+    drifts = report_of(model, train).drifts
+    assert {d.cause_code for d in drifts if d.kind == "grad"} == {"affine-thawed"}
+
+
+def test_a_tiny_step_may_be_weight_decay_too():
+    model = layer()
+    wide(model)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    model.bn.running_mean.mul_(1 - 1e-3 * 1e-4)
+    drift = next(one for one in bnfreeze.diff(start, model).tensors if one.kind == "value")
+    assert drift.cause_code == "averaging"
+    assert "weight decay" in drift.cause
 
 
 def test_giving_a_policy_back_is_not_freezing_again():

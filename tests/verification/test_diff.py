@@ -300,6 +300,13 @@ def test_the_rounding_of_an_average_is_named_and_stays_a_difference(model, decay
     assert f"{len(moved) - 1} of {len(moved)} tensors that moved " in found.message
 
 
+def test_a_bias_whose_gradient_is_rounding_alone_is_no_average(model):
+    state = model.state_dict()
+    trained = {name: value + 0.1 for name, value in state.items()}
+    trained["head.bias"] = state["head.bias"] * (1 + 2**-23)
+    assert "model-averaged" not in {f.code for f in bnfreeze.diff(state, trained).findings}
+
+
 @pytest.mark.parametrize("key", ["opt", "optimizer", "adam_g"])
 def test_the_state_of_an_optimizer_is_no_model_whatever_its_key(key, tmp_path):
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))

@@ -264,6 +264,24 @@ def test_a_trace_blames_no_operation_for_a_write_that_it_did_not_see(model):
             model(torch.randn(2, 4))
     (drift,) = caught.value.report.drifts
     assert (drift.operation, drift.cause_code) == (None, "undispatched")
+    assert "trace=True" not in drift.remedy  # it is on
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (lambda m: m.norm.weight.mul_(2), "norm.weight"),
+        (lambda m: m.norm.weight.data.mul_(2), "norm.weight"),
+        (lambda m: m.load_state_dict({n: t + 1 for n, t in m.state_dict().items()}), "norm.weight"),
+    ],
+)
+def test_a_trace_that_saw_the_first_write_does_not_ask_for_a_trace(model, write, name):
+    with pytest.raises(bnfreeze.DriftError) as caught:
+        with bnfreeze.guard(model, trace=True):
+            write(model)
+    (drift,) = caught.value.report.drifts
+    assert (drift.name, drift.cause_code) == (name, "operation")
+    assert drift.operation in drift.cause
 
 
 def test_a_trace_is_raised_though_the_caller_swallows_it(model):
