@@ -111,7 +111,7 @@ def test_the_remedy_of_statistics_that_change_names_the_policy_and_not_the_whole
     assert codes(model) == set()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")
 def test_the_example_of_an_export_in_train_mode_is_one(tmp_path, monkeypatch):
     pytest.importorskip("onnx")
     monkeypatch.chdir(tmp_path)

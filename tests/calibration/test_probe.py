@@ -117,6 +117,8 @@ def test_findings():
     report = probe(layer(), dead)
     assert "dead-on-this-data" in codes(report)
     assert report.layers[0].dead_channels == 1
+    assert "1 channel with no signal" in bnfreeze.recalibrate(layer(), dead).advice
+    assert "no signal" not in bnfreeze.recalibrate(layer(), samples(256)).advice
 
 
 ROWS = {
