@@ -79,7 +79,9 @@ class OwnerFacts(NamedTuple):
     def what_freezes_it(self) -> str:
         """What would freeze its statistics, too; empty if the usual remedy does."""
         keeping = self.policy not in ("none", "frozen")
-        return self.remedy or (f'Use freeze(model, "eval+{self.policy}").' if keeping else "")
+        return self.remedy or (
+            f"Use 'eval+{self.policy}' in place of '{self.policy}'." if keeping else ""
+        )
 
     def woken_since(self, was: OwnerFacts) -> bool:
         """Whether it went from eval to train mode, and that matters."""

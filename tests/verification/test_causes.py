@@ -220,10 +220,10 @@ def test_to_freeze_the_statistics_too_the_policy_is_not_given_up(policy):
     drift = report_of(model, ran, tensors="norm").drifts[0]
     assert (drift.cause_code, drift.remedy) == (
         "forward-in-training",
-        f'Use freeze(model, "eval+{policy}").',
+        f"Use 'eval+{policy}' in place of '{policy}'.",
     )
     (found,) = (f for f in bnfreeze.inspect(model).findings if f.code == "stats-not-frozen")
-    assert f"freeze(model, 'eval+{policy}')" in found.remedy
+    assert f"'eval+{policy}' in place of '{policy}'" in found.remedy
     assert bnfreeze.freeze(model, f"eval+{policy}").layers[0].policy == f"eval+{policy}"
 
 
