@@ -2,10 +2,15 @@
 
 import ast
 import importlib.util
+import re
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import bnfreeze
 from bnfreeze.errors import BnfreezeError
 from bnfreeze.findings import KINDS, PAGES, Finding, finding, finding_kind, worst_first
 
@@ -63,6 +68,56 @@ def test_the_worst_come_first_and_the_rest_as_they_came():
     a, b, c, d = (Finding(level, "x", n, "", "") for level, n in zip(
         ("note", "warning", "error", "warning"), "abcd", strict=True))  # fmt: skip
     assert worst_first([a, b, c, d]) == (c, b, d, a)
+
+
+def small():
+    """A model in train mode whose statistics are those of no new layer."""
+    model = nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(3), flat=nn.Flatten(), fc=nn.Linear(12, 2)))
+    model(torch.randn(4, 3, 2, 2) + 1)
+    return model
+
+
+def codes(what):
+    return {one.code for one in bnfreeze.inspect(what).findings}
+
+
+def test_the_remedy_of_rounded_statistics_gives_a_model_that_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = small()
+    torch.save(model.state_dict(), "weights.pt")
+    exec(KINDS["stats-dtype"].example, {"model": model, "nn": nn, "torch": torch})
+    assert "stats-dtype" not in codes(model)
+    for mode in (True, False):
+        assert model.train(mode)(torch.randn(4, 3, 2, 2).bfloat16()).dtype is torch.bfloat16
+
+
+def test_the_remedy_of_a_model_that_does_not_train_lets_it_train():
+    model = small()
+    bnfreeze.freeze(model, "eval+weights")
+    assert "model-nothing-trains" in codes(model)
+    call = re.search(r"unfreeze\(.+?\)", KINDS["model-nothing-trains"].remedy)
+    eval(call[0], {"model": model, "unfreeze": bnfreeze.unfreeze})
+    assert "model-nothing-trains" not in codes(model)
+    assert model.fc.weight.requires_grad
+
+
+def test_the_remedy_of_statistics_that_change_names_the_policy_and_not_the_whole_model():
+    model = small()
+    rules = {"bn": "affine", "fc": "none"}
+    (found,) = (f for f in bnfreeze.freeze(model, rules).findings if f.code == "stats-not-frozen")
+    after, before = re.findall("'(.+?)'", found.remedy)
+    assert rules["bn"] == before
+    bnfreeze.freeze(model, rules | {"bn": after})
+    assert codes(model) == set()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_of_an_export_in_train_mode_is_one(tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    monkeypatch.chdir(tmp_path)
+    scope = {"model": small(), "images": torch.randn(4, 3, 2, 2), "torch": torch}
+    exec(KINDS["layer-exported-training"].example, scope)
+    assert "layer-exported-training" in codes("model.onnx")
 
 
 def test_the_pages_of_the_documentation_agree_with_the_registry():

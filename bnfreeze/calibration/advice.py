@@ -10,7 +10,7 @@ from bnfreeze.calibration.fit import THRESHOLDS, LayerFit, Verdict
 from bnfreeze.calibration.report import RecalibrationReport
 from bnfreeze.findings import Finding, finding
 from bnfreeze.policies.policy import Policy
-from bnfreeze.text import listed
+from bnfreeze.text import counted, listed
 
 _UNSEEN = "Unlabelled data cannot show whether the features suit"
 _CHECK = f"{_UNSEEN}: compare the accuracy before and after."
@@ -184,6 +184,9 @@ def advice_after(report: RecalibrationReport) -> str:
         left = f" {len(shifted)} of {len(reached)} layers still do not fit"
         left += f", {untouched} of them left as they were" if untouched else ""
         left += "." if untouched or report.exact else ": try exact=True."
+    given = [layer for layer in reached if layer.name in report.recalibrated]
+    if dead := sum(layer.dead_channels for layer in given):
+        left += f" {counted(dead, 'channel')} with no signal got a variance of 0, or nearly 0."
     old, new = report.score_before, report.score_after
     if old is not None and new is not None:
         figures = f"({old:.4g} before, {new:.4g} after)"

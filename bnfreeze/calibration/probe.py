@@ -18,7 +18,7 @@ from bnfreeze.calibration.fit import THRESHOLDS, THRESHOLDS_APART, Origin, Verdi
 from bnfreeze.calibration.measuring import Measured, as_in_evaluation, measure
 from bnfreeze.calibration.report import ProbeReport
 from bnfreeze.errors import PolicyError
-from bnfreeze.findings import Finding, finding, worst_first
+from bnfreeze.findings import Finding, Level, finding, worst_first
 from bnfreeze.nn.eager import PLAIN
 from bnfreeze.norm_layers import (
     STATISTICS,
@@ -112,7 +112,8 @@ def left_out(model: nn.Module) -> Iterator[Finding]:
     for entry in named_modules(model):
         layer = entry.module
         if is_plain_norm(layer) and _are_merged(layer):
-            yield finding("never-trained", entry.name, *_MERGED)
+            level: Level = "note" if layer._buffers.get(STATISTICS[2]) is None else "warning"
+            yield finding("never-trained", entry.name, *_MERGED, level=level)
         elif is_plain_norm(layer) and (mask := _mask_taken(layer)):
             yield finding(
                 "layer-not-reached",

@@ -107,7 +107,10 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
     with in_training(model):
         layers = live_layers(modules, optimized)
         for facts, layer, was_eval in zip(layers, norms, undone, strict=True):
-            findings += _layer_findings(facts, layer, was_eval, optimized or {})
+            findings += _layer_findings(facts, layer, was_eval, optimized)
+        for entry in modules:
+            if recorded(entry.module) and not is_norm(entry.module):
+                findings += _gradient_findings(entry.name, entry.module, optimized)
         trains = any(parameter.requires_grad for parameter in model.parameters())
     for path, hidden in unregistered(modules).items():
         drifting = [m for m in hidden if not {n for _, n in statistics_in(m)} & {*frozen_names(m)}]
@@ -129,7 +132,7 @@ def inspect_model(model: object, optimized: Mapping[int, str] | None = None) -> 
 
 
 def _layer_findings(
-    facts: LiveLayer, layer: nn.Module, was_eval: bool, optimized: Mapping[int, str]
+    facts: LiveLayer, layer: nn.Module, was_eval: bool, optimized: Mapping[int, str] | None
 ) -> Iterator[Finding]:
     record = record_of(layer)
     name = facts.name
@@ -174,7 +177,7 @@ def _layer_findings(
             f"{' after model.train()' if was_eval else ''}.",
             ""
             if record is None
-            else f"To freeze them, too: freeze(model, 'eval+{record.policy}').",
+            else f"To freeze them, too, use 'eval+{record.policy}' in place of '{record.policy}'.",
             level="note" if record is not None else "warning",
         )
     if was_eval and "train mode" in facts.why.values():
@@ -198,16 +201,18 @@ def _layer_findings(
 
 
 def _gradient_findings(
-    name: str, layer: nn.Module, optimized: Mapping[int, str]
+    name: str, layer: nn.Module, optimized: Mapping[int, str] | None
 ) -> Iterator[Finding]:
     own = {n: p for n, p in layer._parameters.items() if p is not None and not p.requires_grad}
+    if optimized is not None:
+        own = {n: p for n, p in own.items() if id(p) in optimized}
     left = [n for n, p in own.items() if p.grad is not None]
     if left:
         yield finding(
             "affine-grad-left",
             name,
             f"{_and(left)} requires_grad=False and a .grad that is not None: "
-            f"the next optimizer step moves it.",
+            f"until that is None, each optimizer step moves it.",
         )
     if thawed := [n for n, parameter, _ in recorded(layer) if parameter.requires_grad]:
         yield finding(
@@ -215,14 +220,14 @@ def _gradient_findings(
             name,
             f"{_and(thawed)} requires_grad=True again, though the policy is {policy_name(layer)}.",
         )
-    listed = [n for n in frozen_names(layer) if n in own and id(own[n]) in optimized]
-    if listed and not left:
+    listed = [n for n in frozen_names(layer) if n in own]
+    if listed and optimized and not left:
         kind = optimized[id(own[listed[0]])]
         lbfgs = kind == "torch.optim.lbfgs.LBFGS"
         if lbfgs:
             why = " LBFGS, which moves its parameters along its past steps, without a gradient too."
         elif kind.startswith("torch.optim."):
-            why = ", which skips it while its .grad is None: harmless."
+            why = ", which skips what has no .grad: harmless."
         else:
             why = (
                 f" {kind.rpartition('.')[2]}. Most optimizers skip what has no .grad; some do "

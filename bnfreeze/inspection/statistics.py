@@ -86,7 +86,9 @@ def statistics_findings(
         yield finding("layer-eps-zero", layer, f"eps is {eps:g}.", key=key)
     if (mean == 0).all() and (var == var[0]).all() and 0 <= 1 - var[0] <= _LARGEST_EPS:
         if count:
-            text = f"every mean is 0 and every variance 1, although {count:,} batches were counted."
+            text = (
+                f"every mean is 0 and every variance 1, although num_batches_tracked is {count:,}."
+            )
             yield finding("stats-not-updated", layer, text, key=key)
         elif any(_varies(tensor) for tensor in affine):
             text = (

@@ -210,7 +210,10 @@ def _meaning(
         statistics = [parts[part] for part in ("running_mean", "running_var") if part in parts]
         moved = any(one.kind == "value" and not _is_rounding(one) for one in statistics)
         if moved and affine == {"identical"}:
-            text = "weight and bias are bit-identical, and the running statistics moved."
+            text = (
+                "weight and bias are bit-identical, and the running statistics moved. (If you "
+                "recalibrated them, that is as it should be.)"
+            )
             yield finding("stats-not-frozen", layer, text, key=key)
     moving = [change for change in changes if change.kind == "value"]
     rounded = [change.max_ulps or 0 for change in moving if _is_rounding(change)]

@@ -81,8 +81,11 @@ class OwnerFacts(NamedTuple):
     def what_freezes_it(self) -> str:
         """What would freeze its statistics, too; empty if the usual remedy does."""
         keeping = self.policy not in ("none", "frozen")
-        added = "eval+" if self.policy in MOVING else ""
-        return self.remedy or (f'Use freeze(model, "{added}{self.policy}").' if keeping else "")
+        if self.remedy or not keeping:
+            return self.remedy
+        if self.policy in MOVING:
+            return f"Use 'eval+{self.policy}' in place of '{self.policy}'."
+        return f'Use freeze(model, "{self.policy}").'
 
     def woken_since(self, was: OwnerFacts) -> bool:
         """Whether it went from eval to train mode, and that matters."""

@@ -117,6 +117,8 @@ def test_findings():
     report = probe(layer(), dead)
     assert "dead-on-this-data" in codes(report)
     assert report.layers[0].dead_channels == 1
+    assert "1 channel with no signal" in bnfreeze.recalibrate(layer(), dead).advice
+    assert "no signal" not in bnfreeze.recalibrate(layer(), samples(256)).advice
 
 
 ROWS = {
@@ -463,7 +465,7 @@ def test_statistics_that_weight_and_bias_include_are_not_compared_with_the_data(
     model[1].bias.fill_(1)
     report = probe(model, data)
     assert [layer.name for layer in report.layers] == ["2"]
-    assert ("1", "never-trained") in {(f.name, f.code) for f in report.findings}
+    assert ("1", "never-trained", "note") in {(f.name, f.code, f.level) for f in report.findings}
     with pytest.raises(PolicyError, match="Caffe2"):
         probe(model[1], data)
     model[1] = nn.BatchNorm2d(3)  # as in mmdetection, or its statistics were reset

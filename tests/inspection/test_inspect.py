@@ -185,6 +185,26 @@ def test_a_frozen_parameter_that_requires_grad_again_is_a_finding(model):
     assert found == ["stem.1", "backbone.0.1", "backbone.1.1", "head.2"]
 
 
+def test_frozen_weights_that_are_not_of_a_norm_layer_are_looked_at_too(model):
+    optimizer = torch.optim.LBFGS(model.parameters())
+    report = freeze(model, {"head.1": "weights"}, optimizer=optimizer)
+    found = [(f.name, f.level) for f in report.findings if f.code == "optimizer-has-frozen"]
+    assert found == [("head.1", "warning")]
+    model.head[1].weight.requires_grad_(True)
+    assert [f.name for f in inspect(model).findings if f.code == "affine-thawed"] == ["head.1"]
+
+
+def test_a_leftover_gradient_in_no_optimizer_is_no_finding(model, images):
+    model(images).sum().backward()
+    frozen = [model.stem[1].weight, model.stem[1].bias]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    assert "affine-grad-left" in codes(model)
+    assert "affine-grad-left" in codes(model, optimizer=torch.optim.SGD(frozen))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert "affine-grad-left" not in codes(model, optimizer=torch.optim.SGD(trained))
+
+
 def test_a_model_in_which_nothing_is_left_to_train_is_a_finding(model):
     report = freeze(model, "eval+weights")
     assert [f.name for f in report.findings if f.code == "model-nothing-trains"] == [""]

@@ -138,15 +138,19 @@ def stored_report(model, change, tmp_path, *, tensors="frozen"):
 
 
 @pytest.mark.parametrize(
-    ("policy", "wanted"), [("affine", "eval+affine"), ("eval+affine", "eval+affine")]
+    ("policy", "remedy"),
+    [
+        ("affine", "Use 'eval+affine' in place of 'affine'."),
+        ("eval+affine", 'Use freeze(model, "eval+affine").'),
+    ],
 )
-def test_the_remedy_for_a_checkpoint_keeps_the_policy_of_the_snapshot(policy, wanted, tmp_path):
+def test_the_remedy_for_a_checkpoint_keeps_the_policy_of_the_snapshot(policy, remedy, tmp_path):
     def run(model):
         bnfreeze.unfreeze(model)
         ran(model)
 
     drifts = stored_report(layer(policy), run, tmp_path, tensors="norm").drifts
-    assert {drift.remedy for drift in drifts} == {f'Use freeze(model, "{wanted}").'}
+    assert {drift.remedy for drift in drifts} == {remedy}
 
 
 def test_averaged_statistics_did_not_run_in_training_mode_although_counts_were_added():
@@ -248,10 +252,10 @@ def test_to_freeze_the_statistics_too_the_policy_is_not_given_up(policy):
     drift = report_of(model, ran, tensors="norm").drifts[0]
     assert (drift.cause_code, drift.remedy) == (
         "forward-in-training",
-        f'Use freeze(model, "eval+{policy}").',
+        f"Use 'eval+{policy}' in place of '{policy}'.",
     )
     (found,) = (f for f in bnfreeze.inspect(model).findings if f.code == "stats-not-frozen")
-    assert f"freeze(model, 'eval+{policy}')" in found.remedy
+    assert f"'eval+{policy}' in place of '{policy}'" in found.remedy
     assert bnfreeze.freeze(model, f"eval+{policy}").layers[0].policy == f"eval+{policy}"
 
 
