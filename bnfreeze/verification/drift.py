@@ -123,11 +123,11 @@ def sentence(drift: Drift) -> str:
     return f"{drift.name or 'The model'} {verb}{_when(drift)}" + (f": {what}." if what else ".")
 
 
-def what_changed(drift: Drift) -> str:
-    """What changed, without the name."""
+def what_changed(drift: Drift, *, short: bool = False) -> str:
+    """What changed, without the name; `short` for a table."""
     before, after = drift.before, drift.after
     if drift.kind == "value":
-        return _elements(drift)
+        return _elements(drift, short)
     if drift.kind == "aliasing":
         return f"now with {after or 'no other'}, before with {before or 'no other'}"
     if drift.kind == "unverified":
@@ -137,22 +137,27 @@ def what_changed(drift: Drift) -> str:
     return "" if drift.kind in ("optimizer", "grad", "removed") else f"{before} → {after}"
 
 
-def _elements(drift: Drift) -> str:
+def _elements(drift: Drift, short: bool) -> str:
     if drift.changed is None:
         return "its SHA-256 differs" if drift.before is None else f"{drift.before}"
     before, after = str(drift.before), str(drift.after)
     if isinstance(drift.before, float) and isinstance(drift.after, float):
         # Just enough digits to show the difference.
         for digits in (3, 6, 9):
-            short = f"{drift.before:.{digits}g}", f"{drift.after:.{digits}g}"
-            if short[0] != short[1]:
-                before, after = short
+            texts = f"{drift.before:.{digits}g}", f"{drift.after:.{digits}g}"
+            if texts[0] != texts[1]:
+                before, after = texts
                 break
+    if drift.total == 1:
+        return f"{before} → {after}"
     index = ", ".join(map(str, drift.first_index or ()))
+    largest = "" if drift.max_abs is None else f"{drift.max_abs:.3g}"
+    if short:
+        text = f"{drift.changed} of {drift.total}, [{index}] {before} → {after}"
+        return text + (largest and f", up to {largest}")
     verb = "differs" if drift.changed == 1 else "differ"
     text = f"{drift.changed} of {drift.total} elements {verb}, first at [{index}] "
-    text += f"({before} → {after})"
-    return text if drift.max_abs is None else f"{text}, largest change {drift.max_abs:.3g}"
+    return text + f"({before} → {after})" + (largest and f", largest change {largest}")
 
 
 def _when(drift: Drift) -> str:
@@ -259,7 +264,7 @@ class DriftReport(Printable):
                 drift.kind,
                 "" if drift.step is None else str(drift.step),
                 "" if drift.rank is None else str(drift.rank),
-                what_changed(drift) or sentence(drift),
+                what_changed(drift, short=True) or sentence(drift),
             )
             for drift in self.drifts
         ]

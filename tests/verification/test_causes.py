@@ -298,11 +298,16 @@ def test_a_report_is_json_with_stable_keys():
     assert expected.items() <= drift.items()
 
 
+def test_of_a_single_value_both_are_enough():
+    drift = Drift("bn.num_batches_tracked", "value", 1, 1, (), 3, 4, 1.0)
+    assert sentence(drift) == "bn.num_batches_tracked drifted: 3 → 4."
+
+
 def test_a_report_prints_as_a_table_and_a_clean_one_as_a_line(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     report = report_of(layer("eval"), lambda m: m.bn.running_mean[0].fill_(5))
     text = str(report)
-    assert "bn.running_mean  value  1 of 2 elements differs, first at [0] (0 → 5)" in text
+    assert "bn.running_mean  value  1 of 2, [0] 0 → 5" in text
     assert "error value  bn.running_mean" in text
     assert "1 drift; 3 tensors compared." in text
     assert len(repr(report)) < 240
